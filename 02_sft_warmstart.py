@@ -1,0 +1,210 @@
+"""Chapter 2: a light warm start, pi_base -> pi_SFT (paper section 4.1, stage I).
+
+Before RL can reward good reasoning, the model has to reason at all: it learns the format `<think> z </think> y` from about
+a thousand harmful prompts with a few traces each. Two things matter more than the loss:
+
+1. **Light**: a low learning rate, few epochs, an early stop. RL chooses among samples, so the samples must stay diverse
+   (finding F5: `--learning-rate` x 3 and twice the `--epochs` is "heavy", and ends in a worse frontier).
+2. **Imperfect traces are fine**: some comply where they should not. RL sorts that out; variety is what it needs.
+
+The loss is the negative log-likelihood of reasoning and answer, markers included; the prompt carries none.
+`--no-reasoning` drops the traces and learns the answers alone: the start of the baseline "RL without reasoning".
+
+    python 02_sft_warmstart.py --preset sandbox --data runs/demo/data --out runs/demo/sft
+    torchrun --nproc-per-node 4 02_sft_warmstart.py --preset paper --data runs/paper/data --out runs/paper/sft
+
+Reads DATA/sft.jsonl. Writes an ordinary Hugging Face checkpoint, metrics.jsonl and settings.json to OUT. A killed run goes on
+when the same command is run again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lib.chat import encode_example, load_tokenizer, pad_batch
+from lib.files import append_jsonl, read_jsonl
+from lib.policy import (
+    Processes,
+    gather_objects,
+    load_policy,
+    pick_device,
+    save_policy,
+    start_processes,
+    stop_processes,
+    sum_gradients,
+    token_logprobs,
+)
+from lib.settings import UserError, claim_folder, parse_settings, run_main, setting
+from lib.training import (
+    epoch_order,
+    finish,
+    finite_or_stop,
+    is_finished,
+    load_progress,
+    micro_batches,
+    save_progress,
+    set_learning_rate,
+)
+
+
+@dataclass
+class Settings:
+    """Every setting of this stage. Defaults come from the preset."""
+
+    preset: str = setting("sandbox", "where the defaults come from: sandbox, smollm or paper")
+    data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
+    model: str = setting("lib/sandbox/base", "pi_base: a folder or a hub name. Paper: Qwen/Qwen2.5-1.5B-Instruct")
+    out: str = setting("runs/demo/sft", "folder for the checkpoint and its logs")
+    overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
+    reasoning: bool = setting(True, "learn reasoning and answer; --no-reasoning: the answer alone (baseline of the paper)")
+    learning_rate: float = setting(3e-5, "peak rate of AdamW. Paper: 3e-5 (light), 1e-4 (heavy)", low=0.0)
+    epochs: int = setting(3, "passes over the traces. Paper: 3 (light), 6 (heavy)", low=1)
+    batch_size: int = setting(16, "traces per update, over all processes. Paper: 16", low=1)
+    warmup_steps: int = setting(10, "updates of linear warm-up", low=0)
+    decay: bool = setting(True, "after the warm-up, decay the rate linearly to zero")
+    weight_decay: float = setting(0.0, "weight decay of AdamW", low=0.0)
+    max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm", low=0.0)
+    held_out_share: float = setting(0.05, "share of the prompts held out to decide the early stop", low=0.0, high=0.5)
+    patience: int = setting(1, "stop after this many epochs without a better held-out loss; the best weights are kept", low=1)
+    max_batch_tokens: int = setting(16384, "rows x longest row of a micro-batch, tokens: lower it when out of memory", low=16)
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    save_every: int = setting(50, "updates between resume points", low=1)
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = setting("float32", "of weights and computation. Paper: bfloat16", choices=("float32", "bfloat16"))
+    seed: int = setting(0, "of the held-out split and the data order")
+
+
+@dataclass
+class Example:
+    """One trace as token ids (T,) with a mask of the tokens to learn."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples. The split is by prompt, so no held-out prompt has a trace among the training ones."""
+    path = Path(settings.data) / "sft.jsonl"
+    records = read_jsonl(path, required=("id", "prompt", "reasoning", "answer"))
+    prompts = sorted({r["prompt"] for r in records})
+    count = round(settings.held_out_share * len(prompts))
+    held_out_prompts = {prompts[i] for i in epoch_order(len(prompts), settings.seed, -1)[:count]}
+    train, held_out = [], []
+    for record in records:
+        reasoning = record["reasoning"] if settings.reasoning else None
+        ids, mask = encode_example(tokenizer, record["prompt"], reasoning, record["answer"])
+        if len(ids) > context:
+            raise UserError(
+                f"{path}: trace {record['id']} has {len(ids)} tokens, the model's context is {context}: "
+                "shorten it or drop it (01_build_mixture.py --max-chars)"
+            )
+        (held_out if record["prompt"] in held_out_prompts else train).append(Example(ids, mask))
+    if not train:
+        raise UserError(f"{path}: no trace left to train on: lower --held-out-share")
+    return train, held_out
+
+
+def negative_log_likelihood(model, examples: list[Example], pad_id: int, max_tokens: int, backward_scale: float = 0.0) -> float:
+    """Sum of -log p over all learned tokens, in micro-batches; with `backward_scale`, adds its scaled gradient to .grad."""
+    total = 0.0
+    for indices in micro_batches([len(e.ids) for e in examples], max_tokens):
+        ids, attention_mask = pad_batch([examples[i].ids for i in indices], pad_id, side="right")  # (B, T)
+        mask, _ = pad_batch([examples[i].mask for i in indices], 0, side="right")
+        ids, attention_mask, mask = (t.to(model.device) for t in (ids, attention_mask, mask.bool()))
+        with torch.set_grad_enabled(backward_scale > 0):
+            loss = -token_logprobs(model, ids, attention_mask, mask).sum()
+        if backward_scale:
+            (loss * backward_scale).backward()
+        total += loss.item()
+    return total
+
+
+def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Settings, processes: Processes):
+    """One update on `batch` (the same list on every rank). Returns (mean loss per token, gradient norm before clipping)."""
+    tokens = sum(sum(e.mask) for e in batch)  # over all ranks, so that shares of any size add up to the mean
+    share = batch[processes.rank :: processes.size]
+    optimizer.zero_grad()
+    loss = negative_log_likelihood(model, share, pad_id, settings.max_batch_tokens, backward_scale=1 / tokens)
+    loss = sum(gather_objects(loss, processes)) / tokens
+    sum_gradients(model, processes)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf).item()
+    return loss, norm
+
+
+def held_out_loss(model, examples: list[Example], pad_id: int, settings: Settings, processes: Processes) -> float:
+    share = examples[processes.rank :: processes.size]
+    loss = negative_log_likelihood(model, share, pad_id, settings.max_batch_tokens)
+    return sum(gather_objects(loss, processes)) / sum(sum(e.mask) for e in examples)
+
+
+def main() -> None:
+    settings = parse_settings(Settings, "sft")
+    processes = start_processes(settings.device)
+    out, leader = Path(settings.out), processes.rank == 0
+    if leader:
+        claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("overwrite", "save_every"))
+    gather_objects(None, processes)  # nobody reads the folder before it is claimed
+    if is_finished(out):
+        print(f"{out} is finished. Next: python 03_rl_train.py --preset {settings.preset} --model {out}")
+        return
+    tokenizer = load_tokenizer(settings.model)
+    device = pick_device(settings.device, processes.local_rank)
+    model = load_policy(
+        settings.model, device=device, dtype=settings.dtype, gradient_checkpointing=settings.gradient_checkpointing
+    )
+    train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
+    steps_per_epoch = math.ceil(len(train) / settings.batch_size)
+    total = settings.epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    state = load_progress(out, model, optimizer, ["metrics.jsonl"], write=leader)
+    best_loss, best_weights, bad_epochs = state.get("best_loss", math.inf), state.get("best"), state.get("bad_epochs", 0)
+    if leader:
+        print(f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}, {device}")
+        print(f"{total} updates at most, {'reasoning and answer' if settings.reasoning else 'answers only'}; writing to {out}")
+
+    bar = tqdm(range(state["step"], total), "SFT", total, initial=state["step"], unit="update", disable=not leader)
+    for step in bar:
+        if bad_epochs >= settings.patience:
+            break
+        started = time.perf_counter()
+        epoch, place = divmod(step, steps_per_epoch)
+        order = epoch_order(len(train), settings.seed, epoch)
+        batch = [train[i] for i in order[place * settings.batch_size : (place + 1) * settings.batch_size]]
+        rate = set_learning_rate(optimizer, settings.learning_rate, step, settings.warmup_steps, total, settings.decay)
+        loss, norm = train_step(model, optimizer, batch, tokenizer.pad_token_id, settings, processes)
+        finite_or_stop("loss", loss, step, out)
+        finite_or_stop("gradient norm", norm, step, out)
+        optimizer.step()
+        metrics = {"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "learning_rate": rate}
+        if held_out and place == steps_per_epoch - 1:  # the early stop: light means no longer than it helps
+            metrics["held_out_loss"] = held_out_loss(model, held_out, tokenizer.pad_token_id, settings, processes)
+            bad_epochs = 0 if metrics["held_out_loss"] < best_loss else bad_epochs + 1
+            if not bad_epochs:
+                best_loss = metrics["held_out_loss"]
+                best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        metrics["seconds"] = time.perf_counter() - started
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if leader:
+            append_jsonl(out / "metrics.jsonl", metrics)
+            if (step + 1) % settings.save_every == 0 or "held_out_loss" in metrics:
+                best = {"best": best_weights} if best_weights else {}
+                save_progress(out, step + 1, model, optimizer, best_loss=best_loss, bad_epochs=bad_epochs, **best)
+    if best_weights:
+        model.load_state_dict(best_weights)
+    if leader:
+        save_policy(model, tokenizer, out)
+        finish(out)
+        flag = "" if settings.reasoning else " --no-reasoning"
+        where = f"--data {settings.data} --model {out} --out {out.parent / out.name.replace('sft', 'rl')}"
+        print(f"wrote {out}. Next: python 03_rl_train.py --preset {settings.preset}{flag} {where}")
+    stop_processes()
+
+
+if __name__ == "__main__":
+    run_main(main)

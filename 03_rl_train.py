@@ -1,0 +1,383 @@
+"""Chapter 3: reinforcement learning, pi_SFT -> pi_TARS (paper section 4.3, stage III).
+
+GRPO by hand. For every step:
+
+    1. take `prompts_per_step` prompts, each process its share
+    2. sample a group of G completions each                      -> collect_rollouts
+    3. reward  r_f * r_s on harmful prompts, r_f * r_n on others -> score_rollouts        (paper, equations 1 and 2)
+    4. advantage = (r - mean of its group) / (std + eps)         -> group_advantages
+    5. one policy-gradient update with a KL term                 -> grpo_loss, update_policy
+    6. log, write a readable sample of rollouts, checkpoint
+
+How this differs from textbook PPO: no value network (the group's mean is the baseline); no old-policy pass (the data is on-policy and
+used once, so the ratio is 1; `--updates-per-batch` > 1 brings the clipped ratio to life); the KL to the frozen reference is a loss
+term and not part of the reward; whole completions get one advantage.
+
+    python 03_rl_train.py --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rl
+    torchrun --nproc-per-node 4 03_rl_train.py --preset paper --data runs/paper/data --model runs/paper/sft --out runs/paper/rl
+
+Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl (read it!) and settings.json to OUT. Every step is a
+function of the saved state and (seed, step): kill it at any moment, run the same command again, and the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch, parse_completion, parse_direct
+from lib.files import append_jsonl, read_jsonl
+from lib.policy import (
+    Processes,
+    gather_objects,
+    load_policy,
+    pick_device,
+    save_policy,
+    start_processes,
+    stop_processes,
+    sum_gradients,
+    token_logprobs,
+)
+from lib.rewards import load_judge, refusal_label, total_reward
+from lib.sampler import Completion, sample
+from lib.settings import UserError, claim_folder, parse_settings, run_main, setting
+from lib.training import (
+    epoch_order,
+    finish,
+    finite_or_stop,
+    is_finished,
+    load_progress,
+    micro_batches,
+    save_progress,
+    set_learning_rate,
+)
+
+KINDS = ("harmful", "harmless", "ambiguous")
+
+
+@dataclass
+class Settings:
+    """Every setting of this stage. Defaults come from the preset."""
+
+    preset: str = setting("sandbox", "where the defaults come from: sandbox, smollm or paper")
+    data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
+    model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
+    out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
+    overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
+    judge: str = setting("sandbox", "who scores answers: sandbox, standin, or a module of yours (README). Paper: moderation API, GRM")
+    reasoning: bool = setting(True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)")
+    # rollouts
+    prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
+    group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2)
+    temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01)
+    max_new_tokens: int = setting(4096, "length of a completion, tokens, reasoning included. Paper: 4096", low=1)
+    max_prompt_tokens: int = setting(512, "longest prompt allowed, tokens. Paper: 512", low=1)
+    # optimisation
+    learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6", low=0.0)
+    epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.0)
+    warmup_steps: int = setting(0, "steps of linear warm-up", low=0)
+    decay: bool = setting(False, "after the warm-up, decay the rate linearly to zero")
+    weight_decay: float = setting(0.01, "weight decay of AdamW. Paper: verl's default, 0.01", low=0.0)
+    max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm; 0: none", low=0.0)
+    updates_per_batch: int = setting(1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1)
+    # the loss
+    normalisation: str = setting(
+        "token",
+        "what the sum over tokens is divided by. token: all tokens of the batch (verl, DAPO; paper); "
+        "sequence: each completion's length, then completions (GRPO, DeepSeekMath eq. 3); constant: max_new_tokens (Dr. GRPO)",
+        choices=("token", "sequence", "constant"),
+    )
+    std_normalisation: bool = setting(True, "divide advantages by the group's std (GRPO, paper); without: Dr. GRPO")
+    kl_estimator: str = setting(
+        "k3", "of KL(policy || reference), Schulman's k1, k2 or k3. Paper: k3 (low variance)", choices=("k1", "k2", "k3")
+    )
+    kl_coef: float = setting(1e-3, "weight of the KL term in the loss. Paper: 1e-3", low=0.0)
+    clip_range: float = setting(0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0)
+    # machinery
+    max_batch_tokens: int = setting(16384, "rows x longest row of a training micro-batch, tokens: lower it when out of memory", low=16)
+    max_sample_tokens: int = setting(65536, "rows x columns of the sampler's KV cache, tokens", low=16)
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    save_every: int = setting(10, "steps between resume points", low=1)
+    rollouts_every: int = setting(5, "steps between samples in rollouts.jsonl", low=1)
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = setting("float32", "of weights and computation. Paper: bfloat16", choices=("float32", "bfloat16"))
+    seed: int = setting(0, "of the prompt order and of sampling")
+
+
+@dataclass
+class Rollout:
+    """One completion of one prompt with all that is known about it."""
+
+    record: dict
+    prompt_ids: list[int]
+    completion: Completion
+    text: str
+    parsed: Parsed
+    reasoning_tokens: int
+    harm: float = math.nan
+    task: float = math.nan
+    reward: float = math.nan
+    advantage: float = 0.0
+    old_logprobs: torch.Tensor | None = field(default=None, repr=False)  # (completion length,), set by the first update
+
+
+def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
+    """The mixture, each record with its `prompt_ids`. Raises UserError when a prompt leaves no room to answer."""
+    path = Path(settings.data) / "rl.jsonl"
+    records = read_jsonl(path, required=("id", "prompt", "kind"))
+    allowed = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
+    for record in records:
+        if record["kind"] not in KINDS:
+            raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}")
+        record["prompt_ids"] = encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning)
+        if len(record["prompt_ids"]) > allowed:
+            raise UserError(
+                f"{path}: prompt {record['id']} has {len(record['prompt_ids'])} tokens, {allowed} fit (context {context}, "
+                f"--max-new-tokens {settings.max_new_tokens}, --max-prompt-tokens {settings.max_prompt_tokens}): shorten it or lower a limit"
+            )
+    return records
+
+
+def prompts_of_step(records: list[dict], step: int, settings: Settings) -> list[dict]:
+    """Prompts of one step out of the endless stream of shuffled epochs: a function of (seed, step), so resuming is exact."""
+    places = range(step * settings.prompts_per_step, (step + 1) * settings.prompts_per_step)
+    orders = {e: epoch_order(len(records), settings.seed, e) for e in {p // len(records) for p in places}}
+    return [records[orders[p // len(records)][p % len(records)]] for p in places]
+
+
+def collect_rollouts(policy, tokenizer, records: list[dict], step: int, settings: Settings, processes: Processes) -> list[Rollout]:
+    """Step 2: this process's share of the prompts, G completions each.
+
+    The seeds of all completions are drawn by every process alike and then shared out, so that a completion is the same
+    whichever process samples it.
+    """
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    seeds = torch.randint(2**62, (len(records), settings.group_size), generator=generator)
+    share = records[processes.rank :: processes.size]
+    completions = sample(
+        policy,
+        [record["prompt_ids"] for record in share],
+        group_size=settings.group_size,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        max_batch_tokens=settings.max_sample_tokens,
+        seeds=seeds[processes.rank :: processes.size].flatten().tolist(),
+        progress=processes.rank == 0,
+    )
+    rollouts = []
+    for i, completion in enumerate(completions):  # prompt-major: completions of one prompt stand together
+        record = share[i // settings.group_size]
+        text = decode(tokenizer, completion.token_ids)
+        parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
+        reasoning_tokens = len(tokenizer.encode(parsed.reasoning, add_special_tokens=False)) if parsed.reasoning else 0
+        rollouts.append(Rollout(record, record["prompt_ids"], completion, text, parsed, reasoning_tokens))
+    return rollouts
+
+
+def score_rollouts(rollouts: list[Rollout], judge) -> None:
+    """Step 3, equations 1 and 2: judges see the prompt and the answer, never the reasoning."""
+    prompts = [r.record["prompt"] for r in rollouts]
+    answers = [r.parsed.answer for r in rollouts]
+    harms, tasks = judge.harm_score(prompts, answers), judge.task_score(prompts, answers)
+    for rollout, rollout.harm, rollout.task in zip(rollouts, harms, tasks, strict=True):
+        rollout.reward = total_reward(rollout.record["kind"], rollout.harm, rollout.task, rollout.parsed.well_formed)
+
+
+def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float = 1e-6) -> torch.Tensor:
+    """Step 4: rewards (prompts, G) -> advantages (prompts, G). The group is its own baseline (DeepSeekMath, section 4.1).
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), std_normalisation=False)
+    tensor([[ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]])
+    """
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if std_normalisation:
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
+    return advantages
+
+
+def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL divergence").
+
+    k1 is unbiased but may be negative, k2 is biased and positive, k3 is unbiased and positive ("low variance", the paper's).
+    """
+    gap = reference_logprobs - logprobs
+    return {"k1": lambda: -gap, "k2": lambda: gap**2 / 2, "k3": lambda: gap.exp() - gap - 1}[estimator]()
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,  # (B, T) of the policy, with gradient
+    old_logprobs: torch.Tensor,  # (B, T) when the rollouts were sampled
+    reference_logprobs: torch.Tensor,  # (B, T) of the frozen reference
+    advantages: torch.Tensor,  # (B,)
+    completion_mask: torch.Tensor,  # (B, T) bool
+    weights: torch.Tensor,  # (B,) from `sequence_weights`
+    settings: Settings,
+) -> torch.Tensor:
+    """Step 5, the objective of DeepSeekMath eq. 3 with its sign turned: a scalar to minimise."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
+    gain = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])  # (B, T)
+    kl = kl_estimate(logprobs, reference_logprobs, settings.kl_estimator)
+    per_token = (settings.kl_coef * kl - gain) * completion_mask
+    return (per_token.sum(dim=1) * weights).sum()
+
+
+def sequence_weights(lengths: torch.Tensor, total_tokens: int, total_rollouts: int, settings: Settings) -> torch.Tensor:
+    """What each completion's token sum is multiplied by: (B,) lengths -> (B,). Totals are over all processes, so that
+    micro-batches and processes add up to the loss of the whole batch."""
+    if settings.normalisation == "token":
+        return torch.full(lengths.shape, 1.0 / total_tokens)
+    if settings.normalisation == "sequence":
+        return 1.0 / (lengths * total_rollouts)
+    return torch.full(lengths.shape, 1.0 / (settings.max_new_tokens * total_rollouts))
+
+
+def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id: int, settings: Settings, processes: Processes):
+    """Step 5: one gradient over this process's rollouts, summed over processes, then one optimizer step.
+
+    Returns sums over this process's tokens (kl, entropy, sampler gap) and the gradient norm; raises UserError, before
+    the weights change, when something is not finite.
+    """
+    totals = gather_objects([sum(len(r.completion.token_ids) for r in rollouts), len(rollouts)], processes)
+    total_tokens, total_rollouts = (sum(column) for column in zip(*totals, strict=True))
+    sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "sampler_gap": 0.0}
+    optimizer.zero_grad()
+    for indices in micro_batches([len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts], settings.max_batch_tokens):
+        batch = [rollouts[i] for i in indices]
+        lengths = [len(r.completion.token_ids) for r in batch]
+        ids, attention_mask = pad_batch([r.prompt_ids + r.completion.token_ids for r in batch], pad_id, side="right")  # (B, T)
+        mask, _ = pad_batch([[0] * len(r.prompt_ids) + [1] * n for r, n in zip(batch, lengths, strict=True)], 0, side="right")
+        ids, attention_mask, mask = (t.to(policy.device) for t in (ids, attention_mask, mask.bool()))
+        logprobs, entropy = token_logprobs(
+            policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True
+        )  # (B, T) each
+        with torch.no_grad():
+            reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, temperature=settings.temperature)
+        old_logprobs = logprobs.detach().clone()
+        for row, rollout in enumerate(batch):
+            if rollout.old_logprobs is None:
+                rollout.old_logprobs = old_logprobs[row, mask[row]]  # first update: on-policy, the ratio is exactly 1
+            old_logprobs[row, mask[row]] = rollout.old_logprobs
+        advantages = torch.tensor([r.advantage for r in batch], device=ids.device)
+        weights = sequence_weights(torch.tensor(lengths), total_tokens, total_rollouts, settings).to(ids.device)
+        loss = grpo_loss(logprobs, old_logprobs, reference_logprobs, advantages, mask, weights, settings)
+        loss.backward()
+        sampled = torch.tensor([x for r in batch for x in r.completion.logprobs], device=ids.device)
+        sums["loss"] += loss.item()
+        sums["kl"] += kl_estimate(logprobs.detach(), reference_logprobs, settings.kl_estimator)[mask].sum().item()
+        sums["entropy"] += entropy[mask].sum().item()
+        sums["sampler_gap"] += (logprobs.detach()[mask] - sampled).abs().sum().item()
+    sum_gradients(policy, processes)
+    everyone = gather_objects(sums, processes)
+    metrics = {key: sum(part[key] for part in everyone) / (1 if key == "loss" else total_tokens) for key in sums}
+    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm or math.inf).item()
+    return metrics
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def summarise(rollouts: list[dict], group_size: int) -> dict:
+    """Metrics of one step from every process's rollouts, as plain dicts; None where a kind did not occur."""
+    rewards = [[r["reward"] for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
+    metrics = {"reward": mean([r["reward"] for r in rollouts])}
+    for kind in KINDS:
+        of_kind = [r for r in rollouts if r["kind"] == kind]
+        metrics[f"reward_{kind}"] = mean([r["reward"] for r in of_kind])
+        metrics[f"reasoning_tokens_{kind}"] = mean([r["reasoning_tokens"] for r in of_kind])
+        metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] == "full") for r in of_kind])
+    metrics["format_rate"] = mean([float(r["well_formed"]) for r in rollouts])
+    metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
+    metrics["zero_advantage_groups"] = sum(max(group) - min(group) < 1e-6 for group in rewards)
+    return metrics
+
+
+def describe(rollout: Rollout, step: int) -> dict:
+    """A rollout as a person reads it in rollouts.jsonl."""
+    keys = ("reward", "harm", "task", "advantage", "reasoning_tokens")
+    return {
+        "step": step,
+        "id": rollout.record["id"],
+        "kind": rollout.record["kind"],
+        "prompt": rollout.record["prompt"],
+        "completion": rollout.text,
+        "refusal": refusal_label(rollout.parsed.answer),
+        "well_formed": rollout.parsed.well_formed,
+        "finish_reason": rollout.completion.finish_reason,
+        "tokens": len(rollout.completion.token_ids),
+    } | {key: getattr(rollout, key) for key in keys}
+
+
+def main() -> None:
+    settings = parse_settings(Settings, "rl")
+    processes = start_processes(settings.device)
+    out, leader = Path(settings.out), processes.rank == 0
+    if processes.size > settings.prompts_per_step:
+        raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
+    if leader:
+        claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("overwrite", "save_every", "rollouts_every"))
+    gather_objects(None, processes)  # nobody reads the folder before it is claimed
+    next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
+    if is_finished(out):
+        print(f"{out} is finished. Next: {next_command}")
+        return
+    tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
+    device = pick_device(settings.device, processes.local_rank)
+    policy = load_policy(settings.model, device=device, dtype=settings.dtype, gradient_checkpointing=settings.gradient_checkpointing)
+    reference = load_policy(settings.model, device=device, dtype=settings.dtype).requires_grad_(False)
+    records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
+    total = max(1, round(settings.epochs * len(records) / settings.prompts_per_step))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    start = load_progress(out, policy, optimizer, ["metrics.jsonl", "rollouts.jsonl"], write=leader)["step"]
+    if leader:
+        print(f"read {len(records)} prompts from {settings.data}; policy and reference {settings.model}; judge {settings.judge}")
+        print(f"{total} steps of {settings.prompts_per_step} x {settings.group_size} on {processes.size} x {device}; writing to {out}")
+
+    bar = tqdm(range(start, total), "RL", total, initial=start, unit="step", disable=not leader)
+    for step in bar:
+        clock = [time.perf_counter()]
+        rollouts = collect_rollouts(policy, tokenizer, prompts_of_step(records, step, settings), step, settings, processes)
+        clock.append(time.perf_counter())
+        score_rollouts(rollouts, judge)
+        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, settings.group_size)
+        for rollout, advantage in zip(rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True):
+            rollout.advantage = advantage.item()
+        clock.append(time.perf_counter())
+        rate = set_learning_rate(optimizer, settings.learning_rate, step, settings.warmup_steps, total, settings.decay)
+        for _ in range(settings.updates_per_batch):
+            update = update_policy(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, processes)
+            finite_or_stop("loss", update["loss"], step, out)
+            finite_or_stop("gradient norm", update["grad_norm"], step, out)
+            optimizer.step()
+        clock.append(time.perf_counter())
+        described = [r for share in gather_objects([describe(r, step) for r in rollouts], processes) for r in share]
+        metrics = {"step": step, **summarise(described, settings.group_size), **update, "learning_rate": rate}
+        seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+        tokens = sum(r["tokens"] for r in described)
+        metrics |= {"sample_tokens_per_s": tokens / seconds[0], "train_tokens_per_s": tokens / seconds[2]}
+        metrics |= {"seconds_sample": seconds[0], "seconds_reward": seconds[1], "seconds_train": seconds[2]}
+        bar.set_postfix(reward=f"{metrics['reward']:.2f}", format=f"{metrics['format_rate']:.2f}", kl=f"{metrics['kl']:.3f}")
+        if leader:
+            append_jsonl(out / "metrics.jsonl", metrics)
+            if step % settings.rollouts_every == 0:
+                for shown in described[:: max(1, len(described) // 8)]:
+                    append_jsonl(out / "rollouts.jsonl", shown)
+            if (step + 1) % settings.save_every == 0:
+                save_progress(out, step + 1, policy, optimizer)
+    if leader:
+        save_policy(policy, tokenizer, out)
+        finish(out)
+        print(f"wrote {out}. Next: {next_command}")
+    stop_processes()
+
+
+if __name__ == "__main__":
+    run_main(main)

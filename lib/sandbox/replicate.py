@@ -1,0 +1,195 @@
+"""Run the four chapters for several seeds on the sandbox, with the paper's main comparisons, and tabulate them.
+
+    python -m lib.sandbox.replicate           # `make replicate`: about an hour on 2 CPU cores; --seeds 2 for a first look
+
+For each seed, everything is drawn anew: the world's prompts and traces, SFT, RL, evaluation prompts and attacks. The models:
+
+    sft          the warm start alone                             tars         + RL with reasoning: the paper's method
+    rl-direct    RL without reasoning (from its own warm start)   lambda-0.1, lambda-0.9   F2: other shares of harmful prompts
+    harmful-only F4: RL on harmful prompts alone                  heavy        F5: RL from a heavy warm start
+
+Each is one run of the ordinary scripts, resumable like them: a killed replication goes on where it was. Everything lands
+in runs/replicate/seed-K/; the summary in runs/replicate/report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lib.files import write_text
+from lib.metrics import mean_over_seeds
+from lib.settings import UserError, run_main
+
+Get = Callable[[dict], float]
+MODELS = {"main": ("base", "sft", "rl-direct", "tars"), "ablations": ("lambda-0.1", "lambda-0.9", "harmful-only", "heavy")}
+HEAVY = ["--learning-rate", "6e-4", "--epochs", "6", "--patience", "6"]  # 3 x the rate and 2 x the epochs, as in the paper
+
+
+def cell(*keys: str) -> Get:
+    """A getter of one figure's mean out of a model's results; NaN where the evaluation had no such prompts."""
+
+    def get(results: dict) -> float:
+        for key in keys:
+            results = results.get(key, {})
+        return results.get("mean", math.nan)
+
+    return get
+
+
+def average(*getters: Get) -> Get:
+    return lambda results: sum(g(results) for g in getters) / len(getters)
+
+
+AMBIGUOUS = ("ambiguous/toy", "ambiguous/decoy", "ambiguous/verb")
+COLUMNS: dict[str, Get] = {
+    "DSR direct": cell("dsr", "direct"),
+    "DSR jailbreak": cell("dsr", "jailbreak"),
+    "DSR GCG": cell("dsr", "gcg"),
+    "DSR random suffix": cell("dsr", "random_suffix"),
+    **{f"comply {k.split('/')[-1]}": cell("compliance", k) for k in ("harmless", *AMBIGUOUS)},
+    **{f"task {k.split('/')[-1]}": cell("task_score", k) for k in ("harmless", *AMBIGUOUS)},
+    "well-formed": cell("format_rate", "all"),
+    "tokens harmful": cell("reasoning_tokens", "harmful/4 hops"),
+    "tokens ambiguous": cell("reasoning_tokens", "ambiguous/4 hops"),
+}
+SAFETY = average(COLUMNS["DSR direct"], COLUMNS["DSR jailbreak"])
+HELP = average(*(COLUMNS[f"task {k.split('/')[-1]}"] for k in ("harmless", *AMBIGUOUS)))
+CLAIMS: dict[str, tuple[Get, str, str]] = {  # name: (figure, model, compared with)
+    "F1 safety (DSR direct, jailbreak): tars - sft": (SAFETY, "tars", "sft"),
+    "F1 help (task score, 4 kinds): tars - sft": (HELP, "tars", "sft"),
+    "F1 safety: tars - rl-direct": (SAFETY, "tars", "rl-direct"),
+    "F1 help: tars - rl-direct": (HELP, "tars", "rl-direct"),
+    "F2 safety: lambda 0.9 - lambda 0.1": (SAFETY, "lambda-0.9", "lambda-0.1"),
+    "F2 help: lambda 0.9 - lambda 0.1": (HELP, "lambda-0.9", "lambda-0.1"),
+    "F4 help: harmful only - tars": (HELP, "harmful-only", "tars"),
+    "F5 help: heavy - tars": (HELP, "heavy", "tars"),
+    "F8 DSR under GCG: tars - sft": (COLUMNS["DSR GCG"], "tars", "sft"),
+    "F8 DSR under GCG: tars - rl-direct": (COLUMNS["DSR GCG"], "tars", "rl-direct"),
+}
+
+
+class Seed:
+    """The commands of one seed, in order; each a list of arguments for `python`."""
+
+    def __init__(self, root: Path, seed: int, extra: list[str]) -> None:
+        self.dir, self.seed, self.extra = root / f"seed-{seed}", seed, extra
+
+    def stage(self, script: str, out: str, *flags: str) -> list[str]:
+        return [script, "--preset", "sandbox", "--seed", str(self.seed), "--out", str(self.dir / out), *flags]
+
+    def mixture(self, out: str, *flags: str) -> list[str]:
+        return self.stage("01_build_mixture.py", out, *flags)
+
+    def sft(self, out: str, *flags: str) -> list[str]:
+        return self.stage("02_sft_warmstart.py", out, "--data", str(self.dir / "data"), *flags)
+
+    def rl(self, out: str, model: str, data: str = "data", *flags: str) -> list[str]:
+        return self.stage("03_rl_train.py", out, "--model", str(self.dir / model), "--data", str(self.dir / data), *flags, *self.extra)
+
+    def attack_eval(self, out: str, models: tuple[str, ...], *flags: str) -> list[str]:
+        paths = [f"{m}=lib/sandbox/base" if m == "base" else f"{m}={self.dir / m}" for m in models]
+        return self.stage("04_attack_eval.py", out, "--data", str(self.dir / "data"), "--models", *paths, "--direct", "base", *flags)
+
+    def main(self) -> list[list[str]]:
+        return [
+            self.mixture("data"),
+            self.sft("sft"),
+            self.sft("sft-direct", "--no-reasoning"),
+            self.rl("rl-direct", "sft-direct", "data", "--no-reasoning", "--max-new-tokens", "12"),
+            self.rl("tars", "sft"),
+            self.attack_eval("eval-main", MODELS["main"]),
+        ]
+
+    def ablations(self) -> list[list[str]]:
+        shares = {"lambda-0.1": "0.1", "lambda-0.9": "0.9", "harmful-only": "1.0"}
+        jobs = [self.mixture(f"data-{m}", "--lambda-harmful", share) for m, share in shares.items()]
+        jobs += [self.rl(m, "sft", f"data-{m}") for m in shares]
+        jobs += [self.sft("sft-heavy", *HEAVY), self.rl("heavy", "sft-heavy")]
+        return [*jobs, self.attack_eval("eval-ablations", MODELS["ablations"], "--gcg-behaviours", "0")]
+
+
+def run_all(jobs: list[list[str]], log: Path, threads: int, bar: tqdm, after: Future | None = None) -> None:
+    """Run commands one after another, appending their output to `log`; raises UserError with the last line of a failure."""
+    if after:
+        after.result()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    for job in jobs:
+        with log.open("a", encoding="utf-8") as file:
+            code = subprocess.run([sys.executable, *job], stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        if code:
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+            raise UserError(f"{' '.join(job[:1])} failed ({last}): see {log}, then run the same command again")
+        bar.update()
+
+
+def load_results(root: Path, seeds: int) -> dict[str, list[dict]]:
+    """{model: [results of seed 0, 1, ...]}"""
+    results: dict[str, list[dict]] = {m: [] for models in MODELS.values() for m in models}
+    for seed in range(seeds):
+        for part, models in MODELS.items():
+            found = json.loads((root / f"seed-{seed}" / f"eval-{part}" / "results.json").read_text(encoding="utf-8"))["models"]
+            for model in models:
+                results[model].append(found[model])
+    return results
+
+
+def report(results: dict[str, list[dict]], seeds: int) -> str:
+    """Markdown: every figure as mean [95 % t-interval] over seeds, the worst seed, and the paired differences."""
+    lines = [f"# Replication on the sandbox, {seeds} seeds", "", "Mean over seeds [95 % interval, Student's t]; then the worst seed."]
+    lines += ["", "| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
+    for name, get in COLUMNS.items():
+        row = []
+        for runs in results.values():
+            values = [get(r) for r in runs]
+            ci = mean_over_seeds(values)
+            shown = f"{ci['mean']:.2f} [{ci['low']:.2f}, {ci['high']:.2f}]; {min(values):.2f}"
+            row.append("-" if math.isnan(ci["mean"]) else shown)
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    lines += ["", "Differences, paired by seed:", "", "| claim | difference | each seed |", "|---|---|---|"]
+    for name, (get, model, other) in CLAIMS.items():
+        values = [get(a) - get(b) for a, b in zip(results[model], results[other], strict=True)]
+        ci = mean_over_seeds(values)
+        each = ", ".join(f"{v:+.2f}" for v in values)
+        lines.append(f"| {name} | {ci['mean']:+.2f} [{ci['low']:+.2f}, {ci['high']:+.2f}] | {each} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default 5)")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/replicate"), help="folder (default runs/replicate)")
+    parser.add_argument("--rl-flags", default="", help='more flags for every 03_rl_train.py, one string (default "")')
+    args = parser.parse_args()
+    if args.seeds < 2 or args.jobs < 1:
+        raise UserError(f"--seeds {args.seeds}, --jobs {args.jobs}: at least 2 seeds (for an interval) and 1 job")
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    plan = [Seed(args.out, seed, args.rl_flags.split()) for seed in range(args.seeds)]
+    total = sum(len(s.main()) + len(s.ablations()) for s in plan)
+    with tqdm(total=total, desc="replicate", unit="job") as bar, ThreadPoolExecutor(args.jobs) as pool:
+        first = [pool.submit(run_all, s.main(), s.dir / "main.log", threads, bar) for s in plan]
+        rest = [pool.submit(run_all, s.ablations(), s.dir / "ablations.log", threads, bar, f) for s, f in zip(plan, first, strict=True)]
+        try:
+            for future in [*first, *rest]:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    text = report(load_results(args.out, args.seeds), args.seeds)
+    write_text(args.out / "report.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_main(main)
