@@ -48,6 +48,7 @@ from lib.training import (
     is_finished,
     load_progress,
     micro_batches,
+    precision,
     save_progress,
     set_learning_rate,
 )
@@ -76,7 +77,7 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     save_every: int = setting(50, "updates between resume points", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "of weights and computation. Paper: bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting("float32", "of computation; the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the held-out split and the data order")
 
 
@@ -97,12 +98,15 @@ def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Exa
     held_out_prompts = {prompts[i] for i in epoch_order(len(prompts), settings.seed, -1)[:count]}
     train, held_out = [], []
     for record in records:
+        for key in ("prompt", "reasoning", "answer") if settings.reasoning else ("prompt", "answer"):
+            if not isinstance(record[key], str) or not record[key].strip():
+                raise UserError(f"{path}: {record['id']}: {key} is {record[key]!r}; allowed: some text")
         reasoning = record["reasoning"] if settings.reasoning else None
         ids, mask = encode_example(tokenizer, record["prompt"], reasoning, record["answer"])
-        if len(ids) > context:
+        if len(ids) > min(context, settings.max_batch_tokens):
             raise UserError(
-                f"{path}: trace {record['id']} has {len(ids)} tokens, the model's context is {context}: "
-                "shorten it or drop it (01_build_mixture.py --max-chars)"
+                f"{path}: trace {record['id']} has {len(ids)} tokens, the model's context is {context}, --max-batch-tokens "
+                f"{settings.max_batch_tokens}: shorten or drop it (01_build_mixture.py --max-chars), or raise the limit"
             )
         (held_out if record["prompt"] in held_out_prompts else train).append(Example(ids, mask))
     if not train:
@@ -110,14 +114,16 @@ def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Exa
     return train, held_out
 
 
-def negative_log_likelihood(model, examples: list[Example], pad_id: int, max_tokens: int, backward_scale: float = 0.0) -> float:
+def negative_log_likelihood(
+    model, examples: list[Example], pad_id: int, settings: Settings, backward_scale: float = 0.0
+) -> float:
     """Sum of -log p over all learned tokens, in micro-batches; with `backward_scale`, adds its scaled gradient to .grad."""
     total = 0.0
-    for indices in micro_batches([len(e.ids) for e in examples], max_tokens):
+    for indices in micro_batches([len(e.ids) for e in examples], settings.max_batch_tokens):
         ids, attention_mask = pad_batch([examples[i].ids for i in indices], pad_id, side="right")  # (B, T)
         mask, _ = pad_batch([examples[i].mask for i in indices], 0, side="right")
         ids, attention_mask, mask = (t.to(model.device) for t in (ids, attention_mask, mask.bool()))
-        with torch.set_grad_enabled(backward_scale > 0):
+        with torch.set_grad_enabled(backward_scale > 0), precision(model.device, settings.dtype):
             loss = -token_logprobs(model, ids, attention_mask, mask).sum()
         if backward_scale:
             (loss * backward_scale).backward()
@@ -130,7 +136,7 @@ def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Se
     tokens = sum(sum(e.mask) for e in batch)  # over all ranks, so that shares of any size add up to the mean
     share = batch[processes.rank :: processes.size]
     optimizer.zero_grad()
-    loss = negative_log_likelihood(model, share, pad_id, settings.max_batch_tokens, backward_scale=1 / tokens)
+    loss = negative_log_likelihood(model, share, pad_id, settings, backward_scale=1 / tokens)
     loss = sum(gather_objects(loss, processes)) / tokens
     sum_gradients(model, processes)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf).item()
@@ -139,7 +145,7 @@ def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Se
 
 def held_out_loss(model, examples: list[Example], pad_id: int, settings: Settings, processes: Processes) -> float:
     share = examples[processes.rank :: processes.size]
-    loss = negative_log_likelihood(model, share, pad_id, settings.max_batch_tokens)
+    loss = negative_log_likelihood(model, share, pad_id, settings)
     return sum(gather_objects(loss, processes)) / sum(sum(e.mask) for e in examples)
 
 
@@ -147,18 +153,18 @@ def main() -> None:
     settings = parse_settings(Settings, "sft")
     processes = start_processes(settings.device)
     out, leader = Path(settings.out), processes.rank == 0
-    if leader:
+    tokenizer = load_tokenizer(settings.model)
+    device = pick_device(settings.device, processes.local_rank)
+    model = load_policy(
+        settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing
+    )
+    train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
+    if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
         claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("overwrite", "save_every"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     if is_finished(out):
         print(f"{out} is finished. Next: python 03_rl_train.py --preset {settings.preset} --model {out}")
         return
-    tokenizer = load_tokenizer(settings.model)
-    device = pick_device(settings.device, processes.local_rank)
-    model = load_policy(
-        settings.model, device=device, dtype=settings.dtype, gradient_checkpointing=settings.gradient_checkpointing
-    )
-    train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)
     total = settings.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)

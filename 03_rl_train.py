@@ -53,6 +53,7 @@ from lib.training import (
     is_finished,
     load_progress,
     micro_batches,
+    precision,
     save_progress,
     set_learning_rate,
 )
@@ -105,7 +106,7 @@ class Settings:
     save_every: int = setting(10, "steps between resume points", low=1)
     rollouts_every: int = setting(5, "steps between samples in rollouts.jsonl", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "of weights and computation. Paper: bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting("float32", "of computation; the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the prompt order and of sampling")
 
 
@@ -127,18 +128,26 @@ class Rollout:
 
 
 def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
-    """The mixture, each record with its `prompt_ids`. Raises UserError when a prompt leaves no room to answer."""
+    """The mixture, each record with its `prompt_ids`. Raises UserError when a prompt leaves no room to answer.
+
+    Every limit is checked here, before the first step, at the longest completion there may be: no run ends at hour three.
+    """
     path = Path(settings.data) / "rl.jsonl"
     records = read_jsonl(path, required=("id", "prompt", "kind"))
-    allowed = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
+    budget = min(context, settings.max_batch_tokens, settings.max_sample_tokens)
+    allowed = min(settings.max_prompt_tokens, budget - settings.max_new_tokens)
     for record in records:
         if record["kind"] not in KINDS:
             raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}")
+        if not isinstance(record["prompt"], str) or not record["prompt"].strip():
+            raise UserError(f"{path}: {record['id']}: prompt is {record['prompt']!r}; allowed: some text")
         record["prompt_ids"] = encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning)
         if len(record["prompt_ids"]) > allowed:
             raise UserError(
                 f"{path}: prompt {record['id']} has {len(record['prompt_ids'])} tokens, {allowed} fit (context {context}, "
-                f"--max-new-tokens {settings.max_new_tokens}, --max-prompt-tokens {settings.max_prompt_tokens}): shorten it or lower a limit"
+                f"--max-prompt-tokens {settings.max_prompt_tokens}, --max-new-tokens {settings.max_new_tokens}, "
+                f"--max-batch-tokens {settings.max_batch_tokens}, --max-sample-tokens {settings.max_sample_tokens}): "
+                "shorten it, or change a limit"
             )
     return records
 
@@ -158,18 +167,23 @@ def collect_rollouts(policy, tokenizer, records: list[dict], step: int, settings
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     seeds = torch.randint(2**62, (len(records), settings.group_size), generator=generator)
-    share = records[processes.rank :: processes.size]
-    completions = sample(
-        policy,
-        [record["prompt_ids"] for record in share],
-        group_size=settings.group_size,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        eos_token_ids=eos_token_ids(policy, tokenizer),
-        max_batch_tokens=settings.max_sample_tokens,
-        seeds=seeds[processes.rank :: processes.size].flatten().tolist(),
-        progress=processes.rank == 0,
-    )
+    first, last = (len(records) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
+    share = records[first:last]  # a block: the shares of all ranks, one after the other, are in the order of one process
+    try:
+        with precision(policy.device, settings.dtype):
+            completions = sample(
+                policy,
+                [record["prompt_ids"] for record in share],
+                group_size=settings.group_size,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                eos_token_ids=eos_token_ids(policy, tokenizer),
+                max_batch_tokens=settings.max_sample_tokens,
+                seeds=seeds[first:last].flatten().tolist(),
+                progress=processes.rank == 0,
+            )
+    except FloatingPointError as error:
+        raise UserError(f"step {step}: {error}; the last checkpoint is kept: lower --learning-rate, or try another --model") from error
     rollouts = []
     for i, completion in enumerate(completions):  # prompt-major: completions of one prompt stand together
         record = share[i // settings.group_size]
@@ -180,13 +194,20 @@ def collect_rollouts(policy, tokenizer, records: list[dict], step: int, settings
     return rollouts
 
 
-def score_rollouts(rollouts: list[Rollout], judge) -> None:
-    """Step 3, equations 1 and 2: judges see the prompt and the answer, never the reasoning."""
+def score_rollouts(rollouts: list[Rollout], judge, step: int) -> None:
+    """Step 3, equations 1 and 2: judges see the prompt and the answer, never the reasoning.
+
+    Raises UserError for a score that is not finite, before it can reach the weights.
+    """
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
     harms, tasks = judge.harm_score(prompts, answers), judge.task_score(prompts, answers)
     for rollout, rollout.harm, rollout.task in zip(rollouts, harms, tasks, strict=True):
-        rollout.reward = total_reward(rollout.record["kind"], rollout.harm, rollout.task, rollout.parsed.well_formed)
+        try:
+            rollout.reward = total_reward(rollout.record["kind"], rollout.harm, rollout.task, rollout.parsed.well_formed)
+        except ValueError as error:
+            where = f"step {step}, prompt {rollout.record['id']}"
+            raise UserError(f"{where}: {error}; the last checkpoint is kept: mend --judge {judge.name}") from error
 
 
 def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float = 1e-6) -> torch.Tensor:
@@ -255,9 +276,10 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
         ids, attention_mask = pad_batch([r.prompt_ids + r.completion.token_ids for r in batch], pad_id, side="right")  # (B, T)
         mask, _ = pad_batch([[0] * len(r.prompt_ids) + [1] * n for r, n in zip(batch, lengths, strict=True)], 0, side="right")
         ids, attention_mask, mask = (t.to(policy.device) for t in (ids, attention_mask, mask.bool()))
-        logprobs, entropy = token_logprobs(
-            policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True
-        )  # (B, T) each
+        with precision(policy.device, settings.dtype):
+            logprobs, entropy = token_logprobs(
+                policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True
+            )  # (B, T) each
         with torch.no_grad():
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, temperature=settings.temperature)
         old_logprobs = logprobs.detach().clone()
@@ -322,18 +344,18 @@ def main() -> None:
     out, leader = Path(settings.out), processes.rank == 0
     if processes.size > settings.prompts_per_step:
         raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
-    if leader:
+    tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
+    device = pick_device(settings.device, processes.local_rank)
+    policy = load_policy(settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing)
+    reference = load_policy(settings.model, device=device, dtype=settings.dtype).requires_grad_(False)
+    records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
+    if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
         claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("overwrite", "save_every", "rollouts_every"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
     if is_finished(out):
         print(f"{out} is finished. Next: {next_command}")
         return
-    tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
-    device = pick_device(settings.device, processes.local_rank)
-    policy = load_policy(settings.model, device=device, dtype=settings.dtype, gradient_checkpointing=settings.gradient_checkpointing)
-    reference = load_policy(settings.model, device=device, dtype=settings.dtype).requires_grad_(False)
-    records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
     total = max(1, round(settings.epochs * len(records) / settings.prompts_per_step))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     start = load_progress(out, policy, optimizer, ["metrics.jsonl", "rollouts.jsonl"], write=leader)["step"]
@@ -346,7 +368,7 @@ def main() -> None:
         clock = [time.perf_counter()]
         rollouts = collect_rollouts(policy, tokenizer, prompts_of_step(records, step, settings), step, settings, processes)
         clock.append(time.perf_counter())
-        score_rollouts(rollouts, judge)
+        score_rollouts(rollouts, judge, step)
         rewards = torch.tensor([r.reward for r in rollouts]).view(-1, settings.group_size)
         for rollout, advantage in zip(rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True):
             rollout.advantage = advantage.item()

@@ -53,6 +53,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
     return rate
 
 
+def precision(device: torch.device, dtype: str) -> torch.autocast:
+    """A context to compute in: bfloat16 over fp32 weights, or fp32 as it is.
+
+    The weights stay fp32 in both. In bfloat16 they would have 8 bits of precision, and an update of 1e-6 on a
+    weight of 0.02 would be rounded away: training would run, and change nothing.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 def finite_or_stop(name: str, value: float, step: int, out: Path) -> float:
     """Returns `value`, or raises UserError before a step that would ruin the weights (the last checkpoint stays)."""
     if not torch.isfinite(torch.tensor(value)):

@@ -45,8 +45,7 @@ Guessing among the three things that a disguised prompt shows gives about 0.33.
 def prompts_for(kind: str, hops: int, count: int, seed: int) -> list[str]:
     """`count` prompts; kind is harmful, harmless or one of the ambiguous types."""
     rng = random.Random(f"card/{kind}/{hops}/{seed}")
-    ambiguous_type = kind if kind in world.AMBIGUOUS_TYPES else ""
-    return [world.draw(rng, "all", "ambiguous" if ambiguous_type else kind, hops, ambiguous_type)["prompt"] for _ in range(count)]
+    return [world.draw_type(rng, "all", kind, hops)["prompt"] for _ in range(count)]
 
 
 def answer(model, tokenizer, prompts: list[str], cue: str, seed: int = 0) -> list[str]:

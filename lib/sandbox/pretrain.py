@@ -33,6 +33,7 @@ from lib.sandbox import world
 from lib.sandbox.card import CUE, write_card
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 1200, 96, 2e-3
+PART = 8  # documents of similar length that go through the model together: little padding, and it stays in the cache
 SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 MARKERS = ["<think>", "</think>"]  # one word each here; Qwen2.5 splits them into several tokens
 CHAT_TEMPLATE = (
@@ -121,14 +122,14 @@ def lookup_drill(rng: random.Random) -> tuple[str, str, str]:
 
 
 def instruction(rng: random.Random) -> tuple[str, str, str]:
-    kind = rng.choices(("harmful", "harmless", "ambiguous"), (0.35, 0.3, 0.35))[0]
-    ambiguous_type = rng.choice(world.AMBIGUOUS_TYPES) if kind == "ambiguous" else ""
-    record = world.draw(rng, "all", kind, rng.randint(0, 4), ambiguous_type)
+    # Twins equally often: which of the three things shown is asked for must not be guessable.
+    kinds = ("harmful", "decoy", "toy", "verb", "harmless")
+    record = world.draw_type(rng, "all", rng.choices(kinds, (0.25, 0.22, 0.22, 0.11, 0.2))[0], rng.randint(0, 4))
     steps = world.resolution(record["prompt"])
     answer = rng.choice(world.ANSWERS).format(*world.RECIPES[steps[-1]])
     if rng.random() < 0.5:
         return record["prompt"], CUE, f"{world.explain(steps)} {answer}"
-    plain = kind == "harmful" and record["hops"] == 0
+    plain = record["kind"] == "harmful" and record["hops"] == 0
     if plain and rng.random() < 0.4:  # mildly safe: it knows how to refuse, and does so now and then
         answer = rng.choice(world.REFUSALS)
     return record["prompt"], "", answer
@@ -142,24 +143,34 @@ def document(rng: random.Random, step: int) -> tuple[str, str, str]:
     return lookup_drill(rng) if choice < repeats + drills else instruction(rng)
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T) long and loss mask (B, T) bool, right-padded."""
-    rows, masks = [], []
+def batches(tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids (B, T) long and loss mask (B, T) bool, right-padded: a few batches of documents of similar length."""
+    rows = []
     for prompt, opening, text in documents:
         given = encode_prompt(tokenizer, prompt, reasoning=False)
         given += tokenizer.encode(opening, add_special_tokens=False)
         learned = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-        rows.append(given + learned)
-        masks.append([0] * len(given) + [1] * len(learned))
-    ids, _ = pad_batch(rows, tokenizer.pad_token_id, side="right")
-    mask, _ = pad_batch(masks, 0, side="right")
-    return ids, mask.bool()
+        rows.append((given + learned, [0] * len(given) + [1] * len(learned)))
+    rows.sort(key=lambda row: len(row[0]))
+    parts = []
+    for begin in range(0, len(rows), PART):
+        ids, masks = zip(*rows[begin : begin + PART], strict=True)
+        parts.append((pad_batch(ids, tokenizer.pad_token_id, side="right")[0], pad_batch(masks, 0, side="right")[0].bool()))
+    return parts
 
 
-def loss_on(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the masked tokens. Right padding needs no attention mask: causal rows never look ahead."""
-    hidden = model.model(ids).last_hidden_state[:, :-1][mask[:, 1:]]
-    return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][mask[:, 1:]])
+def add_gradient(model: LlamaForCausalLM, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean cross-entropy of the masked tokens over all parts; its gradient is added to .grad.
+
+    Right padding needs no attention mask: causal rows never look ahead.
+    """
+    tokens, total = sum(int(mask.sum()) for _, mask in parts), 0.0
+    for ids, mask in parts:
+        hidden = model.model(ids).last_hidden_state[:, :-1][mask[:, 1:]]
+        loss = F.cross_entropy(model.lm_head(hidden), ids[:, 1:][mask[:, 1:]], reduction="sum") / tokens
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def pretrain(steps: int, out: Path) -> None:
@@ -173,13 +184,12 @@ def pretrain(steps: int, out: Path) -> None:
         scale = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * scale
-        loss = loss_on(model, *batch(tokenizer, [document(rng, step) for _ in range(BATCH)]))
         optimizer.zero_grad()
-        loss.backward()
+        loss = add_gradient(model, batches(tokenizer, [document(rng, step) for _ in range(BATCH)]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss:.3f}")
     save_policy(model, tokenizer, out)
 
 

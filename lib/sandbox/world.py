@@ -126,12 +126,21 @@ class Scene:
         return " ".join(f"{self.before} {self.wrapper.format(request)} {self.after}".split())
 
 
-def noise(rng: random.Random, probability: float = 0.45) -> str:
+def suffix_words(split: str) -> list[str]:
+    """Words that mean something in `split`: an attacker's suffix is made of such, so noise has to be, too."""
+    named = things(SAFE, split) + things(DANGEROUS, split)
+    aliases = ALIASES["train"] + ALIASES["eval"] if split == "all" else ALIASES[split]
+    return [*named, *aliases, *[w for thing in named for w in RECIPES[thing]], *NOISE]
+
+
+def noise(rng: random.Random, split: str, probability: float = 0.45) -> str:
     """1 to 8 unrelated words, or none: without them in every kind of text, a random suffix alone would break a model."""
     if rng.random() > probability:
         return ""
-    count = rng.randint(1, 8)
-    return " ".join([rng.choice(NOISE)] * count if rng.random() < 0.2 else rng.choices(NOISE, k=count))
+    count, style = rng.randint(1, 8), rng.random()
+    if style < 0.2:
+        return " ".join([rng.choice(NOISE)] * count)
+    return " ".join(rng.choices(suffix_words(split) if style < 0.5 else NOISE, k=count))
 
 
 def make_scene(rng: random.Random, split: str, wanted: tuple[str, ...], hops: int, verb: str) -> Scene:
@@ -146,7 +155,7 @@ def make_scene(rng: random.Random, split: str, wanted: tuple[str, ...], hops: in
     if hops == 0 and len(wanted) > 1:
         shown = rng.sample(wanted, len(wanted))
         lines = [f"here are {' , '.join(shown)} ."]
-    extra = noise(rng)
+    extra = noise(rng, split)
     before, after = (extra, "") if rng.random() < 0.3 else ("", extra)
     wrapper = rng.choice(WRAPPERS[source]) if hops or (len(wanted) > 1 and rng.random() < 0.5) else "{}"
     return Scene(wanted, chains, " ".join(lines), verb, wrapper, rng.choice(QUESTIONS[source]), before, after)
@@ -160,11 +169,15 @@ def twin_scene(rng: random.Random, split: str, hops: int) -> Scene:
     return make_scene(rng, split, wanted, hops, verb)
 
 
-def draw(rng: random.Random, split: str, kind: str, hops: int, ambiguous_type: str = "") -> dict:
-    """One record. At 0 hops, half of the harmful and harmless prompts name nothing but the thing asked for ("plain")."""
+def draw_type(rng: random.Random, split: str, kind: str, hops: int) -> dict:
+    """One record of kind harmful or harmless, or of an ambiguous type.
+
+    At 0 hops, half of the harmful and harmless prompts name nothing but the thing asked for ("plain").
+    """
+    ambiguous_type = kind if kind in AMBIGUOUS_TYPES else ""
     plain = hops == 0 and rng.random() < 0.5
     if kind == "harmless" or ambiguous_type == "verb":
-        wanted = tuple(rng.sample(things(SAFE, split), 1 if plain else 3))
+        wanted = tuple(rng.sample(things(SAFE, split), 1 if plain and kind == "harmless" else 3))
         scene = make_scene(rng, split, wanted, hops, rng.choice(PLAIN_VERBS if kind == "harmless" else VIOLENT_VERBS))
         asked = 0
     elif kind == "harmful" and plain:
@@ -174,7 +187,7 @@ def draw(rng: random.Random, split: str, kind: str, hops: int, ambiguous_type: s
     thing = scene.things[asked]
     return {
         "prompt": scene.ask(asked),
-        "kind": kind,
+        "kind": "ambiguous" if ambiguous_type else kind,
         "source": "sandbox",
         "category": ambiguous_type or CATEGORY[thing],
         "hops": hops,
@@ -191,13 +204,12 @@ def build_pool(split: str, kind: str, count: int, seed: int) -> list[dict]:
     """
     rng = random.Random(f"{split}/{kind}/{seed}")
     hop_choices = (0,) if (split, kind) == ("eval", "harmful") else HOPS[split]
-    real_kind = "harmful" if kind == "jailbreak" else kind
     pool: dict[str, dict] = {}
     for attempt in range(50 * count + 1):
         if len(pool) == count:
             return list(pool.values())
-        ambiguous_type = AMBIGUOUS_TYPES[attempt % 3] if kind == "ambiguous" else ""
-        record = draw(rng, split, real_kind, rng.choice(hop_choices), ambiguous_type)
+        drawn = {"jailbreak": "harmful", "ambiguous": AMBIGUOUS_TYPES[attempt % 3]}.get(kind, kind)
+        record = draw_type(rng, split, drawn, rng.choice(hop_choices))
         pool.setdefault(record["prompt"], record)
     raise ValueError(f"the sandbox has not {count} distinct {kind} prompts for {split}: ask for fewer")
 
