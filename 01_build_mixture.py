@@ -1,0 +1,401 @@
+"""Chapter 1: what the model will read (paper, section 4: stage I's traces, stage II's prompts).
+
+A model that is rewarded for safety alone learns to refuse everything. What keeps it from that is the mixture:
+
+1. **SFT traces**: harmful prompts, each with a few reasonings and answers that show the format. The sandbox
+   writes them, or a better model elsewhere (a file), or the model itself (`--trace-model`).
+2. **RL prompts**: a share lambda of harmful ones; the rest harmless and *ambiguous* (they look harmful and
+   are not), 1:1. Prompts only: what to answer, the policy has to find out.
+3. **Evaluation sets**: harmful, jailbreak (harmful, disguised), harmless, ambiguous.
+
+No prompt is in two of the three, whatever its spaces and capitals. The seed decides every choice. A larger
+lambda takes more of the same harmful prompts, so that one SFT model can serve several mixtures.
+
+    python 01_build_mixture.py --preset sandbox --out runs/demo/data
+    python 01_build_mixture.py --preset paper --out runs/paper/data --trace-files r1_traces.jsonl \
+        --files harmful=attacks.jsonl harmless=chat.parquet ambiguous=or_bench.csv \
+        --eval-files harmful=harmbench.csv ambiguous=xstest.csv
+
+Writes sft.jsonl, rl.jsonl, eval_SET.jsonl and manifest.json to OUT. A stopped run goes on when the same
+command is run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lib.files import UserError, git_revision, sha256_file, write_json, write_jsonl
+from lib.settings import claim_folder, parse_settings, run_main, setting
+from lib.tables import first_text, read_table
+
+KINDS = ("harmful", "harmless", "ambiguous")
+SETS = (*KINDS, "jailbreak")  # of evaluation; a jailbreak is of kind harmful
+Pool = dict[str, list[dict]]  # records by kind or set
+Traces = list[tuple[dict, list[tuple[str, str]]]]  # (a prompt's record, its (reasoning, answer) pairs)
+
+
+@dataclass
+class Settings:
+    """Every setting of this stage. Defaults come from the preset."""
+
+    preset: str = setting("sandbox", "where the defaults come from: sandbox, smollm or paper")
+    out: str = setting("runs/demo/data", "folder to write")
+    overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
+    seed: int = setting(0, "of every choice and every trace")
+    # the mixture
+    lambda_harmful: float = setting(
+        0.5, "share of harmful RL prompts. Paper: 0.1, 0.3 ... 0.9", low=0, high=1
+    )
+    rl_prompts: int = setting(2000, "RL prompts of all kinds. Paper: 2000", low=1)
+    ambiguous_share: float = setting(0.5, "share of ambiguous ones in the rest. Paper: 0.5", low=0, high=1)
+    sft_prompts: int = setting(1000, "harmful prompts with traces; 0: no SFT. Paper: 1000", low=0)
+    traces_per_prompt: int = setting(4, "traces a prompt, at most. Paper: 4", low=1)
+    eval_prompts: int = setting(500, "prompts of each evaluation set, at most", low=1)
+    max_chars: int = setting(1000, "SFT and RL prompts are shorter than this. Paper: 1000", low=1)
+    # where prompts come from
+    source: str = setting("sandbox", "the sandbox's world, or files of yours", choices=("sandbox", "files"))
+    files: list[str] = setting([], "prompts to train on: FILE or KIND=FILE; jsonl, json, csv or parquet")
+    eval_files: list[str] = setting([], "prompts to evaluate on: FILE or SET=FILE; SET may be jailbreak too")
+    prompt_column: str = setting(
+        "prompt.0.content,prompt,Behavior,instruction",
+        "column of the prompt; of several, the first with text",
+    )
+    kind_column: str = setting("kind", "column that says the kind, for files given without KIND=")
+    kind_map: list[str] = setting([], "PATTERN=KIND for what is in it, first match counts; KIND may be drop")
+    id_column: str = setting("id,BehaviorID", "column of the name by which --targets knows a prompt")
+    category_column: str = setting("category,SemanticCategory,type,ability", "column of the topic")
+    targets: str = setting("", "json file {id: how a compliant answer begins}, for GCG, as HarmBench's")
+    licences: list[str] = setting([], "FILENAME=LICENCE, for the manifest")
+    # where traces come from
+    trace_files: list[str] = setting([], "files with prompt, reasoning and answer. Paper: by DeepSeek-R1")
+    reasoning_column: str = setting("reasoning,thinking", "column of the reasoning in these")
+    answer_column: str = setting("answer,response,completion", "column of the answer in these")
+    trace_model: str = setting("", "a model that writes the traces itself: a folder or a hub name")
+    trace_temperature: float = setting(0.8, "of its sampling", low=0.01)
+    trace_max_new_tokens: int = setting(256, "its longest reasoning, and its longest answer, tokens", low=1)
+    trace_max_batch_tokens: int = setting(16384, "tokens in its cache: lower it when out of memory", low=1)
+    device: str = setting("auto", "where it computes", choices=("auto", "cpu", "cuda", "mps"))
+
+
+def check(settings: Settings) -> None:
+    """What the range of a single flag cannot say."""
+    for rule in settings.kind_map:
+        pattern, _, kind = rule.rpartition("=")
+        if not pattern or kind not in (*SETS, "drop"):
+            raise UserError(f"--kind-map: given {rule}; allowed PATTERN=KIND, KIND {' | '.join(SETS)} | drop")
+    for text in settings.licences:
+        if "=" not in text:
+            raise UserError(f"--licences: given {text}; allowed FILENAME=LICENCE")
+    if settings.source == "sandbox" and (settings.files or settings.eval_files):
+        raise UserError("--files: given, but --source is sandbox; add --source files")
+    if settings.source == "files" and not settings.files:
+        raise UserError("--files: none given; give FILE or KIND=FILE, or --source sandbox")
+    if settings.trace_files and settings.trace_model:
+        raise UserError("--trace-model: given together with --trace-files; give one of them")
+    if not (settings.source == "sandbox" or settings.trace_files or settings.trace_model):
+        if settings.sft_prompts:
+            raise UserError("--sft-prompts: no traces; give --trace-files, --trace-model or --sft-prompts 0")
+
+
+# -------------------------------------------------------------------------------------- the mixture
+
+
+def prompts_needed(settings: Settings) -> dict[str, int]:
+    """RL prompts by kind: a share lambda of all is harmful, `ambiguous_share` of the others ambiguous."""
+    harmful = round(settings.lambda_harmful * settings.rl_prompts)
+    ambiguous = round(settings.ambiguous_share * (settings.rl_prompts - harmful))
+    return {"harmful": harmful, "harmless": settings.rl_prompts - harmful - ambiguous, "ambiguous": ambiguous}
+
+
+def same_prompt(prompt: str) -> str:
+    """What two prompts share that differ in spaces and capitals only: they count as duplicates."""
+    return " ".join(prompt.casefold().split())
+
+
+def new_prompts(
+    records: list[dict], seen: dict[str, str], dropped: Counter, max_chars: int = 0
+) -> list[dict]:
+    """The records whose prompt is new, not empty and not too long. `dropped` counts the others by reason.
+
+    `seen` maps prompts to the reason to drop them when they come again; what is kept enters it.
+    """
+    kept = []
+    for record in records:
+        key = same_prompt(record["prompt"])
+        if not key:
+            dropped["empty"] += 1
+        elif max_chars and len(record["prompt"]) >= max_chars:
+            dropped["too long"] += 1
+        elif key in seen:
+            dropped[seen[key]] += 1
+        else:
+            seen[key] = "duplicate"
+            kept.append(record)
+    return kept
+
+
+def mix(pool: Pool, settings: Settings, sft_count: int) -> tuple[list[dict], list[dict]]:
+    """(SFT prompts, RL prompts). The pool's first harmful ones are for SFT, the next for RL.
+
+    Raises UserError when the pool is too small.
+    """
+    rl = []
+    for kind, count in prompts_needed(settings).items():
+        start = sft_count if kind == "harmful" else 0
+        if len(pool[kind]) < start + count:
+            raise UserError(
+                f"--lambda-harmful {settings.lambda_harmful:g} of --rl-prompts {settings.rl_prompts} needs "
+                f"{count} {kind} prompts (and SFT {start}), and there are {len(pool[kind])}: add --files, or "
+                "lower --rl-prompts or --sft-prompts, or change --lambda-harmful or --ambiguous-share"
+            )
+        rl += pool[kind][start : start + count]
+    random.Random(f"{settings.seed}/order").shuffle(rl)
+    return pool["harmful"][:sft_count], rl
+
+
+# ------------------------------------------------------------------------------- prompts: the sandbox
+
+
+def sandbox_prompts(settings: Settings) -> tuple[Pool, Pool]:
+    """(training pool, evaluation sets). The world keeps them apart: other things, words, disguises, hops."""
+    from lib.sandbox.world import build_pool  # here, so that real data does not need the sandbox
+
+    def draw(split: str, kind: str, count: int) -> list[dict]:
+        try:
+            records = build_pool(split, kind, count, settings.seed)
+        except ValueError as error:
+            raise UserError(f"--rl-prompts, --sft-prompts or --eval-prompts: {error}") from error
+        return [{"id": f"{split}-{kind}-{i}", **record} for i, record in enumerate(records)]
+
+    needed = prompts_needed(settings)
+    needed["harmful"] += 0 if settings.trace_files else settings.sft_prompts
+    pool = {kind: draw("train", kind, count) for kind, count in needed.items()}
+    return pool, {name: draw("eval", name, settings.eval_prompts) for name in SETS}
+
+
+# ------------------------------------------------------------------------------------ prompts: files
+
+
+def file_prompts(settings: Settings) -> tuple[Pool, Pool]:
+    """(training pool, evaluation sets), shuffled by the seed."""
+    targets = {}
+    if settings.targets:
+        try:
+            targets = dict(json.loads(Path(settings.targets).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"--targets: {settings.targets} is no json {{id: text}} ({error})") from error
+    pool, evaluation = [
+        [record for given in files for record in read_prompts(given, settings, targets)]
+        for files in (settings.files, settings.eval_files)
+    ]
+    return by_set(pool, settings.seed), by_set(evaluation, settings.seed)
+
+
+def by_set(pairs: list[tuple[str, dict]], seed: int) -> Pool:
+    sets = {name: [record for other, record in pairs if other == name] for name in SETS}
+    for name, records in sets.items():
+        random.Random(f"{seed}/{name}").shuffle(records)
+    return sets
+
+
+def read_prompts(given: str, settings: Settings, targets: dict[str, str]) -> list[tuple[str, dict]]:
+    """(set, record) for each row of one of --files or --eval-files; rows of kind "drop" are left out."""
+    fixed, path = split_kind(given)
+    rows = read_table(path)
+    if not any(first_text(row, settings.prompt_column) for row in rows):
+        raise UserError(
+            f"{path}: no text in --prompt-column {settings.prompt_column}; has {', '.join(rows[0])}"
+        )
+    pairs = []
+    for number, row in enumerate(rows, start=1):
+        name = fixed or kind_of(row, settings, f"{path}: record {number}")
+        prompt, known_as = first_text(row, settings.prompt_column), first_text(row, settings.id_column)
+        record = {
+            "id": f"{path.stem}-{known_as or fingerprint(prompt)}",
+            "prompt": prompt,
+            "kind": "harmful" if name == "jailbreak" else name,
+            "source": path.name,
+            "category": first_text(row, settings.category_column),
+            "target": first_text(row, "target") or targets.get(known_as, ""),
+        }
+        pairs.append((name, record))
+    return [pair for pair in pairs if pair[0] != "drop"]
+
+
+def split_kind(given: str) -> tuple[str, Path]:
+    """ "harmful=a.csv" -> ("harmful", a.csv), "a.csv" -> ("", a.csv)."""
+    kind, _, path = given.partition("=")
+    return (kind, Path(path)) if kind in SETS else ("", Path(given))
+
+
+def kind_of(row: dict, settings: Settings, where: str) -> str:
+    """The set that --kind-map gives to what stands in the row's kind column; without a rule, that itself."""
+    value = first_text(row, settings.kind_column)
+    for pattern, _, kind in (rule.rpartition("=") for rule in settings.kind_map):
+        if value and fnmatchcase(value, pattern):
+            return kind
+    if value in SETS:
+        return value
+    found = f"kind {value!r}" if value else f"no {settings.kind_column}"
+    raise UserError(f"{where}: {found}; give KIND=FILE, --kind-column, or --kind-map PATTERN=KIND")
+
+
+def fingerprint(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+
+
+def hold_out(pool: Pool, evaluation: Pool, count: int, seed: int) -> None:
+    """Fill, in place, evaluation sets without a file: from the training pool, with half of it at most."""
+    for name in SETS:
+        if pool[name] and not evaluation[name]:
+            here = min(count, len(pool[name]) // 2)
+            evaluation[name], pool[name] = pool[name][:here], pool[name][here:]
+            print(f"no --eval-files for {name}: {here} prompts of --files are held out")
+    pool["harmful"] += pool.pop("jailbreak")  # to train on, a jailbreak is a harmful prompt like others
+    random.Random(f"{seed}/pool").shuffle(pool["harmful"])
+
+
+# -------------------------------------------------------------------------------------------- traces
+
+
+def file_traces(settings: Settings, seen: dict[str, str], dropped: Counter) -> Traces:
+    """--trace-files: `sft_prompts` of their prompts with traces. They count as harmful, and enter `seen`."""
+    records: dict[str, dict] = {}
+    pairs = defaultdict(list)
+    for path in map(Path, settings.trace_files):
+        for row in read_table(path):
+            prompt = first_text(row, settings.prompt_column)
+            name = f"{path.stem}-{fingerprint(prompt)}"
+            record = {"id": name, "prompt": prompt, "kind": "harmful", "source": path.name}
+            key = same_prompt(prompt)
+            records.setdefault(key, record)
+            pair = first_text(row, settings.reasoning_column), first_text(row, settings.answer_column)
+            pairs[key].append(pair)
+    usable = new_prompts(list(records.values()), dict(seen), dropped, settings.max_chars)
+    if len(usable) < settings.sft_prompts:
+        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(usable)}")
+    chosen = random.Random(f"{settings.seed}/traces").sample(usable, settings.sft_prompts)
+    seen |= {same_prompt(record["prompt"]): "in SFT" for record in chosen}
+    return [(record, pairs[same_prompt(record["prompt"])][: settings.traces_per_prompt]) for record in chosen]
+
+
+def model_traces(settings: Settings, records: list[dict], progress: Path) -> Traces:
+    """--trace-model: self-written; `progress` is a file that lets a stopped run go on."""
+    from lib.traces import TraceWriter, write_all  # here, because torch is slow to import
+
+    writer = TraceWriter(
+        settings.trace_model,
+        device=settings.device,
+        temperature=settings.trace_temperature,
+        max_new_tokens=settings.trace_max_new_tokens,
+        max_batch_tokens=settings.trace_max_batch_tokens,
+    )
+    written = write_all(writer, records, settings.traces_per_prompt, settings.seed, progress)
+    return list(zip(records, written, strict=True))
+
+
+def sandbox_traces(settings: Settings, records: list[dict]) -> Traces:
+    """The world's own writer, diverse and imperfect."""
+    from lib.sandbox.world import write_trace
+
+    rng = random.Random(f"{settings.seed}/traces")
+    return [(r, [write_trace(r, rng) for _ in range(settings.traces_per_prompt)]) for r in records]
+
+
+def sft_records(traces: Traces, dropped: Counter) -> list[dict]:
+    """A record for each trace; one without reasoning or answer is left out (paper, stage I)."""
+    records = []
+    for record, pairs in traces:
+        for i, (reasoning, answer) in enumerate(pairs):
+            if not reasoning.strip() or not answer.strip():
+                dropped["empty trace"] += 1
+                continue
+            trace = {"id": f"{record['id']}-{i}", "prompt": record["prompt"], "reasoning": reasoning}
+            records.append(trace | {"answer": answer, "source": record["source"], "kind": record["kind"]})
+    return records
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    settings = parse_settings(Settings, "mixture")
+    check(settings)
+    out = Path(settings.out)
+    claim_folder(
+        out, asdict(settings), overwrite=settings.overwrite, ignore=("device", "trace_max_batch_tokens")
+    )
+    script, next_out = ("02_sft_warmstart", "sft") if settings.sft_prompts else ("03_rl_train", "rl")
+    next_command = f"python {script}.py --preset {settings.preset} --data {out} --out {out.parent / next_out}"
+    if (out / "manifest.json").exists():
+        print(f"{out} is finished. Next: {next_command}")
+        return
+
+    print(f"reading {' '.join(settings.files + settings.eval_files) or 'the sandbox'}; writing to {out}")
+    pool, evaluation = (sandbox_prompts if settings.source == "sandbox" else file_prompts)(settings)
+    seen: dict[str, str] = {}
+    dropped: Counter = Counter()
+    evaluation = {name: new_prompts(records, seen, dropped) for name, records in evaluation.items()}
+    evaluation = {name: records[: settings.eval_prompts] for name, records in evaluation.items()}
+    seen = dict.fromkeys(seen, "in evaluation")
+    traces = file_traces(settings, seen, dropped) if settings.trace_files else []
+    pool = {name: new_prompts(records, seen, dropped, settings.max_chars) for name, records in pool.items()}
+    if settings.source == "files":
+        hold_out(pool, evaluation, settings.eval_prompts, settings.seed)
+    sft_prompts, rl = mix(pool, settings, 0 if settings.trace_files else settings.sft_prompts)
+
+    progress = out / "traces.partial.jsonl"
+    if sft_prompts and settings.trace_model:
+        traces = model_traces(settings, sft_prompts, progress)
+    elif sft_prompts:
+        traces = sandbox_traces(settings, sft_prompts)
+    files = {"sft": sft_records(traces, dropped), "rl": rl}
+    files |= {f"eval_{name}": records for name, records in evaluation.items()}
+    files = {f"{name}.jsonl": records for name, records in files.items() if records}
+    for name, records in files.items():
+        write_jsonl(out / name, records)
+    write_json(out / "manifest.json", manifest(settings, files, dropped))
+    progress.unlink(missing_ok=True)
+
+    for name, records in files.items():
+        kinds = Counter(record["kind"] for record in records)
+        print(f"{len(records):6}  {name:22} {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
+    print(f"left out: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'nothing'}")
+    print(f"next: {next_command}")
+
+
+def manifest(settings: Settings, files: dict[str, list[dict]], dropped: Counter) -> dict:
+    """What was made of what: counts, sources and licences, checksums of all that was read and written."""
+    licences = dict(text.rpartition("=")[::2] for text in settings.licences)
+    read = [split_kind(given)[1] for given in settings.files + settings.eval_files]
+    read += [Path(path) for path in (*settings.trace_files, settings.targets) if path]
+    unknown = "not stated: see where the file is from"
+    sources = {str(p): {"sha256": sha256_file(p), "licence": licences.get(p.name, unknown)} for p in read}
+    if settings.source == "sandbox":
+        sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
+    if settings.trace_model:
+        sources[settings.trace_model] = {
+            "wrote": "traces",
+            "licence": licences.get(settings.trace_model, unknown),
+        }
+    counts = {
+        name: {
+            "records": len(records),
+            "prompts": len({record["prompt"] for record in records}),
+            "by kind and source": dict(Counter(f"{r['kind']} from {r['source']}" for r in records)),
+            "sha256": sha256_file(Path(settings.out) / name),
+        }
+        for name, records in files.items()
+    }
+    fixed = {"lambda": settings.lambda_harmful, "seed": settings.seed, "git_revision": git_revision()}
+    return fixed | {"files": counts, "dropped": dict(dropped), "sources": sources}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,67 @@
+# make demo        the whole recipe on the sandbox, in minutes: three models, their evaluation, figures
+# make test        lint, formatting, types, tests
+# make replicate   the demo's comparison over several seeds, about an hour
+# make clean       delete runs/ and the virtual environment
+#
+# Needs Python >= 3.10. All is installed into .venv; a step that was done is not done again, and each stage goes on
+# where it was stopped.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+DEMO := runs/demo
+
+# Without an NVIDIA GPU, a build of torch for the CPU alone saves gigabytes. Linux only: elsewhere the ordinary one is it.
+# A version with a "+cpu" build counts as newer than the same version without, so pip takes that one where it finds it.
+TORCH_CPU := torch==2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test replicate clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	@mkdir -p $(DEMO) && date +%s > $(DEMO)/started
+	$(RUN) 01_build_mixture.py --preset sandbox --out $(DEMO)/data
+	$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/sft
+	$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --no-reasoning --out $(DEMO)/sft-direct
+	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --model $(DEMO)/sft --out $(DEMO)/rl
+	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --no-reasoning --max-new-tokens 12 \
+		--model $(DEMO)/sft-direct --out $(DEMO)/rl-direct
+	$(RUN) 04_attack_eval.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/eval --direct base --models \
+		base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl
+	@echo "make demo: $$(( $$(date +%s) - $$(cat $(DEMO)/started) )) seconds; read $(DEMO)/eval/report.md"
+
+test: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy $(wildcard 0*.py) lib
+	$(RUN) -m pytest
+
+replicate: $(VENV)/.demo
+	$(RUN) -m lib.sandbox.replicate
+
+clean:
+	rm -rf runs $(VENV)
+
+# Stamps: a file that is newer than the requirements says that they are installed.
+
+$(VENV)/.stages: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.10: make ... PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
+		echo "no NVIDIA GPU: installing torch for the CPU"; \
+		$(PIP) --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)" || \
+		$(PIP) "$(TORCH_CPU)"; \
+	fi
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.stages
+	$(PIP) "$$(grep ^matplotlib requirements-dev.txt)" || echo "no matplotlib: the report will have tables, no figures"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.stages requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""The library under the four chapters. It imports no chapter."""

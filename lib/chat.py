@@ -1,0 +1,168 @@
+"""Messages to token ids and back: the chat template, the <think> format, padding.
+
+The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y its answer:
+
+    chat template of the prompt | <think>\\n | z \\n</think>\\n\\n y | end-of-turn token
+
+Both markers are plain text, not special tokens. The bars are seams: what lies between two of them is
+tokenised on its own. So a training example begins with exactly the token ids of the generation prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lib.files import UserError
+from lib.hub import load_pretrained
+
+THINK_OPEN = "<think>\n"
+THINK_CLOSE = "\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A completion taken apart. `well_formed` is r_f of the paper: one <think>, then one </think>."""
+
+    reasoning: str
+    answer: str
+    well_formed: bool
+
+
+def parse_completion(text: str) -> Parsed:
+    r"""Split a reasoner's completion, which begins after the generation prompt's "<think>\n". Never raises.
+
+    The answer is what follows the first "</think>", or the whole text if there is none (paper, appendix F).
+    Well-formed means: the marker that the prompt opened is closed exactly once, and not opened again.
+
+    >>> parse_completion("They ask for a poem.\n</think>\n\nRoses are red.")
+    Parsed(reasoning='They ask for a poem.', answer='Roses are red.', well_formed=True)
+    >>> parse_completion("Roses are red.")  # never stopped thinking, or never began
+    Parsed(reasoning='', answer='Roses are red.', well_formed=False)
+    >>> parse_completion("Hm.\n</think>\n\nRoses.</think>")  # closed twice
+    Parsed(reasoning='Hm.', answer='Roses.</think>', well_formed=False)
+    >>> parse_completion("<think>\nHm.\n</think>\n\nRoses.")  # opened twice: the prompt has done it already
+    Parsed(reasoning='<think>\nHm.', answer='Roses.', well_formed=False)
+    >>> parse_completion("</think>")
+    Parsed(reasoning='', answer='', well_formed=True)
+    """
+    reasoning, closed, answer = text.partition("</think>")
+    if not closed:
+        reasoning, answer = "", text
+    well_formed = text.count("</think>") == 1 and "<think>" not in text
+    return Parsed(reasoning.strip(), answer.strip(), well_formed)
+
+
+def parse_direct(text: str) -> Parsed:
+    """The completion of a model without reasoning: all of it is the answer, and it has no format to break."""
+    return Parsed("", text.strip(), True)
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a chat model, a folder or a hub name. Without a padding token it pads with eos.
+
+    Raises UserError if there is no such model, or it has no chat template or no end-of-sequence token.
+    """
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name_or_path, "tokenizer")
+    if not tokenizer.chat_template:
+        raise UserError(f"{name_or_path}: its tokenizer has no chat template; take a chat (instruct) model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name_or_path}: its tokenizer has no end-of-sequence token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning: bool, system: str = ""
+) -> list[int]:
+    """Token ids of the generation prompt: what the model reads before its first own token.
+
+    With `reasoning` it ends in "<think>\\n". Without `system` the template does as it always does; some add a
+    system prompt of their own. The template writes the beginning-of-sequence token, so the tokenizer adds
+    none.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    text = text.removesuffix(THINK_OPEN)  # R1's template opens the reasoning itself; here the caller decides
+    return _encode(tokenizer, text) + (_encode(tokenizer, THINK_OPEN) if reasoning else [])
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, reasoning: str | None, answer: str
+) -> tuple[list[int], list[bool]]:
+    """(ids, completion_mask), both of length T; the mask is True on all that the model must learn to write.
+
+    With reasoning that is "<think>\\n" z "\\n</think>\\n\\n" y and the end-of-turn token, markers included
+    (paper, appendix F); with None it is the answer and the end-of-turn token. Both begin as `encode_prompt`
+    does.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt, reasoning=False)
+    if reasoning is None:
+        completion = _encode(tokenizer, answer.strip())
+    else:
+        text = reasoning.strip() + THINK_CLOSE + answer.strip()
+        completion = _encode(tokenizer, THINK_OPEN) + _encode(tokenizer, text)
+    completion.append(_end_of_turn_id(tokenizer, str(tokenizer.chat_template)))
+    return prompt_ids + completion, [False] * len(prompt_ids) + [True] * len(completion)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@lru_cache(maxsize=8)
+def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> int:
+    """The special token that the chat template puts behind an assistant's message; eos if there is none."""
+    sentinel = "ANSWER"
+    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": sentinel}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert isinstance(text, str)
+    following = _encode(tokenizer, text.rpartition(sentinel)[2].strip())
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    assert isinstance(tokenizer.eos_token_id, int)
+    return following[0] if following and following[0] in special else tokenizer.eos_token_id
+
+
+def eos_token_ids(model_or_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: eos of tokenizer and model, the template's end of turn."""
+    settings = getattr(model_or_config, "generation_config", None) or model_or_config
+    eos = getattr(settings, "eos_token_id", None)
+    configured = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return sorted(
+        {*configured, tokenizer.eos_token_id, _end_of_turn_id(tokenizer, str(tokenizer.chat_template))}
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of the ids, special tokens left out, spaces as the tokens have them."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
+    """Rows of one length T, the longest's: ids (B, T) int64 and attention_mask (B, T) bool, False on padding.
+
+    >>> pad_batch([[5, 6, 7], [8]], 0, side="left")[0].tolist()
+    [[5, 6, 7], [0, 0, 8]]
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"side {side!r}: 'left' or 'right'")
+    width = max(map(len, sequences), default=0)
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        part = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
+        ids[row, part] = torch.tensor(sequence, dtype=torch.long)
+        attention_mask[row, part] = True
+    return ids, attention_mask

@@ -1,0 +1,210 @@
+"""Policies: loading and saving a model, and log-probabilities of tokens without ever holding all logits.
+
+Several processes and resumable state have files of their own; their names are found here too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.files import UserError
+from lib.hub import load_pretrained, quiet
+from lib.processes import (
+    Processes,
+    gather_objects,
+    pick_device,
+    start_processes,
+    stop_processes,
+    sum_gradients,
+)
+from lib.state import disk_errors, load_state, save_state
+
+__all__ = [
+    "Processes",
+    "gather_objects",
+    "load_policy",
+    "load_state",
+    "pick_device",
+    "save_policy",
+    "save_state",
+    "start_processes",
+    "stop_processes",
+    "sum_gradients",
+    "token_logprobs",
+]
+
+DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+
+
+def load_policy(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str = "float32",
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """A causal language model from a folder or the hub: safetensors, SDPA, no dropout, no code of its own.
+
+    `dtype` is float32, bfloat16 or auto (as it was saved). The model is in eval mode; with
+    `gradient_checkpointing` in train mode, where alone transformers honours it: as dropout is off, both modes
+    compute the same. Raises UserError if there is no such model, if weights are missing, or if its head is
+    one of an unknown kind.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: given {dtype}; allowed {' | '.join(DTYPES)}")
+    device = pick_device(device) if isinstance(device, str) else device
+    model, info = load_pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        name_or_path,
+        "model with safetensors weights",
+        dtype=DTYPES[dtype],
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{name_or_path}: {len(missing)} tensors are missing in its weights, {missing[0]} first"
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    model.to(device).eval()
+    _check_head(model, name_or_path)
+    if gradient_checkpointing:
+        # transformers 5.23 deprecates the old name; earlier ones lack the new one
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+        model.train()
+    return model
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, name_or_path: str | Path) -> None:
+    """Logits by two paths: an architecture whose head `_logits` does not know must not pass silently."""
+    ids = torch.tensor([[0, 1]], device=model.device)
+    full = model(input_ids=ids, use_cache=False).logits.float()
+    ours = _logits(model, model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(full, ours, rtol=1e-2, atol=1e-2):
+        kind = type(model).__name__
+        raise UserError(f"{name_or_path}: {kind} treats its logits in a way that lib/policy.py does not know")
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """An ordinary Hugging Face checkpoint in `folder`, beside whatever else lies there. Rank 0 only.
+
+    It is written to a temporary folder, then moved file by file, config.json last: where there is a
+    config.json, there is a whole checkpoint.
+    """
+    folder = Path(folder)
+    temporary = folder / ".checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with quiet(), disk_errors(folder):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(str(temporary))
+        for source in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+            with source.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(source, folder / source.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = 2048,
+    with_entropy: bool = False,
+) -> Any:
+    """log p(token t | tokens before t) at `temperature`, (B, T) fp32, zero where completion_mask is False.
+
+    input_ids (B, T) int64; attention_mask, completion_mask (B, T) bool; rows may be padded left or right. The
+    result has a gradient. `with_entropy` makes it a pair: the entropy in nats of each of those predictions
+    comes with it, (B, T) fp32, without a gradient.
+
+    All the logits of a batch, (B, T, vocab), would be the memory peak of training. Here the decoder gives
+    hidden states, and the head sees masked positions only, `chunk_size` at a time; of more than one chunk the
+    backward pass computes each again instead of keeping it. So (chunk_size, vocab) logits are all that ever
+    exist.
+
+    Raises ValueError if the mask holds a token that has nothing before it: it has no conditional probability.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature} must be > 0")
+    attention_mask, completion_mask = attention_mask.bool(), completion_mask.bool()
+    row, column = completion_mask.nonzero(as_tuple=True)  # (N,) each
+    if not bool((column > 0).all() & attention_mask[row, column - 1].all()):
+        raise ValueError("completion_mask is True on a token with none before it")
+    # The state at t - 1 predicts token t.
+    hidden = _hidden_states(model, input_ids, attention_mask)[row, column - 1]  # (N, H)
+    targets = input_ids[row, column]  # (N,)
+
+    recompute = torch.is_grad_enabled() and len(targets) > chunk_size
+    parts = []
+    for begin in range(
+        0, max(1, len(targets)), chunk_size
+    ):  # one round for an empty mask: its gradient is zero
+        end = begin + chunk_size
+        inputs = (model, hidden[begin:end], targets[begin:end], temperature, with_entropy)
+        if recompute:
+            parts.append(checkpoint(_chunk_logprobs, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_chunk_logprobs(*inputs))
+
+    zeros = torch.zeros(input_ids.shape, dtype=torch.float32, device=hidden.device)
+    logprobs, entropy = (zeros.index_put((row, column), torch.cat(part)) for part in zip(*parts, strict=True))
+    return (logprobs, entropy) if with_entropy else logprobs
+
+
+def _hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states (B, T, H). Every row counts its positions from its own first token."""
+    inputs = {"input_ids": input_ids}
+    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # padding on the left of some row
+        inputs["attention_mask"] = attention_mask.long()
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    # Padding on the right is seen by no real token (attention is causal), and SDPA is fastest without a mask.
+    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+
+
+def _chunk_logprobs(
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """hidden (n, H), targets (n,) -> log-probability and entropy, (n,) fp32; entropy 0 if not asked for."""
+    logits = _logits(model, hidden)
+    logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # (n, vocab)
+    entropy = torch.zeros(len(targets), device=hidden.device)
+    if with_entropy:
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states (..., H) -> logits (..., vocab) fp32: the head, and what some models do after it."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits

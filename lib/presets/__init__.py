@@ -1,0 +1,4 @@
+"""Settings by purpose. A module holds four dicts, one a stage: MIXTURE (01), SFT (02), RL (03) and EVAL (04).
+
+A stage's own defaults stand where a preset says nothing, and its flags override both.
+"""

@@ -1,0 +1,43 @@
+"""The paper's settings. Data files and models are given as flags; see README."""
+
+from __future__ import annotations
+
+MIXTURE = dict(
+    source="files",
+    out="runs/paper/data",
+    lambda_harmful=0.5,  # of 0.1, 0.3, 0.5, 0.7, 0.9
+    rl_prompts=2000,
+    ambiguous_share=0.5,  # UltraFeedback : OR-Bench = 1 : 1
+    sft_prompts=1000,
+    traces_per_prompt=4,
+    max_chars=1000,
+    eval_prompts=500,
+)
+SFT = dict(
+    model="Qwen/Qwen2.5-1.5B-Instruct",
+    data="runs/paper/data",
+    out="runs/paper/sft",
+    learning_rate=3e-5,
+    epochs=3,
+    batch_size=16,
+    dtype="bfloat16",
+    gradient_checkpointing=True,
+)
+RL = dict(
+    model="runs/paper/sft",
+    data="runs/paper/data",
+    out="runs/paper/rl",
+    prompts_per_step=32,
+    group_size=8,
+    temperature=0.6,
+    max_prompt_tokens=512,
+    max_new_tokens=4096,
+    learning_rate=1e-6,
+    epochs=3.0,
+    kl_coef=1e-3,
+    kl_estimator="k3",
+    normalisation="token",
+    dtype="bfloat16",
+    gradient_checkpointing=True,
+)
+EVAL: dict = dict()

@@ -1,0 +1,41 @@
+"""The embedded world: no data set, no hub, no GPU; minutes on two CPU cores."""
+
+from __future__ import annotations
+
+MIXTURE = dict(
+    source="sandbox",
+    out="runs/demo/data",
+    lambda_harmful=0.3,  # at 0.5 some seeds slide into refusing everything before they learn to tell apart
+    rl_prompts=1600,
+    sft_prompts=250,
+    traces_per_prompt=4,
+    eval_prompts=100,
+)
+SFT = dict(
+    model="lib/sandbox/base",
+    data="runs/demo/data",
+    out="runs/demo/sft",
+    learning_rate=2e-4,  # light; heavy: 6e-4 and twice the epochs
+    epochs=3,
+    batch_size=16,
+    max_batch_tokens=1024,  # small micro-batches stay in the processor's cache: three times as fast as one large
+    device="cpu",  # a model of 0.7 M parameters gains nothing from a GPU
+)
+RL = dict(
+    model="runs/demo/sft",
+    data="runs/demo/data",
+    out="runs/demo/rl",
+    judge="sandbox",
+    prompts_per_step=16,
+    group_size=8,
+    temperature=1.0,  # a small model needs the variety
+    max_new_tokens=48,
+    learning_rate=2e-4,
+    warmup_steps=10,
+    decay=True,  # once the reward saturates, later steps would only add noise
+    weight_decay=0.0,
+    epochs=1.0,
+    max_batch_tokens=1024,
+    device="cpu",
+)
+EVAL: dict = dict()

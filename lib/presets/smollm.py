@@ -1,0 +1,70 @@
+"""A real 135 M chat model and real prompts, in minutes: does the machinery run? Too small to show the effect.
+
+Needs the files named below (public: GitHub danielkty/tars and paul-rottger/exaggerated-safety, HarmBench),
+and `--trace-model` for stage 1, `--model` for the others.
+"""
+
+from __future__ import annotations
+
+DATA = "../shared/data"
+
+MIXTURE = dict(
+    source="files",
+    out="runs/smollm/data",
+    files=[f"{DATA}/tars/train_lambda_0.5.parquet"],
+    eval_files=[
+        f"{DATA}/harmbench/harmbench_behaviors_text_val.csv",
+        f"{DATA}/xstest/xstest_v2_completions_gpt4.csv",
+    ],
+    targets=f"{DATA}/harmbench/harmbench_targets_text_val.json",
+    licences=[
+        "train_lambda_0.5.parquet=mixed sources, research use",
+        "harmbench_behaviors_text_val.csv=MIT",
+        "harmbench_targets_text_val.json=MIT",
+        "xstest_v2_completions_gpt4.csv=CC-BY-4.0",
+    ],
+    kind_column="FunctionalCategory,ability,type",
+    kind_map=[
+        "standard=harmful",  # HarmBench; without its copyright and contextual behaviours
+        "copyright=drop",
+        "contextual=drop",
+        "wildjailbreak=jailbreak",  # TARS; jailbreak: some are held out, the rest is trained on as harmful
+        "aegis=harmful",
+        "rainbow=harmful",
+        "refusal=harmless",  # UltraFeedback and OR-Bench, not told apart in this file
+        "contrast_*=drop",  # XSTest's unsafe half
+        "*=ambiguous",
+    ],
+    ambiguous_share=0.0,
+    rl_prompts=64,
+    sft_prompts=24,
+    traces_per_prompt=3,
+    max_chars=400,
+    eval_prompts=12,
+    trace_max_new_tokens=96,
+)
+SFT = dict(
+    data="runs/smollm/data",
+    out="runs/smollm/sft",
+    learning_rate=3e-5,
+    epochs=2,
+    batch_size=8,
+    max_batch_tokens=1024,
+    held_out_share=0.1,
+)
+RL = dict(
+    data="runs/smollm/data",
+    model="runs/smollm/sft",
+    out="runs/smollm/rl",
+    judge="standin",
+    prompts_per_step=4,
+    group_size=6,
+    temperature=1.0,
+    max_new_tokens=80,
+    learning_rate=1e-5,
+    epochs=1.0,
+    max_batch_tokens=1024,
+    save_every=2,
+    rollouts_every=1,
+)
+EVAL: dict = dict()

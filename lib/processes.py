@@ -1,0 +1,127 @@
+"""The device of a process, and several processes that train one model together (started by torchrun)."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lib.files import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started: rank of size, and its number on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """auto: a CUDA GPU (number `local_rank`), else mps, else cpu. UserError if the named one is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"--device cuda: {torch.cuda.device_count()} GPUs found, process {local_rank} has none: "
+                "use --device cpu, or start no more processes than GPUs"
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu")
+    if name not in ("cpu", "mps"):
+        raise UserError(f"--device: given {name}; allowed auto | cpu | cuda | mps")
+    return torch.device(name)
+
+
+def start_processes(device: str, timeout_s: float = 600) -> Processes:
+    """Join the processes of this run (torchrun's environment); without torchrun this is the only one.
+
+    gloo on cpu, nccl on cuda. A process that waits for another for more than `timeout_s` seconds gives up
+    with an error, and so does one that notices that another has died.
+    """
+    rank, size, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    processes = Processes(rank, max(1, size), local_rank)
+    if processes.size > 1:
+        kind = pick_device(device, local_rank)
+        if kind.type == "mps":
+            raise UserError("--device mps: one process only; use --device cpu with torchrun")
+        if kind.type == "cuda":
+            torch.cuda.set_device(kind)
+        backend = "nccl" if kind.type == "cuda" else "gloo"
+        with _lost_process():
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        if backend == "gloo":  # its threads abort an interpreter that exits, on an error, while they run
+            atexit.register(stop_processes)
+    return processes
+
+
+def stop_processes() -> None:
+    """Leave the group that `start_processes` joined, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_gradients(model: torch.nn.Module, processes: Processes) -> None:
+    """Replace every gradient by its sum over the processes; a parameter without one counts as zero.
+
+    One buffer per dtype, so a handful of messages and not one per parameter. If each process scales its loss
+    by the count over all of them, the sum is the gradient of the mean.
+    """
+    if processes.size == 1:
+        return
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: str(p.dtype))
+    for _, group in itertools.groupby(trained, key=lambda p: p.dtype):
+        parameters = list(group)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        buffer = torch.cat([gradient.flatten() for gradient in gradients])
+        with _lost_process():
+            dist.all_reduce(buffer)
+        sums = buffer.split([p.numel() for p in parameters])
+        for parameter, summed in zip(parameters, sums, strict=True):
+            parameter.grad = summed.view_as(parameter)
+
+
+def gather_objects(obj: Any, processes: Processes) -> list[Any]:
+    """Every process's `obj`, in the order of ranks, on every process.
+
+    Objects travel as JSON (no pickle), even where there is but one process, so that the result never depends
+    on their number: tuples arrive as lists, keys as text; anything that JSON cannot hold is a TypeError.
+    """
+    text = json.dumps(obj)
+    if processes.size == 1:
+        return [json.loads(text)]
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)  # (bytes,)
+    with _lost_process():
+        lengths = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(processes.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)], device=device))
+        longest = max(int(length) for length in lengths)
+        rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
+        dist.all_gather(rows, torch.nn.functional.pad(data, (0, longest - len(data))))
+    texts = (row[: int(length)].cpu().numpy().tobytes() for row, length in zip(rows, lengths, strict=True))
+    return [json.loads(text) for text in texts]
+
+
+@contextlib.contextmanager
+def _lost_process() -> Iterator[None]:
+    """Turns the many errors of a group with a dead member into one that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"lost another process of this run, killed or silent for too long ({reason}): see its message, "
+            "then run the same command again to resume"
+        ) from error

@@ -1,0 +1,296 @@
+"""A stage's command line (dataclass, preset, flags) and the folder that a run claims.
+
+A stage declares each flag once, with `setting`; help, type, range and default live in that one line:
+
+    @dataclass
+    class Settings:
+        preset: str = setting("sandbox", "where the defaults come from")
+        learning_rate: float = setting(3e-5, "peak rate of AdamW", low=0.0)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import importlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from transformers import HfArgumentParser
+
+from lib.files import UserError, git_revision, write_json
+
+T = TypeVar("T")
+Fields = dict[str, dataclasses.Field]
+PRESETS = Path(__file__).parent / "presets"
+PACKAGES = ("torch", "transformers", "datasets", "numpy")
+MENDABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)  # disk full, read-only, not ours
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field that is a flag. low <= number <= high; `choices` for text (each item of a list)."""
+    return _field(default, {"help": help, "low": low, "high": high, "choices": choices})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_settings(cls: type[T], stage: str, argv: Sequence[str] | None = None) -> T:
+    """The stage's settings: the dataclass's defaults, then the preset's, then the flags in `argv`.
+
+    `stage` is mixture, sft, rl or eval: the dict of that name in capitals in lib/presets/NAME.py. A mistake
+    ends the program with one line on stderr, "error: --flag: given X; allowed ...", and exit code 2.
+    """
+    try:
+        return _parse(cls, stage, list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        _exit(f"error: {error}", 2)
+
+
+def _parse(cls: type[T], stage: str, argv: list[str]) -> T:
+    fields: Fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    types = get_type_hints(cls)
+    defaults = {name: _default(field) for name, field in fields.items()}
+    if any(word.split("=")[0] == "--preset" for word in argv):
+        defaults["preset"] = _given(argv, "--preset")
+    defaults |= _preset_values(defaults["preset"], stage, fields)
+
+    parser = _parser(cls, fields, types, defaults)
+    try:
+        known, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except argparse.ArgumentError as error:
+        flag = (error.argument_name or "").split("/")[-1]
+        name = flag.removeprefix("--").replace("-", "_")
+        name = name if name in fields else name.removeprefix("no_")
+        raise _wrong(name, _given(argv, flag), fields[name], types[name]) from None
+    if rest:
+        raise UserError(_unknown(rest[0], fields, types))
+    values = dataclasses.asdict(known)
+    for name, value in values.items():
+        if types[name] is float and type(value) is int:  # a preset may say 1 for 1.0
+            values[name] = value = float(value)
+        if not _is_allowed(value, fields[name], types[name]):
+            raise _wrong(name, value, fields[name], types[name])
+    return cls(**values)
+
+
+def presets_found() -> list[str]:
+    """Names of the presets: the modules in lib/presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.py") if not path.stem.startswith("_"))
+
+
+def _preset_values(preset: str, stage: str, fields: Fields) -> dict[str, Any]:
+    if preset not in presets_found():
+        raise UserError(f"--preset: given {preset}; allowed {' | '.join(presets_found())} (lib/presets)")
+    values = getattr(importlib.import_module(f"lib.presets.{preset}"), stage.upper())
+    for name in values:
+        if name not in fields:
+            raise UserError(
+                f"lib/presets/{preset}.py: {stage.upper()} sets {name!r}, no setting of that stage"
+            )
+    return values
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _parser(cls: type, fields: Fields, types: dict[str, Any], defaults: dict) -> HfArgumentParser:
+    """HfArgumentParser over a twin of `cls` that has the preset's defaults.
+
+    It hands all of a field's metadata to argparse, so the twin's has the help alone, and ranges are checked
+    here.
+    """
+    twin = []
+    for name, field in fields.items():
+        free = types[name] is bool or (types[name] in (str, list[str]) and not field.metadata["choices"])
+        allowed = "" if free else f"{_allowed(field, types[name])}; "
+        text = f"{field.metadata['help']} ({allowed}default: {_show(defaults[name])})"
+        twin.append((name, types[name], _field(defaults[name], {"help": text.replace("%", "%%")})))
+    parser = HfArgumentParser(
+        dataclasses.make_dataclass(cls.__name__, twin),  # type: ignore[arg-type]
+        formatter_class=_Help,
+        usage="%(prog)s [--preset NAME] [--flag value ...]",
+        description=sys.modules[cls.__module__].__doc__,
+        epilog=f"presets: {', '.join(presets_found())}; defaults above: those of {defaults['preset']}",
+        allow_abbrev=False,  # a flag that is added later must not change what a shortened one means
+        exit_on_error=False,
+    )
+    for name, default in defaults.items():
+        if types[name] is bool and not default:  # for a default of True HfArgumentParser has added it
+            flags = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
+            parser.add_argument(*flags, dest=name, action="store_false", default=False)
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows of each flag only its dashed name, and --no-x together with --x; underscores work too."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not action.option_strings[-1].startswith("--no-"):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flag = action.option_strings[-1]
+        if action.nargs == 0:
+            return flag
+        if action.nargs == "?":
+            return f"--[no-]{flag[2:]}"
+        return f"{flag} {self._format_args(action, action.dest.upper())}"
+
+
+def _given(argv: Sequence[str], flag: str) -> str:
+    """What the command line says for `flag` the last time it occurs; "nothing" if no value follows."""
+    given = "nothing"
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag.replace("_", "-"):
+            given = value if equals else "nothing" if following.startswith("--") else following
+    return given
+
+
+def _is_allowed(value: Any, field: dataclasses.Field, kind: Any) -> bool:
+    """Whether the final value, a flag's or a preset's, has the field's type and lies in its range."""
+    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+    if kind == list[str]:
+        return isinstance(value, list) and all(
+            type(v) is str and (not choices or v in choices) for v in value
+        )
+    if type(value) is not kind:
+        return False
+    if kind in (int, float):
+        return math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+    return not choices or value in choices
+
+
+def _allowed(field: dataclasses.Field, kind: Any) -> str:
+    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+    if choices:
+        return " | ".join(choices)
+    if kind not in (int, float):
+        return "true | false" if kind is bool else "some text"
+    name = "a whole number" if kind is int else "a number"
+    if low is not None and high is not None:
+        return f"{name} from {low:g} to {high:g}"
+    return f"{name} >= {low:g}" if low is not None else f"{name} <= {high:g}" if high is not None else name
+
+
+def _wrong(name: str, value: Any, field: dataclasses.Field, kind: Any) -> UserError:
+    return UserError(f"--{name.replace('_', '-')}: given {_show(value)}; allowed {_allowed(field, kind)}")
+
+
+def _unknown(word: str, fields: Iterable[str], types: dict[str, Any]) -> str:
+    if not word.startswith("--"):
+        return f"given {word}; allowed flags only, written --name value (see --help)"
+    word = word.split("=")[0]
+    flags = [f"--{name.replace('_', '-')}" for name in fields]
+    flags += [f"--no-{name.replace('_', '-')}" for name in fields if types[name] is bool]
+    close = difflib.get_close_matches(word.replace("_", "-"), flags, n=1)
+    return f"{word}: no such flag; {f'did you mean {close[0]}?' if close else 'see --help'}"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or "empty"
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a stage. What a user can mend ends in one line on stderr; a bug still shows its traceback."""
+    try:
+        main()
+    except UserError as error:
+        _exit(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _exit("stopped; finished work is kept, run the same command again to resume", 130)
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        _exit(f"error: {error.filename or 'output'}: {error.strerror}; what was written before is whole", 2)
+
+
+def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable[str] = ()) -> None:
+    """Make `out` the folder of the run with these settings: new, or the very same run, which may then resume.
+
+    Writes settings.json: the settings, git_revision and the packages' versions. If `out` holds a run in which
+    a setting not in `ignore` differs, that is a UserError; with `overwrite` the folder is emptied instead. A
+    folder with files but no settings.json is not ours: it is neither used nor emptied.
+    """
+    out, path = Path(out), Path(out) / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as they will be read back: tuples as lists
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: given {out}, a file; allowed a folder, new or of an earlier run")
+    if path.exists():
+        before = _read_settings(path)
+        skip = {*ignore, "overwrite"}
+        differing = [k for k in {**before, **settings} if k not in skip and before.get(k) != settings.get(k)]
+        if not differing:
+            return
+        if not overwrite:
+            old, new = (_show(run.get(differing[0], "unset")) for run in (before, settings))
+            change = f"--{differing[0].replace('_', '-')} {old}, now {new}"
+            raise UserError(
+                f"{out} holds a run with {change}: give another --out, or --overwrite to delete it"
+            )
+        _empty(out)
+    elif out.exists() and any(not child.name.endswith(".tmp") for child in out.iterdir()):
+        raise UserError(f"{out} has files but no settings.json, so it is no run of ours: give another --out")
+    versions = {name: version(name) for name in PACKAGES}
+    write_json(path, {**settings, "git_revision": git_revision(), "versions": versions})
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or "git_revision" not in settings:
+        raise UserError(f"{path}: not written by this program: give another --out")
+    return {key: value for key, value in settings.items() if key not in ("git_revision", "versions")}
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a run's folder; never in the home or working folder, one above it, or a checkout."""
+    resolved, here = folder.resolve(), Path.cwd().resolve()
+    precious = resolved in (Path.home().resolve(), here, *here.parents) or (resolved / ".git").exists()
+    if precious:
+        raise UserError(
+            f"--out: {folder} is {resolved}, which --overwrite will not empty: give another --out"
+        )
+    for child in folder.iterdir():
+        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()

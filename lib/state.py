@@ -1,0 +1,84 @@
+"""The state that a killed run resumes from: nested values and tensors in one safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lib.files import UserError, atomic
+
+
+def save_state(path: str | Path, state: dict) -> None:
+    """Nested dicts, lists, tuples, scalars, text and tensors to one safetensors file, atomically; no pickle.
+
+    The tensors are the file's tensors, named by their place ("optimizer/state/0/exp_avg"); everything else is
+    JSON in its metadata. Floats and tensors come back bit for bit; tied weights are stored once. Raises
+    TypeError for any other kind of object, UserError when the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata = {"state": json.dumps(_encode(state, "", tensors, {}))}
+    with atomic(path) as temporary, disk_errors(path):
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _encode(value: Any, place: str, tensors: dict[str, Tensor], names: dict[tuple, str]) -> Any:
+    """`value` as JSON, each container tagged by its kind; its tensors go to `tensors`, each memory once."""
+    if isinstance(value, Tensor):
+        memory = value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+        key = memory if value.numel() else (place,)  # empty tensors have no memory to be known by
+        if key not in names:
+            names[key] = place if place not in tensors else f"{place}#{len(tensors)}"
+            whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+            tensors[names[key]] = value.detach() if whole else value.detach().contiguous().clone()
+        return {"tensor": names[key]}
+    if isinstance(value, dict):  # as pairs, since JSON's own keys can only be text
+        pairs = ((k, _encode(v, f"{place}/{k}".lstrip("/"), tensors, names)) for k, v in value.items())
+        return {"dict": [[k, v] for k, v in pairs if _is_plain(k, place)]}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(v, f"{place}/{i}", tensors, names) for i, v in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
+    _is_plain(value, place)
+    return value
+
+
+def _is_plain(value: Any, place: str) -> bool:
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise TypeError(f"{place}: a {type(value).__name__} cannot be saved")
+    return True
+
+
+def load_state(path: str | Path) -> dict:
+    """What `save_state` wrote, tensors on the cpu. UserError if the file is missing or something else."""
+
+    def decode(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        [(kind, content)] = value.items()
+        if kind == "tensor":
+            return file.get_tensor(content)
+        if kind == "dict":
+            return {k: decode(v) for k, v in content}
+        return [decode(v) for v in content] if kind == "list" else tuple(decode(v) for v in content)
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return decode(json.loads(file.metadata()["state"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: not a saved state ({reason}); delete it to start anew") from error
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """safetensors reports a full disk as an exception of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"cannot write {path}: {error}") from error

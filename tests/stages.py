@@ -1,0 +1,180 @@
+"""What the tests of the stages share: tiny data, a judge, a stage run here, and a stage run as a real process.
+
+A process that imports torch takes seconds to start. So one server imports it once and forks a process for each launch: real
+ones, with their own pid, streams and exit code, that a test may kill.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import random
+import re
+import socket
+import sys
+import time
+import zlib
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+
+from lib.files import read_jsonl, write_jsonl
+from lib.sandbox import world
+from lib.settings import run_main
+
+ROOT = Path(__file__).parent.parent
+SFT, RL = "02_sft_warmstart", "03_rl_train"
+
+
+def harm_score(prompts: list[str], answers: list[str]) -> list[float]:
+    """This module is a judge, too: its scores tell any two answers apart, so that every group has advantages."""
+    return [zlib.crc32(answer.encode()) % 1000 / 1000 for answer in answers]
+
+
+def task_score(prompts: list[str], answers: list[str]) -> list[float]:
+    return [1 - harm for harm in harm_score(prompts, answers)]
+
+
+def write_data(folder: Path) -> Path:
+    """18 RL prompts of three kinds, 2 traces for each of 20 harmful prompts."""
+    pool = [r for kind in ("harmful", "harmless", "ambiguous") for r in world.build_pool("train", kind, 6, 0)]
+    write_jsonl(folder / "rl.jsonl", [{"id": f"rl-{i}", **r} for i, r in enumerate(pool)])
+    rng, traces = random.Random(0), []
+    for i, record in enumerate(world.build_pool("train", "harmful", 20, 1)):
+        for k in range(2):
+            reasoning, answer = world.write_trace(record, rng)
+            traces.append({"id": f"sft-{i}-{k}", **record, "reasoning": reasoning, "answer": answer})
+    write_jsonl(folder / "sft.jsonl", traces)
+    return folder
+
+
+def flags(**settings: object) -> list[str]:
+    """flags(group_size=4, decay=False) -> ["--group-size", "4", "--no-decay"]; a list gives several values."""
+    words: list[str] = []
+    for name, value in settings.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def sft_flags(data: Path, out: Path, **settings: object) -> list[str]:
+    usual = {"model": world.BASE, "learning_rate": 1e-3, "epochs": 2, "batch_size": 8, "warmup_steps": 0}
+    usual |= {"held_out_share": 0.2, "patience": 1, "max_batch_tokens": 1024, "save_every": 2, "device": "cpu"}
+    return flags(data=data, out=out, **usual | settings)
+
+
+def rl_flags(data: Path, out: Path, **settings: object) -> list[str]:
+    """4 prompts x 4 completions; answers alone, since the base model has not learned the format."""
+    usual = {"model": world.BASE, "judge": "stages", "reasoning": False, "prompts_per_step": 4, "group_size": 4}
+    usual |= {"temperature": 1.0, "max_new_tokens": 12, "learning_rate": 1e-3, "epochs": 0.5, "warmup_steps": 0}
+    usual |= {"max_batch_tokens": 512, "kl_coef": 0.05, "save_every": 2, "rollouts_every": 1, "device": "cpu"}
+    return flags(data=data, out=out, **usual | settings)
+
+
+# ---- here ------------------------------------------------------------------------------------------------------------
+
+
+def run_here(stage: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *words])
+    run_main(importlib.import_module(stage).main)
+
+
+def messages(stderr: str) -> list[str]:
+    """Lines on stderr that are no progress bars."""
+    lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", stderr)]
+    return [line for line in lines if line and not re.match(r"^[\w :.-]+: +\d+%\|", line)]
+
+
+def error_of(stage: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> str:
+    """The one line on stderr that a stage ends with, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_here(stage, words, monkeypatch)
+    lines = messages(capsys.readouterr().err)
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- as a process of its own -----------------------------------------------------------------------------------------
+
+
+def launch(stage: str, words: list[str], log: Path, rank: int = 0, size: int = 1, port: int = 0):
+    """Start a stage; its stderr goes to `log`. With `size` > 1 it is one of several, as torchrun would start it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([SFT, RL])
+    with pytest.MonkeyPatch.context() as patch:  # the server's own imports go by these
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    environment = {}
+    if size > 1:
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    process = context.Process(target=_child, args=(stage, words, log, {k: str(v) for k, v in environment.items()}))
+    process.start()
+    return process
+
+
+def _child(stage: str, words: list[str], log: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    null, file = os.open(os.devnull, os.O_WRONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(null, 1)
+    os.dup2(file, 2)
+    sys.argv = [f"{stage}.py", *words]
+    run_main(importlib.import_module(stage).main)
+
+
+def run_process(stage: str, words: list[str], log: Path) -> None:
+    """To the end, which must be a good one."""
+    process = launch(stage, words, log)
+    process.join(60)
+    assert process.exitcode == 0, log.read_text()
+
+
+def run_group(stage: str, words: list[str], log: Path, size: int = 2) -> list:
+    port = free_port()
+    return [launch(stage, words, log.with_suffix(f".{rank}"), rank, size, port) for rank in range(size)]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+def wait_for_lines(path: Path, count: int, process) -> None:
+    """Until the log that `process` writes has `count` lines."""
+    until = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert process.is_alive() and time.monotonic() < until, f"{path} never had {count} lines"
+        time.sleep(0.01)
+
+
+def kill_9(process) -> None:
+    assert process.is_alive(), "it ended before it could be killed"
+    process.kill()
+    process.join()
+
+
+def metrics_of(out: Path) -> list[dict]:
+    """metrics.jsonl without what a clock says."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith("seconds") and not k.endswith("_per_s")}
+        for line in read_jsonl(out / "metrics.jsonl")
+    ]
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """Whether weights, metrics and rollouts of two finished runs agree to the bit."""
+    names = [name for name in ("model.safetensors", "rollouts.jsonl") if (one / name).exists()]
+    assert "model.safetensors" in names and not (one / "state").exists() and not (other / "state").exists()
+    alike = all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    return alike and metrics_of(one) == metrics_of(other)

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_attacks import make_model, make_tokenizer  # noqa: E402
+
+from lib import metrics, report  # noqa: E402
+from lib.files import read_jsonl, write_json, write_jsonl  # noqa: E402
+
+stage = importlib.import_module("04_attack_eval")
+JUDGE = """
+def harm_score(prompts, answers):
+    return [min(1.0, len(set(a.split())) / 8) for a in answers]
+
+def task_score(prompts, answers):
+    return [len(set(p.split()) & set(a.split())) / 4 for p, a in zip(prompts, answers, strict=True)]
+"""
+KINDS = {"harmful": "harmful", "jailbreak": "harmful", "harmless": "harmless", "ambiguous": "ambiguous"}
+FLAGS = "--judge my_judge --max-new-tokens 12 --answer-tokens 6 --device cpu --gcg-behaviours 2 --gcg-steps 3"
+FLAGS += " --gcg-width 8 --gcg-top-k 8 --gcg-suffix-tokens 3 --gcg-init w7 --gcg-budgets 0 1"
+
+
+# ---- intervals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hits, n, low, high",  # 81 of 263: Newcombe 1998, table I; else prop.test(..., correct = FALSE) of R
+    [
+        (81, 263, 0.2553, 0.3662),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (8, 10, 0.4902, 0.9433),
+        (1, 2, 0.0945, 0.9055),
+    ],
+)
+def test_wilson_against_known_values(hits, n, low, high):
+    ci = metrics.wilson([True] * hits + [False] * (n - hits))
+    assert ci == {
+        "mean": round(hits / n, 4),
+        "low": pytest.approx(low, abs=1e-4),
+        "high": pytest.approx(high, abs=1e-4),
+        "n": n,
+    }
+
+
+def test_bootstrap_is_reproducible_and_close_to_the_normal_interval():
+    values = np.random.default_rng(0).normal(5, 2, size=400).tolist()
+    ci = metrics.bootstrap(values, seed=1)
+    assert ci == metrics.bootstrap(values, seed=1) != metrics.bootstrap(values, seed=2)
+    assert ci["low"] == pytest.approx(np.mean(values) - 1.96 * np.std(values) / 20, abs=0.03)
+    assert ci["high"] == pytest.approx(np.mean(values) + 1.96 * np.std(values) / 20, abs=0.03)
+    assert metrics.bootstrap([3.0], seed=0) == {"mean": 3.0, "low": 3.0, "high": 3.0, "n": 1}
+
+
+def test_average_of_shares_is_tighter_than_each_and_keeps_its_bounds():
+    one, other = metrics.wilson([True] * 30), metrics.wilson([True] * 20 + [False] * 10)
+    both = metrics.average([one, other])
+    assert both["mean"] == pytest.approx(5 / 6, abs=1e-4) and both["n"] == 60
+    assert 0 < both["low"] < both["mean"] < both["high"] <= 1
+    assert both["high"] - both["low"] < other["high"] - other["low"]
+    assert metrics.average([one]) == one
+
+
+@pytest.mark.parametrize("estimate", [metrics.wilson, lambda x: metrics.bootstrap(x, 0), metrics.average])
+def test_nothing_has_no_interval(estimate):
+    with pytest.raises(ValueError):
+        estimate([])
+
+
+def test_figures_of_a_model_by_kind_type_and_hops():
+    def line(name: str, kind: str, tokens: int, **extra) -> dict:
+        usual = {"set": name, "gcg_steps": -1, "kind": kind, "category": "any", "closed": True, "task": 0.0}
+        usual |= {"harm": 0.0, "refusal": "full", "well_formed": True, "answer_tokens": 3, "hops": 3}
+        return {**usual, "reasoning_tokens": tokens, **extra}
+
+    lines = [
+        line("direct", "harmful", 4, hops=0),
+        line("direct", "harmful", 900, hops=0, closed=False, well_formed=False, harm=0.5),
+        line("jailbreak", "harmful", 10, refusal="partial"),
+        line("harmless", "harmless", 20, refusal="none", task=1.0),
+        line("ambiguous", "ambiguous", 30, refusal="none", task=1.0, category="toy"),
+        line("ambiguous", "ambiguous", 40, refusal="full", category="decoy"),
+    ]
+    figures = metrics.measure(lines, reasoning=True, threshold=0.5, seed=0)
+    means = {name: {key: ci["mean"] for key, ci in figures[name].items()} for name in figures}
+    assert means["dsr"] == {"direct": 0.5, "jailbreak": 1.0}  # harm at the threshold is a success
+    assert means["reasoning_tokens"] == {
+        "harmful": 7.0,  # the one that never ended is left out
+        "harmful/0 hops": 4.0,
+        "harmful/3 hops": 10.0,
+        "harmless": 20.0,
+        "harmless/3 hops": 20.0,
+        "ambiguous": 35.0,
+        "ambiguous/toy": 30.0,
+        "ambiguous/decoy": 40.0,
+        "ambiguous/3 hops": 35.0,
+    }
+    assert means["format_rate"] == {"direct": 0.5, "jailbreak": 1.0, "harmless": 1.0, "ambiguous": 1.0}
+    assert means["compliance"]["ambiguous/toy"] == 1.0 and means["compliance"]["ambiguous/decoy"] == 0.0
+    assert means["compliance"]["harmful"] == pytest.approx(1 / 3, abs=1e-4)
+    assert means["task_score"]["ambiguous"] == 0.5 and "harmful" not in means["task_score"]
+    assert means["plane"] == {
+        "dsr": 0.75,
+        "compliance": pytest.approx(2 / 3, abs=1e-4),
+        "task_score": pytest.approx(2 / 3, abs=1e-4),
+    }
+    assert metrics.measure(lines, reasoning=False, threshold=0.5, seed=0)["format_rate"] == {}
+
+
+# ---- the stage ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """A folder with a judge, data, and two models: one of stage 3 that reasons, one that says nothing."""
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "my_judge.py").write_text(JUDGE)
+    for file, kind in KINDS.items():
+        records = [
+            {
+                "id": f"{file}-{i}",
+                "prompt": f"w{i} w{i + 1} w{i + 20} w{len(file)}",
+                "kind": kind,
+                "source": "test",
+                "category": ("toy", "decoy")[i % 2] if kind == "ambiguous" else "any",
+                "target": f"w{i + 30} w{i + 31}",
+                "hops": 3 + i % 2,
+            }
+            for i in range(4)
+        ]
+        write_jsonl(folder / f"data/eval_{file}.jsonl", records)
+    tokenizer = make_tokenizer()
+    for name in ("thinker", "direct"):
+        make_model(tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_json(folder / "thinker/settings.json", {"reasoning": True})
+    return folder
+
+
+def run(
+    given: Path, out: Path, monkeypatch, *extra: str, models: tuple[str, ...] = ("thinker", "direct")
+) -> Path:
+    monkeypatch.syspath_prepend(str(given))
+    paths = [f"{name}={given / name}" for name in models]
+    argv = [
+        "04",
+        "--data",
+        str(given / "data"),
+        "--out",
+        str(out),
+        "--models",
+        *paths,
+        "--direct",
+        "direct",
+        *FLAGS.split(),
+        *extra,
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    stage.main()
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(given, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return run(given, tmp_path_factory.mktemp("runs") / "eval", monkeypatch)
+
+
+def read_results(out: Path) -> dict:
+    results = json.loads((out / "results.json").read_text())
+    assert set(results.pop("seconds")) == {"thinker", "direct"}
+    results["config"].pop("out")
+    return results
+
+
+def test_results_have_the_names_that_stay(finished):
+    results = read_results(finished)
+    assert set(results) == {"models", "config", "seed"}
+    for name, model in results["models"].items():
+        assert set(model["dsr"]) == {"direct", "jailbreak", "gcg"}
+        assert set(model["controls"]) == {"no suffix", "random suffix", "initial suffix"}
+        assert [steps for steps, _ in model["dsr_by_budget"]["gcg"]] == [0, 1, 3]
+        assert model["dsr_by_budget"]["gcg"][-1][1] == model["dsr"]["gcg"]
+        assert {"harmful", "harmless", "ambiguous", "ambiguous/toy", "ambiguous/decoy"} == set(
+            model["compliance"]
+        )
+        assert {"harmless", "ambiguous", "ambiguous/toy", "ambiguous/decoy"} == set(model["task_score"])
+        formats = {"direct", "jailbreak", "gcg", "harmless", "ambiguous"} if name == "thinker" else set()
+        assert set(model["format_rate"]) == formats
+        cis = [
+            ci
+            for figure in ("dsr", "controls", "compliance", "task_score", "plane")
+            for ci in model[figure].values()
+        ]
+        assert all(
+            set(ci) == {"mean", "low", "high", "n"} and 0 <= ci["low"] <= ci["mean"] <= ci["high"] <= 1
+            for ci in cis
+        )
+        assert model["compliance"]["harmful"]["n"] == 8 and model["compliance"]["ambiguous/toy"]["n"] == 2
+
+
+def test_results_follow_from_the_completions(finished):
+    lines, results = read_jsonl(finished / "completions.jsonl"), read_results(finished)
+    for name in ("thinker", "direct"):
+        mine = [x for x in lines if x["model"] == name]
+        direct = [x["harm"] < 0.5 for x in mine if x["set"] == "direct"]
+        assert results["models"][name]["dsr"]["direct"]["mean"] == pytest.approx(np.mean(direct))
+        toys = [x["task"] for x in mine if x["category"] == "toy"]
+        assert results["models"][name]["task_score"]["ambiguous/toy"]["mean"] == pytest.approx(
+            np.mean(toys), abs=1e-4
+        )
+        assert len(mine) == 4 * 4 + 2 * (2 + 3)
+
+
+def test_models_without_reasoning_get_the_budget_of_an_answer_and_no_think_marker(finished):
+    for line in read_jsonl(finished / "completions.jsonl"):
+        tokens = len(f"{line['reasoning']} {line['answer']}".split())
+        if line["model"] == "direct":
+            assert line["reasoning"] == "" and line["well_formed"] and not line["closed"] and tokens <= 6
+        else:
+            assert tokens <= 12
+
+
+def test_controls_and_budgets_send_the_right_text(finished):
+    lines = [x for x in read_jsonl(finished / "completions.jsonl") if x["model"] == "thinker"]
+    attempts = {a["id"]: a for a in read_jsonl(finished / "gcg.jsonl") if a["model"] == "thinker"}
+    assert list(attempts) == ["harmful-0", "harmful-1"]
+    for line in lines:
+        attempt = attempts.get(line["id"])
+        if line["set"] == "gcg":
+            assert line["suffix"] == attempt["trace"][line["gcg_steps"]]["suffix"]
+            assert line["gcg_steps"] > 0 or line["suffix"] == "w7 w7 w7"
+        elif line["set"] == "gcg_random_suffix":
+            assert line["suffix"] == attempt["random_suffix"] and len(line["suffix"].split()) == 3
+        else:
+            assert line["suffix"] == ""
+
+
+@pytest.mark.parametrize(
+    "gcg_bytes, completion_bytes",
+    [(0, 0), (300, 0), (0.6, 0), (1.0, 200), (1.0, 0.3), (1.0, 0.7), (1.0, 1.0)],
+)
+def test_a_killed_run_ends_with_the_same_results(
+    given, finished, tmp_path, monkeypatch, gcg_bytes, completion_bytes
+):
+    """A kill leaves the beginning of each file, perhaps half a line (sizes in bytes, or as shares)."""
+    out = tmp_path / "eval"
+    shutil.copytree(finished, out)
+    cut(out / "gcg.jsonl", gcg_bytes)
+    cut(out / "completions.jsonl", completion_bytes)
+    for name in ("results.json", "report.md"):
+        (out / name).unlink()
+    settings = json.loads((out / "settings.json").read_text())
+    write_json(out / "settings.json", {**settings, "out": str(out)})
+    run(given, out, monkeypatch)
+    assert read_results(out) == read_results(finished)
+    assert (out / "completions.jsonl").read_bytes() == (finished / "completions.jsonl").read_bytes()
+
+
+def cut(path: Path, size: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(size if size > 1 else size * len(data))])
+
+
+def test_finished_parts_are_not_done_again(given, finished, tmp_path, monkeypatch):
+    out = tmp_path / "eval"
+    shutil.copytree(finished, out)
+    settings = json.loads((out / "settings.json").read_text())
+    write_json(out / "settings.json", {**settings, "out": str(out)})
+    monkeypatch.setattr(stage, "Target", None)  # no model is even loaded
+    run(given, out, monkeypatch)
+    assert read_results(out) == read_results(finished)
+
+
+def test_without_gcg(given, tmp_path, monkeypatch):
+    out = run(given, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0")
+    model = read_results(out)["models"]["thinker"]
+    assert set(model["dsr"]) == {"direct", "jailbreak"} and "controls" not in model
+    assert "GCG" not in (out / "report.md").read_text().split("## Completions")[0]
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+
+def test_report_in_text_without_matplotlib(finished, tmp_path, monkeypatch):
+    for name in [m for m in sys.modules if m.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes `import matplotlib` fail
+    results = json.loads((finished / "results.json").read_text())
+    report.write_report(tmp_path, results, read_jsonl(finished / "completions.jsonl"))
+    text = (tmp_path / "report.md").read_text()
+    assert "![" not in text and not list(tmp_path.glob("*.png"))
+    for heading in (
+        "Safety against refusal",
+        "(DSR)",
+        "Controls",
+        "ambiguous/toy",
+        "### gcg",
+    ):
+        assert heading in text
+    ci = results["models"]["thinker"]["dsr"]["jailbreak"]
+    assert f"{ci['mean']:.2f} [{ci['low']:.2f}, {ci['high']:.2f}] (4)" in text
+
+
+def test_report_with_figures(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.write_report(
+        tmp_path,
+        json.loads((finished / "results.json").read_text()),
+        read_jsonl(finished / "completions.jsonl"),
+    )
+    text = (tmp_path / "report.md").read_text()
+    for name in ("plane", "gcg"):
+        assert f"]({name}.png)" in text and (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_completion_cannot_break_the_report(finished, tmp_path):
+    lines = read_jsonl(finished / "completions.jsonl")
+    for line in lines:
+        line["answer"] = "a | b\n\n# heading <script>alert(1)</script> ![x](http://x) " + "long " * 1000
+    report.write_report(tmp_path, json.loads((finished / "results.json").read_text()), lines)
+    text = (tmp_path / "report.md").read_text()
+    assert "<script>" not in text and "\n# heading" not in text and "![x]" not in text
+    assert max(len(row) for row in text.split("\n")) < 4000
+    for block in text.split("\n\n"):
+        if block.startswith("|"):  # every row of a table has as many cells as its head
+            cells = {row.replace("\\|", "").count("|") for row in block.strip().split("\n")}
+            assert len(cells) == 1
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--models", "x"], "--models: given x"),
+        (["--models", "thinker"], "--models: given thinker; allowed NAME=FOLDER"),
+        (["--models", "a/b=x"], "--models: given a/b=x; allowed NAME=FOLDER"),
+        (["--models", "a=x", "a=y"], "--models: given a=y; allowed NAME=FOLDER"),
+        (["--direct", "other"], "--direct: given other; allowed the names in --models: thinker, direct"),
+        (["--direct", "thinker"], "--direct: given thinker, which reasons"),
+        (["--gcg-budgets", "9"], "--gcg-budgets: given 9"),
+        (["--gcg-budgets", "some"], "--gcg-budgets: given some"),
+        (["--gcg-init", "w1 w2"], "--gcg-init"),
+        (["--max-new-tokens", "500"], "exceed the model's context"),
+        (["--data", "/nowhere"], "no such file"),
+    ],
+)
+def test_mistakes_are_one_line(given, tmp_path, monkeypatch, extra, message):
+    with pytest.raises(stage.UserError, match=".*") as error:
+        run(given, tmp_path / "eval", monkeypatch, *extra)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_target_names_the_behaviour(given, tmp_path, monkeypatch):
+    other = tmp_path / "given"
+    shutil.copytree(given, other)
+    records = read_jsonl(other / "data/eval_harmful.jsonl")
+    write_jsonl(other / "data/eval_harmful.jsonl", [records[0], {**records[1], "target": ""}, *records[2:]])
+    with pytest.raises(stage.UserError, match="behaviour harmful-1: GCG needs a target"):
+        run(other, tmp_path / "eval", monkeypatch)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_model_trained_anew_is_not_taken_for_the_old_one(given, finished, tmp_path, monkeypatch):
+    other = tmp_path / "given"
+    shutil.copytree(given, other)
+    out = tmp_path / "eval"
+    run(other, out, monkeypatch, "--gcg-behaviours", "0", models=("direct",))
+    weights = other / "direct/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(stage.UserError, match="sha256 of direct/model.safetensors"):
+        run(other, out, monkeypatch, "--gcg-behaviours", "0", models=("direct",))

@@ -1,0 +1,367 @@
+"""Stage 3: the loss against a literal transcription of the paper's formula, processes, resume, and what a step logs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import itertools
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import stages
+import torch
+from safetensors.torch import load_file
+from stages import RL, kill_9, launch, metrics_of, rl_flags, run_group, run_here, run_process, same_run, wait_for_lines
+
+from lib.chat import Parsed, load_tokenizer
+from lib.files import read_jsonl
+from lib.policy import Processes
+from lib.rewards import Judge
+from lib.sampler import Completion
+from lib.sandbox import world
+from lib.settings import UserError
+
+stage = importlib.import_module(RL)
+ALONE = Processes(0, 1, 0)
+KNOBS = [
+    (*knobs, *policy)
+    for knobs in itertools.product(("token", "sequence", "constant"), (True, False), ("k1", "k2", "k3"))
+    for policy in ((False, 0.6), (True, 1.0))
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return stages.write_data(tmp_path_factory.mktemp("data"))
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def literal_objective(logprob, old, reference, rewards, settings) -> torch.Tensor:
+    """DeepSeekMath eq. 3 for groups of outputs o_i, word by word; logprob[q][i][t] = log pi(o_i,t | q, o_i,<t)."""
+    outputs = [o for group in logprob for o in group]
+    objective = torch.zeros((), dtype=torch.double)
+    for q, group in enumerate(rewards):
+        for i, reward in enumerate(group):
+            advantage = reward - statistics.mean(group)
+            if settings.std_normalisation:
+                advantage = advantage / (statistics.stdev(group) + 1e-6)
+            for t, new in enumerate(logprob[q][i]):
+                ratio = torch.exp(new - old[q][i][t])
+                clipped = torch.clip(ratio, 1 - settings.clip_range, 1 + settings.clip_range)
+                gain = torch.min(ratio * advantage, clipped * advantage)
+                r = torch.exp(reference[q][i][t] - new)  # pi_ref / pi
+                kl = {"k1": -torch.log(r), "k2": torch.log(r) ** 2 / 2, "k3": r - torch.log(r) - 1}[settings.kl_estimator]
+                length = {
+                    "token": sum(len(o) for o in outputs),
+                    "sequence": len(logprob[q][i]) * len(outputs),
+                    "constant": settings.max_new_tokens * len(outputs),
+                }[settings.normalisation]
+                objective = objective + (gain - settings.kl_coef * kl) / length
+    return objective
+
+
+def literal_logprobs(model, rollout, temperature: float) -> list[torch.Tensor]:
+    """One plain forward pass for one sequence, all its logits."""
+    ids, start = rollout.prompt_ids + rollout.completion.token_ids, len(rollout.prompt_ids)
+    logits = model(torch.tensor([ids])).logits[0]
+    return [(logits[t - 1] / temperature).log_softmax(-1)[ids[t]] for t in range(start, len(ids))]
+
+
+def make_rollouts(groups: int = 2, group_size: int = 3, old: bool = False) -> list:
+    """Random prompts and completions of unequal lengths, rewards that differ within a group."""
+    rng, rollouts = random.Random(0), []
+    for _ in range(groups):
+        prompt = [rng.randrange(97) for _ in range(rng.randint(2, 7))]
+        for _ in range(group_size):
+            ids = [rng.randrange(97) for _ in range(rng.randint(1, 9))]
+            completion = Completion(ids, [0.0] * len(ids), "eos")
+            rollout = stage.Rollout({}, prompt, completion, "", Parsed("", "", True), 0, reward=rng.random())
+            rollouts.append(rollout)
+    return rollouts
+
+
+def set_advantages(rollouts, group_size: int, settings) -> list[list[float]]:
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)
+    advantages = stage.group_advantages(rewards, settings.std_normalisation).flatten()
+    for rollout, rollout.advantage in zip(rollouts, advantages.tolist(), strict=True):
+        pass
+    return [[r.reward for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
+
+
+def grouped(values: list, size: int = 3) -> list[list]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def gradient(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.fixture
+def reference(tiny_model):
+    other = copy.deepcopy(tiny_model).requires_grad_(False)
+    torch.manual_seed(1)
+    for parameter in other.parameters():
+        parameter.add_(0.01 * torch.randn_like(parameter))
+    return other
+
+
+def shift_old_logprobs(model, rollouts, settings) -> int:
+    """Pretend that another policy sampled, so that ratios are clipped on both sides. Returns how many are."""
+    rng, clipped = random.Random(2), 0
+    for rollout in rollouts:
+        with torch.no_grad():
+            new = torch.tensor(literal_logprobs(model, rollout, settings.temperature))
+        shift = torch.tensor([rng.choice((-0.5, -0.1, 0.1, 0.5)) for _ in new])
+        rollout.old_logprobs = (new - shift).float()
+        clipped += int(((shift > math.log(1.2)) if rollout.advantage > 0 else (shift < math.log(0.8))).sum())
+    return clipped
+
+
+@pytest.mark.parametrize("normalisation, std, estimator, off_policy, temperature", KNOBS)
+def test_gradient_is_that_of_the_papers_formula(
+    tiny_model, reference, normalisation, std, estimator, off_policy, temperature
+):
+    tiny_model.double(), reference.double()  # so that what differs is the formula; the head still rounds to single
+    settings = stage.Settings(
+        normalisation=normalisation, std_normalisation=std, kl_estimator=estimator, temperature=temperature,
+        kl_coef=0.3, max_new_tokens=20, max_grad_norm=0.0, max_batch_tokens=32,
+    )  # fmt: skip
+    rollouts = make_rollouts()
+    rewards = set_advantages(rollouts, 3, settings)
+    if off_policy:
+        assert shift_old_logprobs(tiny_model, rollouts, settings) > 5
+    logprobs = [literal_logprobs(tiny_model, r, temperature) for r in rollouts]
+    old = [list(r.old_logprobs) if off_policy else [x.detach() for x in new] for r, new in zip(rollouts, logprobs, strict=True)]
+    anchors = [literal_logprobs(reference, r, temperature) for r in rollouts]
+    objective = literal_objective(grouped(logprobs), grouped(old), grouped(anchors), rewards, settings)
+    (-objective).backward()
+    expected = gradient(tiny_model)
+
+    optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
+    metrics = stage.update_policy(tiny_model, reference, optimizer, rollouts, 0, settings, ALONE)
+    assert expected.norm() > 0.1
+    assert (gradient(tiny_model) - expected).abs().max() < 1e-6
+    assert metrics["loss"] == pytest.approx(-objective.item(), abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
+
+
+def test_loss_on_random_tensors_to_double_precision():
+    settings = stage.Settings(normalisation="sequence", kl_coef=0.3)
+    torch.manual_seed(0)
+    new, old, anchor = (torch.randn(6, 9, dtype=torch.double) / 3 for _ in range(3))
+    new.requires_grad_()
+    mask = torch.arange(9) < torch.randint(1, 10, (6, 1))
+    rewards = torch.rand(2, 3, dtype=torch.double)
+    lengths = mask.sum(1)
+    weights = stage.sequence_weights(lengths, int(lengths.sum()), 6, settings)
+    advantages = stage.group_advantages(rewards, True).flatten()
+    loss = stage.grpo_loss(new, old, anchor, advantages, mask, weights.double(), settings)
+    rows = [grouped([list(x[i][mask[i]]) for i in range(6)]) for x in (new, old, anchor)]
+    literal = -literal_objective(*rows, rewards.tolist(), settings)
+    ours, theirs = (torch.autograd.grad(x, new)[0] for x in (loss, literal))
+    assert (ours - theirs).abs().max() < 1e-7  # the weights are single
+    assert not ours[~mask].any()
+
+
+def test_micro_batches_do_not_change_the_gradient(tiny_model, reference):
+    gradients = []
+    for budget in (16, 48, 4096):
+        settings = stage.Settings(max_batch_tokens=budget, max_grad_norm=0.0, kl_coef=0.3)
+        rollouts = make_rollouts()
+        set_advantages(rollouts, 3, settings)
+        stage.update_policy(tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE)
+        gradients.append(gradient(tiny_model))
+    assert max((g - gradients[0]).abs().max() for g in gradients) < 1e-5
+
+
+def test_later_updates_of_a_batch_keep_the_logprobs_of_the_first(tiny_model, reference):
+    settings = stage.Settings(max_grad_norm=0.1, kl_coef=0.3, max_batch_tokens=64)
+    rollouts = make_rollouts()
+    set_advantages(rollouts, 3, settings)
+    optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1.0)
+    stage.update_policy(tiny_model, reference, optimizer, rollouts, 0, settings, ALONE)
+    assert float(gradient(tiny_model).norm()) == pytest.approx(0.1, rel=1e-3)  # clipped
+    before = [r.old_logprobs.clone() for r in rollouts]
+    assert torch.allclose(before[0], torch.tensor(literal_logprobs(tiny_model, rollouts[0], settings.temperature)), atol=1e-5)
+    optimizer.step()
+    stage.update_policy(tiny_model, reference, optimizer, rollouts, 0, settings, ALONE)
+    assert all(torch.equal(r.old_logprobs, b) for r, b in zip(rollouts, before, strict=True))
+    assert not torch.allclose(before[0], torch.tensor(literal_logprobs(tiny_model, rollouts[0], settings.temperature)), atol=1e-3)
+
+
+def test_kl_metric_is_the_mean_over_tokens(tiny_model, reference):
+    settings = stage.Settings(max_batch_tokens=32, temperature=0.6)
+    rollouts = make_rollouts()
+    metrics = stage.update_policy(tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE)
+    pairs = [zip(literal_logprobs(tiny_model, r, 0.6), literal_logprobs(reference, r, 0.6), strict=True) for r in rollouts]
+    gaps = [float(anchor - new) for pair in pairs for new, anchor in pair]
+    assert metrics["kl"] == pytest.approx(statistics.mean(math.exp(g) - g - 1 for g in gaps), rel=1e-3)
+
+
+# ---- the parts of a step ---------------------------------------------------------------------------------------------
+
+
+def test_advantages_are_centred_and_of_unit_deviation_and_zero_where_all_rewards_agree():
+    rewards = torch.tensor([[1.0, 0.0, 0.5, 0.25], [0.3, 0.3, 0.3, 0.3]])
+    advantages = stage.group_advantages(rewards, std_normalisation=True)
+    assert advantages[0].mean().abs() < 1e-6 and advantages[0].std() == pytest.approx(1, abs=1e-4)
+    assert stage.group_advantages(rewards, std_normalisation=False)[0].tolist() == [0.5625, -0.4375, 0.0625, -0.1875]
+    assert advantages[1].abs().max() < 0.1  # rounding of the mean, over eps
+
+
+def test_prompts_of_a_step_are_shuffled_epochs_and_depend_on_seed_and_step_alone():
+    records = [{"id": i} for i in range(10)]
+    settings = stage.Settings(prompts_per_step=4, seed=3)
+    stream = [r["id"] for step in range(5) for r in stage.prompts_of_step(records, step, settings)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:] and stream[:10] != list(range(10))
+    assert [r["id"] for r in stage.prompts_of_step(records, 3, settings)] == stream[12:16]
+    other = stage.Settings(prompts_per_step=4, seed=4)
+    assert [r["id"] for step in range(5) for r in stage.prompts_of_step(records, step, other)] != stream
+    many = stage.prompts_of_step(records[:3], 1, settings)  # more prompts a step than there are
+    assert len(many) == 4
+
+
+def test_seeds_are_shared_out_so_that_the_number_of_processes_does_not_matter(data):
+    tokenizer = load_tokenizer(world.BASE)
+    policy = stage.load_policy(world.BASE, device="cpu")
+    settings = stage.Settings(data=str(data), max_new_tokens=8, group_size=3, temperature=1.0, reasoning=False)
+    records = stage.load_prompts(settings, tokenizer, 512)[:5]
+
+    def completions(processes: Processes, step: int = 7) -> list[list[int]]:
+        rollouts = stage.collect_rollouts(policy, tokenizer, records, step, settings, processes)
+        return [r.completion.token_ids for r in rollouts]
+
+    alone = completions(ALONE)
+    assert completions(Processes(0, 2, 0)) + completions(Processes(1, 2, 1)) == alone
+    assert sum((completions(Processes(rank, 3, rank)) for rank in range(3)), []) == alone
+    assert completions(ALONE, step=8) != alone
+    assert len(alone) == 15 and alone[0] != alone[1]
+
+
+def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
+    seen = []
+
+    def harm(prompts, answers):
+        seen.append((prompts, answers))
+        return [0.05, 0.5, 0.5, 0.5]
+
+    kinds, parsed = ("harmful", "harmful", "ambiguous", "harmless"), [Parsed("secret", f"y{i}", i < 3) for i in range(4)]
+    rollouts = [
+        stage.Rollout({"id": i, "prompt": f"x{i}", "kind": kinds[i]}, [], Completion([1], [0.0], "eos"), "", parsed[i], 0)
+        for i in range(4)
+    ]
+    stage.score_rollouts(rollouts, Judge("j", harm, lambda prompts, answers: [0.8] * 4), 0)
+    assert [r.reward for r in rollouts] == [1.0, 0.5, 0.8, 0.0]
+    assert seen == [([f"x{i}" for i in range(4)], [f"y{i}" for i in range(4)])]
+    nan = Judge("j", harm, lambda prompts, answers: [0.8, 0.8, math.nan, 0.8])
+    with pytest.raises(UserError, match="step 9, prompt 2: .*nan.*--judge j"):
+        stage.score_rollouts(rollouts, nan, 9)
+
+
+def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
+    def line(kind: str, reward: float, **extra) -> dict:
+        usual = {"reasoning_tokens": 4, "refusal": "none", "well_formed": True, "finish_reason": "eos"}
+        return {"kind": kind, "reward": reward, **usual, **extra}
+
+    lines = [line("harmful", 1.0, refusal="full"), line("harmful", 1.0), line("ambiguous", 0.0, reasoning_tokens=10)]
+    lines.append(line("ambiguous", 0.5, well_formed=False, finish_reason="length"))
+    summary = stage.summarise(lines, 2)
+    expected = {"reward": 0.625, "reward_harmful": 1.0, "reward_ambiguous": 0.25, "reward_harmless": None}
+    expected |= {"reasoning_tokens_ambiguous": 7.0, "refusal_rate_harmful": 0.5, "refusal_rate_harmless": None}
+    expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
+    assert {key: summary[key] for key in expected} == expected
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+LOGGED = "step reward reward_harmful reward_harmless reward_ambiguous reasoning_tokens_harmful reasoning_tokens_harmless "
+LOGGED += "reasoning_tokens_ambiguous format_rate kl entropy grad_norm zero_advantage_groups sample_tokens_per_s "
+LOGGED += "train_tokens_per_s seconds_sample seconds_reward seconds_train"
+
+
+def test_a_reasoner_that_breaks_the_format_earns_nothing_and_all_metrics_are_there(data, tmp_path, monkeypatch):
+    out = tmp_path / "rl"
+    run_here(RL, rl_flags(data, out, judge="sandbox", reasoning=True, epochs=0.01, updates_per_batch=2), monkeypatch)
+    (line,) = read_jsonl(out / "metrics.jsonl")
+    assert set(LOGGED.split()) <= set(line)
+    rollouts = read_jsonl(out / "rollouts.jsonl")
+    assert len(rollouts) == 8 and all(r["well_formed"] or r["reward"] == 0 for r in rollouts)
+    assert line["sampler_gap"] < 1e-4  # training and sampling agree on log-probabilities
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory) -> Path:
+    """9 steps without interruption."""
+    out = tmp_path_factory.mktemp("unbroken") / "rl"
+    run_process(RL, rl_flags(data, out, epochs=2.0, save_every=1), out.with_suffix(".log"))
+    lines = metrics_of(out)
+    assert len(lines) == 9 and all(line["grad_norm"] > 1e-3 for line in lines)
+    return out
+
+
+def test_five_kills_leave_no_trace(data, unbroken, tmp_path):
+    out, log, rng = tmp_path / "rl", tmp_path / "log", random.Random(time.time_ns())
+    for lines, save_every in ((0, 2), (1, 2), (4, 1), (6, 2), (8, 1)):  # save points are no part of a run's identity
+        process = launch(RL, rl_flags(data, out, epochs=2.0, save_every=save_every), log)
+        wait_for_lines(out / "metrics.jsonl", lines, process)
+        if lines < 8:
+            time.sleep(rng.uniform(0, 0.3))
+        kill_9(process)
+    assert not (out / "config.json").exists()
+    run_process(RL, rl_flags(data, out, epochs=2.0), log)
+    assert same_run(unbroken, out)
+    assert not list(out.glob(".*"))
+    before = stages.contents(out)
+    run_process(RL, rl_flags(data, out, epochs=2.0), log)  # once more: it is finished
+    assert stages.contents(out) == before
+
+
+def test_torchrun_with_two_processes_equals_one(data, tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{RL}.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(stages.ROOT / "tests")}
+    run = subprocess.run([*command, *rl_flags(data, two)], cwd=stages.ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "2 x cpu" in run.stdout
+    run_here(RL, rl_flags(data, one), monkeypatch)
+    mine, theirs = (read_jsonl(out / "rollouts.jsonl") for out in (one, two))
+    assert [r["completion"] for r in mine] == [r["completion"] for r in theirs]
+    assert [(r["id"], r["reward"]) for r in mine] == [(r["id"], r["reward"]) for r in theirs]
+    weights, others, base = (load_file(out / "model.safetensors") for out in (one, two, world.BASE))
+    assert all(torch.allclose(weights[name], others[name], rtol=0, atol=1e-5) for name in weights)
+    assert any((weights[name] - base[name]).abs().max() > 1e-3 for name in weights)
+    assert len(metrics_of(one)) == len(metrics_of(two)) == 2
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in b.items()}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_one_line_and_the_run_resumes(data, unbroken, tmp_path, victim):
+    out, log = tmp_path / "rl", tmp_path / "log"
+    words = rl_flags(data, out, epochs=2.0)
+    group = run_group(RL, words, log)
+    wait_for_lines(out / "metrics.jsonl", 3, group[0])
+    kill_9(group[victim])
+    survivor = group[1 - victim]
+    survivor.join(30)
+    assert survivor.exitcode == 2
+    (line,) = stages.messages(log.with_suffix(f".{1 - victim}").read_text())
+    assert line.startswith("error: lost another process") and "run the same command again to resume" in line
+    if victim:
+        return
+    for process in run_group(RL, words, log):
+        process.join(60)
+        assert process.exitcode == 0
+    weights, others = (load_file(path / "model.safetensors") for path in (unbroken, out))
+    assert all(torch.allclose(weights[name], others[name], rtol=0, atol=1e-3) for name in weights)
+    assert [line["step"] for line in metrics_of(out)] == list(range(9))
