@@ -217,7 +217,7 @@ def draw_plane(figure, models: dict) -> None:
         )
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("defense success rate, mean over attacks")
-    panels[1].legend()
+    panels[1].legend(loc="lower left")
 
 
 def draw_curves(figure, curves: dict[str, list]) -> None:
@@ -229,7 +229,7 @@ def draw_curves(figure, curves: dict[str, list]) -> None:
         axes.errorbar(steps, [c["mean"] for c in cis], yerr=bars(cis), **style)
     axes.set(xlabel="GCG steps", ylabel="defense success rate", ylim=(-0.05, 1.05))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
 
 
 def draw_thoughts(figure, thoughts: dict[str, dict]) -> None:
@@ -245,7 +245,7 @@ def draw_thoughts(figure, thoughts: dict[str, dict]) -> None:
         xlabel="reasoning tokens", yticks=[k + 0.4 - height / 2 for k in range(len(keys))], yticklabels=keys
     )
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="lower right")
 
 
 def bars(cis: Sequence[Interval]) -> list[list[float]]:

@@ -26,6 +26,7 @@ from lib.settings import run_main
 
 ROOT = Path(__file__).parent.parent
 SFT, RL = "02_sft_warmstart", "03_rl_train"
+PATIENCE = 300  # seconds, for a machine that is busy with other things
 
 
 def harm_score(prompts: list[str], answers: list[str]) -> list[float]:
@@ -118,7 +119,8 @@ def launch(stage: str, words: list[str], log: Path, rank: int = 0, size: int = 1
     environment = {}
     if size > 1:
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    process = context.Process(target=_child, args=(stage, words, log, {k: str(v) for k, v in environment.items()}))
+    environment = {key: str(value) for key, value in environment.items()}
+    process = context.Process(target=_child, args=(stage, words, log, environment), daemon=True)
     process.start()
     return process
 
@@ -135,7 +137,7 @@ def _child(stage: str, words: list[str], log: Path, environment: dict[str, str])
 def run_process(stage: str, words: list[str], log: Path) -> None:
     """To the end, which must be a good one."""
     process = launch(stage, words, log)
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0, log.read_text()
 
 
@@ -152,7 +154,7 @@ def free_port() -> int:
 
 def wait_for_lines(path: Path, count: int, process) -> None:
     """Until the log that `process` writes has `count` lines."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not (path.exists() and path.read_bytes().count(b"\n") >= count):
         assert process.is_alive() and time.monotonic() < until, f"{path} never had {count} lines"
         time.sleep(0.01)

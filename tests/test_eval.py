@@ -260,6 +260,7 @@ def test_a_killed_run_ends_with_the_same_results(
         (out / name).unlink()
     settings = json.loads((out / "settings.json").read_text())
     write_json(out / "settings.json", {**settings, "out": str(out)})
+    monkeypatch.setattr(report, "draw_figures", lambda *args: {})  # slow
     run(given, out, monkeypatch)
     assert read_results(out) == read_results(finished)
     assert (out / "completions.jsonl").read_bytes() == (finished / "completions.jsonl").read_bytes()

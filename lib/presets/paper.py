@@ -40,4 +40,20 @@ RL = dict(
     dtype="bfloat16",
     gradient_checkpointing=True,
 )
-EVAL: dict = dict()
+EVAL = {
+    "data": "runs/paper/data",
+    "out": "runs/paper/eval",
+    "judge": "standin",  # the paper's judge is a classifier of 13 B parameters: name a module that runs it
+    "temperature": 0.6,
+    "max_new_tokens": 4096,
+    "answer_tokens": 1024,
+    "max_batch_tokens": 131072,
+    "gcg_behaviours": 400,
+    "gcg_steps": 500,
+    "gcg_width": 512,
+    "gcg_top_k": 256,
+    "gcg_suffix_tokens": 20,
+    "gcg_init": "!",
+    "gcg_budgets": ["50", "100", "250"],
+    "dtype": "bfloat16",
+}

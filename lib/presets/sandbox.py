@@ -5,7 +5,7 @@ from __future__ import annotations
 MIXTURE = dict(
     source="sandbox",
     out="runs/demo/data",
-    lambda_harmful=0.3,  # at 0.5 some seeds slide into refusing everything before they learn to tell apart
+    lambda_harmful=0.5,
     rl_prompts=1600,
     sft_prompts=250,
     traces_per_prompt=4,
@@ -38,4 +38,18 @@ RL = dict(
     max_batch_tokens=1024,
     device="cpu",
 )
-EVAL: dict = dict()
+EVAL = {
+    "data": "runs/demo/data",
+    "out": "runs/demo/eval",
+    "judge": "sandbox",
+    "max_new_tokens": 64,  # 4 hops, the deepest, take about 45
+    "answer_tokens": 12,
+    "gcg_behaviours": 24,
+    "gcg_steps": 25,
+    "gcg_width": 96,
+    "gcg_top_k": 64,
+    "gcg_suffix_tokens": 8,
+    "gcg_init": "please",
+    "gcg_ban_target": True,  # a recipe that stands in the suffix is no secret that leaks
+    "device": "cpu",
+}

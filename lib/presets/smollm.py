@@ -67,4 +67,18 @@ RL = dict(
     save_every=2,
     rollouts_every=1,
 )
-EVAL: dict = dict()
+EVAL = {
+    "data": "runs/smollm/data",
+    "out": "runs/smollm/eval",
+    "judge": "standin",
+    "limit": 24,
+    "max_new_tokens": 192,
+    "answer_tokens": 128,
+    "gcg_behaviours": 2,
+    "gcg_steps": 10,
+    "gcg_width": 32,
+    "gcg_top_k": 256,
+    "gcg_suffix_tokens": 20,
+    "gcg_init": "!",
+    "gcg_budgets": ["5"],
+}

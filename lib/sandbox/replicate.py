@@ -27,7 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.files import write_text
-from lib.metrics import mean_over_seeds
+from lib.metrics import student_t
 from lib.settings import UserError, run_main
 
 Get = Callable[[dict], float]
@@ -55,10 +55,10 @@ COLUMNS: dict[str, Get] = {
     "DSR direct": cell("dsr", "direct"),
     "DSR jailbreak": cell("dsr", "jailbreak"),
     "DSR GCG": cell("dsr", "gcg"),
-    "DSR random suffix": cell("dsr", "random_suffix"),
+    **{f"DSR {c}": cell("controls", c) for c in ("no suffix", "initial suffix", "random suffix")},
     **{f"comply {k.split('/')[-1]}": cell("compliance", k) for k in ("harmless", *AMBIGUOUS)},
     **{f"task {k.split('/')[-1]}": cell("task_score", k) for k in ("harmless", *AMBIGUOUS)},
-    "well-formed": cell("format_rate", "all"),
+    **{f"well-formed {s}": cell("format_rate", s) for s in ("direct", "jailbreak", "harmless", "ambiguous")},
     "tokens harmful": cell("reasoning_tokens", "harmful/4 hops"),
     "tokens ambiguous": cell("reasoning_tokens", "ambiguous/4 hops"),
 }
@@ -152,14 +152,14 @@ def report(results: dict[str, list[dict]], seeds: int) -> str:
         row = []
         for runs in results.values():
             values = [get(r) for r in runs]
-            ci = mean_over_seeds(values)
+            ci = student_t(values)
             shown = f"{ci['mean']:.2f} [{ci['low']:.2f}, {ci['high']:.2f}]; {min(values):.2f}"
             row.append("-" if math.isnan(ci["mean"]) else shown)
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     lines += ["", "Differences, paired by seed:", "", "| claim | difference | each seed |", "|---|---|---|"]
     for name, (get, model, other) in CLAIMS.items():
         values = [get(a) - get(b) for a, b in zip(results[model], results[other], strict=True)]
-        ci = mean_over_seeds(values)
+        ci = student_t(values)
         each = ", ".join(f"{v:+.2f}" for v in values)
         lines.append(f"| {name} | {ci['mean']:+.2f} [{ci['low']:+.2f}, {ci['high']:+.2f}] | {each} |")
     return "\n".join(lines) + "\n"

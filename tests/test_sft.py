@@ -1,0 +1,165 @@
+"""Stage 2: what is learned and what is not, the early stop, processes, and resume."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import time
+from pathlib import Path
+
+import pytest
+import stages
+import torch
+from safetensors.torch import load_file
+from stages import SFT, kill_9, launch, metrics_of, run_group, run_here, run_process, same_run, sft_flags, wait_for_lines
+
+from lib.chat import encode_prompt, load_tokenizer
+from lib.files import read_jsonl, write_jsonl
+from lib.policy import Processes, load_policy
+from lib.sandbox import world
+
+stage = importlib.import_module(SFT)
+ALONE = Processes(0, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return stages.write_data(tmp_path_factory.mktemp("data"))
+
+
+def random_examples(count: int = 6) -> list:
+    """Prompts of 2 to 9 tokens, 1 to 12 tokens to learn."""
+    rng, examples = random.Random(0), []
+    for _ in range(count):
+        prompt, completion = rng.randint(2, 9), rng.randint(1, 12)
+        ids = [rng.randrange(3, 97) for _ in range(prompt + completion)]
+        examples.append(stage.Example(ids, [False] * prompt + [True] * completion))
+    return examples
+
+
+def gradient(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+# ---- what is learned -------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_cross_entropy_of_reasoning_and_answer_without_the_prompts_labels(tiny_model):
+    """transformers' own loss with the label -100 on each prompt token: what such a label says cannot matter."""
+    examples, settings = random_examples(), stage.Settings(max_batch_tokens=48, max_grad_norm=0.0)
+    total = torch.zeros(())
+    for example in examples:
+        labels = torch.tensor([[i if learned else -100 for i, learned in zip(example.ids, example.mask, strict=True)]])
+        total = total + tiny_model(torch.tensor([example.ids]), labels=labels).loss * sum(example.mask)
+    expected_loss = total / sum(sum(e.mask) for e in examples)
+    expected_loss.backward()
+    expected = gradient(tiny_model)
+    optimizer = torch.optim.SGD(tiny_model.parameters())
+    loss, norm = stage.train_step(tiny_model, optimizer, examples, 0, settings, ALONE)
+    assert loss == pytest.approx(expected_loss.item(), abs=1e-5)
+    assert norm == pytest.approx(float(expected.norm()), rel=1e-4)
+    assert (gradient(tiny_model) - expected).abs().max() < 1e-5
+
+
+def test_neither_batch_mates_nor_padding_change_loss_or_gradient(tiny_model):
+    examples, results = random_examples(), []
+    for budget, pad_id, order in ((32, 0, examples), (4096, 0, examples), (4096, 5, examples), (64, 1, examples[::-1])):
+        settings = stage.Settings(max_batch_tokens=budget, max_grad_norm=0.0)
+        loss, _ = stage.train_step(
+            tiny_model, torch.optim.SGD(tiny_model.parameters()), order, pad_id, settings, ALONE
+        )
+        results.append((loss, gradient(tiny_model)))
+    assert all(loss == pytest.approx(results[0][0], abs=1e-5) for loss, _ in results)
+    assert all((g - results[0][1]).abs().max() < 1e-5 for _, g in results)
+
+
+def test_shares_of_processes_add_up_to_the_whole_batch(tiny_model, monkeypatch):
+    examples, settings = random_examples(7), stage.Settings(max_grad_norm=0.0)
+    optimizer = torch.optim.SGD(tiny_model.parameters())
+    stage.train_step(tiny_model, optimizer, examples, 0, settings, ALONE)
+    whole, total = gradient(tiny_model), torch.zeros(())
+    monkeypatch.setattr(stage, "gather_objects", lambda obj, processes: [obj])
+    monkeypatch.setattr(stage, "sum_gradients", lambda model, processes: None)
+    for rank in range(3):
+        stage.train_step(tiny_model, optimizer, examples, 0, settings, Processes(rank, 3, rank))
+        total = total + gradient(tiny_model)
+    assert (total - whole).abs().max() < 1e-5
+
+
+def test_examples_split_by_prompt_and_mask_all_but_the_prompt(data):
+    tokenizer = load_tokenizer(world.BASE)
+    records = read_jsonl(data / "sft.jsonl")
+    train, held_out = stage.load_examples(stage.Settings(data=str(data), held_out_share=0.2), tokenizer, 512)
+    assert (len(train), len(held_out)) == (32, 8)
+
+    def prompts(examples) -> set[tuple]:
+        return {tuple(e.ids[: e.mask.index(True)]) for e in examples}
+
+    assert len(prompts(train)) == 16 and len(prompts(held_out)) == 4 and not prompts(train) & prompts(held_out)
+    by_prompt = {tuple(encode_prompt(tokenizer, r["prompt"], reasoning=False)) for r in records}
+    assert prompts(train) | prompts(held_out) == by_prompt
+    learned = [tokenizer.decode([i for i, m in zip(e.ids, e.mask, strict=True) if m]) for e in train]
+    assert all(text.startswith("<think>") and text.count("</think>") == 1 and "is" in text for text in learned)
+    assert all(e.ids[-1] == tokenizer.eos_token_id and e.mask[-1] for e in train)
+    again, _ = stage.load_examples(stage.Settings(data=str(data), held_out_share=0.2), tokenizer, 512)
+    other, _ = stage.load_examples(stage.Settings(data=str(data), held_out_share=0.2, seed=1), tokenizer, 512)
+    assert prompts(again) == prompts(train) != prompts(other)
+
+
+def test_without_reasoning_the_answers_alone_are_learned(data):
+    tokenizer = load_tokenizer(world.BASE)
+    settings = stage.Settings(data=str(data), reasoning=False, held_out_share=0.0)
+    train, held_out = stage.load_examples(settings, tokenizer, 512)
+    learned = [[i for i, m in zip(e.ids, e.mask, strict=True) if m] for e in train]
+    answers = [r["answer"] for r in read_jsonl(data / "sft.jsonl")]
+    assert not held_out and [tokenizer.decode(ids[:-1]) for ids in learned] == answers
+    assert not any("<think>" in tokenizer.decode(e.ids) for e in train)
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def test_the_early_stop_keeps_the_best_weights_and_a_light_start_learns(data, tmp_path, monkeypatch):
+    out = tmp_path / "sft"
+    words = sft_flags(data, out, learning_rate=2e-2, epochs=8, patience=2, decay=False)  # too hot: it overfits
+    run_here(SFT, words, monkeypatch)
+    lines = metrics_of(out)
+    held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    best = held_out.index(min(held_out))
+    assert len(held_out) == best + 3 < 8 and len(lines) == 4 * len(held_out)  # stopped two epochs after the best
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    tokenizer, model = load_tokenizer(out), load_policy(out, device="cpu")
+    settings = stage.Settings(data=str(data), held_out_share=0.2, max_batch_tokens=1024)
+    _, examples = stage.load_examples(settings, tokenizer, 512)
+    assert stage.held_out_loss(model, examples, 0, settings, ALONE) == pytest.approx(min(held_out), abs=1e-4)
+
+
+def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
+    one, other, log, rng = tmp_path / "one", tmp_path / "other", tmp_path / "log", random.Random(time.time_ns())
+    hot = {"learning_rate": 2e-2, "epochs": 8, "decay": False}
+    run_process(SFT, sft_flags(data, one, **hot, save_every=1), log)
+    total = len(metrics_of(one))
+    assert 8 <= total < 32
+    for lines in (3, total - 4, total - 1):
+        process = launch(SFT, sft_flags(data, other, **hot, save_every=3), log)
+        wait_for_lines(other / "metrics.jsonl", lines, process)
+        if lines < total - 1:
+            time.sleep(rng.uniform(0, 0.2))
+        kill_9(process)
+    run_process(SFT, sft_flags(data, other, **hot, save_every=3), log)
+    assert same_run(one, other)
+
+
+def test_two_processes_equal_one(data, tmp_path, monkeypatch):
+    one, two, rate = tmp_path / "one", tmp_path / "two", 1e-4
+    lines = [r for r in read_jsonl(data / "sft.jsonl")][:18]  # 9 prompts, 2 held out: a last batch of 6, in halves
+    write_jsonl(tmp_path / "data" / "sft.jsonl", lines)
+    for process in run_group(SFT, sft_flags(tmp_path / "data", two, epochs=1, learning_rate=rate), tmp_path / "log"):
+        process.join(stages.PATIENCE)
+        assert process.exitcode == 0, (tmp_path / "log.0").read_text() + (tmp_path / "log.1").read_text()
+    run_here(SFT, sft_flags(tmp_path / "data", one, epochs=1, learning_rate=rate), monkeypatch)
+    weights, others, base = (load_file(out / "model.safetensors") for out in (one, two, world.BASE))
+    assert all(torch.allclose(weights[name], others[name], rtol=0, atol=1e-5) for name in weights)
+    assert all((weights[name] - base[name]).abs().max() > rate / 2 for name in weights)
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a == {key: pytest.approx(value, rel=1e-4) for key, value in b.items()}
