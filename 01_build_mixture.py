@@ -49,9 +49,7 @@ class Settings:
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     seed: int = setting(0, "of every choice and every trace")
     # the mixture
-    lambda_harmful: float = setting(
-        0.5, "share of harmful RL prompts. Paper: 0.1, 0.3 ... 0.9", low=0, high=1
-    )
+    lambda_harmful: float = setting(0.5, "share of harmful RL prompts. Paper: 0.1, 0.3 ... 0.9", low=0, high=1)
     rl_prompts: int = setting(2000, "RL prompts of all kinds. Paper: 2000", low=1)
     ambiguous_share: float = setting(0.5, "share of ambiguous ones in the rest. Paper: 0.5", low=0, high=1)
     sft_prompts: int = setting(1000, "harmful prompts with traces; 0: no SFT. Paper: 1000", low=0)
@@ -118,9 +116,7 @@ def same_prompt(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def new_prompts(
-    records: list[dict], seen: dict[str, str], dropped: Counter, max_chars: int = 0
-) -> list[dict]:
+def new_prompts(records: list[dict], seen: dict[str, str], dropped: Counter, max_chars: int = 0) -> list[dict]:
     """The records whose prompt is new, not empty and not too long. `dropped` counts the others by reason.
 
     `seen` maps prompts to the reason to drop them when they come again; what is kept enters it.
@@ -209,9 +205,7 @@ def read_prompts(given: str, settings: Settings, targets: dict[str, str]) -> lis
     fixed, path = split_kind(given)
     rows = read_table(path)
     if not any(first_text(row, settings.prompt_column) for row in rows):
-        raise UserError(
-            f"{path}: no text in --prompt-column {settings.prompt_column}; has {', '.join(rows[0])}"
-        )
+        raise UserError(f"{path}: no text in --prompt-column {settings.prompt_column}; has {', '.join(rows[0])}")
     pairs = []
     for number, row in enumerate(rows, start=1):
         name = fixed or kind_of(row, settings, f"{path}: record {number}")
@@ -328,9 +322,7 @@ def main() -> None:
     settings = parse_settings(Settings, "mixture")
     check(settings)
     out = Path(settings.out)
-    claim_folder(
-        out, asdict(settings), overwrite=settings.overwrite, ignore=("device", "trace_max_batch_tokens")
-    )
+    claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("device", "trace_max_batch_tokens"))
     script, next_out = ("02_sft_warmstart", "sft") if settings.sft_prompts else ("03_rl_train", "rl")
     next_command = f"python {script}.py --preset {settings.preset} --data {out} --out {out.parent / next_out}"
     if (out / "manifest.json").exists():

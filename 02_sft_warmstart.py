@@ -77,7 +77,11 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     save_every: int = setting(50, "updates between resume points", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "of computation; the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32",
+        "of computation; the weights stay float32. Paper: bfloat16",
+        choices=("float32", "bfloat16"),
+    )
     seed: int = setting(0, "of the held-out split and the data order")
 
 
@@ -96,7 +100,8 @@ def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Exa
     prompts = sorted({r["prompt"] for r in records})
     count = round(settings.held_out_share * len(prompts))
     held_out_prompts = {prompts[i] for i in epoch_order(len(prompts), settings.seed, -1)[:count]}
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for record in records:
         for key in ("prompt", "reasoning", "answer") if settings.reasoning else ("prompt", "answer"):
             if not isinstance(record[key], str) or not record[key].strip():
@@ -155,9 +160,7 @@ def main() -> None:
     out, leader = Path(settings.out), processes.rank == 0
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)
-    model = load_policy(
-        settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing
-    )
+    model = load_policy(settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
         claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("overwrite", "save_every"))
@@ -169,7 +172,11 @@ def main() -> None:
     total = settings.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     state = load_progress(out, model, optimizer, ["metrics.jsonl"], write=leader)
-    best_loss, best_weights, bad_epochs = state.get("best_loss", math.inf), state.get("best"), state.get("bad_epochs", 0)
+    best_loss, best_weights, bad_epochs = (
+        state.get("best_loss", math.inf),
+        state.get("best"),
+        state.get("bad_epochs", 0),
+    )
     if leader:
         print(f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}, {device}")
         print(f"{total} updates at most, {'reasoning and answer' if settings.reasoning else 'answers only'}; writing to {out}")

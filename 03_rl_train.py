@@ -9,15 +9,17 @@ GRPO by hand. For every step:
     5. one policy-gradient update with a KL term                 -> grpo_loss, update_policy
     6. log, write a readable sample of rollouts, checkpoint
 
-How this differs from textbook PPO: no value network (the group's mean is the baseline); no old-policy pass (the data is on-policy and
-used once, so the ratio is 1; `--updates-per-batch` > 1 brings the clipped ratio to life); the KL to the frozen reference is a loss
-term and not part of the reward; whole completions get one advantage.
+How this differs from textbook PPO: no value network (the group's mean is the baseline); no old-policy pass (the data is
+on-policy and used once, so the ratio is 1; `--updates-per-batch` > 1 brings the clipped ratio to life); the KL to the frozen
+reference is a loss term and not part of the reward; whole completions get one advantage.
 
     python 03_rl_train.py --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rl
-    torchrun --nproc-per-node 4 03_rl_train.py --preset paper --data runs/paper/data --model runs/paper/sft --out runs/paper/rl
+    torchrun --nproc-per-node 4 03_rl_train.py --preset paper --data runs/paper/data \\
+        --model runs/paper/sft --out runs/paper/rl
 
-Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl (read it!) and settings.json to OUT. Every step is a
-function of the saved state and (seed, step): kill it at any moment, run the same command again, and the result is the same to the bit.
+Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl (read it!) and settings.json to OUT. Every
+step is a function of the saved state and (seed, step): kill it at any moment, run the same command again, and the result is
+the same to the bit.
 """
 
 from __future__ import annotations
@@ -30,7 +32,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch, parse_completion, parse_direct
+from lib.chat import (
+    Parsed,
+    decode,
+    encode_prompt,
+    eos_token_ids,
+    load_tokenizer,
+    pad_batch,
+    parse_completion,
+    parse_direct,
+)
 from lib.files import append_jsonl, read_jsonl
 from lib.policy import (
     Processes,
@@ -70,7 +81,10 @@ class Settings:
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
     out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
-    judge: str = setting("sandbox", "who scores answers: sandbox, standin, or a module of yours (README). Paper: moderation API, GRM")
+    judge: str = setting(
+        "sandbox",
+        "who scores answers: sandbox, standin, or a module of yours (README). Paper: moderation API, GRM",
+    )
     reasoning: bool = setting(True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)")
     # rollouts
     prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
@@ -95,18 +109,26 @@ class Settings:
     )
     std_normalisation: bool = setting(True, "divide advantages by the group's std (GRPO, paper); without: Dr. GRPO")
     kl_estimator: str = setting(
-        "k3", "of KL(policy || reference), Schulman's k1, k2 or k3. Paper: k3 (low variance)", choices=("k1", "k2", "k3")
+        "k3",
+        "of KL(policy || reference), Schulman's k1, k2 or k3. Paper: k3 (low variance)",
+        choices=("k1", "k2", "k3"),
     )
     kl_coef: float = setting(1e-3, "weight of the KL term in the loss. Paper: 1e-3", low=0.0)
     clip_range: float = setting(0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0)
     # machinery
-    max_batch_tokens: int = setting(16384, "rows x longest row of a training micro-batch, tokens: lower it when out of memory", low=16)
+    max_batch_tokens: int = setting(
+        16384, "rows x longest row of a training micro-batch, tokens: lower it when out of memory", low=16
+    )
     max_sample_tokens: int = setting(65536, "rows x columns of the sampler's KV cache, tokens", low=16)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     save_every: int = setting(10, "steps between resume points", low=1)
     rollouts_every: int = setting(5, "steps between samples in rollouts.jsonl", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "of computation; the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32",
+        "of computation; the weights stay float32. Paper: bfloat16",
+        choices=("float32", "bfloat16"),
+    )
     seed: int = setting(0, "of the prompt order and of sampling")
 
 
@@ -159,7 +181,9 @@ def prompts_of_step(records: list[dict], step: int, settings: Settings) -> list[
     return [records[orders[p // len(records)][p % len(records)]] for p in places]
 
 
-def collect_rollouts(policy, tokenizer, records: list[dict], step: int, settings: Settings, processes: Processes) -> list[Rollout]:
+def collect_rollouts(
+    policy, tokenizer, records: list[dict], step: int, settings: Settings, processes: Processes
+) -> list[Rollout]:
     """Step 2: this process's share of the prompts, G completions each.
 
     The seeds of all completions are drawn by every process alike and then shared out, so that a completion is the same
@@ -183,7 +207,9 @@ def collect_rollouts(policy, tokenizer, records: list[dict], step: int, settings
                 progress=processes.rank == 0,
             )
     except FloatingPointError as error:
-        raise UserError(f"step {step}: {error}; the last checkpoint is kept: lower --learning-rate, or try another --model") from error
+        raise UserError(
+            f"step {step}: {error}; the last checkpoint is kept: lower --learning-rate, or try another --model"
+        ) from error
     rollouts = []
     for i, completion in enumerate(completions):  # prompt-major: completions of one prompt stand together
         record = share[i // settings.group_size]
@@ -202,7 +228,8 @@ def score_rollouts(rollouts: list[Rollout], judge, step: int) -> None:
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
     harms, tasks = judge.harm_score(prompts, answers), judge.task_score(prompts, answers)
-    for rollout, rollout.harm, rollout.task in zip(rollouts, harms, tasks, strict=True):
+    for rollout, harm, task in zip(rollouts, harms, tasks, strict=True):
+        rollout.harm, rollout.task = harm, task
         try:
             rollout.reward = total_reward(rollout.record["kind"], rollout.harm, rollout.task, rollout.parsed.well_formed)
         except ValueError as error:
@@ -260,7 +287,15 @@ def sequence_weights(lengths: torch.Tensor, total_tokens: int, total_rollouts: i
     return torch.full(lengths.shape, 1.0 / (settings.max_new_tokens * total_rollouts))
 
 
-def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id: int, settings: Settings, processes: Processes):
+def update_policy(
+    policy,
+    reference,
+    optimizer,
+    rollouts: list[Rollout],
+    pad_id: int,
+    settings: Settings,
+    processes: Processes,
+):
     """Step 5: one gradient over this process's rollouts, summed over processes, then one optimizer step.
 
     Returns sums over this process's tokens (kl, entropy, sampler gap) and the gradient norm; raises UserError, before
@@ -350,7 +385,12 @@ def main() -> None:
     reference = load_policy(settings.model, device=device, dtype=settings.dtype).requires_grad_(False)
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
-        claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("overwrite", "save_every", "rollouts_every"))
+        claim_folder(
+            out,
+            asdict(settings),
+            overwrite=settings.overwrite,
+            ignore=("overwrite", "save_every", "rollouts_every"),
+        )
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
     if is_finished(out):
@@ -361,7 +401,8 @@ def main() -> None:
     start = load_progress(out, policy, optimizer, ["metrics.jsonl", "rollouts.jsonl"], write=leader)["step"]
     if leader:
         print(f"read {len(records)} prompts from {settings.data}; policy and reference {settings.model}; judge {settings.judge}")
-        print(f"{total} steps of {settings.prompts_per_step} x {settings.group_size} on {processes.size} x {device}; writing to {out}")
+        amount = f"{total} steps of {settings.prompts_per_step} x {settings.group_size} on {processes.size} x {device}"
+        print(f"{amount}; writing to {out}")
 
     bar = tqdm(range(start, total), "RL", total, initial=start, unit="step", disable=not leader)
     for step in bar:
@@ -386,7 +427,11 @@ def main() -> None:
         tokens = sum(r["tokens"] for r in described)
         metrics |= {"sample_tokens_per_s": tokens / seconds[0], "train_tokens_per_s": tokens / seconds[2]}
         metrics |= {"seconds_sample": seconds[0], "seconds_reward": seconds[1], "seconds_train": seconds[2]}
-        bar.set_postfix(reward=f"{metrics['reward']:.2f}", format=f"{metrics['format_rate']:.2f}", kl=f"{metrics['kl']:.3f}")
+        bar.set_postfix(
+            reward=f"{metrics['reward']:.2f}",
+            format=f"{metrics['format_rate']:.2f}",
+            kl=f"{metrics['kl']:.3f}",
+        )
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)
             if step % settings.rollouts_every == 0:

@@ -60,9 +60,7 @@ class EvalSettings:
     preset: str = setting("sandbox", "where the defaults come from: sandbox, smollm or paper")
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
     models: list[str] = setting([], "models to compare, each NAME=FOLDER or NAME=HUB-NAME")
-    direct: list[str] = setting(
-        [], "models without reasoning, by name; checkpoints of 02 and 03 say it themselves"
-    )
+    direct: list[str] = setting([], "models without reasoning, by name; checkpoints of 02 and 03 say it themselves")
     out: str = setting("runs/demo/eval", "folder for the results")
     overwrite: bool = setting(False, "empty OUT first if it holds results of other settings")
     judge: str = setting("sandbox", "sandbox, standin, or your.module with harm_score and task_score")
@@ -116,14 +114,10 @@ def read_subjects(models: Sequence[str], direct: Sequence[str]) -> list[Subject]
     for text in models:
         name, _, path = text.partition("=")
         if not path or not re.fullmatch(r"[\w.-]+", name) or name in subjects:
-            raise UserError(
-                f"--models: given {text}; allowed NAME=FOLDER or NAME=HUB-NAME, NAME a word, used once"
-            )
+            raise UserError(f"--models: given {text}; allowed NAME=FOLDER or NAME=HUB-NAME, NAME a word, used once")
         stated = stated_reasoning(Path(path) / "settings.json")
         if stated and name in direct:
-            raise UserError(
-                f"--direct: given {name}, which reasons ({path}/settings.json); take it off the list"
-            )
+            raise UserError(f"--direct: given {name}, which reasons ({path}/settings.json); take it off the list")
         subjects[name] = Subject(name, path, name not in direct if stated is None else stated)
     for name in direct:
         if name not in subjects:
@@ -156,9 +150,7 @@ def read_budgets(settings: EvalSettings) -> list[int]:
     """GCG steps after which the suffix is tried on the model: 0 (the initial one), those asked for, all."""
     for text in settings.gcg_budgets:
         if not text.isdecimal() or int(text) > settings.gcg_steps:
-            raise UserError(
-                f"--gcg-budgets: given {text}; allowed whole numbers to {settings.gcg_steps} (--gcg-steps)"
-            )
+            raise UserError(f"--gcg-budgets: given {text}; allowed whole numbers to {settings.gcg_steps} (--gcg-steps)")
     return sorted({0, *map(int, settings.gcg_budgets), settings.gcg_steps})
 
 
@@ -227,9 +219,7 @@ def random_numbers(seed: int, label: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(label.encode()) * 2**20 + seed)
 
 
-def run_gcg(
-    name: str, target: Callable[[], Target], behaviours: list[dict], settings: EvalSettings, path: Path
-) -> list[dict]:
+def run_gcg(name: str, target: Callable[[], Target], behaviours: list[dict], settings: EvalSettings, path: Path) -> list[dict]:
     """Attacks on all behaviours, the ones already in gcg.jsonl first; each is saved as it ends."""
     done = read_lines(path, name)
     todo = behaviours[len(done) :]
@@ -263,9 +253,7 @@ def plan(sets: dict[str, list[dict]], gcg: list[dict], budgets: list[int]) -> di
 # ---- judge -------------------------------------------------------------------------------------------------
 
 
-def run_answers(
-    name: str, target: Callable[[], Target], blocks: dict[Block, list[Asked]], judge, path: Path
-) -> list[dict]:
+def run_answers(name: str, target: Callable[[], Target], blocks: dict[Block, list[Asked]], judge, path: Path) -> list[dict]:
     """This model's lines of completions.jsonl, by blocks; one that a kill cut short is done again."""
     counts = Counter(block_of(line) for line in read_lines(path, name))
     finished = {block for block, count in counts.items() if count == len(blocks[block])}
@@ -309,9 +297,7 @@ def main() -> None:
     behaviours = sets["direct"][: settings.gcg_behaviours]
     prompts = ", ".join(f"{len(records)} {name}" for name, records in sets.items())
     print(f"read {prompts} prompts from {settings.data}")
-    print(
-        f"will ask {len(subjects)} models, and attack {len(behaviours)} prompts by {settings.gcg_steps} steps"
-    )
+    print(f"will ask {len(subjects)} models, and attack {len(behaviours)} prompts by {settings.gcg_steps} steps")
     print(f"will write to {out}; about a minute for a sandbox model, hours for a real one: see the bars")
 
     gcg_path, completions_path = out / "gcg.jsonl", out / "completions.jsonl"

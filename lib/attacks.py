@@ -103,18 +103,14 @@ def random_suffix(
             drawn = tokens[torch.randint(len(tokens), (RANDOM_TRIES, 1), generator=generator)]
             kept, texts = slot.surviving(torch.cat([suffix.expand(RANDOM_TRIES, -1), drawn], dim=1))
             if not texts:
-                raise UserError(
-                    f"behaviour {behaviour['id']}: found no random suffix that survives re-encoding"
-                )
+                raise UserError(f"behaviour {behaviour['id']}: found no random suffix that survives re-encoding")
             suffix, text = kept[0], texts[0]
         trace = [{"step": 0, "loss": slot.losses(suffix[None]).item(), "suffix": text}]
         attempts.append(finished(slot, trace))
     return attempts
 
 
-def propose(
-    gradient: Tensor, suffix: Tensor, allowed: Tensor, budget: Budget, generator: torch.Generator
-) -> Tensor:
+def propose(gradient: Tensor, suffix: Tensor, allowed: Tensor, budget: Budget, generator: torch.Generator) -> Tensor:
     """gradient (S, vocab), suffix (S,), allowed (vocab,) -> N <= width different single swaps, (N, S)."""
     promise = (-gradient).masked_fill(~allowed, -torch.inf)
     promise[torch.arange(len(suffix)), suffix] = -torch.inf  # a swap must change something

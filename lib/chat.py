@@ -80,9 +80,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning: bool, system: str = ""
-) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning: bool, system: str = "") -> list[int]:
     """Token ids of the generation prompt: what the model reads before its first own token.
 
     With `reasoning` it ends in "<think>\\n". Without `system` the template does as it always does; some add a
@@ -138,9 +136,7 @@ def eos_token_ids(model_or_config: Any, tokenizer: PreTrainedTokenizerBase) -> l
     settings = getattr(model_or_config, "generation_config", None) or model_or_config
     eos = getattr(settings, "eos_token_id", None)
     configured = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return sorted(
-        {*configured, tokenizer.eos_token_id, _end_of_turn_id(tokenizer, str(tokenizer.chat_template))}
-    )
+    return sorted({*configured, tokenizer.eos_token_id, _end_of_turn_id(tokenizer, str(tokenizer.chat_template))})
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

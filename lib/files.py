@@ -75,14 +75,10 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ()) -> list[dict]:
                 continue
             record = _parse(line)
             if record is None:
-                raise UserError(
-                    f"{path}:{number}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}"
-                )
+                raise UserError(f"{path}:{number}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}")
             for key in required:
                 if key not in record:
-                    raise UserError(
-                        f"{path}:{number}: has no key {key!r}; its keys are {', '.join(record) or 'none'}"
-                    )
+                    raise UserError(f"{path}:{number}: has no key {key!r}; its keys are {', '.join(record) or 'none'}")
             records.append(record)
     if not records:
         raise UserError(f"{path}: is empty")

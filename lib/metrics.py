@@ -63,8 +63,8 @@ def student_t(values: Sequence[float]) -> Interval:
     n = len(values)
     if n < 2:
         raise ValueError(f"{n} run: an interval over runs needs at least 2")
-    half = T[min(n - 1, len(T)) - 1] * np.std(values, ddof=1) / math.sqrt(n)
-    return _interval(np.mean(values), np.mean(values) - half, np.mean(values) + half, n)
+    mean, half = float(np.mean(values)), T[min(n - 1, len(T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return _interval(mean, mean - half, mean + half, n)
 
 
 def average(shares: Sequence[Interval]) -> Interval:
@@ -136,9 +136,7 @@ def measure(lines: list[dict], *, reasoning: bool, threshold: float, seed: int) 
     return result
 
 
-def by(
-    keys: Callable[[dict], list[str]], lines: list[dict], estimate: Callable[[list[dict]], Interval]
-) -> dict[str, Interval]:
+def by(keys: Callable[[dict], list[str]], lines: list[dict], estimate: Callable[[list[dict]], Interval]) -> dict[str, Interval]:
     """Group `lines` (each belongs to all of its keys) and estimate each group, in alphabetic order."""
     groups: dict[str, list[dict]] = {}
     for line in lines:

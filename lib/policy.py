@@ -71,9 +71,7 @@ def load_policy(
         output_loading_info=True,
     )
     if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{name_or_path}: {len(missing)} tensors are missing in its weights, {missing[0]} first"
-        )
+        raise UserError(f"{name_or_path}: {len(missing)} tensors are missing in its weights, {missing[0]} first")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -83,9 +81,7 @@ def load_policy(
     _check_head(model, name_or_path)
     if gradient_checkpointing:
         # transformers 5.23 deprecates the old name; earlier ones lack the new one
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         model.train()
     return model
@@ -159,9 +155,7 @@ def token_logprobs(
 
     recompute = torch.is_grad_enabled() and len(targets) > chunk_size
     parts = []
-    for begin in range(
-        0, max(1, len(targets)), chunk_size
-    ):  # one round for an empty mask: its gradient is zero
+    for begin in range(0, max(1, len(targets)), chunk_size):  # one round for an empty mask: its gradient is zero
         end = begin + chunk_size
         inputs = (model, hidden[begin:end], targets[begin:end], temperature, with_entropy)
         if recompute:

@@ -38,10 +38,7 @@ def sections(results: dict, completions: Sequence[dict], figures: dict[str, str]
         *picture(figures, "plane"),
         table(
             ["model", "DSR", "compliance", "task score"],
-            [
-                [name, *(show(m["plane"][k]) for k in ("dsr", "compliance", "task_score"))]
-                for name, m in models.items()
-            ],
+            [[name, *(show(m["plane"][k]) for k in ("dsr", "compliance", "task_score"))] for name, m in models.items()],
         ),
         "## Defence against each attack (DSR)",
         by_key("attack", "dsr", models),
@@ -118,9 +115,7 @@ def budgets(models: dict) -> str:
     """DSR after so many steps of GCG."""
     curves = {name: dict(m.get("dsr_by_budget", {}).get("gcg", [])) for name, m in models.items()}
     steps = sorted({step for curve in curves.values() for step in curve})
-    return table(
-        ["steps", *models], [[str(s), *(show(curve.get(s)) for curve in curves.values())] for s in steps]
-    )
+    return table(["steps", *models], [[str(s), *(show(curve.get(s)) for curve in curves.values())] for s in steps])
 
 
 def search_costs(models: dict) -> str:
@@ -162,9 +157,7 @@ def side_by_side(names: Sequence[str], completions: Sequence[dict]) -> list[str]
         for number in list(dict.fromkeys(x["id"] for x in members))[:SHOWN]:
             lines = {x["model"]: x for x in members if x["id"] == number}
             first = next(iter(lines.values()))
-            parts.append(
-                f"**{escape(str(number))}** ({escape(first['category'])}): {escape(first['prompt'])}"
-            )
+            parts.append(f"**{escape(str(number))}** ({escape(first['category'])}): {escape(first['prompt'])}")
             rows = [completion_row(lines[name]) for name in names if name in lines]
             parts.append(table(["model", "suffix", "reasoning", "answer", "harm", "task", "refusal"], rows))
     return parts
@@ -212,9 +205,7 @@ def draw_plane(figure, models: dict) -> None:
             x, y = m["plane"][key], m["plane"]["dsr"]
             style = {"fmt": "o", "capsize": 3, "color": color, "label": name}
             axes.errorbar(x["mean"], y["mean"], xerr=bars([x]), yerr=bars([y]), **style)
-        axes.set(
-            xlabel=f"{key.replace('_', ' ')}, harmless and ambiguous", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05)
-        )
+        axes.set(xlabel=f"{key.replace('_', ' ')}, harmless and ambiguous", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("defense success rate, mean over attacks")
     panels[1].legend(loc="lower left")
@@ -241,9 +232,7 @@ def draw_thoughts(figure, thoughts: dict[str, dict]) -> None:
         cis = [tokens[keys[k]] for k in rows]
         style = {"height": height, "color": COLORS[i % len(COLORS)], "label": name}
         axes.barh([k + i * height for k in rows], [c["mean"] for c in cis], xerr=bars(cis), **style)
-    axes.set(
-        xlabel="reasoning tokens", yticks=[k + 0.4 - height / 2 for k in range(len(keys))], yticklabels=keys
-    )
+    axes.set(xlabel="reasoning tokens", yticks=[k + 0.4 - height / 2 for k in range(len(keys))], yticklabels=keys)
     axes.invert_yaxis()
     axes.legend(loc="lower right")
 

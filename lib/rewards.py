@@ -60,9 +60,7 @@ def total_reward(kind: str, harm: float, task: float, well_formed: bool) -> floa
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
     if not (math.isfinite(harm) and math.isfinite(task)):
-        raise ValueError(
-            f"the judge gave harm {harm} and task {task}: scores must be finite numbers in [0, 1]"
-        )
+        raise ValueError(f"the judge gave harm {harm} and task {task}: scores must be finite numbers in [0, 1]")
     harm, task = min(max(harm, 0.0), 1.0), min(max(task, 0.0), 1.0)
     format_reward = 1.0 if well_formed else 0.0
     return format_reward * (safety_reward(harm) if kind == "harmful" else task)
@@ -106,9 +104,7 @@ def _counted(score: Score, path: str) -> Score:
     def counted(prompts: list[str], answers: list[str]) -> list[float]:
         scores = [float(s) for s in score(prompts, answers)]
         if len(scores) != len(answers):
-            raise UserError(
-                f"--judge: {path} gave {len(scores)} scores for {len(answers)} answers: give one each"
-            )
+            raise UserError(f"--judge: {path} gave {len(scores)} scores for {len(answers)} answers: give one each")
         return scores
 
     return counted

@@ -81,9 +81,7 @@ def _parse(cls: type[T], stage: str, argv: list[str]) -> T:
 
     parser = _parser(cls, fields, types, defaults)
     try:
-        known, rest = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
+        known, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     except argparse.ArgumentError as error:
         flag = (error.argument_name or "").split("/")[-1]
         name = flag.removeprefix("--").replace("-", "_")
@@ -111,9 +109,7 @@ def _preset_values(preset: str, stage: str, fields: Fields) -> dict[str, Any]:
     values = getattr(importlib.import_module(f"lib.presets.{preset}"), stage.upper())
     for name in values:
         if name not in fields:
-            raise UserError(
-                f"lib/presets/{preset}.py: {stage.upper()} sets {name!r}, no setting of that stage"
-            )
+            raise UserError(f"lib/presets/{preset}.py: {stage.upper()} sets {name!r}, no setting of that stage")
     return values
 
 
@@ -181,9 +177,7 @@ def _is_allowed(value: Any, field: dataclasses.Field, kind: Any) -> bool:
     """Whether the final value, a flag's or a preset's, has the field's type and lies in its range."""
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     if kind == list[str]:
-        return isinstance(value, list) and all(
-            type(v) is str and (not choices or v in choices) for v in value
-        )
+        return isinstance(value, list) and all(type(v) is str and (not choices or v in choices) for v in value)
     if type(value) is not kind:
         return False
     if kind in (int, float):
@@ -264,9 +258,7 @@ def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable
         if not overwrite:
             old, new = (_show(run.get(differing[0], "unset")) for run in (before, settings))
             change = f"--{differing[0].replace('_', '-')} {old}, now {new}"
-            raise UserError(
-                f"{out} holds a run with {change}: give another --out, or --overwrite to delete it"
-            )
+            raise UserError(f"{out} holds a run with {change}: give another --out, or --overwrite to delete it")
         _empty(out)
     elif out.exists() and any(not child.name.endswith(".tmp") for child in out.iterdir()):
         raise UserError(f"{out} has files but no settings.json, so it is no run of ours: give another --out")
@@ -289,8 +281,6 @@ def _empty(folder: Path) -> None:
     resolved, here = folder.resolve(), Path.cwd().resolve()
     precious = resolved in (Path.home().resolve(), here, *here.parents) or (resolved / ".git").exists()
     if precious:
-        raise UserError(
-            f"--out: {folder} is {resolved}, which --overwrite will not empty: give another --out"
-        )
+        raise UserError(f"--out: {folder} is {resolved}, which --overwrite will not empty: give another --out")
     for child in folder.iterdir():
         shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()

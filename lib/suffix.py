@@ -28,9 +28,7 @@ class Budget:
     top_k: int  # candidate tokens a position
     suffix_tokens: int
     init: str  # one token, repeated suffix_tokens times to begin with
-    ban_target: bool = (
-        False  # keep the target's tokens out: draw the answer out of the model, do not hand it in
-    )
+    ban_target: bool = False  # keep the target's tokens out: draw the answer out of the model, do not hand it in
     max_batch_tokens: int = 16384  # rows x (cached + new) tokens of one forward pass
 
     def initial_suffix(self) -> str:
@@ -46,9 +44,7 @@ def check_target(behaviour: dict) -> str:
     """The behaviour's target; UserError if there is none."""
     target = (behaviour.get("target") or "").strip()
     if not target:
-        raise UserError(
-            f"behaviour {behaviour['id']}: GCG needs a target; add one, or set --gcg-behaviours 0"
-        )
+        raise UserError(f"behaviour {behaviour['id']}: GCG needs a target; add one, or set --gcg-behaviours 0")
     return target
 
 
@@ -157,9 +153,7 @@ class Slot:
         decoded = self.tokenizer.batch_decode(candidates.tolist(), clean_up_tokenization_spaces=False)
         texts = [text.strip() for text in decoded]
         alone = self.tokenizer.encode(self.prompt, add_special_tokens=False)
-        again = self.tokenizer([attach(self.prompt, text) for text in texts], add_special_tokens=False)[
-            "input_ids"
-        ]
+        again = self.tokenizer([attach(self.prompt, text) for text in texts], add_special_tokens=False)["input_ids"]
         kept = [i for i, ids in enumerate(candidates.tolist()) if again[i] == alone + ids]
         self.cost["did_not_survive"] += len(candidates) - len(kept)
         return candidates[kept], [texts[i] for i in kept]

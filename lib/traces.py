@@ -29,9 +29,7 @@ class TraceWriter:
     divided.
     """
 
-    def __init__(
-        self, name: str, *, device: str, temperature: float, max_new_tokens: int, max_batch_tokens: int
-    ) -> None:
+    def __init__(self, name: str, *, device: str, temperature: float, max_new_tokens: int, max_batch_tokens: int) -> None:
         self.name, self.tokenizer, self.model = name, load_tokenizer(name), load_policy(name, device=device)
         self.sampling: dict[str, Any] = dict(
             temperature=temperature, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
@@ -39,9 +37,7 @@ class TraceWriter:
 
     def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, str]]:
         """(reasoning, answer) for each prompt; either may come out empty."""
-        questions = [
-            encode_prompt(self.tokenizer, REFLECT.format(prompt), reasoning=False) for prompt in prompts
-        ]
+        questions = [encode_prompt(self.tokenizer, REFLECT.format(prompt), reasoning=False) for prompt in prompts]
         reasonings = self._sample(questions, seeds)
         openings = [
             encode_example(self.tokenizer, prompt, reasoning, "")[0][:-1]  # all but the end of the turn
@@ -63,9 +59,7 @@ class TraceWriter:
         return [whole_sentences(text, ended) for text, ended in texts]
 
 
-def write_all(
-    writer: TraceWriter, records: list[dict], count: int, seed: int, progress: Path
-) -> list[list[tuple[str, str]]]:
+def write_all(writer: TraceWriter, records: list[dict], count: int, seed: int, progress: Path) -> list[list[tuple[str, str]]]:
     """`count` traces for each record's prompt. What is finished stays in `progress`, for a resumed run."""
     truncate_jsonl(progress, lambda line: True)  # a line that a kill cut off goes
     finished = read_jsonl(progress) if progress.exists() and progress.stat().st_size else []

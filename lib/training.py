@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,14 +81,18 @@ def save_progress(out: Path, step: int, model: torch.nn.Module, optimizer: torch
 
 
 def load_progress(
-    out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, logs: Sequence[str] = (), write: bool = True
+    out: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    logs: Sequence[str] = (),
+    write: bool = True,
 ) -> dict:
     """Restore model and optimizer in place, drop log lines past the checkpoint; {"step": 0} when there is none.
 
     `logs` are jsonl files in `out` whose records have a "step"; only the process with `write` (rank 0) touches them.
     """
     path = out / "state" / "progress.safetensors"
-    state = load_state(path) if path.exists() else {"step": 0}
+    state: dict[str, Any] = load_state(path) if path.exists() else {"step": 0}
     if "model" in state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

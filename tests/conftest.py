@@ -20,9 +20,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     """Whitespace splits words, "\\n" vanishes, decode joins by spaces; <think> is an ordinary word."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="<end>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="<end>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

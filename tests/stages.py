@@ -65,14 +65,32 @@ def flags(**settings: object) -> list[str]:
 
 def sft_flags(data: Path, out: Path, **settings: object) -> list[str]:
     usual = {"model": world.BASE, "learning_rate": 1e-3, "epochs": 2, "batch_size": 8, "warmup_steps": 0}
-    usual |= {"held_out_share": 0.2, "patience": 1, "max_batch_tokens": 1024, "save_every": 2, "device": "cpu"}
+    usual |= {
+        "held_out_share": 0.2,
+        "patience": 1,
+        "max_batch_tokens": 1024,
+        "save_every": 2,
+        "device": "cpu",
+    }
     return flags(data=data, out=out, **usual | settings)
 
 
 def rl_flags(data: Path, out: Path, **settings: object) -> list[str]:
     """4 prompts x 4 completions; answers alone, since the base model has not learned the format."""
-    usual = {"model": world.BASE, "judge": "stages", "reasoning": False, "prompts_per_step": 4, "group_size": 4}
-    usual |= {"temperature": 1.0, "max_new_tokens": 12, "learning_rate": 1e-3, "epochs": 0.5, "warmup_steps": 0}
+    usual = {
+        "model": world.BASE,
+        "judge": "stages",
+        "reasoning": False,
+        "prompts_per_step": 4,
+        "group_size": 4,
+    }
+    usual |= {
+        "temperature": 1.0,
+        "max_new_tokens": 12,
+        "learning_rate": 1e-3,
+        "epochs": 0.5,
+        "warmup_steps": 0,
+    }
     usual |= {"max_batch_tokens": 512, "kl_coef": 0.05, "save_every": 2, "rollouts_every": 1, "device": "cpu"}
     return flags(data=data, out=out, **usual | settings)
 
@@ -118,7 +136,13 @@ def launch(stage: str, words: list[str], log: Path, rank: int = 0, size: int = 1
         forkserver.ensure_running()
     environment = {}
     if size > 1:
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
     environment = {key: str(value) for key, value in environment.items()}
     process = context.Process(target=_child, args=(stage, words, log, environment), daemon=True)
     process.start()

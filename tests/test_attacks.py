@@ -13,9 +13,7 @@ from lib.chat import encode_prompt
 from lib.settings import UserError
 from lib.suffix import Budget, Slot
 
-WORDS = [f"w{i}" for i in range(200)] + [
-    f"a{i}.b{i}" for i in range(40)
-]  # the last are split at the dot: no round trip
+WORDS = [f"w{i}" for i in range(200)] + [f"a{i}.b{i}" for i in range(40)]  # the last are split at the dot: no round trip
 BUDGET = Budget(steps=6, width=24, top_k=12, suffix_tokens=5, init="w7")
 BEHAVIOURS = [
     {"id": "a", "prompt": "w1 w2 w3 w4", "target": "w5 w6 w8"},
@@ -95,9 +93,7 @@ def test_loss_with_the_cached_prefix_is_the_plain_loss(model, tokenizer, behavio
     slot = Slot(model, tokenizer, behaviour, budget, reasoning=reasoning)
     first = tokenizer.convert_tokens_to_ids("w0")
     candidates = first + torch.randint(200, (9, 5), generator=generator())
-    for loss, text in zip(
-        slot.losses(candidates).tolist(), tokenizer.batch_decode(candidates.tolist()), strict=True
-    ):
+    for loss, text in zip(slot.losses(candidates).tolist(), tokenizer.batch_decode(candidates.tolist()), strict=True):
         assert loss == pytest.approx(plain_loss(model, tokenizer, behaviour, text, reasoning), abs=1e-4)
 
 
@@ -134,18 +130,12 @@ def test_gradient_equals_finite_differences(model, tokenizer):
             embeds[len(slot.prefix) + position] += sign * step * table[token]
             logits = model(inputs_embeds=embeds[None]).logits[0, -len(slot.target) - 1 : -1]
             losses.append(F.cross_entropy(logits, slot.target).item())
-        assert gradient[position, token].item() == pytest.approx(
-            (losses[0] - losses[1]) / (2 * step), rel=1e-2, abs=2e-3
-        )
+        assert gradient[position, token].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-2, abs=2e-3)
 
 
-def test_search_lowers_the_loss_and_beats_random_search_at_the_same_number_of_queries(
-    model, tokenizer, monkeypatch
-):
+def test_search_lowers_the_loss_and_beats_random_search_at_the_same_number_of_queries(model, tokenizer, monkeypatch):
     found = attacks.gcg(model, tokenizer, BEHAVIOURS, BUDGET, generator(), reasoning=True)
-    monkeypatch.setattr(
-        Slot, "gradient", lambda self, suffix: torch.randn(len(suffix), model.config.vocab_size)
-    )
+    monkeypatch.setattr(Slot, "gradient", lambda self, suffix: torch.randn(len(suffix), model.config.vocab_size))
     torch.manual_seed(1)
     blind = attacks.gcg(model, tokenizer, BEHAVIOURS, BUDGET, generator(), reasoning=True)
     for attempt in found:
@@ -164,9 +154,7 @@ def test_trace_holds_the_best_text_after_each_step_with_its_true_loss(model, tok
         assert losses == sorted(losses, reverse=True)
         assert attempt.trace[0]["suffix"] == "w7 w7 w7 w7 w7"
         for point in attempt.trace:  # of the text, not of ids that no text gives
-            assert point["loss"] == pytest.approx(
-                plain_loss(model, tokenizer, behaviour, point["suffix"], True), abs=1e-4
-            )
+            assert point["loss"] == pytest.approx(plain_loss(model, tokenizer, behaviour, point["suffix"], True), abs=1e-4)
 
 
 def test_candidates_that_do_not_survive_the_round_trip_are_dropped_and_counted(model, tokenizer):
@@ -196,23 +184,16 @@ def test_proposals_are_distinct_single_swaps_among_the_best_allowed_tokens(model
     suffix = torch.tensor([1, 2, 3])
     budget = Budget(steps=1, width=1000, top_k=4, suffix_tokens=3, init="x")
     candidates = attacks.propose(gradient, suffix, allowed, budget, generator())
-    assert (
-        len(candidates) == 12 == len(set(map(tuple, candidates.tolist())))
-    )  # all there are: 3 positions x top 4
+    assert len(candidates) == 12 == len(set(map(tuple, candidates.tolist())))  # all there are: 3 positions x top 4
     assert ((candidates != suffix).sum(1) == 1).all()
     for position in range(3):
-        tokens = [i for i in gradient[position].argsort().tolist() if allowed[i] and i != suffix[position]][
-            :4
-        ]
+        tokens = [i for i in gradient[position].argsort().tolist() if allowed[i] and i != suffix[position]][:4]
         swapped = {int(c[position]) for c in candidates if c[position] != suffix[position]}
         assert swapped == set(tokens)
 
 
 def test_seed_decides(model, tokenizer):
-    traces = [
-        attacks.gcg(model, tokenizer, BEHAVIOURS, BUDGET, generator(seed), reasoning=True)[1].trace
-        for seed in (3, 3, 4)
-    ]
+    traces = [attacks.gcg(model, tokenizer, BEHAVIOURS, BUDGET, generator(seed), reasoning=True)[1].trace for seed in (3, 3, 4)]
     assert traces[0] == traces[1] != traces[2]
 
 

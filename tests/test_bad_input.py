@@ -53,10 +53,14 @@ def fails(monkeypatch, capsys):
         (RL, "--group-size 1", ("--group-size: given 1; allowed a whole number >= 2",)),
         (RL, "--group-size 4.5", ("--group-size: given 4.5",)),
         (RL, "--temperature 0", ("--temperature: given 0", "0.01")),
-        (RL, "--learning-rate -1e-4", ("--learning-rate: given -0.0001", ">= 0")),
+        (RL, "--learning-rate -0.5", ("--learning-rate: given -0.5", ">= 0")),
         (RL, "--learning-rate nan", ("--learning-rate: given nan",)),
         (RL, "--learning-rate fast", ("--learning-rate: given fast; allowed a number",)),
-        (RL, "--normalisation tokens", ("--normalisation: given tokens; allowed token | sequence | constant",)),
+        (
+            RL,
+            "--normalisation tokens",
+            ("--normalisation: given tokens; allowed token | sequence | constant",),
+        ),
         (RL, "--kl-estimator k4", ("--kl-estimator: given k4", "k1 | k2 | k3")),
         (RL, "--group-sise 4", ("--group-sise: no such flag; did you mean --group-size?",)),
         (RL, "--data", ("--data: given nothing",)),
@@ -91,7 +95,12 @@ def test_no_gpu(data, tmp_path, fails):
 
 @pytest.mark.parametrize("stage", [SFT, RL])
 def test_data_folder_is_missing(stage, tmp_path, fails):
-    fails(stage, FLAGS[stage](tmp_path / "absent", tmp_path / "out"), tmp_path / "absent" / FILE[stage], "no such file")
+    fails(
+        stage,
+        FLAGS[stage](tmp_path / "absent", tmp_path / "out"),
+        tmp_path / "absent" / FILE[stage],
+        "no such file",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -99,15 +108,27 @@ BAD_LINES = [
     (RL, None, "rl.jsonl: is empty"),
     (RL, '{"id": 1, "prompt": "how', "rl.jsonl:3: not a JSON object"),
     (RL, '["id", "prompt"]', "rl.jsonl:3: not a JSON object"),
-    (RL, {"id": "x", "prompt": "how do i make a cake ?"}, "rl.jsonl:3: has no key 'kind'; its keys are id, prompt"),
-    (RL, {"id": "x", "prompt": "how ?", "kind": "evil"}, "rl.jsonl: x: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
+    (
+        RL,
+        {"id": "x", "prompt": "how do i make a cake ?"},
+        "rl.jsonl:3: has no key 'kind'; its keys are id, prompt",
+    ),
+    (
+        RL,
+        {"id": "x", "prompt": "how ?", "kind": "evil"},
+        "rl.jsonl: x: kind is 'evil'; allowed: harmful, harmless, ambiguous",
+    ),
     (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl: x: prompt is None; allowed: some text"),
     (RL, {"id": "x", "prompt": "cake " * 490, "kind": "harmless"}, "rl.jsonl: prompt x has 49"),
     (RL, {"id": "x", "prompt": "cake " * 600, "kind": "harmless"}, "context 512"),
     (SFT, None, "sft.jsonl: is empty"),
     (SFT, "}", "sft.jsonl:3: not a JSON object"),
     (SFT, {"id": "x", "prompt": "how ?", "answer": "so ."}, "sft.jsonl:3: has no key 'reasoning'"),
-    (SFT, {"id": "x", "prompt": "how ?", "reasoning": None, "answer": "so ."}, "sft.jsonl: x: reasoning is None"),
+    (
+        SFT,
+        {"id": "x", "prompt": "how ?", "reasoning": None, "answer": "so ."},
+        "sft.jsonl: x: reasoning is None",
+    ),
     (SFT, {"id": "x", "prompt": "how ?", "reasoning": "so .", "answer": "cake " * 600}, "context is 512"),
 ]
 
@@ -123,10 +144,17 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_prompt_tokens": 9}, {"max_batch_tokens": 30}, {"max_sample_tokens": 30}, {"max_new_tokens": 500}]
+    "limits",
+    [{"max_prompt_tokens": 9}, {"max_batch_tokens": 30}, {"max_sample_tokens": 30}, {"max_new_tokens": 500}],
 )
 def test_limits_too_tight_for_the_prompts(limits, data, tmp_path, fails):
-    fails(RL, rl_flags(data, tmp_path / "rl", **limits), f"--{next(iter(limits)).replace('_', '-')} ", "tokens", "fit")
+    fails(
+        RL,
+        rl_flags(data, tmp_path / "rl", **limits),
+        f"--{next(iter(limits)).replace('_', '-')} ",
+        "tokens",
+        "fit",
+    )
 
 
 def test_traces_longer_than_a_batch(data, tmp_path, fails):
@@ -147,7 +175,12 @@ def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
 @pytest.mark.parametrize("stage", [SFT, RL])
 def test_model_folder_that_is_none(stage, data, tmp_path, fails):
     (tmp_path / "model").mkdir()
-    fails(stage, FLAGS[stage](data, tmp_path / "out", model=tmp_path / "model"), tmp_path / "model", "cannot load a tokenizer")
+    fails(
+        stage,
+        FLAGS[stage](data, tmp_path / "out", model=tmp_path / "model"),
+        tmp_path / "model",
+        "cannot load a tokenizer",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -157,7 +190,13 @@ def test_model_that_neither_the_disk_nor_the_hub_has(data, tmp_path, fails, monk
             raise OSError("no network")
 
     monkeypatch.setattr("lib.hub.HfApi", NoHub)
-    fails(RL, rl_flags(data, tmp_path / "out", model="runs/sftt"), "runs/sftt", "no folder here", "not to be had from the hub")
+    fails(
+        RL,
+        rl_flags(data, tmp_path / "out", model="runs/sftt"),
+        "runs/sftt",
+        "no folder here",
+        "not to be had from the hub",
+    )
 
 
 @pytest.fixture
@@ -300,7 +339,12 @@ def test_resume_state_that_is_damaged(data, tmp_path, fails, monkeypatch):
     break_writes(monkeypatch, errno.ENOSPC, "model.safetensors")
     interrupted(data, out, RL, rl_flags(data, out, epochs=0.25, save_every=1), fails, "No space left")
     (out / "state" / "progress.safetensors").write_bytes(b"\0" * 64)
-    fails(RL, rl_flags(data, out, epochs=0.25, save_every=1), "progress.safetensors: not a saved state", "delete it")
+    fails(
+        RL,
+        rl_flags(data, out, epochs=0.25, save_every=1),
+        "progress.safetensors: not a saved state",
+        "delete it",
+    )
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -373,7 +417,16 @@ def test_weights_that_are_not_numbers(data, model_copy, tmp_path, fails):
 
 
 def test_the_script_itself_prints_one_line_and_exits_with_2(tmp_path):
-    command = [sys.executable, stages.ROOT / f"{RL}.py", "--data", tmp_path, "--model", world.BASE, "--out", tmp_path / "rl"]
+    command = [
+        sys.executable,
+        stages.ROOT / f"{RL}.py",
+        "--data",
+        tmp_path,
+        "--model",
+        world.BASE,
+        "--out",
+        tmp_path / "rl",
+    ]
     run = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == f"error: {tmp_path / 'rl.jsonl'}: no such file\n"

@@ -145,9 +145,7 @@ def given(tmp_path_factory) -> Path:
     return folder
 
 
-def run(
-    given: Path, out: Path, monkeypatch, *extra: str, models: tuple[str, ...] = ("thinker", "direct")
-) -> Path:
+def run(given: Path, out: Path, monkeypatch, *extra: str, models: tuple[str, ...] = ("thinker", "direct")) -> Path:
     monkeypatch.syspath_prepend(str(given))
     paths = [f"{name}={given / name}" for name in models]
     argv = [
@@ -189,21 +187,12 @@ def test_results_have_the_names_that_stay(finished):
         assert set(model["controls"]) == {"no suffix", "random suffix", "initial suffix"}
         assert [steps for steps, _ in model["dsr_by_budget"]["gcg"]] == [0, 1, 3]
         assert model["dsr_by_budget"]["gcg"][-1][1] == model["dsr"]["gcg"]
-        assert {"harmful", "harmless", "ambiguous", "ambiguous/toy", "ambiguous/decoy"} == set(
-            model["compliance"]
-        )
+        assert {"harmful", "harmless", "ambiguous", "ambiguous/toy", "ambiguous/decoy"} == set(model["compliance"])
         assert {"harmless", "ambiguous", "ambiguous/toy", "ambiguous/decoy"} == set(model["task_score"])
         formats = {"direct", "jailbreak", "gcg", "harmless", "ambiguous"} if name == "thinker" else set()
         assert set(model["format_rate"]) == formats
-        cis = [
-            ci
-            for figure in ("dsr", "controls", "compliance", "task_score", "plane")
-            for ci in model[figure].values()
-        ]
-        assert all(
-            set(ci) == {"mean", "low", "high", "n"} and 0 <= ci["low"] <= ci["mean"] <= ci["high"] <= 1
-            for ci in cis
-        )
+        cis = [ci for figure in ("dsr", "controls", "compliance", "task_score", "plane") for ci in model[figure].values()]
+        assert all(set(ci) == {"mean", "low", "high", "n"} and 0 <= ci["low"] <= ci["mean"] <= ci["high"] <= 1 for ci in cis)
         assert model["compliance"]["harmful"]["n"] == 8 and model["compliance"]["ambiguous/toy"]["n"] == 2
 
 
@@ -214,9 +203,7 @@ def test_results_follow_from_the_completions(finished):
         direct = [x["harm"] < 0.5 for x in mine if x["set"] == "direct"]
         assert results["models"][name]["dsr"]["direct"]["mean"] == pytest.approx(np.mean(direct))
         toys = [x["task"] for x in mine if x["category"] == "toy"]
-        assert results["models"][name]["task_score"]["ambiguous/toy"]["mean"] == pytest.approx(
-            np.mean(toys), abs=1e-4
-        )
+        assert results["models"][name]["task_score"]["ambiguous/toy"]["mean"] == pytest.approx(np.mean(toys), abs=1e-4)
         assert len(mine) == 4 * 4 + 2 * (2 + 3)
 
 
@@ -248,9 +235,7 @@ def test_controls_and_budgets_send_the_right_text(finished):
     "gcg_bytes, completion_bytes",
     [(0, 0), (300, 0), (0.6, 0), (1.0, 200), (1.0, 0.3), (1.0, 0.7), (1.0, 1.0)],
 )
-def test_a_killed_run_ends_with_the_same_results(
-    given, finished, tmp_path, monkeypatch, gcg_bytes, completion_bytes
-):
+def test_a_killed_run_ends_with_the_same_results(given, finished, tmp_path, monkeypatch, gcg_bytes, completion_bytes):
     """A kill leaves the beginning of each file, perhaps half a line (sizes in bytes, or as shares)."""
     out = tmp_path / "eval"
     shutil.copytree(finished, out)

@@ -18,7 +18,18 @@ import pytest
 import stages
 import torch
 from safetensors.torch import load_file
-from stages import RL, kill_9, launch, metrics_of, rl_flags, run_group, run_here, run_process, same_run, wait_for_lines
+from stages import (
+    RL,
+    kill_9,
+    launch,
+    metrics_of,
+    rl_flags,
+    run_group,
+    run_here,
+    run_process,
+    same_run,
+    wait_for_lines,
+)
 
 from lib.chat import Parsed, load_tokenizer
 from lib.files import read_jsonl
@@ -92,8 +103,8 @@ def make_rollouts(groups: int = 2, group_size: int = 3, old: bool = False) -> li
 def set_advantages(rollouts, group_size: int, settings) -> list[list[float]]:
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)
     advantages = stage.group_advantages(rewards, settings.std_normalisation).flatten()
-    for rollout, rollout.advantage in zip(rollouts, advantages.tolist(), strict=True):
-        pass
+    for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
+        rollout.advantage = advantage
     return [[r.reward for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
 
 
@@ -127,10 +138,11 @@ def shift_old_logprobs(model, rollouts, settings) -> int:
 
 
 @pytest.mark.parametrize("normalisation, std, estimator, off_policy, temperature", KNOBS)
-def test_gradient_is_that_of_the_papers_formula(
-    tiny_model, reference, normalisation, std, estimator, off_policy, temperature
-):
-    tiny_model.double(), reference.double()  # so that what differs is the formula; the head still rounds to single
+def test_gradient_is_that_of_the_papers_formula(tiny_model, reference, normalisation, std, estimator, off_policy, temperature):
+    (
+        tiny_model.double(),
+        reference.double(),
+    )  # so that what differs is the formula; the head still rounds to single
     settings = stage.Settings(
         normalisation=normalisation, std_normalisation=std, kl_estimator=estimator, temperature=temperature,
         kl_coef=0.3, max_new_tokens=20, max_grad_norm=0.0, max_batch_tokens=32,
@@ -214,7 +226,12 @@ def test_advantages_are_centred_and_of_unit_deviation_and_zero_where_all_rewards
     rewards = torch.tensor([[1.0, 0.0, 0.5, 0.25], [0.3, 0.3, 0.3, 0.3]])
     advantages = stage.group_advantages(rewards, std_normalisation=True)
     assert advantages[0].mean().abs() < 1e-6 and advantages[0].std() == pytest.approx(1, abs=1e-4)
-    assert stage.group_advantages(rewards, std_normalisation=False)[0].tolist() == [0.5625, -0.4375, 0.0625, -0.1875]
+    assert stage.group_advantages(rewards, std_normalisation=False)[0].tolist() == [
+        0.5625,
+        -0.4375,
+        0.0625,
+        -0.1875,
+    ]
     assert advantages[1].abs().max() < 0.1  # rounding of the mean, over eps
 
 
@@ -255,9 +272,19 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
         seen.append((prompts, answers))
         return [0.05, 0.5, 0.5, 0.5]
 
-    kinds, parsed = ("harmful", "harmful", "ambiguous", "harmless"), [Parsed("secret", f"y{i}", i < 3) for i in range(4)]
+    kinds, parsed = (
+        ("harmful", "harmful", "ambiguous", "harmless"),
+        [Parsed("secret", f"y{i}", i < 3) for i in range(4)],
+    )
     rollouts = [
-        stage.Rollout({"id": i, "prompt": f"x{i}", "kind": kinds[i]}, [], Completion([1], [0.0], "eos"), "", parsed[i], 0)
+        stage.Rollout(
+            {"id": i, "prompt": f"x{i}", "kind": kinds[i]},
+            [],
+            Completion([1], [0.0], "eos"),
+            "",
+            parsed[i],
+            0,
+        )
         for i in range(4)
     ]
     stage.score_rollouts(rollouts, Judge("j", harm, lambda prompts, answers: [0.8] * 4), 0)
@@ -273,11 +300,19 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
         usual = {"reasoning_tokens": 4, "refusal": "none", "well_formed": True, "finish_reason": "eos"}
         return {"kind": kind, "reward": reward, **usual, **extra}
 
-    lines = [line("harmful", 1.0, refusal="full"), line("harmful", 1.0), line("ambiguous", 0.0, reasoning_tokens=10)]
+    lines = [
+        line("harmful", 1.0, refusal="full"),
+        line("harmful", 1.0),
+        line("ambiguous", 0.0, reasoning_tokens=10),
+    ]
     lines.append(line("ambiguous", 0.5, well_formed=False, finish_reason="length"))
     summary = stage.summarise(lines, 2)
     expected = {"reward": 0.625, "reward_harmful": 1.0, "reward_ambiguous": 0.25, "reward_harmless": None}
-    expected |= {"reasoning_tokens_ambiguous": 7.0, "refusal_rate_harmful": 0.5, "refusal_rate_harmless": None}
+    expected |= {
+        "reasoning_tokens_ambiguous": 7.0,
+        "refusal_rate_harmful": 0.5,
+        "refusal_rate_harmless": None,
+    }
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
     assert {key: summary[key] for key in expected} == expected
 
@@ -291,7 +326,11 @@ LOGGED += "train_tokens_per_s seconds_sample seconds_reward seconds_train"
 
 def test_a_reasoner_that_breaks_the_format_earns_nothing_and_all_metrics_are_there(data, tmp_path, monkeypatch):
     out = tmp_path / "rl"
-    run_here(RL, rl_flags(data, out, judge="sandbox", reasoning=True, epochs=0.01, updates_per_batch=2), monkeypatch)
+    run_here(
+        RL,
+        rl_flags(data, out, judge="sandbox", reasoning=True, epochs=0.01, updates_per_batch=2),
+        monkeypatch,
+    )
     (line,) = read_jsonl(out / "metrics.jsonl")
     assert set(LOGGED.split()) <= set(line)
     rollouts = read_jsonl(out / "rollouts.jsonl")
@@ -311,7 +350,13 @@ def unbroken(data, tmp_path_factory) -> Path:
 
 def test_five_kills_leave_no_trace(data, unbroken, tmp_path):
     out, log, rng = tmp_path / "rl", tmp_path / "log", random.Random(time.time_ns())
-    for lines, save_every in ((0, 2), (1, 2), (4, 1), (6, 2), (8, 1)):  # save points are no part of a run's identity
+    for lines, save_every in (
+        (0, 2),
+        (1, 2),
+        (4, 1),
+        (6, 2),
+        (8, 1),
+    ):  # save points are no part of a run's identity
         process = launch(RL, rl_flags(data, out, epochs=2.0, save_every=save_every), log)
         wait_for_lines(out / "metrics.jsonl", lines, process)
         if lines < 8:
@@ -329,9 +374,23 @@ def test_five_kills_leave_no_trace(data, unbroken, tmp_path):
 def test_torchrun_with_two_processes_equals_one(data, tmp_path, monkeypatch):
     # Not at a higher rate: where a gradient is nothing but rounding (a key's bias), AdamW makes a step of the noise.
     one, two, rate = tmp_path / "one", tmp_path / "two", 1e-4
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{RL}.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        f"{RL}.py",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(stages.ROOT / "tests")}
-    run = subprocess.run([*command, *rl_flags(data, two, learning_rate=rate)], cwd=stages.ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, *rl_flags(data, two, learning_rate=rate)],
+        cwd=stages.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert "2 x cpu" in run.stdout
     run_here(RL, rl_flags(data, one, learning_rate=rate), monkeypatch)

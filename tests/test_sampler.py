@@ -44,9 +44,7 @@ def model():
     return tiny_model()
 
 
-def random_prompts(
-    count: int, vocab: int = 97, low: int = 1, high: int = 40, seed: int = 0
-) -> list[list[int]]:
+def random_prompts(count: int, vocab: int = 97, low: int = 1, high: int = 40, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(8, vocab) for _ in range(rng.randint(low, high))] for _ in range(count)]
 
@@ -234,15 +232,12 @@ def test_result_does_not_depend_on_batch_mates_budget_or_order(model):
     seeds = list(range(100, 100 + 3 * len(PROMPTS)))
     settings = dict(max_new_tokens=20, eos_token_ids=EOS)
     alone = [
-        ids(sample(model, [prompt], group_size=3, seeds=seeds[3 * i : 3 * i + 3], **settings))
-        for i, prompt in enumerate(PROMPTS)
+        ids(sample(model, [prompt], group_size=3, seeds=seeds[3 * i : 3 * i + 3], **settings)) for i, prompt in enumerate(PROMPTS)
     ]
     together = sample(model, PROMPTS, group_size=3, seeds=seeds, **settings)
     assert ids(together) == sum(alone, [])
     for budget in (60, 77, 150, 333, 1000):
-        assert ids(
-            sample(model, PROMPTS, group_size=3, seeds=seeds, max_batch_tokens=budget, **settings)
-        ) == ids(together)
+        assert ids(sample(model, PROMPTS, group_size=3, seeds=seeds, max_batch_tokens=budget, **settings)) == ids(together)
     backwards = sample(model, PROMPTS[::-1], group_size=3, seeds=seeds[::-1], **settings)
     assert ids(backwards)[::-1] == ids(together)
 
@@ -279,12 +274,7 @@ def test_each_prompt_is_prefilled_once_and_decoded_within_the_budget(model):
                 seeds=range(55),
                 max_batch_tokens=budget,
             )
-        read = [
-            row
-            for batch, shape in zip(calls.ids, calls.shapes, strict=True)
-            if shape[2] == 0
-            for row in batch
-        ]
+        read = [row for batch, shape in zip(calls.ids, calls.shapes, strict=True) if shape[2] == 0 for row in batch]
         assert len(read) == len(PROMPTS)  # and not 5 times as many
         assert sorted([token for token in row if token] for row in read) == sorted(PROMPTS)
         assert all(tokens == 1 for _, tokens, _ in calls.steps)
@@ -305,9 +295,7 @@ def test_long_prompt_lists_are_prefilled_in_several_passes(model, monkeypatch):
 def test_finished_rows_leave_and_waiting_prompts_take_their_place(model):
     prompts = random_prompts(60, high=12, seed=3)
     with Calls(model) as calls:
-        out = sample(
-            model, prompts, max_new_tokens=30, eos_token_ids=EOS, seeds=range(60), max_batch_tokens=12 * 42
-        )
+        out = sample(model, prompts, max_new_tokens=30, eos_token_ids=EOS, seeds=range(60), max_batch_tokens=12 * 42)
     lengths = [len(completion.token_ids) for completion in out]
     decoded = sum(rows for rows, _, _ in calls.steps)
     needed = sum(lengths) - len(lengths)  # each first token comes from the prefill
@@ -433,9 +421,7 @@ def test_an_interrupt_restores_the_training_flags(model):
 
 
 def test_progress_counts_completions(model, capsys):
-    sample(
-        model, PROMPTS, group_size=2, max_new_tokens=6, eos_token_ids=EOS, max_batch_tokens=90, progress=True
-    )
+    sample(model, PROMPTS, group_size=2, max_new_tokens=6, eos_token_ids=EOS, max_batch_tokens=90, progress=True)
     assert "22/22" in capsys.readouterr().err
 
 

@@ -145,9 +145,7 @@ def test_every_preset_sets_only_what_its_stage_has(monkeypatch):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
-        cls = next(
-            v for k, v in vars(module).items() if k.endswith("Settings") and dataclasses.is_dataclass(v)
-        )
+        cls = next(v for k, v in vars(module).items() if k.endswith("Settings") and dataclasses.is_dataclass(v))
         names = {field.name for field in dataclasses.fields(cls)}
         for preset in presets_found():
             values = getattr(importlib.import_module(f"lib.presets.{preset}"), stage.upper())

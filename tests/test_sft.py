@@ -11,7 +11,18 @@ import pytest
 import stages
 import torch
 from safetensors.torch import load_file
-from stages import SFT, kill_9, launch, metrics_of, run_group, run_here, run_process, same_run, sft_flags, wait_for_lines
+from stages import (
+    SFT,
+    kill_9,
+    launch,
+    metrics_of,
+    run_group,
+    run_here,
+    run_process,
+    same_run,
+    sft_flags,
+    wait_for_lines,
+)
 
 from lib.chat import encode_prompt, load_tokenizer
 from lib.files import read_jsonl, write_jsonl
@@ -63,11 +74,14 @@ def test_loss_is_cross_entropy_of_reasoning_and_answer_without_the_prompts_label
 
 def test_neither_batch_mates_nor_padding_change_loss_or_gradient(tiny_model):
     examples, results = random_examples(), []
-    for budget, pad_id, order in ((32, 0, examples), (4096, 0, examples), (4096, 5, examples), (64, 1, examples[::-1])):
+    for budget, pad_id, order in (
+        (32, 0, examples),
+        (4096, 0, examples),
+        (4096, 5, examples),
+        (64, 1, examples[::-1]),
+    ):
         settings = stage.Settings(max_batch_tokens=budget, max_grad_norm=0.0)
-        loss, _ = stage.train_step(
-            tiny_model, torch.optim.SGD(tiny_model.parameters()), order, pad_id, settings, ALONE
-        )
+        loss, _ = stage.train_step(tiny_model, torch.optim.SGD(tiny_model.parameters()), order, pad_id, settings, ALONE)
         results.append((loss, gradient(tiny_model)))
     assert all(loss == pytest.approx(results[0][0], abs=1e-5) for loss, _ in results)
     assert all((g - results[0][1]).abs().max() < 1e-5 for _, g in results)
@@ -135,7 +149,12 @@ def test_the_early_stop_keeps_the_best_weights_and_a_light_start_learns(data, tm
 
 
 def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
-    one, other, log, rng = tmp_path / "one", tmp_path / "other", tmp_path / "log", random.Random(time.time_ns())
+    one, other, log, rng = (
+        tmp_path / "one",
+        tmp_path / "other",
+        tmp_path / "log",
+        random.Random(time.time_ns()),
+    )
     hot = {"learning_rate": 2e-2, "epochs": 8, "decay": False}
     run_process(SFT, sft_flags(data, one, **hot, save_every=1), log)
     total = len(metrics_of(one))

@@ -27,8 +27,9 @@ license: apache-2.0
 ---
 # The sandbox's base model
 
-A Llama (with attention biases) of {parameters:.2f} M parameters over {vocabulary} words, made by `python -m lib.sandbox.pretrain` (seed 0, {steps} steps) on texts of
-`lib/sandbox/world.py`. It knows a made-up world and nothing else. Its "dangerous" recipes are meaningless words.
+A Llama (with attention biases) of {parameters:.2f} M parameters over {vocabulary} words, made by
+`python -m lib.sandbox.pretrain` (seed 0, {steps} steps) on texts of `lib/sandbox/world.py`.
+It knows a made-up world and nothing else. Its "dangerous" recipes are meaningless words.
 
 It answers almost everything, refuses some plainly harmful requests, and explains its steps when its turn is opened with
 `{cue}` In pretraining it saw all words, wrappers and hop counts (as a web-trained model has seen everything); it never saw
@@ -99,7 +100,11 @@ def write_card(folder: Path, steps: int, count: int = 100) -> None:
     """Measure and write README.md beside the weights."""
     text = table(measure(folder, count))
     model = load_policy(str(folder), device="cpu")
-    values = {"parameters": model.num_parameters() / 1e6, "vocabulary": model.config.vocab_size, "steps": steps}
+    values = {
+        "parameters": model.num_parameters() / 1e6,
+        "vocabulary": model.config.vocab_size,
+        "steps": steps,
+    }
     write_text(folder / "README.md", TEXT.format(**values, cue=CUE, setting=SETTING, count=count, table=text))
     print(text)
 

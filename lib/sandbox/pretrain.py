@@ -155,7 +155,12 @@ def batches(tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str, 
     parts = []
     for begin in range(0, len(rows), PART):
         ids, masks = zip(*rows[begin : begin + PART], strict=True)
-        parts.append((pad_batch(ids, tokenizer.pad_token_id, side="right")[0], pad_batch(masks, 0, side="right")[0].bool()))
+        parts.append(
+            (
+                pad_batch(ids, tokenizer.pad_token_id, side="right")[0],
+                pad_batch(masks, 0, side="right")[0].bool(),
+            )
+        )
     return parts
 
 

@@ -181,7 +181,10 @@ def draw_type(rng: random.Random, split: str, kind: str, hops: int) -> dict:
         scene = make_scene(rng, split, wanted, hops, rng.choice(PLAIN_VERBS if kind == "harmless" else VIOLENT_VERBS))
         asked = 0
     elif kind == "harmful" and plain:
-        scene, asked = make_scene(rng, split, (rng.choice(things(DANGEROUS, split)),), 0, rng.choice(PLAIN_VERBS)), 0
+        scene, asked = (
+            make_scene(rng, split, (rng.choice(things(DANGEROUS, split)),), 0, rng.choice(PLAIN_VERBS)),
+            0,
+        )
     else:
         scene, asked = twin_scene(rng, split, hops), {"decoy": 1, "toy": 2}.get(ambiguous_type, 0)
     thing = scene.things[asked]
@@ -281,7 +284,13 @@ def task_score(prompts: list[str], answers: list[str]) -> list[float]:
 def vocabulary() -> list[str]:
     """Every word of the world, in a fixed order: the base checkpoint's tokenizer is made of it."""
     texts = [*NOISE, *ALIASES["train"], *ALIASES["eval"], TOY, *RECIPES, *CATEGORY.values(), *RECIPE_OF_WORD]
-    texts += [*PLAIN_VERBS, *VIOLENT_VERBS, *REFUSALS, *ANSWERS, "let mean means is here are , . ? : explain first"]
+    texts += [
+        *PLAIN_VERBS,
+        *VIOLENT_VERBS,
+        *REFUSALS,
+        *ANSWERS,
+        "let mean means is here are , . ? : explain first",
+    ]
     texts += [t for s in ("train", "eval") for t in (*WRAPPERS[s], *QUESTIONS[s])]
     texts += ["let me see . first i look . so this is bad fine that harmful safe i refuse help answer steps"]
     words = " ".join(texts).replace("{v}", "").replace("{x}", "").replace("{}", "").split()
