@@ -19,6 +19,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lib.files import read_jsonl, write_jsonl
 from lib.sandbox import world
@@ -196,6 +198,14 @@ def metrics_of(out: Path) -> list[dict]:
         {k: v for k, v in line.items() if not k.startswith("seconds") and not k.endswith("_per_s")}
         for line in read_jsonl(out / "metrics.jsonl")
     ]
+
+
+def same_update(one: Path, other: Path, start: Path) -> bool:
+    """Whether two checkpoints agree to 1e-5 in every weight, and on the whole to 0.1 % of the way from `start`."""
+    a, b, before = (load_file(path / "model.safetensors") for path in (one, other, start))
+    a, b, before = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (a, b, before))
+    apart, moved = (a - b).abs(), (a - before).abs()
+    return bool(apart.max() < 1e-5 and apart.mean() < 1e-3 * moved.mean())
 
 
 def same_run(one: Path, other: Path) -> bool:

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import stages
 import torch
-from safetensors.torch import load_file
 from stages import (
     RL,
     kill_9,
@@ -373,7 +372,7 @@ def test_five_kills_leave_no_trace(data, unbroken, tmp_path):
 
 def test_torchrun_with_two_processes_equals_one(data, tmp_path, monkeypatch):
     # Not at a higher rate: where a gradient is nothing but rounding (a key's bias), AdamW makes a step of the noise.
-    one, two, rate = tmp_path / "one", tmp_path / "two", 1e-4
+    one, two, rate = tmp_path / "one", tmp_path / "two", 3e-5
     command = [
         sys.executable,
         "-m",
@@ -397,9 +396,7 @@ def test_torchrun_with_two_processes_equals_one(data, tmp_path, monkeypatch):
     mine, theirs = (read_jsonl(out / "rollouts.jsonl") for out in (one, two))
     assert [r["completion"] for r in mine] == [r["completion"] for r in theirs]
     assert [(r["id"], r["reward"]) for r in mine] == [(r["id"], r["reward"]) for r in theirs]
-    weights, others, base = (load_file(out / "model.safetensors") for out in (one, two, world.BASE))
-    assert all(torch.allclose(weights[name], others[name], rtol=0, atol=1e-5) for name in weights)
-    assert all((weights[name] - base[name]).abs().max() > rate for name in weights)
+    assert stages.same_update(one, two, world.BASE)
     assert len(metrics_of(one)) == len(metrics_of(two)) == 2
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in b.items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import stages
 import torch
-from safetensors.torch import load_file
 from stages import (
     SFT,
     kill_9,
@@ -135,12 +134,12 @@ def test_without_reasoning_the_answers_alone_are_learned(data):
 
 def test_the_early_stop_keeps_the_best_weights_and_a_light_start_learns(data, tmp_path, monkeypatch):
     out = tmp_path / "sft"
-    words = sft_flags(data, out, learning_rate=2e-2, epochs=8, patience=2, decay=False)  # too hot: it overfits
+    words = sft_flags(data, out, learning_rate=3e-3, epochs=16, patience=2, decay=False)  # too hot: it overfits
     run_here(SFT, words, monkeypatch)
     lines = metrics_of(out)
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     best = held_out.index(min(held_out))
-    assert len(held_out) == best + 3 < 8 and len(lines) == 4 * len(held_out)  # stopped two epochs after the best
+    assert len(held_out) == best + 3 < 16 and len(lines) == 4 * len(held_out)  # stopped two epochs after the best
     assert lines[-1]["loss"] < lines[0]["loss"]
     tokenizer, model = load_tokenizer(out), load_policy(out, device="cpu")
     settings = stage.Settings(data=str(data), held_out_share=0.2, max_batch_tokens=1024)
@@ -155,10 +154,10 @@ def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
         tmp_path / "log",
         random.Random(time.time_ns()),
     )
-    hot = {"learning_rate": 2e-2, "epochs": 8, "decay": False}
+    hot = {"learning_rate": 3e-3, "epochs": 16, "decay": False}
     run_process(SFT, sft_flags(data, one, **hot, save_every=1), log)
     total = len(metrics_of(one))
-    assert 8 <= total < 32
+    assert 8 <= total < 64
     for lines in (3, total - 4, total - 1):
         process = launch(SFT, sft_flags(data, other, **hot, save_every=3), log)
         wait_for_lines(other / "metrics.jsonl", lines, process)
@@ -170,15 +169,13 @@ def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
 
 
 def test_two_processes_equal_one(data, tmp_path, monkeypatch):
-    one, two, rate = tmp_path / "one", tmp_path / "two", 1e-4
+    one, two, rate = tmp_path / "one", tmp_path / "two", 3e-5
     lines = [r for r in read_jsonl(data / "sft.jsonl")][:18]  # 9 prompts, 2 held out: a last batch of 6, in halves
     write_jsonl(tmp_path / "data" / "sft.jsonl", lines)
     for process in run_group(SFT, sft_flags(tmp_path / "data", two, epochs=1, learning_rate=rate), tmp_path / "log"):
         process.join(stages.PATIENCE)
         assert process.exitcode == 0, (tmp_path / "log.0").read_text() + (tmp_path / "log.1").read_text()
     run_here(SFT, sft_flags(tmp_path / "data", one, epochs=1, learning_rate=rate), monkeypatch)
-    weights, others, base = (load_file(out / "model.safetensors") for out in (one, two, world.BASE))
-    assert all(torch.allclose(weights[name], others[name], rtol=0, atol=1e-5) for name in weights)
-    assert all((weights[name] - base[name]).abs().max() > rate / 2 for name in weights)
+    assert stages.same_update(one, two, world.BASE)
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a == {key: pytest.approx(value, rel=1e-4) for key, value in b.items()}
