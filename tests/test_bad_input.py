@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stages import RL, SFT, contents, error_of, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
-from lib.files import read_jsonl, write_jsonl
+from lib.files import write_jsonl
 from lib.processes import Processes
 from lib.sandbox import world
 
@@ -119,7 +120,7 @@ BAD_LINES = [
         "rl.jsonl: x: kind is 'evil'; allowed: harmful, harmless, ambiguous",
     ),
     (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl: x: prompt is None; allowed: some text"),
-    (RL, {"id": "x", "prompt": "cake " * 490, "kind": "harmless"}, "rl.jsonl: prompt x has 49"),
+    (RL, {"id": "x", "prompt": "cake " * 498, "kind": "harmless"}, "rl.jsonl: prompt x has 50"),
     (RL, {"id": "x", "prompt": "cake " * 600, "kind": "harmless"}, "context 512"),
     (SFT, None, "sft.jsonl: is empty"),
     (SFT, "}", "sft.jsonl:3: not a JSON object"),
@@ -245,17 +246,17 @@ def finished(data, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("stage, usual", [(RL, {"epochs": 0.25}), (SFT, {"epochs": 1})])
 def test_folder_of_another_run(stage, usual, finished, data, fails):
     out, before = finished[stage], contents(finished[stage])
-    usual |= {"learning_rate": 0.5}
-    fails(stage, FLAGS[stage](data, out, **usual), out, "--learning-rate 0.001, now 0.5", "--overwrite")
+    fails(stage, FLAGS[stage](data, out, **usual, learning_rate=0.5), out, "--learning-rate 0.001, now 0.5", "--overwrite")
     assert contents(out) == before
 
 
 def test_overwrite_with_a_mistake_elsewhere_costs_nothing(finished, data, tmp_path, fails):
     before = contents(finished[RL])
-    for mistake in ({"data": tmp_path}, {"model": tmp_path}, {"judge": "absent"}, {"max_new_tokens": 512}):
-        words = rl_flags(data, finished[RL], epochs=0.25, overwrite=True, **mistake) if "data" not in mistake else None
-        fails(RL, words or rl_flags(tmp_path, finished[RL], overwrite=True))
+    for mistake in ({"model": tmp_path}, {"judge": "absent"}, {"max_new_tokens": 512}):
+        fails(RL, rl_flags(data, finished[RL], epochs=0.25, overwrite=True, **mistake))
         assert contents(finished[RL]) == before
+    fails(RL, rl_flags(tmp_path, finished[RL], epochs=0.25, overwrite=True), "no such file")
+    assert contents(finished[RL]) == before
 
 
 def test_folder_that_is_no_run(data, tmp_path, fails):
@@ -369,9 +370,7 @@ def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeyp
     words = rl_flags(data, out, epochs=0.9, judge="nan_judge", save_every=1)
     left = interrupted(data, out, RL, words, fails, "step 2, prompt rl-", "nan", "--judge nan_judge", "checkpoint is kept")
     assert [line["step"] for line in metrics_of(out)] == [0, 1]
-    state = importlib.import_module(RL).load_progress
-    model = torch.nn.Module()
-    assert "config.json" not in left and state and model
+    assert "config.json" not in left
     run_here(RL, words, monkeypatch)  # the judge has come to its senses: the run goes on at step 2
     assert [line["step"] for line in metrics_of(out)] == [0, 1, 2, 3]
 
@@ -392,16 +391,15 @@ def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails):
 
 def test_nan_in_the_loss_alone_stops_before_the_update(data, tmp_path, fails, monkeypatch):
     stage, out = importlib.import_module(RL), tmp_path / "rl"
-    loss, calls = stage.grpo_loss, []
+    loss, log = stage.grpo_loss, out / "metrics.jsonl"
 
     def poisoned(*args):
-        calls.append(args)
-        return loss(*args) * (float("nan") if len(read_jsonl(out / "metrics.jsonl") if calls[8:] else []) > 1 else 1)
+        return loss(*args) * (float("nan") if log.exists() and log.read_bytes().count(b"\n") == 2 else 1)
 
     monkeypatch.setattr(stage, "grpo_loss", poisoned)
     words = rl_flags(data, out, epochs=0.9, save_every=1)
     left = interrupted(data, out, RL, words, fails, "loss is nan, stopped before the update", str(out))
-    assert b"nan" not in left["metrics.jsonl"].lower()
+    assert left["metrics.jsonl"].count(b"\n") == 2 and b"NaN" not in left["metrics.jsonl"]
 
 
 def test_weights_that_are_not_numbers(data, model_copy, tmp_path, fails):
@@ -433,8 +431,6 @@ def test_the_script_itself_prints_one_line_and_exits_with_2(tmp_path):
 
 
 def test_ctrl_c_says_that_the_run_can_go_on(data, tmp_path):
-    import signal
-
     log = tmp_path / "log"
     process = launch(RL, rl_flags(data, tmp_path / "rl", epochs=9.0), log)
     stages.wait_for_lines(tmp_path / "rl" / "metrics.jsonl", 2, process)
