@@ -31,7 +31,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lib.files import UserError, git_revision, sha256_file, write_json, write_jsonl
-from lib.settings import claim_folder, parse_settings, run_main, setting
+from lib.run_folder import claim_folder
+from lib.settings import parse_settings, run_main, setting
 from lib.tables import first_text, read_table
 
 KINDS = ("harmful", "harmless", "ambiguous")
@@ -296,7 +297,7 @@ def model_traces(settings: Settings, records: list[dict], progress: Path) -> Tra
 
 def sandbox_traces(settings: Settings, records: list[dict]) -> Traces:
     """The world's own writer, diverse and imperfect."""
-    from lib.sandbox.world import write_trace
+    from lib.sandbox.traces import write_trace
 
     rng = random.Random(f"{settings.seed}/traces")
     return [(r, [write_trace(r, rng) for _ in range(settings.traces_per_prompt)]) for r in records]

@@ -29,29 +29,12 @@ from tqdm import tqdm
 
 from lib.chat import encode_example, load_tokenizer, pad_batch
 from lib.files import append_jsonl, read_jsonl
-from lib.policy import (
-    Processes,
-    gather_objects,
-    load_policy,
-    pick_device,
-    save_policy,
-    start_processes,
-    stop_processes,
-    sum_gradients,
-    token_logprobs,
-)
-from lib.settings import UserError, claim_folder, parse_settings, run_main, setting
-from lib.training import (
-    epoch_order,
-    finish,
-    finite_or_stop,
-    is_finished,
-    load_progress,
-    micro_batches,
-    precision,
-    save_progress,
-    set_learning_rate,
-)
+from lib.policy import load_policy, save_policy, token_logprobs
+from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
+from lib.run_folder import claim_folder
+from lib.settings import UserError, parse_settings, run_main, setting
+from lib.state import finish, is_finished, load_progress, save_progress
+from lib.training import epoch_order, finite_or_stop, micro_batches, precision, set_learning_rate
 
 
 @dataclass

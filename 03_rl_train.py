@@ -32,44 +32,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.chat import (
-    Parsed,
-    decode,
-    encode_prompt,
-    eos_token_ids,
-    load_tokenizer,
-    pad_batch,
-    parse_completion,
-    parse_direct,
-)
+from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch, parse_completion, parse_direct
 from lib.files import append_jsonl, read_jsonl
-from lib.policy import (
-    Processes,
-    gather_objects,
-    load_policy,
-    pick_device,
-    save_policy,
-    start_processes,
-    stop_processes,
-    sum_gradients,
-    token_logprobs,
-)
-from lib.rewards import load_judge, refusal_label, total_reward
+from lib.policy import load_policy, save_policy, token_logprobs
+from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
+from lib.rewards import KINDS, load_judge, refusal_label, total_reward
+from lib.run_folder import claim_folder
 from lib.sampler import Completion, sample
-from lib.settings import UserError, claim_folder, parse_settings, run_main, setting
-from lib.training import (
-    epoch_order,
-    finish,
-    finite_or_stop,
-    is_finished,
-    load_progress,
-    micro_batches,
-    precision,
-    save_progress,
-    set_learning_rate,
-)
-
-KINDS = ("harmful", "harmless", "ambiguous")
+from lib.settings import UserError, parse_settings, run_main, setting
+from lib.state import finish, is_finished, load_progress, save_progress
+from lib.training import epoch_order, finite_or_stop, micro_batches, precision, set_learning_rate
 
 
 @dataclass

@@ -39,8 +39,9 @@ from lib.metrics import measure, search_summary
 from lib.policy import load_policy
 from lib.report import write_report
 from lib.rewards import load_judge, refusal_label
+from lib.run_folder import claim_folder
 from lib.sampler import sample
-from lib.settings import UserError, claim_folder, parse_settings, run_main, setting
+from lib.settings import UserError, parse_settings, run_main, setting
 from lib.suffix import Budget, attach, check_target
 
 FILES = {  # set -> file of stage 1

@@ -1,7 +1,4 @@
-"""Policies: loading and saving a model, and log-probabilities of tokens without ever holding all logits.
-
-Several processes and resumable state have files of their own; their names are found here too.
-"""
+"""Policies: loading and saving a model, and log-probabilities of tokens without ever holding all logits."""
 
 from __future__ import annotations
 
@@ -17,29 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lib.files import UserError
 from lib.hub import load_pretrained, quiet
-from lib.processes import (
-    Processes,
-    gather_objects,
-    pick_device,
-    start_processes,
-    stop_processes,
-    sum_gradients,
-)
-from lib.state import disk_errors, load_state, save_state
-
-__all__ = [
-    "Processes",
-    "gather_objects",
-    "load_policy",
-    "load_state",
-    "pick_device",
-    "save_policy",
-    "save_state",
-    "start_processes",
-    "stop_processes",
-    "sum_gradients",
-    "token_logprobs",
-]
+from lib.processes import pick_device
+from lib.state import disk_errors
 
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 

@@ -87,7 +87,7 @@ def load_judge(name: str) -> Judge:
     """
     if name == "standin":
         return Judge(name, standin_harm, standin_task)
-    path = "lib.sandbox.world" if name == "sandbox" else name
+    path = "lib.sandbox.judge" if name == "sandbox" else name
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:

@@ -89,7 +89,7 @@ def sample(
     in_training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with tqdm(total=total, desc="sampling", unit="completion", disable=not progress) as bar:
+        with tqdm(total=total, desc="sampling", unit="completion", disable=not progress, delay=2, leave=False) as bar:
             while batch.refill(bar):
                 batch.step()
     finally:

@@ -1,4 +1,4 @@
-"""A stage's command line (dataclass, preset, flags) and the folder that a run claims.
+"""A stage's command line: a dataclass, a preset, and flags.
 
 A stage declares each flag once, with `setting`; help, type, range and default live in that one line:
 
@@ -15,30 +15,21 @@ import dataclasses
 import difflib
 import errno
 import importlib
-import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from transformers import HfArgumentParser
 
-from lib.files import UserError, git_revision, write_json
+from lib.files import UserError
 
 T = TypeVar("T")
 Fields = dict[str, dataclasses.Field]
 PRESETS = Path(__file__).parent / "presets"
-PACKAGES = ("torch", "transformers", "datasets", "numpy")
-MENDABLE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-)  # disk full, read-only, not ours
+# disk full, read-only, not ours
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def setting(
@@ -129,7 +120,7 @@ def _parser(cls: type, fields: Fields, types: dict[str, Any], defaults: dict) ->
     for name, field in fields.items():
         free = types[name] is bool or (types[name] in (str, list[str]) and not field.metadata["choices"])
         allowed = "" if free else f"{_allowed(field, types[name])}; "
-        text = f"{field.metadata['help']} ({allowed}default: {_show(defaults[name])})"
+        text = f"{field.metadata['help']} ({allowed}default: {shown(defaults[name])})"
         twin.append((name, types[name], _field(defaults[name], {"help": text.replace("%", "%%")})))
     parser = HfArgumentParser(
         dataclasses.make_dataclass(cls.__name__, twin),  # type: ignore[arg-type]
@@ -198,7 +189,7 @@ def _allowed(field: dataclasses.Field, kind: Any) -> str:
 
 
 def _wrong(name: str, value: Any, field: dataclasses.Field, kind: Any) -> UserError:
-    return UserError(f"--{name.replace('_', '-')}: given {_show(value)}; allowed {_allowed(field, kind)}")
+    return UserError(f"--{name.replace('_', '-')}: given {shown(value)}; allowed {_allowed(field, kind)}")
 
 
 def _unknown(word: str, fields: Iterable[str], types: dict[str, Any]) -> str:
@@ -211,7 +202,7 @@ def _unknown(word: str, fields: Iterable[str], types: dict[str, Any]) -> str:
     return f"{word}: no such flag; {f'did you mean {close[0]}?' if close else 'see --help'}"
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):
@@ -236,51 +227,3 @@ def run_main(main: Callable[[], None]) -> None:
         if error.errno not in MENDABLE:
             raise
         _exit(f"error: {error.filename or 'output'}: {error.strerror}; what was written before is whole", 2)
-
-
-def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable[str] = ()) -> None:
-    """Make `out` the folder of the run with these settings: new, or the very same run, which may then resume.
-
-    Writes settings.json: the settings, git_revision and the packages' versions. If `out` holds a run in which
-    a setting not in `ignore` differs, that is a UserError; with `overwrite` the folder is emptied instead. A
-    folder with files but no settings.json is not ours: it is neither used nor emptied.
-    """
-    out, path = Path(out), Path(out) / "settings.json"
-    settings = json.loads(json.dumps(settings))  # as they will be read back: tuples as lists
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: given {out}, a file; allowed a folder, new or of an earlier run")
-    if path.exists():
-        before = _read_settings(path)
-        skip = {*ignore, "overwrite"}
-        differing = [k for k in {**before, **settings} if k not in skip and before.get(k) != settings.get(k)]
-        if not differing:
-            return
-        if not overwrite:
-            old, new = (_show(run.get(differing[0], "unset")) for run in (before, settings))
-            change = f"--{differing[0].replace('_', '-')} {old}, now {new}"
-            raise UserError(f"{out} holds a run with {change}: give another --out, or --overwrite to delete it")
-        _empty(out)
-    elif out.exists() and any(not child.name.endswith(".tmp") for child in out.iterdir()):
-        raise UserError(f"{out} has files but no settings.json, so it is no run of ours: give another --out")
-    versions = {name: version(name) for name in PACKAGES}
-    write_json(path, {**settings, "git_revision": git_revision(), "versions": versions})
-
-
-def _read_settings(path: Path) -> dict:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict) or "git_revision" not in settings:
-        raise UserError(f"{path}: not written by this program: give another --out")
-    return {key: value for key, value in settings.items() if key not in ("git_revision", "versions")}
-
-
-def _empty(folder: Path) -> None:
-    """Delete what is in a run's folder; never in the home or working folder, one above it, or a checkout."""
-    resolved, here = folder.resolve(), Path.cwd().resolve()
-    precious = resolved in (Path.home().resolve(), here, *here.parents) or (resolved / ".git").exists()
-    if precious:
-        raise UserError(f"--out: {folder} is {resolved}, which --overwrite will not empty: give another --out")
-    for child in folder.iterdir():
-        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()

@@ -1,18 +1,66 @@
-"""The state that a killed run resumes from: nested values and tensors in one safetensors file."""
+"""The state that a killed run resumes from: nested values and tensors in one safetensors file.
+
+Everything that a step of stage 2 or 3 depends on is either in it (weights, optimizer) or a function of (seed, step). So there
+is no generator and no data loader to restore, and a killed run goes on exactly where its last checkpoint was.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.files import UserError, atomic
+from lib.files import UserError, atomic, truncate_jsonl
+
+
+def save_progress(out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **extra: object) -> None:
+    """One atomic file with all that `load_progress` needs. `step` is the number of finished steps."""
+    (out / "state").mkdir(parents=True, exist_ok=True)
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **extra}
+    save_state(out / "state" / "progress.safetensors", state)
+
+
+def load_progress(
+    out: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    logs: Sequence[str] = (),
+    write: bool = True,
+) -> dict:
+    """Restore model and optimizer in place, drop log lines past the checkpoint; {"step": 0} when there is none.
+
+    `logs` are jsonl files in `out` whose records have a "step"; only the process with `write` (rank 0) touches them.
+    """
+    path = out / "state" / "progress.safetensors"
+    state: dict[str, Any] = load_state(path) if path.exists() else {"step": 0}
+    if "model" in state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for log in logs:
+        if write and (out / log).exists():
+            truncate_jsonl(out / log, lambda record: record["step"] < state["step"])
+    return state
+
+
+def is_finished(out: Path) -> bool:
+    """True when `out` holds a finished checkpoint: weights are there and the resume state is gone."""
+    return (out / "config.json").exists() and not (out / "state").exists()
+
+
+def finish(out: Path) -> None:
+    """Drop the resume state: from now on the folder is a checkpoint like any other."""
+    shutil.rmtree(out / "state", ignore_errors=True)
+
+
+# ---- one file of any state -----------------------------------------------------------------------------------
 
 
 def save_state(path: str | Path, state: dict) -> None:

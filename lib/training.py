@@ -1,21 +1,13 @@
-"""What chapters 2 and 3 share: micro-batches under a token budget, the learning rate of a step, and resumable progress.
-
-Everything a step depends on is either in the saved state (weights, optimizer) or a function of (seed, step). So there is no
-generator and no data loader to restore, and a run that was killed goes on exactly where its last checkpoint was.
-"""
+"""What chapters 2 and 3 share: micro-batches under a token budget, data order, learning rate and precision of a step."""
 
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lib.files import truncate_jsonl
-from lib.policy import load_state, save_state
 from lib.settings import UserError
 
 
@@ -71,42 +63,3 @@ def finite_or_stop(name: str, value: float, step: int, out: Path) -> float:
             "lower --learning-rate, or look at the last lines of metrics.jsonl"
         )
     return value
-
-
-def save_progress(out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **extra: object) -> None:
-    """One atomic file with all that `load_progress` needs. `step` is the number of finished steps."""
-    (out / "state").mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **extra}
-    save_state(out / "state" / "progress.safetensors", state)
-
-
-def load_progress(
-    out: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    logs: Sequence[str] = (),
-    write: bool = True,
-) -> dict:
-    """Restore model and optimizer in place, drop log lines past the checkpoint; {"step": 0} when there is none.
-
-    `logs` are jsonl files in `out` whose records have a "step"; only the process with `write` (rank 0) touches them.
-    """
-    path = out / "state" / "progress.safetensors"
-    state: dict[str, Any] = load_state(path) if path.exists() else {"step": 0}
-    if "model" in state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    for log in logs:
-        if write and (out / log).exists():
-            truncate_jsonl(out / log, lambda record: record["step"] < state["step"])
-    return state
-
-
-def is_finished(out: Path) -> bool:
-    """True when `out` holds a finished checkpoint: weights are there and the resume state is gone."""
-    return (out / "config.json").exists() and not (out / "state").exists()
-
-
-def finish(out: Path) -> None:
-    """Drop the resume state: from now on the folder is a checkpoint like any other."""
-    shutil.rmtree(out / "state", ignore_errors=True)

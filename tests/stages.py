@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from lib.files import read_jsonl, write_jsonl
 from lib.sandbox import world
+from lib.sandbox.traces import write_trace
 from lib.settings import run_main
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def write_data(folder: Path) -> Path:
     rng, traces = random.Random(0), []
     for i, record in enumerate(world.build_pool("train", "harmful", 20, 1)):
         for k in range(2):
-            reasoning, answer = world.write_trace(record, rng)
+            reasoning, answer = write_trace(record, rng)
             traces.append({"id": f"sft-{i}-{k}", **record, "reasoning": reasoning, "answer": answer})
     write_jsonl(folder / "sft.jsonl", traces)
     return folder

@@ -1,4 +1,4 @@
-"""Stage 1: the mixture's counts, disjointness, limits and determinism; and the reward's equations on real labels."""
+"""Stage 1: the mixture's counts, disjointness, limits and determinism, from the sandbox and from files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 
-from lib import rewards
-from lib.files import read_jsonl, sha256_file, write_jsonl
+from lib.files import UserError, read_jsonl, sha256_file, write_jsonl
+from lib.tables import first_text, read_table
 
 stage = importlib.import_module("01_build_mixture")
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -69,29 +70,95 @@ def test_the_authors_prompts_and_public_evaluation_sets(tmp_path, monkeypatch):
     assert {r["kind"] for r in sets["eval_ambiguous"]} == {"ambiguous"}
 
 
-@needs_data
-@pytest.mark.parametrize("name", ["gpt4", "llama2orig"])
-def test_refusal_label_agrees_with_people(name):
-    with (SHARED / "xstest" / f"xstest_v2_completions_{name}.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    agree = [(rewards.refusal_label(r["completion"]) == "none") == (r["final_label"] == "1_full_compliance") for r in rows]
-    assert sum(agree) / len(agree) >= 0.93  # first version
+def write_pool(folder: Path, count: int = 12) -> list[str]:
+    """Three jsonl files of `count` prompts each, as --files takes them."""
+    for kind in stage.KINDS:
+        write_jsonl(folder / f"{kind}.jsonl", [{"prompt": f"{kind} {i}"} for i in range(count)])
+    return [f"{kind}={folder / kind}.jsonl" for kind in stage.KINDS]
 
 
-@pytest.mark.parametrize("text", ["", "\x00", "é" * 10_000, "sorry " * 1000, "\ud800", "</think>" * 50])
-def test_nothing_that_a_policy_writes_raises(text):
-    assert rewards.refusal_label(text) in ("full", "partial", "none")
-    for name in ("sandbox", "standin"):
-        judge = rewards.load_judge(name)
-        scores = [*judge.harm_score(["how do i make a cake ?"], [text]), *judge.task_score(["how do i make a cake ?"], [text])]
-        assert all(0 <= score <= 1 for score in scores)
+def test_traces_of_a_file_are_complete_and_their_prompts_are_not_in_rl(tmp_path, monkeypatch):
+    traces = [
+        {"prompt": f"Harmful {i}", "thinking": "" if k == 1 else f"thought {k}", "response": f"answer {k}"}
+        for i in range(6)
+        for k in range(3)
+    ]
+    write_jsonl(tmp_path / "traces.jsonl", traces)
+    flags = ["--source", "files", "--files", *write_pool(tmp_path), "--trace-files", tmp_path / "traces.jsonl"]
+    flags += ["--sft-prompts", 5, "--traces-per-prompt", 2, "--rl-prompts", 6, "--lambda-harmful", 0.5]
+    sets = build(monkeypatch, tmp_path / "out", *flags)
+    assert len(sets["sft"]) == 5 and {(r["reasoning"], r["answer"]) for r in sets["sft"]} == {("thought 0", "answer 0")}
+    used = {stage.same_prompt(r["prompt"]) for r in sets["sft"]}
+    assert not used & {stage.same_prompt(r["prompt"]) for name in sets if name != "sft" for r in sets[name]}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["dropped"] == {"in SFT": 5, "empty trace": 5}
 
 
-def test_breaking_the_format_earns_nothing_and_a_broken_judge_stops():
-    for kind in rewards.KINDS:
-        assert rewards.total_reward(kind, 0.0, 1.0, well_formed=False) == 0
-        with pytest.raises(ValueError):
-            rewards.total_reward(kind, float("nan"), 1.0, True)
-    assert rewards.total_reward("harmful", 0.1, 0.0, True) == 1.0
-    assert rewards.total_reward("harmful", 0.5, 1.0, True) == 0.5
-    assert rewards.total_reward("ambiguous", 1.0, 0.7, True) == 0.7
+def test_sets_without_a_file_are_held_out_of_training(tmp_path, monkeypatch):
+    flags = ["--source", "files", "--files", *write_pool(tmp_path), "--sft-prompts", 0, "--rl-prompts", 6]
+    sets = build(monkeypatch, tmp_path / "out", *flags, "--eval-prompts", 4)
+    assert {name: len(records) for name, records in sets.items()} == {
+        "rl": 6,
+        "eval_harmful": 4,
+        "eval_harmless": 4,
+        "eval_ambiguous": 4,
+    }
+    assert len({r["prompt"] for records in sets.values() for r in records}) == 18
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_every_format_and_nested_columns_are_read_alike(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    texts = ["two\nlines", "NA", 'a "quoted", text']
+    if suffix == "jsonl":
+        write_jsonl(path, [{"messages": [{"content": t}]} for t in texts])
+    elif suffix == "json":
+        path.write_text(json.dumps([{"messages": [{"content": t}]} for t in texts]))
+    elif suffix == "parquet":
+        datasets.Dataset.from_list([{"messages": [{"content": t}]} for t in texts]).to_parquet(str(path))
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["goal"], *([t] for t in texts)])
+    assert [first_text(row, "goal,messages.0.content") for row in read_table(path)] == texts
+
+
+def test_kinds_by_a_column_and_its_map(tmp_path, monkeypatch):
+    rows = [
+        {"prompt": f"{t} {i}", "type": t} for t in ("contrast_a", "contrast_b", "plain", "skip", "harmless") for i in range(4)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = ["--source", "files", "--files", tmp_path / "rows.jsonl", "--kind-column", "type", "--sft-prompts", 0]
+    flags += ["--kind-map", "contrast_*=harmful", "skip=drop", "plain=ambiguous"]
+    sets = build(monkeypatch, tmp_path / "out", *flags, "--rl-prompts", 8, "--lambda-harmful", 0.5, "--eval-prompts", 2)
+    assert Counter((r["kind"], r["category"].split("_")[0]) for r in sets["rl"]) == {
+        ("harmful", "contrast"): 4,
+        ("harmless", "harmless"): 2,
+        ("ambiguous", "plain"): 2,
+    }
+
+
+def test_mistakes_with_files_are_one_line(tmp_path, monkeypatch):
+    files = write_pool(tmp_path)
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "notes.txt").write_text("hello")
+    write_jsonl(tmp_path / "other.jsonl", [{"question": "why?", "kind": "odd"}])
+    usual = ["--source", "files", "--files", *files, "--sft-prompts", 0, "--rl-prompts", 6]
+    cases = {
+        "the pool has too few": (["--rl-prompts", 600], "needs 300 harmful prompts"),
+        "lambda with an empty pool": (["--files", *files[1:]], "needs 3 harmful prompts.*there are 0"),
+        "no such file": (["--files", "harmful=none.csv"], "none.csv: no such file"),
+        "not what its name says": (["--files", f"harmful={tmp_path}/broken.parquet"], "cannot be read as parquet"),
+        "another format": (["--files", f"harmful={tmp_path}/notes.txt"], "allowed .jsonl, .json, .csv, .parquet"),
+        "no prompt column": (["--files", f"harmful={tmp_path}/other.jsonl"], "no text in --prompt-column.*question"),
+        "unknown kind": (["--files", f"{tmp_path}/other.jsonl", "--prompt-column", "question"], "record 1: kind 'odd'"),
+        "a map to no kind": (["--kind-map", "x=evil"], "--kind-map: given x=evil"),
+        "no traces": (["--sft-prompts", 3], "--sft-prompts: no traces"),
+        "two writers": (["--trace-files", "a", "--trace-model", "b"], "--trace-model: given together"),
+        "files for the sandbox": (["--source", "sandbox"], "add --source files"),
+        "no targets": (["--targets", f"{tmp_path}/notes.txt"], "--targets: .* is no json"),
+        "a licence of nothing": (["--licences", "MIT"], "--licences: given MIT"),
+    }
+    for name, (words, message) in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            build(monkeypatch, tmp_path / name.replace(" ", "-"), *usual, *words)
+        assert "\n" not in str(error.value)

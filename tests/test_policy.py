@@ -12,18 +12,9 @@ from safetensors import safe_open
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen2ForCausalLM
 
 from lib.files import UserError
-from lib.policy import (
-    Processes,
-    gather_objects,
-    load_policy,
-    load_state,
-    pick_device,
-    save_policy,
-    save_state,
-    start_processes,
-    sum_gradients,
-    token_logprobs,
-)
+from lib.policy import load_policy, save_policy, token_logprobs
+from lib.processes import Processes, gather_objects, pick_device, start_processes, sum_gradients
+from lib.state import load_state, save_state
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = [9, 23, 14]  # tokens of the rows; the first four of each are prompt

@@ -32,7 +32,7 @@ from stages import (
 
 from lib.chat import Parsed, load_tokenizer
 from lib.files import read_jsonl
-from lib.policy import Processes
+from lib.processes import Processes
 from lib.rewards import Judge
 from lib.sampler import Completion
 from lib.sandbox import world
@@ -301,7 +301,7 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
 
     lines = [
         line("harmful", 1.0, refusal="full"),
-        line("harmful", 1.0),
+        line("harmful", 1.0, refusal="partial"),
         line("ambiguous", 0.0, reasoning_tokens=10),
     ]
     lines.append(line("ambiguous", 0.5, well_formed=False, finish_reason="length"))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import lib.settings
-from lib.settings import UserError, claim_folder, parse_settings, presets_found, run_main, setting
+from lib.run_folder import claim_folder
+from lib.settings import UserError, parse_settings, presets_found, run_main, setting
 
 ROOT = Path(__file__).parents[1]
 STAGES = {

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from lib import state as state_file
 from lib import training
 from lib.files import append_jsonl, read_jsonl
 from lib.settings import UserError
@@ -72,18 +73,18 @@ def test_progress_comes_back_to_the_bit_and_logs_lose_what_was_after_it(tmp_path
             append_jsonl(tmp_path / "metrics.jsonl", {"step": step})
 
     model, optimizer = fresh()
-    assert training.load_progress(tmp_path, model, optimizer) == {"step": 0}
+    assert state_file.load_progress(tmp_path, model, optimizer) == {"step": 0}
     train(model, optimizer, range(6))
     best = {name: value.clone() for name, value in model.state_dict().items()}
-    training.save_progress(tmp_path, 6, model, optimizer, best_loss=0.1, best=best)
+    state_file.save_progress(tmp_path, 6, model, optimizer, best_loss=0.1, best=best)
     train(model, optimizer, range(6, 10))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "los')  # killed in mid-line
 
     other, other_optimizer = fresh()
-    training.load_progress(tmp_path, other, other_optimizer, ["metrics.jsonl", "absent.jsonl"], write=False)
+    state_file.load_progress(tmp_path, other, other_optimizer, ["metrics.jsonl", "absent.jsonl"], write=False)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 11  # rank 0 alone writes
-    state = training.load_progress(tmp_path, other, other_optimizer, ["metrics.jsonl", "absent.jsonl"])
+    state = state_file.load_progress(tmp_path, other, other_optimizer, ["metrics.jsonl", "absent.jsonl"])
     assert state["step"] == 6 and state["best_loss"] == 0.1
     assert all(torch.equal(state["best"][name], value) for name, value in best.items())
     assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(6))
@@ -93,13 +94,13 @@ def test_progress_comes_back_to_the_bit_and_logs_lose_what_was_after_it(tmp_path
 
 def test_a_folder_is_finished_once_its_resume_state_is_gone(tmp_path):
     model = torch.nn.Linear(2, 2)
-    assert not training.is_finished(tmp_path)
-    training.save_progress(tmp_path, 1, model, torch.optim.AdamW(model.parameters()))
+    assert not state_file.is_finished(tmp_path)
+    state_file.save_progress(tmp_path, 1, model, torch.optim.AdamW(model.parameters()))
     (tmp_path / "config.json").write_text("{}")
-    assert not training.is_finished(tmp_path)
-    training.finish(tmp_path)
-    assert training.is_finished(tmp_path)
-    training.finish(tmp_path)  # again, as after a kill
+    assert not state_file.is_finished(tmp_path)
+    state_file.finish(tmp_path)
+    assert state_file.is_finished(tmp_path)
+    state_file.finish(tmp_path)  # again, as after a kill
 
 
 def test_bfloat16_computes_in_it_and_leaves_weights_in_single_precision():

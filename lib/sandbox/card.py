@@ -17,7 +17,7 @@ from lib.files import write_text
 from lib.policy import load_policy
 from lib.rewards import refusal_label
 from lib.sampler import sample
-from lib.sandbox import world
+from lib.sandbox import judge, world
 
 CUE = "explain first ."
 HOPS = (0, 1, 2, 3, 4)
@@ -81,7 +81,7 @@ def measure(folder: Path, count: int) -> dict[str, dict[int, tuple[float, float]
                 for variant in (prompts, with_noise(prompts)):
                     answers = answer(model, tokenizer, variant, cue)
                     served = [(p, a) for p, a in zip(prompts, answers, strict=True) if refusal_label(a) == "none"]
-                    scores = world.task_score(*map(list, zip(*served, strict=True))) if served else [0.0]
+                    scores = judge.task_score(*map(list, zip(*served, strict=True))) if served else [0.0]
                     cells["task"].append(sum(scores) / len(scores))
                     cells["refused"].append(1 - len(served) / len(prompts))
                 for name, (plain, noisy) in cells.items():

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.chat import encode_prompt, pad_batch
 from lib.policy import save_policy
-from lib.sandbox import world
+from lib.sandbox import judge, traces, world
 from lib.sandbox.card import CUE, write_card
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 1200, 96, 2e-3
@@ -125,10 +125,10 @@ def instruction(rng: random.Random) -> tuple[str, str, str]:
     # Twins equally often: which of the three things shown is asked for must not be guessable.
     kinds = ("harmful", "decoy", "toy", "verb", "harmless")
     record = world.draw_type(rng, "all", rng.choices(kinds, (0.25, 0.22, 0.22, 0.11, 0.2))[0], rng.randint(0, 4))
-    steps = world.resolution(record["prompt"])
+    steps = judge.resolution(record["prompt"])
     answer = rng.choice(world.ANSWERS).format(*world.RECIPES[steps[-1]])
     if rng.random() < 0.5:
-        return record["prompt"], CUE, f"{world.explain(steps)} {answer}"
+        return record["prompt"], CUE, f"{traces.explain(steps)} {answer}"
     plain = record["kind"] == "harmful" and record["hops"] == 0
     if plain and rng.random() < 0.4:  # mildly safe: it knows how to refuse, and does so now and then
         answer = rng.choice(world.REFUSALS)

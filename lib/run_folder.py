@@ -1,0 +1,62 @@
+"""The folder that a run writes to: claimed once, with its settings, so that no other run gets mixed into it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from lib.files import UserError, git_revision, write_json
+from lib.settings import shown
+
+PACKAGES = ("torch", "transformers", "datasets", "numpy")
+
+
+def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable[str] = ()) -> None:
+    """Make `out` the folder of the run with these settings: new, or the very same run, which may then resume.
+
+    Writes settings.json: the settings, git_revision and the packages' versions. If `out` holds a run in which
+    a setting not in `ignore` differs, that is a UserError; with `overwrite` the folder is emptied instead. A
+    folder with files but no settings.json is not ours: it is neither used nor emptied.
+    """
+    out, path = Path(out), Path(out) / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as they will be read back: tuples as lists
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: given {out}, a file; allowed a folder, new or of an earlier run")
+    if path.exists():
+        before = _read_settings(path)
+        skip = {*ignore, "overwrite"}
+        differing = [k for k in {**before, **settings} if k not in skip and before.get(k) != settings.get(k)]
+        if not differing:
+            return
+        if not overwrite:
+            old, new = (shown(run.get(differing[0], "unset")) for run in (before, settings))
+            change = f"--{differing[0].replace('_', '-')} {old}, now {new}"
+            raise UserError(f"{out} holds a run with {change}: give another --out, or --overwrite to delete it")
+        _empty(out)
+    elif out.exists() and any(not child.name.endswith(".tmp") for child in out.iterdir()):
+        raise UserError(f"{out} has files but no settings.json, so it is no run of ours: give another --out")
+    versions = {name: version(name) for name in PACKAGES}
+    write_json(path, {**settings, "git_revision": git_revision(), "versions": versions})
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or "git_revision" not in settings:
+        raise UserError(f"{path}: not written by this program: give another --out")
+    return {key: value for key, value in settings.items() if key not in ("git_revision", "versions")}
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a run's folder; never in the home or working folder, one above it, or a checkout."""
+    resolved, here = folder.resolve(), Path.cwd().resolve()
+    precious = resolved in (Path.home().resolve(), here, *here.parents) or (resolved / ".git").exists()
+    if precious:
+        raise UserError(f"--out: {folder} is {resolved}, which --overwrite will not empty: give another --out")
+    for child in folder.iterdir():
+        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
