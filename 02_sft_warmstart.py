@@ -56,15 +56,11 @@ class Settings:
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm", low=0.0)
     held_out_share: float = setting(0.05, "share of the prompts held out to decide the early stop", low=0.0, high=0.5)
     patience: int = setting(1, "stop after this many epochs without a better held-out loss; the best weights are kept", low=1)
-    max_batch_tokens: int = setting(16384, "rows x longest row of a micro-batch, tokens: lower it when out of memory", low=16)
+    max_batch_tokens: int = setting(16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     save_every: int = setting(50, "updates between resume points", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting(
-        "float32",
-        "of computation; the weights stay float32. Paper: bfloat16",
-        choices=("float32", "bfloat16"),
-    )
+    dtype: str = setting("float32", "of computation, not of weights. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the held-out split and the data order")
 
 
@@ -146,7 +142,7 @@ def main() -> None:
     model = load_policy(settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
-        claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("overwrite", "save_every"))
+        claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("save_every",))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     if is_finished(out):
         print(f"{out} is finished. Next: python 03_rl_train.py --preset {settings.preset} --model {out}")
@@ -155,11 +151,7 @@ def main() -> None:
     total = settings.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     state = load_progress(out, model, optimizer, ["metrics.jsonl"], write=leader)
-    best_loss, best_weights, bad_epochs = (
-        state.get("best_loss", math.inf),
-        state.get("best"),
-        state.get("bad_epochs", 0),
-    )
+    best_loss, best_weights, bad_epochs = state.get("best_loss", math.inf), state.get("best"), state.get("bad_epochs", 0)
     if leader:
         print(f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}, {device}")
         print(f"{total} updates at most, {'reasoning and answer' if settings.reasoning else 'answers only'}; writing to {out}")

@@ -53,10 +53,7 @@ class Settings:
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
     out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
-    judge: str = setting(
-        "sandbox",
-        "who scores answers: sandbox, standin, or a module of yours (README). Paper: moderation API, GRM",
-    )
+    judge: str = setting("sandbox", "sandbox, standin, or a module of yours (README). Paper: moderation API, GRM")
     reasoning: bool = setting(True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)")
     # rollouts
     prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
@@ -80,27 +77,17 @@ class Settings:
         choices=("token", "sequence", "constant"),
     )
     std_normalisation: bool = setting(True, "divide advantages by the group's std (GRPO, paper); without: Dr. GRPO")
-    kl_estimator: str = setting(
-        "k3",
-        "of KL(policy || reference), Schulman's k1, k2 or k3. Paper: k3 (low variance)",
-        choices=("k1", "k2", "k3"),
-    )
+    kl_estimator: str = setting("k3", "of KL(policy || reference), by Schulman. Paper: k3", choices=("k1", "k2", "k3"))
     kl_coef: float = setting(1e-3, "weight of the KL term in the loss. Paper: 1e-3", low=0.0)
     clip_range: float = setting(0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0)
     # machinery
-    max_batch_tokens: int = setting(
-        16384, "rows x longest row of a training micro-batch, tokens: lower it when out of memory", low=16
-    )
+    max_batch_tokens: int = setting(16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16)
     max_sample_tokens: int = setting(65536, "rows x columns of the sampler's KV cache, tokens", low=16)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     save_every: int = setting(10, "steps between resume points", low=1)
     rollouts_every: int = setting(5, "steps between samples in rollouts.jsonl", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting(
-        "float32",
-        "of computation; the weights stay float32. Paper: bfloat16",
-        choices=("float32", "bfloat16"),
-    )
+    dtype: str = setting("float32", "of computation, not of weights. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the prompt order and of sampling")
 
 
@@ -259,19 +246,11 @@ def sequence_weights(lengths: torch.Tensor, total_tokens: int, total_rollouts: i
     return torch.full(lengths.shape, 1.0 / (settings.max_new_tokens * total_rollouts))
 
 
-def update_policy(
-    policy,
-    reference,
-    optimizer,
-    rollouts: list[Rollout],
-    pad_id: int,
-    settings: Settings,
-    processes: Processes,
-):
-    """Step 5: one gradient over this process's rollouts, summed over processes, then one optimizer step.
+def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id: int, settings: Settings, processes: Processes):
+    """Step 5: the gradient over all rollouts, this process's share summed with those of the others; `main` takes the step.
 
-    Returns sums over this process's tokens (kl, entropy, sampler gap) and the gradient norm; raises UserError, before
-    the weights change, when something is not finite.
+    Returns the loss, per-token means over all processes (kl, entropy, and sampler_gap: how far the sampler's
+    log-probabilities are from these) and the gradient norm before clipping.
     """
     totals = gather_objects([sum(len(r.completion.token_ids) for r in rollouts), len(rollouts)], processes)
     total_tokens, total_rollouts = (sum(column) for column in zip(*totals, strict=True))
@@ -357,12 +336,7 @@ def main() -> None:
     reference = load_policy(settings.model, device=device, dtype=settings.dtype).requires_grad_(False)
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
-        claim_folder(
-            out,
-            asdict(settings),
-            overwrite=settings.overwrite,
-            ignore=("overwrite", "save_every", "rollouts_every"),
-        )
+        claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("save_every", "rollouts_every"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
     if is_finished(out):
@@ -399,11 +373,7 @@ def main() -> None:
         tokens = sum(r["tokens"] for r in described)
         metrics |= {"sample_tokens_per_s": tokens / seconds[0], "train_tokens_per_s": tokens / seconds[2]}
         metrics |= {"seconds_sample": seconds[0], "seconds_reward": seconds[1], "seconds_train": seconds[2]}
-        bar.set_postfix(
-            reward=f"{metrics['reward']:.2f}",
-            format=f"{metrics['format_rate']:.2f}",
-            kl=f"{metrics['kl']:.3f}",
-        )
+        bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl")})
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)
             if step % settings.rollouts_every == 0:

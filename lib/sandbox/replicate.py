@@ -35,14 +35,7 @@ MODELS = {
     "main": ("base", "sft", "rl-direct", "tars"),
     "ablations": ("lambda-0.1", "lambda-0.9", "harmful-only", "heavy"),
 }
-HEAVY = [
-    "--learning-rate",
-    "6e-4",
-    "--epochs",
-    "6",
-    "--patience",
-    "6",
-]  # 4 x the rate, 3 x the epochs (paper: 3 x, 2 x)
+HEAVY = ["--learning-rate", "6.7e-4", "--epochs", "2", "--patience", "2"]  # 10/3 of the rate, twice the epochs, as in the paper
 
 
 def cell(*keys: str) -> Get:
@@ -60,31 +53,44 @@ def average(*getters: Get) -> Get:
     return lambda results: sum(g(results) for g in getters) / len(getters)
 
 
+def after(steps: int) -> Get:
+    """DSR against GCG's best suffix after so many steps."""
+    return lambda results: dict(results.get("dsr_by_budget", {}).get("gcg", [])).get(steps, {}).get("mean", math.nan)
+
+
 AMBIGUOUS = ("ambiguous/toy", "ambiguous/decoy", "ambiguous/verb")
+KINDS = ("harmful", "harmless", "ambiguous")
 COLUMNS: dict[str, Get] = {
     "DSR direct": cell("dsr", "direct"),
     "DSR jailbreak": cell("dsr", "jailbreak"),
     "DSR GCG": cell("dsr", "gcg"),
+    **{f"DSR GCG, {steps} steps": after(steps) for steps in (5, 10)},
     **{f"DSR {c}": cell("controls", c) for c in ("no suffix", "initial suffix", "random suffix")},
     **{f"comply {k.split('/')[-1]}": cell("compliance", k) for k in ("harmless", *AMBIGUOUS)},
     **{f"task {k.split('/')[-1]}": cell("task_score", k) for k in ("harmless", *AMBIGUOUS)},
     **{f"well-formed {s}": cell("format_rate", s) for s in ("direct", "jailbreak", "harmless", "ambiguous")},
-    "tokens harmful": cell("reasoning_tokens", "harmful/4 hops"),
-    "tokens ambiguous": cell("reasoning_tokens", "ambiguous/4 hops"),
+    **{f"tokens {k}, {h} hops": cell("reasoning_tokens", f"{k}/{h} hops") for h in (3, 4) for k in KINDS},
 }
 SAFETY = average(COLUMNS["DSR direct"], COLUMNS["DSR jailbreak"])
 HELP = average(*(COLUMNS[f"task {k.split('/')[-1]}"] for k in ("harmless", *AMBIGUOUS)))
-CLAIMS: dict[str, tuple[Get, str, str]] = {  # name: (figure, model, compared with)
-    "F1 safety (DSR direct, jailbreak): tars - sft": (SAFETY, "tars", "sft"),
-    "F1 help (task score, 4 kinds): tars - sft": (HELP, "tars", "sft"),
-    "F1 safety: tars - rl-direct": (SAFETY, "tars", "rl-direct"),
-    "F1 help: tars - rl-direct": (HELP, "tars", "rl-direct"),
-    "F2 safety: lambda 0.9 - lambda 0.1": (SAFETY, "lambda-0.9", "lambda-0.1"),
-    "F2 help: lambda 0.9 - lambda 0.1": (HELP, "lambda-0.9", "lambda-0.1"),
-    "F4 help: harmful only - tars": (HELP, "harmful-only", "tars"),
-    "F5 help: heavy - tars": (HELP, "heavy", "tars"),
-    "F8 DSR under GCG: tars - sft": (COLUMNS["DSR GCG"], "tars", "sft"),
-    "F8 DSR under GCG: tars - rl-direct": (COLUMNS["DSR GCG"], "tars", "rl-direct"),
+THOUGHT = {k: average(*(COLUMNS[f"tokens {k}, {h} hops"] for h in (3, 4))) for k in KINDS}
+Side = tuple[str, Get]  # a model, and a figure of it
+CLAIMS: dict[str, tuple[Side, Side]] = {  # name: the two sides of a difference
+    "F1 safety (DSR direct, jailbreak): tars - sft": (("tars", SAFETY), ("sft", SAFETY)),
+    "F1 help (task score, 4 kinds): tars - sft": (("tars", HELP), ("sft", HELP)),
+    "F1 safety: tars - rl-direct": (("tars", SAFETY), ("rl-direct", SAFETY)),
+    "F1 help: tars - rl-direct": (("tars", HELP), ("rl-direct", HELP)),
+    "F2 safety: lambda 0.9 - lambda 0.1": (("lambda-0.9", SAFETY), ("lambda-0.1", SAFETY)),
+    "F2 help: lambda 0.9 - lambda 0.1": (("lambda-0.9", HELP), ("lambda-0.1", HELP)),
+    "F3 reasoning tokens of tars at equal hops: ambiguous - harmful": (
+        ("tars", THOUGHT["ambiguous"]),
+        ("tars", THOUGHT["harmful"]),
+    ),
+    "F4 help: harmful only - tars": (("harmful-only", HELP), ("tars", HELP)),
+    "F5 help: heavy - tars": (("heavy", HELP), ("tars", HELP)),
+    "F5 safety: heavy - tars": (("heavy", SAFETY), ("tars", SAFETY)),
+    "F8 DSR under GCG: tars - sft": (("tars", COLUMNS["DSR GCG"]), ("sft", COLUMNS["DSR GCG"])),
+    "F8 DSR under GCG: tars - rl-direct": (("tars", COLUMNS["DSR GCG"]), ("rl-direct", COLUMNS["DSR GCG"])),
 }
 
 
@@ -104,30 +110,13 @@ class Seed:
         return self.stage("02_sft_warmstart.py", out, "--data", str(self.dir / "data"), *flags)
 
     def rl(self, out: str, model: str, data: str = "data", *flags: str) -> list[str]:
-        return self.stage(
-            "03_rl_train.py",
-            out,
-            "--model",
-            str(self.dir / model),
-            "--data",
-            str(self.dir / data),
-            *flags,
-            *self.extra,
-        )
+        given = ("--model", str(self.dir / model), "--data", str(self.dir / data))
+        return self.stage("03_rl_train.py", out, *given, *flags, *self.extra)
 
     def attack_eval(self, out: str, models: tuple[str, ...], *flags: str) -> list[str]:
         paths = [f"{m}=lib/sandbox/base" if m == "base" else f"{m}={self.dir / m}" for m in models]
-        return self.stage(
-            "04_attack_eval.py",
-            out,
-            "--data",
-            str(self.dir / "data"),
-            "--models",
-            *paths,
-            "--direct",
-            "base",
-            *flags,
-        )
+        given = ("--data", str(self.dir / "data"), "--models", *paths, "--direct", "base")
+        return self.stage("04_attack_eval.py", out, *given, *flags)
 
     def main(self) -> list[list[str]]:
         return [
@@ -190,12 +179,31 @@ def report(results: dict[str, list[dict]], seeds: int) -> str:
             row.append("-" if math.isnan(ci["mean"]) else shown)
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     lines += ["", "Differences, paired by seed:", "", "| claim | difference | each seed |", "|---|---|---|"]
-    for name, (get, model, other) in CLAIMS.items():
-        values = [get(a) - get(b) for a, b in zip(results[model], results[other], strict=True)]
+    for name, ((model, get), (other, get_other)) in CLAIMS.items():
+        values = [get(a) - get_other(b) for a, b in zip(results[model], results[other], strict=True)]
         ci = student_t(values)
         each = ", ".join(f"{v:+.2f}" for v in values)
         lines.append(f"| {name} | {ci['mean']:+.2f} [{ci['low']:+.2f}, {ci['high']:+.2f}] | {each} |")
     return "\n".join(lines) + "\n"
+
+
+def draw_plane(out: Path, results: dict[str, list[dict]]) -> str:
+    """Safety against help, a dot a seed, as plane.png in `out`; returns its line of markdown. "" without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ""
+    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for model, runs in results.items():
+        marker = "o" if model in MODELS["main"] else "^"
+        axes.plot([HELP(r) for r in runs], [SAFETY(r) for r in runs], marker, label=model, alpha=0.75, markersize=8)
+    axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+    axes.set(xlabel="task score, mean of harmless, toy, decoy, verb", ylabel="DSR, mean of direct and held-out disguises")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left")
+    figure.savefig(out / "plane.png", dpi=120)
+    return "\n![safety against help, a dot a seed](plane.png)\n"
 
 
 def main() -> None:
@@ -222,7 +230,8 @@ def main() -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    text = report(load_results(args.out, args.seeds), args.seeds)
+    results = load_results(args.out, args.seeds)
+    text = report(results, args.seeds) + draw_plane(args.out, results)
     write_text(args.out / "report.md", text)
     print(text)
 
