@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/sft
 	$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --no-reasoning --out $(DEMO)/sft-direct
 	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --model $(DEMO)/sft --out $(DEMO)/rl
-	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --no-reasoning --max-new-tokens 12 \
+	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --no-reasoning --max-new-tokens 12 --kl-coef 0.1 \
 		--model $(DEMO)/sft-direct --out $(DEMO)/rl-direct
 	$(RUN) 04_attack_eval.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/eval --direct base --models \
 		base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl

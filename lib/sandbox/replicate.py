@@ -35,6 +35,7 @@ MODELS = {
     "main": ("base", "sft", "rl-direct", "tars"),
     "ablations": ("lambda-0.1", "lambda-0.9", "harmful-only", "heavy"),
 }
+DIRECT = ["--no-reasoning", "--max-new-tokens", "12", "--kl-coef", "0.1"]  # tuned: see README
 HEAVY = ["--learning-rate", "6.7e-4", "--epochs", "2", "--patience", "2"]  # 10/3 of the rate, twice the epochs, as in the paper
 
 
@@ -123,7 +124,7 @@ class Seed:
             self.mixture("data"),
             self.sft("sft"),
             self.sft("sft-direct", "--no-reasoning"),
-            self.rl("rl-direct", "sft-direct", "data", "--no-reasoning", "--max-new-tokens", "12"),
+            self.rl("rl-direct", "sft-direct", "data", *DIRECT),
             self.rl("tars", "sft"),
             self.attack_eval("eval-main", MODELS["main"]),
         ]
