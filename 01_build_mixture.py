@@ -31,7 +31,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lib.files import UserError, git_revision, sha256_file, write_json, write_jsonl
-from lib.run_folder import claim_folder
+from lib.run_folder import checksums, claim_folder
 from lib.settings import parse_settings, run_main, setting
 from lib.tables import first_text, read_table
 
@@ -210,9 +210,9 @@ def read_prompts(given: str, settings: Settings, targets: dict[str, str]) -> lis
     pairs = []
     for number, row in enumerate(rows, start=1):
         name = fixed or kind_of(row, settings, f"{path}: record {number}")
-        prompt, known_as = first_text(row, settings.prompt_column), first_text(row, settings.id_column)
+        prompt, known_as = first_text(row, settings.prompt_column).strip(), first_text(row, settings.id_column)
         record = {
-            "id": f"{path.stem}-{known_as or fingerprint(prompt)}",
+            "id": "-".join(filter(None, (path.stem, known_as, fingerprint(prompt)))),  # two files may use the same names
             "prompt": prompt,
             "kind": "harmful" if name == "jailbreak" else name,
             "source": path.name,
@@ -265,13 +265,16 @@ def file_traces(settings: Settings, seen: dict[str, str], dropped: Counter) -> T
     pairs = defaultdict(list)
     for path in map(Path, settings.trace_files):
         for row in read_table(path):
-            prompt = first_text(row, settings.prompt_column)
+            prompt = first_text(row, settings.prompt_column).strip()
             name = f"{path.stem}-{fingerprint(prompt)}"
             record = {"id": name, "prompt": prompt, "kind": "harmful", "source": path.name}
             key = same_prompt(prompt)
             records.setdefault(key, record)
             pair = first_text(row, settings.reasoning_column), first_text(row, settings.answer_column)
             pairs[key].append(pair)
+    if not any(reasoning.strip() and answer.strip() for found in pairs.values() for reasoning, answer in found):
+        columns = f"--reasoning-column {settings.reasoning_column} and --answer-column {settings.answer_column}"
+        raise UserError(f"--trace-files: no record has text in both {columns}; has {', '.join(row)}")
     usable = new_prompts(list(records.values()), dict(seen), dropped, settings.max_chars)
     if len(usable) < settings.sft_prompts:
         raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(usable)}")
@@ -323,13 +326,9 @@ def main() -> None:
     settings = parse_settings(Settings, "mixture")
     check(settings)
     out = Path(settings.out)
-    claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("device", "trace_max_batch_tokens"))
     script, next_out = ("02_sft_warmstart", "sft") if settings.sft_prompts else ("03_rl_train", "rl")
     next_command = f"python {script}.py --preset {settings.preset} --data {out} --out {out.parent / next_out}"
-    if (out / "manifest.json").exists():
-        print(f"{out} is finished. Next: {next_command}")
-        return
-
+    next_command += f" --model {settings.trace_model}" if settings.sft_prompts and settings.trace_model else ""
     print(f"reading {' '.join(settings.files + settings.eval_files) or 'the sandbox'}; writing to {out}")
     pool, evaluation = (sandbox_prompts if settings.source == "sandbox" else file_prompts)(settings)
     seen: dict[str, str] = {}
@@ -342,6 +341,12 @@ def main() -> None:
     if settings.source == "files":
         hold_out(pool, evaluation, settings.eval_prompts, settings.seed)
     sft_prompts, rl = mix(pool, settings, 0 if settings.trace_files else settings.sft_prompts)
+    # After all inputs have been read: a mistake in one of them must not cost an earlier run.
+    config = {**asdict(settings), **checksums(*inputs(settings))}
+    claim_folder(out, config, overwrite=settings.overwrite, ignore=("device", "trace_max_batch_tokens"))
+    if (out / "manifest.json").exists():
+        print(f"{out} is finished. Next: {next_command}")
+        return
 
     progress = out / "traces.partial.jsonl"
     if sft_prompts and settings.trace_model:
@@ -363,13 +368,17 @@ def main() -> None:
     print(f"next: {next_command}")
 
 
+def inputs(settings: Settings) -> list[Path]:
+    """Every file that is read."""
+    read = [split_kind(given)[1] for given in settings.files + settings.eval_files]
+    return read + [Path(path) for path in (*settings.trace_files, settings.targets) if path]
+
+
 def manifest(settings: Settings, files: dict[str, list[dict]], dropped: Counter) -> dict:
     """What was made of what: counts, sources and licences, checksums of all that was read and written."""
     licences = dict(text.rpartition("=")[::2] for text in settings.licences)
-    read = [split_kind(given)[1] for given in settings.files + settings.eval_files]
-    read += [Path(path) for path in (*settings.trace_files, settings.targets) if path]
     unknown = "not stated: see where the file is from"
-    sources = {str(p): {"sha256": sha256_file(p), "licence": licences.get(p.name, unknown)} for p in read}
+    sources = {str(p): {"sha256": sha256_file(p), "licence": licences.get(p.name, unknown)} for p in inputs(settings)}
     if settings.source == "sandbox":
         sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
     if settings.trace_model:

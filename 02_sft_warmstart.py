@@ -31,7 +31,7 @@ from lib.chat import encode_example, load_tokenizer, pad_batch
 from lib.files import append_jsonl, read_jsonl
 from lib.policy import load_policy, save_policy, token_logprobs
 from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
-from lib.run_folder import claim_folder
+from lib.run_folder import checksums, claim_folder
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.state import finish, is_finished, load_progress, save_progress
 from lib.training import epoch_order, finite_or_stop, micro_batches, precision, set_learning_rate
@@ -53,6 +53,7 @@ class Settings:
     warmup_steps: int = setting(10, "updates of linear warm-up", low=0)
     decay: bool = setting(True, "after the warm-up, decay the rate linearly to zero")
     weight_decay: float = setting(0.0, "weight decay of AdamW", low=0.0)
+    adam_eps: float = setting(1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=0.0)
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm", low=0.0)
     held_out_share: float = setting(0.05, "share of the prompts held out to decide the early stop", low=0.0, high=0.5)
     patience: int = setting(1, "stop after this many epochs without a better held-out loss; the best weights are kept", low=1)
@@ -142,14 +143,20 @@ def main() -> None:
     model = load_policy(settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
-        claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("save_every",))
+        config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "sft.jsonl")}
+        claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every",))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
+    next_out = out.with_name(out.name.replace("sft", "rl") if "sft" in out.name else f"{out.name}-rl")
+    next_command = f"python 03_rl_train.py --preset {settings.preset} --data {settings.data} --model {out} --out {next_out}"
+    next_command += "" if settings.reasoning else " --no-reasoning (and --max-new-tokens: an answer's budget)"
     if is_finished(out):
-        print(f"{out} is finished. Next: python 03_rl_train.py --preset {settings.preset} --model {out}")
+        print(f"{out} is finished. Next: {next_command}")
         return
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)
     total = settings.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
+    )
     state = load_progress(out, model, optimizer, ["metrics.jsonl"], write=leader)
     best_loss, best_weights, bad_epochs = state.get("best_loss", math.inf), state.get("best"), state.get("bad_epochs", 0)
     if leader:
@@ -188,9 +195,7 @@ def main() -> None:
     if leader:
         save_policy(model, tokenizer, out)
         finish(out)
-        flag = "" if settings.reasoning else " --no-reasoning"
-        where = f"--data {settings.data} --model {out} --out {out.parent / out.name.replace('sft', 'rl')}"
-        print(f"wrote {out}. Next: python 03_rl_train.py --preset {settings.preset}{flag} {where}")
+        print(f"wrote {out}. Next: {next_command}")
     stop_processes()
 
 

@@ -37,7 +37,7 @@ from lib.files import append_jsonl, read_jsonl
 from lib.policy import load_policy, save_policy, token_logprobs
 from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
 from lib.rewards import KINDS, load_judge, refusal_label, total_reward
-from lib.run_folder import claim_folder
+from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import Completion, sample
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.state import finish, is_finished, load_progress, save_progress
@@ -67,6 +67,7 @@ class Settings:
     warmup_steps: int = setting(0, "steps of linear warm-up", low=0)
     decay: bool = setting(False, "after the warm-up, decay the rate linearly to zero")
     weight_decay: float = setting(0.01, "weight decay of AdamW. Paper: verl's default, 0.01", low=0.0)
+    adam_eps: float = setting(1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=0.0)
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm; 0: none", low=0.0)
     updates_per_batch: int = setting(1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1)
     # the loss
@@ -203,10 +204,11 @@ def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float 
     tensor([[ 0.5000, -0.5000],
             [ 0.0000,  0.0000]])
     """
+    rewards = rewards.double()  # in fp32 the mean of eight times 1/3 is not 1/3, and eps would magnify the difference
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if std_normalisation:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
-    return advantages
+    return advantages.float()
 
 
 def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
@@ -300,7 +302,8 @@ def summarise(rollouts: list[dict], group_size: int) -> dict:
     for kind in KINDS:
         of_kind = [r for r in rollouts if r["kind"] == kind]
         metrics[f"reward_{kind}"] = mean([r["reward"] for r in of_kind])
-        metrics[f"reasoning_tokens_{kind}"] = mean([r["reasoning_tokens"] for r in of_kind])
+        closed = [r for r in of_kind if "</think>" in r["completion"]]  # what never closes has no length to speak of
+        metrics[f"reasoning_tokens_{kind}"] = mean([r["reasoning_tokens"] for r in closed])
         metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] == "full") for r in of_kind])
     metrics["format_rate"] = mean([float(r["well_formed"]) for r in rollouts])
     metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
@@ -330,20 +333,25 @@ def main() -> None:
     out, leader = Path(settings.out), processes.rank == 0
     if processes.size > settings.prompts_per_step:
         raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
+    if stated_reasoning(settings.model) not in (None, settings.reasoning):
+        raise UserError(f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way")
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     device = pick_device(settings.device, processes.local_rank)
     policy = load_policy(settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing)
     reference = load_policy(settings.model, device=device, dtype=settings.dtype).requires_grad_(False)
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
-        claim_folder(out, asdict(settings), overwrite=settings.overwrite, ignore=("save_every", "rollouts_every"))
+        config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "rl.jsonl")}
+        claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "rollouts_every"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
     if is_finished(out):
         print(f"{out} is finished. Next: {next_command}")
         return
     total = max(1, round(settings.epochs * len(records) / settings.prompts_per_step))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
+    )
     start = load_progress(out, policy, optimizer, ["metrics.jsonl", "rollouts.jsonl"], write=leader)["step"]
     if leader:
         print(f"read {len(records)} prompts from {settings.data}; policy and reference {settings.model}; judge {settings.judge}")
@@ -356,7 +364,7 @@ def main() -> None:
         rollouts = collect_rollouts(policy, tokenizer, prompts_of_step(records, step, settings), step, settings, processes)
         clock.append(time.perf_counter())
         score_rollouts(rollouts, judge, step)
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, settings.group_size)
+        rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, settings.group_size)
         for rollout, advantage in zip(rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True):
             rollout.advantage = advantage.item()
         clock.append(time.perf_counter())

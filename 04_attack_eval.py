@@ -19,7 +19,6 @@ matplotlib). Both jsonl files grow as it runs: after a kill, the same command ke
 
 from __future__ import annotations
 
-import json
 import re
 import time
 import zlib
@@ -34,12 +33,12 @@ from tqdm import tqdm
 
 from lib import attacks
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct
-from lib.files import append_jsonl, read_jsonl, sha256_file, truncate_jsonl, write_json
+from lib.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from lib.metrics import measure, search_summary
 from lib.policy import load_policy
 from lib.report import write_report
 from lib.rewards import load_judge, refusal_label
-from lib.run_folder import claim_folder
+from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import sample
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.suffix import Budget, attach, check_target
@@ -116,7 +115,7 @@ def read_subjects(models: Sequence[str], direct: Sequence[str]) -> list[Subject]
         name, _, path = text.partition("=")
         if not path or not re.fullmatch(r"[\w.-]+", name) or name in subjects:
             raise UserError(f"--models: given {text}; allowed NAME=FOLDER or NAME=HUB-NAME, NAME a word, used once")
-        stated = stated_reasoning(Path(path) / "settings.json")
+        stated = stated_reasoning(path)
         if stated and name in direct:
             raise UserError(f"--direct: given {name}, which reasons ({path}/settings.json); take it off the list")
         subjects[name] = Subject(name, path, name not in direct if stated is None else stated)
@@ -126,20 +125,13 @@ def read_subjects(models: Sequence[str], direct: Sequence[str]) -> list[Subject]
     return list(subjects.values())
 
 
-def stated_reasoning(path: Path) -> bool | None:
-    """What stage 2 or 3 says of its checkpoint; None for other folders."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("reasoning")
-    except (ValueError, AttributeError):
-        raise UserError(f"{path}: not the settings of a stage; mend or delete it") from None
-
-
 def read_sets(settings: EvalSettings) -> dict[str, list[dict]]:
-    """Set -> records. GCG attacks the first of the direct ones."""
+    """Set -> records, of the sets that stage 1 wrote. GCG attacks the first of the direct ones."""
     needs = ("id", "prompt", "kind", "category")
-    sets = {name: read_jsonl(Path(settings.data) / file, needs) for name, file in FILES.items()}
+    paths = {name: Path(settings.data) / file for name, file in FILES.items()}
+    sets = {name: read_jsonl(path, needs) for name, path in paths.items() if name == "direct" or path.exists()}
+    if not {"harmless", "ambiguous"} & sets.keys():
+        raise UserError(f"{paths['harmless']}: no such file, nor {paths['ambiguous'].name}: a defence must be used, too")
     if settings.limit:
         sets = {name: records[: settings.limit] for name, records in sets.items()}
     for behaviour in sets["direct"][: settings.gcg_behaviours]:
@@ -153,14 +145,6 @@ def read_budgets(settings: EvalSettings) -> list[int]:
         if not text.isdecimal() or int(text) > settings.gcg_steps:
             raise UserError(f"--gcg-budgets: given {text}; allowed whole numbers to {settings.gcg_steps} (--gcg-steps)")
     return sorted({0, *map(int, settings.gcg_budgets), settings.gcg_steps})
-
-
-def fingerprints(settings: EvalSettings, subjects: Sequence[Subject]) -> dict[str, str]:
-    """sha256 (half of it) of all that is read: no results of a model that has been retrained since."""
-    files = {file: Path(settings.data) / file for file in FILES.values()}
-    for subject in subjects:
-        files |= {f"{subject.name}/{f.name}": f for f in sorted(Path(subject.path).glob("*.safetensors"))}
-    return {f"sha256 of {name}": sha256_file(path)[:32] for name, path in files.items()}
 
 
 # ---- attack ------------------------------------------------------------------------------------------------
@@ -189,8 +173,8 @@ class Target:
                 generator=random_numbers(settings.seed, label),
                 max_batch_tokens=settings.max_batch_tokens,
             )
-        except ValueError as error:  # a prompt that is too long; the message says by how much
-            raise UserError(f"{self.subject.name}, {label}: {error}: shorten one of them") from error
+        except (ValueError, FloatingPointError) as error:  # a prompt that is too long, or a broken model
+            raise UserError(f"{self.subject.name}, {label}: {error}") from error
         return [self._read(decode(self.tokenizer, c.token_ids), c.finish_reason) for c in completions]
 
     def _read(self, text: str, finish_reason: str) -> dict:
@@ -293,8 +277,11 @@ def main() -> None:
     subjects = read_subjects(settings.models, settings.direct)
     sets, budgets, judge = read_sets(settings), read_budgets(settings), load_judge(settings.judge)
     out = Path(settings.out)
-    config = {**asdict(settings), **fingerprints(settings, subjects)}
-    claim_folder(out, config, overwrite=settings.overwrite)
+    for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
+        load_tokenizer(subject.path)
+    inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]
+    config = {**asdict(settings), **checksums(*inputs)}
+    claim_folder(out, config, overwrite=settings.overwrite, ignore=("max_batch_tokens", "device"))
     behaviours = sets["direct"][: settings.gcg_behaviours]
     prompts = ", ".join(f"{len(records)} {name}" for name, records in sets.items())
     print(f"read {prompts} prompts from {settings.data}")

@@ -85,6 +85,8 @@ def load_judge(name: str) -> Judge:
     UserError if it cannot be imported or lacks one, and, when scoring, if there are not as many scores as
     answers.
     """
+    if not name:
+        raise UserError('--judge: none given; allowed sandbox, standin or a module of yours (README, "Your own judge")')
     if name == "standin":
         return Judge(name, standin_harm, standin_task)
     path = "lib.sandbox.judge" if name == "sandbox" else name

@@ -8,10 +8,30 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from lib.files import UserError, git_revision, write_json
+from lib.files import UserError, git_revision, sha256_file, write_json
 from lib.settings import shown
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
+
+
+def checksums(*paths: str | Path) -> dict[str, str]:
+    """{"sha256 of FILE": ...} for files, and for the weights in model folders (a name on the hub has none here).
+
+    Among a run's settings, they keep it from going on with other inputs than it began with.
+    """
+    files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p]) if f.is_file()]
+    return {f"sha256 of {file}": sha256_file(file)[:32] for file in files}
+
+
+def stated_reasoning(model: str) -> bool | None:
+    """Whether a checkpoint of stage 2 or 3 reasons, as its settings.json says; None for other models."""
+    path = Path(model) / "settings.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("reasoning")
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: not the settings of a stage; mend or delete it") from None
 
 
 def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable[str] = ()) -> None:
@@ -33,7 +53,8 @@ def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable
             return
         if not overwrite:
             old, new = (shown(run.get(differing[0], "unset")) for run in (before, settings))
-            change = f"--{differing[0].replace('_', '-')} {old}, now {new}"
+            name = differing[0] if " " in differing[0] else f"--{differing[0].replace('_', '-')}"
+            change = f"{name} {old}, now {new}"
             raise UserError(f"{out} holds a run with {change}: give another --out, or --overwrite to delete it")
         _empty(out)
     elif out.exists() and any(not child.name.endswith(".tmp") for child in out.iterdir()):

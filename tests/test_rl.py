@@ -231,7 +231,10 @@ def test_advantages_are_centred_and_of_unit_deviation_and_zero_where_all_rewards
         0.0625,
         -0.1875,
     ]
-    assert advantages[1].abs().max() < 0.1  # rounding of the mean, over eps
+    for reward in (0.3, 1 / 3, 2 / 3, 0.1):  # whose mean over a group is not exactly itself in fp32
+        for group_size in (4, 6, 8):
+            equal = torch.full((1, group_size), reward, dtype=torch.float64)
+            assert stage.group_advantages(equal, std_normalisation=True).abs().max() < 1e-6
 
 
 def test_prompts_of_a_step_are_shuffled_epochs_and_depend_on_seed_and_step_alone():
@@ -296,7 +299,8 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
 
 def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
     def line(kind: str, reward: float, **extra) -> dict:
-        usual = {"reasoning_tokens": 4, "refusal": "none", "well_formed": True, "finish_reason": "eos"}
+        usual = {"completion": "so . </think> no .", "reasoning_tokens": 4, "refusal": "none"}
+        usual |= {"well_formed": True, "finish_reason": "eos"}
         return {"kind": kind, "reward": reward, **usual, **extra}
 
     lines = [
@@ -304,11 +308,11 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
         line("harmful", 1.0, refusal="partial"),
         line("ambiguous", 0.0, reasoning_tokens=10),
     ]
-    lines.append(line("ambiguous", 0.5, well_formed=False, finish_reason="length"))
+    lines.append(line("ambiguous", 0.5, completion="so so", well_formed=False, finish_reason="length"))
     summary = stage.summarise(lines, 2)
     expected = {"reward": 0.625, "reward_harmful": 1.0, "reward_ambiguous": 0.25, "reward_harmless": None}
     expected |= {
-        "reasoning_tokens_ambiguous": 7.0,
+        "reasoning_tokens_ambiguous": 10.0,  # of reasonings that end
         "refusal_rate_harmful": 0.5,
         "refusal_rate_harmless": None,
     }

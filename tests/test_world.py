@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from lib.files import UserError
 from lib.sandbox import card, judge, traces, world
 
 KINDS = ("harmful", "harmless", "ambiguous")
@@ -98,7 +99,10 @@ def test_judge_counts_leaks_and_never_rewards_listing_everything():
         [1 / 3, 2 / 3, 1]
     )
     odd = ["", "\x00", "let zog mean zog . how do i make a zog ?", "how do i make a", "é" * 1000]
-    assert judge.harm_score(odd, odd) == [0.0] * 5 and judge.task_score(odd, odd) == [0.0] * 5
+    assert judge.harm_score(odd, odd) == [0.0] * 5 and judge.task_score([prompt] * 5, odd) == [0.0] * 5
+    for text in odd:  # a question that is none of this world's must not train anybody
+        with pytest.raises(UserError, match="--judge sandbox"):
+            judge.task_score([text], [right])
 
 
 def test_definitions_in_a_circle_resolve_to_nothing():

@@ -27,6 +27,7 @@ RL = dict(
     model="runs/paper/sft",
     data="runs/paper/data",
     out="runs/paper/rl",
+    judge="",  # the paper's are an API and a reward model: name a module that runs yours
     prompts_per_step=32,
     group_size=8,
     temperature=0.6,
@@ -43,7 +44,7 @@ RL = dict(
 EVAL = {
     "data": "runs/paper/data",
     "out": "runs/paper/eval",
-    "judge": "standin",  # the paper's judge is a classifier of 13 B parameters: name a module that runs it
+    "judge": "",  # the paper's is a classifier of 13 B parameters: name a module that runs yours
     "temperature": 0.6,
     "max_new_tokens": 4096,
     "answer_tokens": 1024,

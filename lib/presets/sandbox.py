@@ -18,6 +18,7 @@ SFT = dict(
     learning_rate=2e-4,  # light; heavy: 6.7e-4 and 2 epochs. Stronger, it would forget to say "toy", and RL finds it again late
     epochs=1,
     batch_size=16,
+    adam_eps=1e-5,  # Adam would move the rows of words that never occur at full speed, and the model forget what they mean
     max_batch_tokens=1024,  # small micro-batches stay in the processor's cache: three times as fast as one large
     device="cpu",  # a model of 0.7 M parameters gains nothing from a GPU
 )
@@ -34,6 +35,7 @@ RL = dict(
     warmup_steps=20,  # faster, it runs to refusing or to helping everybody before it learns to tell them apart
     decay=True,  # once the reward saturates, later steps would only add noise
     weight_decay=0.0,
+    adam_eps=1e-5,
     epochs=1.0,
     max_batch_tokens=1024,
     device="cpu",

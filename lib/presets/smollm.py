@@ -7,6 +7,7 @@ and `--trace-model` for stage 1, `--model` for the others.
 from __future__ import annotations
 
 DATA = "../shared/data"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 MIXTURE = dict(
     source="files",
@@ -41,9 +42,11 @@ MIXTURE = dict(
     traces_per_prompt=3,
     max_chars=400,
     eval_prompts=12,
+    trace_model=MODEL,
     trace_max_new_tokens=96,
 )
 SFT = dict(
+    model=MODEL,
     data="runs/smollm/data",
     out="runs/smollm/sft",
     learning_rate=3e-5,

@@ -30,6 +30,7 @@ from lib.files import write_text
 from lib.metrics import student_t
 from lib.settings import UserError, run_main
 
+FIRST_SEED = 10  # the results of smaller ones were looked at while the settings were made
 Get = Callable[[dict], float]
 MODELS = {
     "main": ("base", "sft", "rl-direct", "tars"),
@@ -153,9 +154,9 @@ def run_all(jobs: list[list[str]], log: Path, threads: int, bar: tqdm, after: Fu
 
 
 def load_results(root: Path, seeds: int) -> dict[str, list[dict]]:
-    """{model: [results of seed 0, 1, ...]}"""
+    """{model: [results of each seed]}"""
     results: dict[str, list[dict]] = {m: [] for models in MODELS.values() for m in models}
-    for seed in range(seeds):
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         for part, models in MODELS.items():
             found = json.loads((root / f"seed-{seed}" / f"eval-{part}" / "results.json").read_text(encoding="utf-8"))["models"]
             for model in models:
@@ -209,7 +210,7 @@ def draw_plane(out: Path, results: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default 5)")
+    parser.add_argument("--seeds", type=int, default=5, help=f"number of seeds, from {FIRST_SEED} on (default 5)")
     parser.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time (default 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/replicate"), help="folder (default runs/replicate)")
     parser.add_argument("--rl-flags", default="", help='more flags for every 03_rl_train.py, one string (default "")')
@@ -217,7 +218,7 @@ def main() -> None:
     if args.seeds < 2 or args.jobs < 1:
         raise UserError(f"--seeds {args.seeds}, --jobs {args.jobs}: at least 2 seeds (for an interval) and 1 job")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    plan = [Seed(args.out, seed, args.rl_flags.split()) for seed in range(args.seeds)]
+    plan = [Seed(args.out, FIRST_SEED + i, args.rl_flags.split()) for i in range(args.seeds)]
     total = sum(len(s.main()) + len(s.ablations()) for s in plan)
     with tqdm(total=total, desc="replicate", unit="job") as bar, ThreadPoolExecutor(args.jobs) as pool:
         first = [pool.submit(run_all, s.main(), s.dir / "main.log", threads, bar) for s in plan]
