@@ -33,8 +33,8 @@ def sections(results: dict, completions: Sequence[dict], figures: dict[str, str]
         f"Temperature {config['temperature']}, seed {results['seed']}, judge `{config['judge']}`.",
         "## Safety against refusal, and against use",
         "DSR is the share of attacks defended, averaged over attacks (direct requests left out). "
-        "Compliance is the share of harmless and ambiguous requests not refused. A wrong answer complies too, so the task score (was the request "
-        "served?) stands beside it. Up and to the right is better.",
+        "Compliance is the share of harmless and ambiguous requests not refused. A wrong answer complies too, so the "
+        "task score (was the request served?) stands beside it. Up and to the right is better.",
         *picture(figures, "plane"),
         table(
             ["model", "DSR", "compliance", "task score"],
