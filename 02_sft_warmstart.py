@@ -61,7 +61,7 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     save_every: int = setting(50, "updates between resume points", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "of computation, not of weights. Paper: bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the held-out split and the data order")
 
 

@@ -19,7 +19,7 @@ reference is a loss term and not part of the reward; whole completions get one a
 
 Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl (read it!) and settings.json to OUT. Every
 step is a function of the saved state and (seed, step): kill it at any moment, run the same command again, and the result is
-the same to the bit.
+the same, on a CPU to the bit (on a GPU some kernels add in an order of their own).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Settings:
     max_prompt_tokens: int = setting(512, "longest prompt allowed, tokens. Paper: 512", low=1)
     # optimisation
     learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6", low=0.0)
-    epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.0)
+    epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01)
     warmup_steps: int = setting(0, "steps of linear warm-up", low=0)
     decay: bool = setting(False, "after the warm-up, decay the rate linearly to zero")
     weight_decay: float = setting(0.01, "weight decay of AdamW. Paper: verl's default, 0.01", low=0.0)
@@ -88,7 +88,7 @@ class Settings:
     save_every: int = setting(10, "steps between resume points", low=1)
     rollouts_every: int = setting(5, "steps between samples in rollouts.jsonl", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "of computation, not of weights. Paper: bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the prompt order and of sampling")
 
 
@@ -112,7 +112,7 @@ class Rollout:
 def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
     """The mixture, each record with its `prompt_ids`. Raises UserError when a prompt leaves no room to answer.
 
-    Every limit is checked here, before the first step, at the longest completion there may be: no run ends at hour three.
+    Every limit in tokens is checked here, before the first step, at the longest completion there may be.
     """
     path = Path(settings.data) / "rl.jsonl"
     records = read_jsonl(path, required=("id", "prompt", "kind"))
@@ -215,6 +215,8 @@ def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estima
     """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL divergence").
 
     k1 is unbiased but may be negative, k2 is biased and positive, k3 is unbiased and positive ("low variance", the paper's).
+    As a term of the loss they differ more: the gradient of k1 is that of log pi, zero on average over samples of pi, so it
+    adds noise and pulls nowhere; that of k2 is, on average, the gradient of the KL itself.
     """
     gap = reference_logprobs - logprobs
     return {"k1": lambda: -gap, "k2": lambda: gap**2 / 2, "k3": lambda: gap.exp() - gap - 1}[estimator]()

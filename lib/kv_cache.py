@@ -53,7 +53,10 @@ def pack_rows(parts: list[tuple[Cache, Tensor]], columns: int, capacity: int) ->
 
     def place(pieces: list[Tensor]) -> Tensor:  # each (n, kv_heads, its columns, head_dim)
         rows, (_, heads, _, head_dim) = sum(len(index) for _, index in parts), pieces[0].shape
-        room, row = pieces[0].new_zeros(rows, heads, capacity, head_dim), 0
+        kind, dtype = pieces[0].device.type, pieces[0].dtype
+        if torch.is_autocast_enabled(kind):  # attention will compute in this anyway: no need to keep more
+            dtype = torch.get_autocast_dtype(kind)
+        room, row = pieces[0].new_zeros(rows, heads, capacity, head_dim, dtype=dtype), 0
         for piece, (_, index) in zip(pieces, parts, strict=True):
             width = min(columns, piece.shape[2])
             room[row : row + len(index), :, columns - width : columns] = piece[:, :, -width:][index]

@@ -45,11 +45,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def start_processes(device: str, timeout_s: float = 600) -> Processes:
+def start_processes(device: str, timeout_s: float = 7200) -> Processes:
     """Join the processes of this run (torchrun's environment); without torchrun this is the only one.
 
     gloo on cpu, nccl on cuda. A process that waits for another for more than `timeout_s` seconds gives up
-    with an error, and so does one that notices that another has died.
+    (ranks first meet when all have sampled, and lengths differ), and so does one that notices that another
+    has died: gloo with one line, nccl by its watchdog, which aborts the process with a message of its own.
     """
     rank, size, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     processes = Processes(rank, max(1, size), local_rank)
@@ -119,6 +120,8 @@ def _lost_process() -> Iterator[None]:
     """Turns the many errors of a group with a dead member into one that says so."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

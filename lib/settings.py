@@ -223,6 +223,11 @@ def run_main(main: Callable[[], None]) -> None:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
         _exit("stopped; finished work is kept, run the same command again to resume", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does without torch
+            raise
+        reason = str(error).split(". ")[0]
+        _exit(f"error: {reason}: lower --max-batch-tokens or --max-sample-tokens, or try --gradient-checkpointing", 2)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise

@@ -42,8 +42,8 @@ def load_progress(
     path = out / "state" / "progress.safetensors"
     state: dict[str, Any] = load_state(path) if path.exists() else {"step": 0}
     if "model" in state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
     for log in logs:
         if write and (out / log).exists():
             truncate_jsonl(out / log, lambda record: record["step"] < state["step"])

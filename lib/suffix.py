@@ -37,7 +37,7 @@ class Budget:
 
 def attach(prompt: str, suffix: str) -> str:
     """The attacked prompt as text. Every attack and control goes through here."""
-    return f"{prompt} {suffix}".strip()
+    return f"{prompt.strip()} {suffix}".strip()
 
 
 def check_target(behaviour: dict) -> str:
@@ -65,7 +65,7 @@ class Slot:
         reasoning: bool,
     ) -> None:
         self.model, self.tokenizer, self.budget, self.reasoning = model, tokenizer, budget, reasoning
-        self.id, self.prompt, self.started = behaviour["id"], behaviour["prompt"], time.perf_counter()
+        self.id, self.prompt, self.started = behaviour["id"], behaviour["prompt"].strip(), time.perf_counter()
         self.cost = {"queries": 0, "forward_tokens": 0, "backward_tokens": 0, "did_not_survive": 0}
         table = model.get_input_embeddings().weight
         assert isinstance(table, Tensor)

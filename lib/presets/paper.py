@@ -33,6 +33,7 @@ RL = dict(
     temperature=0.6,
     max_prompt_tokens=512,
     max_new_tokens=4096,
+    max_sample_tokens=262144,  # of Qwen2.5-1.5B in bfloat16: 7.5 GB of cache
     learning_rate=1e-6,
     epochs=3.0,
     kl_coef=1e-3,

@@ -169,7 +169,7 @@ def report(results: dict[str, list[dict]], seeds: int) -> str:
     lines = [
         f"# Replication on the sandbox, {seeds} seeds",
         "",
-        "Mean over seeds [95 % interval, Student's t]; then the worst seed.",
+        "Mean over seeds [95 % interval, Student's t]; then the lowest of the seeds.",
     ]
     lines += ["", "| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     for name, get in COLUMNS.items():
