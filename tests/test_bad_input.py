@@ -259,6 +259,40 @@ def test_overwrite_with_a_mistake_elsewhere_costs_nothing(finished, data, tmp_pa
     assert contents(finished[RL]) == before
 
 
+@pytest.mark.parametrize("stage, usual", [(RL, {"epochs": 0.25}), (SFT, {"epochs": 1})])
+def test_inputs_that_changed_since(stage, usual, data, tmp_path, fails, monkeypatch):
+    copy = shutil.copytree(data, tmp_path / "data")
+    words = FLAGS[stage](copy, tmp_path / "out", **usual)
+    run_here(stage, words, monkeypatch)
+    before = contents(tmp_path / "out")
+    lines = (copy / FILE[stage]).read_text().splitlines(keepends=True)
+    (copy / FILE[stage]).write_text("".join(lines[::-1]))
+    fails(stage, words, f"sha256 of {copy / FILE[stage]}", "--overwrite")
+    assert contents(tmp_path / "out") == before
+
+
+def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatch):
+    words = f"--preset sandbox --out {tmp_path}/data --sft-prompts 4 --rl-prompts 8 --eval-prompts 4 --overwrite".split()
+    run_here(MIXTURE, words, monkeypatch)
+    before = contents(tmp_path / "data")
+    for mistake in ("--source files --files harmful=none.csv", "--trace-files none.jsonl"):
+        fails(MIXTURE, [*words, *mistake.split()])
+        assert contents(tmp_path / "data") == before
+
+
+def test_start_that_was_trained_the_other_way(data, model_copy, tmp_path, fails):
+    (model_copy / "settings.json").write_text('{"reasoning": false}')
+    words = rl_flags(data, tmp_path / "rl", model=model_copy)
+    fails(RL, words, f"--reasoning: {model_copy} was trained the other way")
+
+
+def test_sandbox_judge_on_other_prompts_and_no_judge_at_all(data, tmp_path, fails):
+    copy = shutil.copytree(data, tmp_path / "data")
+    write_jsonl(copy / "rl.jsonl", [{"id": str(i), "prompt": f"a cake {i} ?", "kind": "harmless"} for i in range(8)])
+    fails(RL, rl_flags(copy, tmp_path / "rl"), "--judge sandbox: not a prompt of the sandbox")
+    fails(RL, rl_flags(data, tmp_path / "other", judge=""), "--judge: none given")
+
+
 def test_folder_that_is_no_run(data, tmp_path, fails):
     (tmp_path / "thesis.tex").write_text("years of work")
     fails(RL, rl_flags(data, tmp_path, overwrite=True), tmp_path, "no run of ours", "--out")

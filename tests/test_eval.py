@@ -108,7 +108,7 @@ def test_figures_of_a_model_by_kind_type_and_hops():
     assert means["compliance"]["harmful"] == pytest.approx(1 / 3, abs=1e-4)
     assert means["task_score"]["ambiguous"] == 0.5 and "harmful" not in means["task_score"]
     assert means["plane"] == {
-        "dsr": 0.75,
+        "dsr": 1.0,  # over attacks; a direct request is none
         "compliance": pytest.approx(2 / 3, abs=1e-4),
         "task_score": pytest.approx(2 / 3, abs=1e-4),
     }
@@ -266,6 +266,31 @@ def test_finished_parts_are_not_done_again(given, finished, tmp_path, monkeypatc
     assert read_results(out) == read_results(finished)
 
 
+def test_sets_that_stage_1_did_not_write_are_left_out(given, tmp_path, monkeypatch):
+    other = tmp_path / "given"
+    shutil.copytree(given, other)
+    for name in ("jailbreak", "harmless"):
+        (other / f"data/eval_{name}.jsonl").unlink()
+    out = run(other, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0", models=("direct",))
+    results = json.loads((out / "results.json").read_text())["models"]["direct"]
+    assert set(results["dsr"]) == {"direct"} and results["plane"]["dsr"] == results["dsr"]["direct"]
+    assert "harmless" not in results["compliance"] and "ambiguous" in results["compliance"]
+    (other / "data/eval_ambiguous.jsonl").unlink()
+    with pytest.raises(stage.UserError, match="eval_harmless.jsonl: no such file, nor eval_ambiguous.jsonl"):
+        run(other, tmp_path / "eval", monkeypatch, "--overwrite", models=("direct",))
+    assert (out / "results.json").exists()
+
+
+def test_a_model_that_is_not_there_costs_no_earlier_results(given, tmp_path, monkeypatch):
+    other = tmp_path / "given"
+    shutil.copytree(given, other)
+    out = run(other, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0", models=("direct",))
+    (other / "thinker").rename(other / "away")
+    with pytest.raises(stage.UserError, match="cannot load"):
+        run(other, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0", "--overwrite")
+    assert (out / "results.json").exists() and (out / "completions.jsonl").exists()
+
+
 def test_without_gcg(given, tmp_path, monkeypatch):
     out = run(given, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0")
     model = read_results(out)["models"]["thinker"]
@@ -364,5 +389,5 @@ def test_a_model_trained_anew_is_not_taken_for_the_old_one(given, finished, tmp_
     run(other, out, monkeypatch, "--gcg-behaviours", "0", models=("direct",))
     weights = other / "direct/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(stage.UserError, match="sha256 of direct/model.safetensors"):
+    with pytest.raises(stage.UserError, match="sha256 of .*direct/model.safetensors"):
         run(other, out, monkeypatch, "--gcg-behaviours", "0", models=("direct",))

@@ -153,25 +153,29 @@ def run_all(jobs: list[list[str]], log: Path, threads: int, bar: tqdm, after: Fu
         bar.update()
 
 
-def load_results(root: Path, seeds: int) -> dict[str, list[dict]]:
+def load_results(root: Path, counts: dict[str, int]) -> dict[str, list[dict]]:
     """{model: [results of each seed]}"""
     results: dict[str, list[dict]] = {m: [] for models in MODELS.values() for m in models}
-    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        for part, models in MODELS.items():
+    for part, models in MODELS.items():
+        for seed in range(FIRST_SEED, FIRST_SEED + counts[part]):
             found = json.loads((root / f"seed-{seed}" / f"eval-{part}" / "results.json").read_text(encoding="utf-8"))["models"]
             for model in models:
                 results[model].append(found[model])
     return results
 
 
-def report(results: dict[str, list[dict]], seeds: int) -> str:
+def report(results: dict[str, list[dict]]) -> str:
     """Markdown: every figure as mean [95 % t-interval] over seeds, the worst seed, and the paired differences."""
     lines = [
-        f"# Replication on the sandbox, {seeds} seeds",
+        "# Replication on the sandbox",
         "",
         "Mean over seeds [95 % interval, Student's t]; then the lowest of the seeds.",
     ]
-    lines += ["", "| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
+    lines += [
+        "",
+        "| | " + " | ".join(f"{model} ({len(runs)} seeds)" for model, runs in results.items()) + " |",
+        "|---" * (len(results) + 1) + "|",
+    ]
     for name, get in COLUMNS.items():
         row = []
         for runs in results.values():
@@ -182,7 +186,8 @@ def report(results: dict[str, list[dict]], seeds: int) -> str:
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     lines += ["", "Differences, paired by seed:", "", "| claim | difference | each seed |", "|---|---|---|"]
     for name, ((model, get), (other, get_other)) in CLAIMS.items():
-        values = [get(a) - get_other(b) for a, b in zip(results[model], results[other], strict=True)]
+        pairs = zip(results[model], results[other], strict=False)  # both from the first seed on
+        values = [get(a) - get_other(b) for a, b in pairs]
         ci = student_t(values)
         each = ", ".join(f"{v:+.2f}" for v in values)
         lines.append(f"| {name} | {ci['mean']:+.2f} [{ci['low']:+.2f}, {ci['high']:+.2f}] | {each} |")
@@ -211,20 +216,22 @@ def draw_plane(out: Path, results: dict[str, list[dict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help=f"number of seeds, from {FIRST_SEED} on (default 5)")
+    parser.add_argument("--ablation-seeds", type=int, default=3, help="of these, with lambda-*, harmful-only, heavy (default 3)")
     parser.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time (default 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/replicate"), help="folder (default runs/replicate)")
     parser.add_argument("--rl-flags", default="", help='more flags for every 03_rl_train.py, one string (default "")')
     args = parser.parse_args()
-    if args.seeds < 2 or args.jobs < 1:
-        raise UserError(f"--seeds {args.seeds}, --jobs {args.jobs}: at least 2 seeds (for an interval) and 1 job")
+    counts = {"main": args.seeds, "ablations": args.ablation_seeds}
+    if not 2 <= args.ablation_seeds <= args.seeds or args.jobs < 1:
+        raise UserError(f"--seeds {args.seeds}, --ablation-seeds {args.ablation_seeds}, --jobs {args.jobs}: at least 2, 2, 1")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     plan = [Seed(args.out, FIRST_SEED + i, args.rl_flags.split()) for i in range(args.seeds)]
-    total = sum(len(s.main()) + len(s.ablations()) for s in plan)
+    total = sum(len(s.main()) for s in plan) + sum(len(s.ablations()) for s in plan[: args.ablation_seeds])
     with tqdm(total=total, desc="replicate", unit="job") as bar, ThreadPoolExecutor(args.jobs) as pool:
         first = [pool.submit(run_all, s.main(), s.dir / "main.log", threads, bar) for s in plan]
         rest = [
             pool.submit(run_all, s.ablations(), s.dir / "ablations.log", threads, bar, f)
-            for s, f in zip(plan, first, strict=True)
+            for s, f in zip(plan[: args.ablation_seeds], first, strict=False)
         ]
         try:
             for future in [*first, *rest]:
@@ -232,8 +239,8 @@ def main() -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    results = load_results(args.out, args.seeds)
-    text = report(results, args.seeds) + draw_plane(args.out, results)
+    results = load_results(args.out, counts)
+    text = report(results) + draw_plane(args.out, results)
     write_text(args.out / "report.md", text)
     print(text)
 
