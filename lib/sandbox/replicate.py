@@ -221,8 +221,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/replicate"), help="folder (default runs/replicate)")
     parser.add_argument("--rl-flags", default="", help='more flags for every 03_rl_train.py, one string (default "")')
     args = parser.parse_args()
-    counts = {"main": args.seeds, "ablations": args.ablation_seeds}
-    if not 2 <= args.ablation_seeds <= args.seeds or args.jobs < 1:
+    counts = {"main": args.seeds, "ablations": min(args.seeds, args.ablation_seeds)}
+    if min(counts.values()) < 2 or args.jobs < 1:
         raise UserError(f"--seeds {args.seeds}, --ablation-seeds {args.ablation_seeds}, --jobs {args.jobs}: at least 2, 2, 1")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     plan = [Seed(args.out, FIRST_SEED + i, args.rl_flags.split()) for i in range(args.seeds)]
