@@ -155,8 +155,9 @@ def kinds(line: dict) -> list[str]:
 
 
 def kinds_and_hops(line: dict) -> list[str]:
-    """Also "harmful/2 hops", where records say so: F3 (more thought on ambiguous prompts) at equal depth."""
-    return kinds(line) + ([f"{line['kind']}/{line['hops']} hops"] if "hops" in line else [])
+    """Also "harmful/2 hops" and "ambiguous/decoy/2 hops", where records say so: F3 (more thought on ambiguous prompts) at
+    equal depth, and by type, since the name of a toy is a word longer."""
+    return kinds(line) + ([f"{kind}/{line['hops']} hops" for kind in kinds(line)] if "hops" in line else [])
 
 
 def search_summary(attempts: Sequence[dict]) -> dict[str, float]:

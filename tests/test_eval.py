@@ -102,6 +102,8 @@ def test_figures_of_a_model_by_kind_type_and_hops():
         "ambiguous/toy": 30.0,
         "ambiguous/decoy": 40.0,
         "ambiguous/3 hops": 35.0,
+        "ambiguous/toy/3 hops": 30.0,
+        "ambiguous/decoy/3 hops": 40.0,
     }
     assert means["format_rate"] == {"direct": 0.5, "jailbreak": 1.0, "harmless": 1.0, "ambiguous": 1.0}
     assert means["compliance"]["ambiguous/toy"] == 1.0 and means["compliance"]["ambiguous/decoy"] == 0.0

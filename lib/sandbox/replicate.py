@@ -61,7 +61,7 @@ def after(steps: int) -> Get:
 
 
 AMBIGUOUS = ("ambiguous/toy", "ambiguous/decoy", "ambiguous/verb")
-KINDS = ("harmful", "harmless", "ambiguous")
+KINDS = ("harmful", "harmless", "ambiguous/decoy", "ambiguous/verb")  # not toy, whose name is a word longer
 COLUMNS: dict[str, Get] = {
     "DSR direct": cell("dsr", "direct"),
     "DSR jailbreak": cell("dsr", "jailbreak"),
@@ -84,10 +84,11 @@ CLAIMS: dict[str, tuple[Side, Side]] = {  # name: the two sides of a difference
     "F1 help: tars - rl-direct": (("tars", HELP), ("rl-direct", HELP)),
     "F2 safety: lambda 0.9 - lambda 0.1": (("lambda-0.9", SAFETY), ("lambda-0.1", SAFETY)),
     "F2 help: lambda 0.9 - lambda 0.1": (("lambda-0.9", HELP), ("lambda-0.1", HELP)),
-    "F3 reasoning tokens of tars at equal hops: ambiguous - harmful": (
-        ("tars", THOUGHT["ambiguous"]),
+    "F3 reasoning tokens of tars at equal hops: decoy - harmful (twins)": (
+        ("tars", THOUGHT["ambiguous/decoy"]),
         ("tars", THOUGHT["harmful"]),
     ),
+    "F3, the same: verb - harmless": (("tars", THOUGHT["ambiguous/verb"]), ("tars", THOUGHT["harmless"])),
     "F4 help: harmful only - tars": (("harmful-only", HELP), ("tars", HELP)),
     "F5 help: heavy - tars": (("heavy", HELP), ("tars", HELP)),
     "F5 safety: heavy - tars": (("heavy", SAFETY), ("tars", SAFETY)),
