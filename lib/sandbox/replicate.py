@@ -118,7 +118,7 @@ class Seed:
 
     def attack_eval(self, out: str, models: tuple[str, ...], *flags: str) -> list[str]:
         paths = [f"{m}=lib/sandbox/base" if m == "base" else f"{m}={self.dir / m}" for m in models]
-        given = ("--data", str(self.dir / "data"), "--models", *paths, "--direct", "base")
+        given = ["--data", str(self.dir / "data"), "--models", *paths, *(["--direct", "base"] if "base" in models else [])]
         return self.stage("04_attack_eval.py", out, *given, *flags)
 
     def main(self) -> list[list[str]]:
