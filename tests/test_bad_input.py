@@ -281,15 +281,15 @@ def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatc
 
 
 def test_start_that_was_trained_the_other_way(data, model_copy, tmp_path, fails):
-    (model_copy / "settings.json").write_text('{"reasoning": false}')
+    (model_copy / "settings.json").write_text('{"reasoning": true}')
     words = rl_flags(data, tmp_path / "rl", model=model_copy)
-    fails(RL, words, f"--reasoning: {model_copy} was trained the other way")
+    fails(RL, words, f"--no-reasoning: {model_copy} was trained the other way")
 
 
 def test_sandbox_judge_on_other_prompts_and_no_judge_at_all(data, tmp_path, fails):
     copy = shutil.copytree(data, tmp_path / "data")
     write_jsonl(copy / "rl.jsonl", [{"id": str(i), "prompt": f"a cake {i} ?", "kind": "harmless"} for i in range(8)])
-    fails(RL, rl_flags(copy, tmp_path / "rl"), "--judge sandbox: not a prompt of the sandbox")
+    fails(RL, rl_flags(copy, tmp_path / "rl", judge="sandbox"), "--judge sandbox: not a prompt of the sandbox")
     fails(RL, rl_flags(data, tmp_path / "other", judge=""), "--judge: none given")
 
 
