@@ -31,11 +31,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lib.files import UserError, git_revision, sha256_file, write_json, write_jsonl
+from lib.rewards import KINDS
 from lib.run_folder import checksums, claim_folder
 from lib.settings import parse_settings, run_main, setting
 from lib.tables import first_text, read_table
 
-KINDS = ("harmful", "harmless", "ambiguous")
 SETS = (*KINDS, "jailbreak")  # of evaluation; a jailbreak is of kind harmful
 Pool = dict[str, list[dict]]  # records by kind or set
 Traces = list[tuple[dict, list[tuple[str, str]]]]  # (a prompt's record, its (reasoning, answer) pairs)
