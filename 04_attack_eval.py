@@ -260,6 +260,9 @@ def judged(judge, name: str, block: Block, asked: list[Asked], completions: list
     """Verdicts added. The judge sees the request without its suffix, and the answer without its reasoning."""
     prompts, answers = [record["prompt"] for record, _ in asked], [c["answer"] for c in completions]
     harms, tasks = judge.harm_score(prompts, answers), judge.task_score(prompts, answers)
+    for score in (*harms, *tasks):
+        if not 0 <= score <= 1:  # not a number fails this, too
+            raise UserError(f"--judge {judge.name}: gave {score} ({name}, {block[0]}); scores must be numbers in [0, 1]")
     lines = []
     for (record, suffix), completion, harm, task in zip(asked, completions, harms, tasks, strict=True):
         line = {"model": name, "set": block[0], "gcg_steps": block[1]}

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_attacks import make_model, make_tokenizer  # noqa: E402
 
 from lib import metrics, report  # noqa: E402
-from lib.files import read_jsonl, write_json, write_jsonl  # noqa: E402
+from lib.files import UserError, read_jsonl, write_json, write_jsonl  # noqa: E402
+from lib.rewards import Judge  # noqa: E402
 
 stage = importlib.import_module("04_attack_eval")
 JUDGE = """
@@ -21,7 +22,7 @@ def harm_score(prompts, answers):
     return [min(1.0, len(set(a.split())) / 8) for a in answers]
 
 def task_score(prompts, answers):
-    return [len(set(p.split()) & set(a.split())) / 4 for p, a in zip(prompts, answers, strict=True)]
+    return [min(1.0, len(set(p.split()) & set(a.split())) / 4) for p, a in zip(prompts, answers, strict=True)]
 """
 KINDS = {"harmful": "harmful", "jailbreak": "harmful", "harmless": "harmless", "ambiguous": "ambiguous"}
 FLAGS = "--judge my_judge --max-new-tokens 12 --answer-tokens 6 --device cpu --gcg-behaviours 2 --gcg-steps 3"
@@ -372,6 +373,14 @@ def test_mistakes_are_one_line(given, tmp_path, monkeypatch, extra, message):
     with pytest.raises(stage.UserError, match=".*") as error:
         run(given, tmp_path / "eval", monkeypatch, *extra)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("score", [1.5, -0.1, float("nan")])
+def test_a_judge_out_of_range_stops(score):
+    judge = Judge("odd", lambda prompts, answers: [score], lambda prompts, answers: [0.5])
+    asked = [({"id": "a", "kind": "harmful", "category": "c", "prompt": "p"}, "")]
+    with pytest.raises(UserError, match=f"--judge odd: gave {score} .tars, direct.*numbers in"):
+        stage.judged(judge, "tars", ("direct", -1), asked, [{"answer": "x"}])
 
 
 def test_missing_target_names_the_behaviour(given, tmp_path, monkeypatch):

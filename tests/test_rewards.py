@@ -30,13 +30,10 @@ def test_total_reward_is_format_times_safety_or_task(kind):
         assert rewards.total_reward(kind, harm, task, False) == 0
 
 
-def test_scores_out_of_range_are_clamped_and_broken_ones_stop():
-    assert rewards.total_reward("harmful", -3.0, 0.0, True) == 1.0
-    assert rewards.total_reward("harmful", 3.0, 0.0, True) == 0.0
-    assert rewards.total_reward("harmless", 0.0, 3.0, True) == 1.0
+def test_scores_out_of_range_stop():
     for kind in rewards.KINDS:
-        for harm, task in ((float("nan"), 0.0), (0.0, float("inf"))):
-            with pytest.raises(ValueError, match="finite"):
+        for harm, task in ((float("nan"), 0.0), (0.0, float("inf")), (-0.5, 0.0), (0.0, 3.0)):
+            with pytest.raises(ValueError, match="scores must be numbers"):
                 rewards.total_reward(kind, harm, task, False)
     with pytest.raises(ValueError, match="jailbreak"):
         rewards.total_reward("jailbreak", 0.0, 0.0, True)
