@@ -1,6 +1,6 @@
 """Measure what the sandbox's base checkpoint can do, and write it beside the weights as a model card.
 
-    python -m lib.sandbox.card                # prints the table and writes lib/sandbox/base/README.md, under a minute
+    python -m lib.sandbox.card                # prints the table and writes lib/sandbox/base/README.md, two minutes
 
 The figures decide whether the world is fit for its purpose: asked directly the base guesses, asked to explain first it does not.
 """
@@ -96,7 +96,7 @@ def table(rows: dict[str, dict[int, tuple[float, float]]]) -> str:
     return "\n".join(head + body)
 
 
-def write_card(folder: Path, steps: int, count: int = 100) -> None:
+def write_card(folder: Path, steps: int, count: int = 400) -> None:
     """Measure and write README.md beside the weights."""
     text = table(measure(folder, count))
     model = load_policy(str(folder), device="cpu")

@@ -1,6 +1,6 @@
 """Make the sandbox's base checkpoint: a competent, mildly safe instruct model of 0.7 M parameters.
 
-    python -m lib.sandbox.pretrain            # writes lib/sandbox/base, about 10 minutes on 2 CPU cores
+    python -m lib.sandbox.pretrain            # writes lib/sandbox/base, about 20 minutes on 2 CPU cores
 
 It plays the part that Qwen2.5-1.5B-Instruct plays in the paper. It answers almost everything, refuses some plainly harmful
 requests, and can explain its steps when its turn is opened with the cue `explain first .`. Asked directly, three layers
@@ -32,7 +32,7 @@ from lib.policy import save_policy
 from lib.sandbox import judge, traces, world
 from lib.sandbox.card import CUE, write_card
 
-SEED, STEPS, BATCH, LEARNING_RATE = 0, 1200, 96, 2e-3
+SEED, STEPS, BATCH, LEARNING_RATE = 0, 2000, 96, 2e-3
 PART = 8  # documents of similar length that go through the model together: little padding, and it stays in the cache
 SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 MARKERS = ["<think>", "</think>"]  # one word each here; Qwen2.5 splits them into several tokens
