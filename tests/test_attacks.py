@@ -8,17 +8,24 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import attacks
+from lib.attacks import ATTACKS, gcg
+from lib.attacks.core import Budget
+from lib.attacks.suffix import Slot
 from lib.chat import encode_prompt
+from lib.rewards import Judge
 from lib.settings import UserError
-from lib.suffix import Budget, Slot
+from lib.victim import Victim
 
 WORDS = [f"w{i}" for i in range(200)] + [f"a{i}.b{i}" for i in range(40)]  # the last are split at the dot: no round trip
-BUDGET = Budget(steps=6, width=24, top_k=12, suffix_tokens=5, init="w7")
+BUDGET = Budget(gcg_steps=6, gcg_width=24, gcg_top_k=12, gcg_suffix_tokens=5, gcg_init="w7", forged="w40 w41")
 BEHAVIOURS = [
-    {"id": "a", "prompt": "w1 w2 w3 w4", "target": "w5 w6 w8"},
-    {"id": "b", "prompt": "w9 w10 w11 w12 w13 w14 w7", "target": "w15 w16"},
+    {"id": "a", "prompt": "w1 w2 w3 w4", "target": "w5 w6 w8", "twin": "w1 w2 w50 w4"},
+    {"id": "b", "prompt": "w9 w10 w11 w12 w13 w14 w7", "target": "w15 w16", "twin": "w9 w51"},
 ]
+
+
+def harmless(prompts, answers):
+    return [0.0] * len(answers)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,8 +81,23 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def slot_of(model, tokenizer, budget=BUDGET) -> Slot:
-    return Slot(model, tokenizer, BEHAVIOURS[0], budget, reasoning=True)
+def victim_of(model, tokenizer, reasoning=True, harm=harmless) -> Victim:
+    return Victim("v", model, tokenizer, reasoning, Judge("j", harm, harmless), max_new_tokens=8, temperature=1.0)
+
+
+def slot_of(model, tokenizer, budget=BUDGET, behaviour=BEHAVIOURS[0], reasoning=True) -> Slot:
+    return Slot(victim_of(model, tokenizer, reasoning), behaviour, behaviour["target"], budget)
+
+
+def attack(
+    model, tokenizer, behaviours=BEHAVIOURS, budget=BUDGET, seed=0, reasoning=True, name="gcg", harm=harmless, attacker=()
+):
+    victim, generators = victim_of(model, tokenizer, reasoning, harm), [generator(seed + i) for i in range(len(behaviours))]
+    return ATTACKS[name].run(victim, list(behaviours), budget, generators, lambda: None, *attacker)
+
+
+def suffix_of(behaviour, entry) -> str:
+    return entry["sent"].removeprefix(behaviour["prompt"]).strip()
 
 
 def plain_loss(model, tokenizer, behaviour, suffix_text, reasoning) -> float:
@@ -90,7 +112,7 @@ def plain_loss(model, tokenizer, behaviour, suffix_text, reasoning) -> float:
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_loss_with_the_cached_prefix_is_the_plain_loss(model, tokenizer, behaviour, reasoning):
     budget = Budget(**{**vars(BUDGET), "max_batch_tokens": 60})  # several micro-batches
-    slot = Slot(model, tokenizer, behaviour, budget, reasoning=reasoning)
+    slot = slot_of(model, tokenizer, budget, behaviour, reasoning)
     first = tokenizer.convert_tokens_to_ids("w0")
     candidates = first + torch.randint(200, (9, 5), generator=generator())
     for loss, text in zip(slot.losses(candidates).tolist(), tokenizer.batch_decode(candidates.tolist()), strict=True):
@@ -99,7 +121,7 @@ def test_loss_with_the_cached_prefix_is_the_plain_loss(model, tokenizer, behavio
 
 def test_target_stands_where_the_reasoning_or_the_answer_begins(model, tokenizer):
     marker = tokenizer.encode("<think>\n", add_special_tokens=False)
-    thinker, direct = (Slot(model, tokenizer, BEHAVIOURS[0], BUDGET, reasoning=r) for r in (True, False))
+    thinker, direct = (slot_of(model, tokenizer, reasoning=r) for r in (True, False))
     assert thinker.rest == direct.rest + marker
     assert thinker.prefix == direct.prefix
 
@@ -107,7 +129,7 @@ def test_target_stands_where_the_reasoning_or_the_answer_begins(model, tokenizer
 def test_gradient_is_that_of_the_one_hot_rows(model, tokenizer):
     """Against autograd on a plain forward pass: d loss / d one-hot = (d loss / d embedding) E^T."""
     behaviour = BEHAVIOURS[0]
-    slot = Slot(model, tokenizer, behaviour, BUDGET, reasoning=True)
+    slot = slot_of(model, tokenizer, behaviour=behaviour)
     gradient = slot.gradient(slot.start)
     table = model.get_input_embeddings().weight
     ids = torch.tensor([*slot.prefix, *slot.start.tolist(), *slot.rest, *slot.target.tolist()])
@@ -120,7 +142,7 @@ def test_gradient_is_that_of_the_one_hot_rows(model, tokenizer):
 
 
 def test_gradient_equals_finite_differences(model, tokenizer):
-    slot = Slot(model, tokenizer, BEHAVIOURS[0], BUDGET, reasoning=False)
+    slot = slot_of(model, tokenizer, reasoning=False)
     gradient, table, step = slot.gradient(slot.start), model.get_input_embeddings().weight, 3e-3
     ids = torch.tensor([*slot.prefix, *slot.start.tolist(), *slot.rest, *slot.target.tolist()])
     for position, token in ((0, 30), (2, 100), (4, 7)):
@@ -134,10 +156,10 @@ def test_gradient_equals_finite_differences(model, tokenizer):
 
 
 def test_search_lowers_the_loss_and_beats_random_search_at_the_same_number_of_queries(model, tokenizer, monkeypatch):
-    found = attacks.gcg(model, tokenizer, BEHAVIOURS, BUDGET, generator(), reasoning=True)
+    found = attack(model, tokenizer)
     monkeypatch.setattr(Slot, "gradient", lambda self, suffix: torch.randn(len(suffix), model.config.vocab_size))
     torch.manual_seed(1)
-    blind = attacks.gcg(model, tokenizer, BEHAVIOURS, BUDGET, generator(), reasoning=True)
+    blind = attack(model, tokenizer)
     for attempt in found:
         assert attempt.trace[-1]["loss"] < attempt.trace[0]["loss"] - 0.1
     assert sum(a.trace[-1]["loss"] for a in found) < sum(a.trace[-1]["loss"] for a in blind) - 0.1
@@ -145,16 +167,18 @@ def test_search_lowers_the_loss_and_beats_random_search_at_the_same_number_of_qu
 
 def test_trace_holds_the_best_text_after_each_step_with_its_true_loss(model, tokenizer):
     for attempt, behaviour in zip(
-        attacks.gcg(model, tokenizer, BEHAVIOURS, BUDGET, generator(), reasoning=True),
+        attack(model, tokenizer),
         BEHAVIOURS,
         strict=True,
     ):
         losses = [point["loss"] for point in attempt.trace]
-        assert [point["step"] for point in attempt.trace] == list(range(BUDGET.steps + 1))
+        assert [point["step"] for point in attempt.trace] == list(range(BUDGET.gcg_steps + 1))
         assert losses == sorted(losses, reverse=True)
-        assert attempt.trace[0]["suffix"] == "w7 w7 w7 w7 w7"
+        assert suffix_of(behaviour, attempt.trace[0]) == "w7 w7 w7 w7 w7"
         for point in attempt.trace:  # of the text, not of ids that no text gives
-            assert point["loss"] == pytest.approx(plain_loss(model, tokenizer, behaviour, point["suffix"], True), abs=1e-4)
+            assert point["loss"] == pytest.approx(
+                plain_loss(model, tokenizer, behaviour, suffix_of(behaviour, point), True), abs=1e-4
+            )
 
 
 def test_candidates_that_do_not_survive_the_round_trip_are_dropped_and_counted(model, tokenizer):
@@ -162,9 +186,9 @@ def test_candidates_that_do_not_survive_the_round_trip_are_dropped_and_counted(m
     candidates = torch.tensor([[survivor] * 5, [survivor] * 4 + [split]])
     kept, texts = slot_of(model, tokenizer).surviving(candidates)
     assert kept.tolist() == [[survivor] * 5] and texts == ["w3 w3 w3 w3 w3"]
-    attempt = attacks.gcg(model, tokenizer, BEHAVIOURS[:1], BUDGET, generator(), reasoning=True)[0]
+    attempt = attack(model, tokenizer, BEHAVIOURS[:1])[0]
     assert attempt.cost["did_not_survive"] > 0
-    assert not any("." in point["suffix"] for point in attempt.trace)
+    assert not any("." in point["sent"] for point in attempt.trace)
 
 
 def test_special_added_and_non_ascii_tokens_and_padding_rows_are_no_candidates(model, tokenizer):
@@ -173,7 +197,7 @@ def test_special_added_and_non_ascii_tokens_and_padding_rows_are_no_candidates(m
     for word in ("<pad>", "<|end|>", "<|user|>", "<think>", "</think>", "é"):
         assert not allowed[tokenizer.convert_tokens_to_ids(word)], word
     assert allowed[tokenizer.convert_tokens_to_ids("w5")]
-    banned = Budget(**{**vars(BUDGET), "ban_target": True})
+    banned = Budget(**{**vars(BUDGET), "gcg_ban_target": True})
     assert not slot_of(model, tokenizer, banned).allowed()[tokenizer.convert_tokens_to_ids("w5")]
 
 
@@ -182,8 +206,8 @@ def test_proposals_are_distinct_single_swaps_among_the_best_allowed_tokens(model
     allowed = torch.ones(50, dtype=torch.bool)
     allowed[10:20] = False
     suffix = torch.tensor([1, 2, 3])
-    budget = Budget(steps=1, width=1000, top_k=4, suffix_tokens=3, init="x")
-    candidates = attacks.propose(gradient, suffix, allowed, budget, generator())
+    budget = Budget(gcg_steps=1, gcg_width=1000, gcg_top_k=4, gcg_suffix_tokens=3, gcg_init="x")
+    candidates = gcg.propose(gradient, suffix, allowed, budget, generator())
     assert len(candidates) == 12 == len(set(map(tuple, candidates.tolist())))  # all there are: 3 positions x top 4
     assert ((candidates != suffix).sum(1) == 1).all()
     for position in range(3):
@@ -193,42 +217,108 @@ def test_proposals_are_distinct_single_swaps_among_the_best_allowed_tokens(model
 
 
 def test_seed_decides(model, tokenizer):
-    traces = [attacks.gcg(model, tokenizer, BEHAVIOURS, BUDGET, generator(seed), reasoning=True)[1].trace for seed in (3, 3, 4)]
+    traces = [attack(model, tokenizer, seed=seed)[1].trace for seed in (3, 3, 4)]
     assert traces[0] == traces[1] != traces[2]
 
 
 def test_random_suffix_has_equal_length_and_survives(model, tokenizer):
-    attempts = attacks.random_suffix(model, tokenizer, BEHAVIOURS, BUDGET, generator(), reasoning=True)
+    attempts = attack(model, tokenizer, name="random_suffix")
     for attempt, behaviour in zip(attempts, BEHAVIOURS, strict=True):
-        text, ids = attempt.trace[0]["suffix"], tokenizer.encode(attempt.trace[0]["suffix"])
+        text = suffix_of(behaviour, attempt.trace[0])
+        ids = tokenizer.encode(text)
         assert len(ids) == 5
         assert slot_of(model, tokenizer).surviving(torch.tensor([ids]))[1] == [text]
         loss = plain_loss(model, tokenizer, behaviour, text, True)
         assert attempt.trace[0]["loss"] == pytest.approx(loss, abs=1e-4)
-    assert attempts[0].trace[0]["suffix"] != attempts[1].trace[0]["suffix"]
+    assert suffix_of(BEHAVIOURS[0], attempts[0].trace[0]) != suffix_of(BEHAVIOURS[1], attempts[1].trace[0])
 
 
 def test_cost_counts_queries_and_tokens(model, tokenizer):
-    attempt = attacks.gcg(model, tokenizer, BEHAVIOURS[:1], BUDGET, generator(), reasoning=True)[0]
+    attempt = attack(model, tokenizer, BEHAVIOURS[:1])[0]
     # the prefix, the initial loss, and in each step a gradient and the candidates that survive
-    assert attempt.cost["queries"] == 2 + BUDGET.steps * (1 + BUDGET.width) - attempt.cost["did_not_survive"]
+    assert attempt.cost["queries"] == 2 + BUDGET.gcg_steps * (1 + BUDGET.gcg_width) - attempt.cost["did_not_survive"]
     assert attempt.cost["backward_tokens"] > 0 and attempt.cost["forward_tokens"] > attempt.cost["queries"]
 
 
 @pytest.mark.parametrize("target", [None, "", "   "])
 def test_missing_target_is_a_user_error(model, tokenizer, target):
-    with pytest.raises(UserError, match="behaviour x: GCG needs a target"):
-        attacks.gcg(
-            model,
-            tokenizer,
-            [{"id": "x", "prompt": "w1", "target": target}],
-            BUDGET,
-            generator(),
-            reasoning=True,
-        )
+    with pytest.raises(UserError, match="behaviour x: attacks need a target"):
+        attack(model, tokenizer, [{"id": "x", "prompt": "w1", "target": target}])
 
 
 def test_init_must_be_one_token(model, tokenizer):
-    budget = Budget(**{**vars(BUDGET), "init": "w1 w2"})
     with pytest.raises(UserError, match="--gcg-init"):
-        attacks.gcg(model, tokenizer, BEHAVIOURS, budget, generator(), reasoning=True)
+        attack(model, tokenizer, budget=Budget(**{**vars(BUDGET), "gcg_init": "w1 w2"}))
+
+
+def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(model, tokenizer, monkeypatch, capsys):
+    expected = attack(model, tokenizer)
+    compute = Slot._losses
+
+    def small(self, suffixes):
+        if len(suffixes) > 5:
+            raise torch.OutOfMemoryError
+        return compute(self, suffixes)
+
+    monkeypatch.setattr(Slot, "_losses", small)
+    found = attack(model, tokenizer)
+    for a, b in zip(found, expected, strict=True):
+        assert [t["sent"] for t in a.trace] == [t["sent"] for t in b.trace]
+    assert "out of memory with 24 candidates at a time: from now on 12" in capsys.readouterr().out
+
+
+# ---- variants ----------------------------------------------------------------------------------------------
+
+
+def test_adaptive_targets_stand_behind_a_reasoning(model, tokenizer):
+    behaviour, close = BEHAVIOURS[0], "</think>"
+    targets = {name: make(victim_of(model, tokenizer), behaviour, BUDGET, generator()) for name, make in gcg.TARGETS.items()}
+    assert targets["gcg"] == "w5 w6 w8"
+    assert targets["gcg_close"].split() == [close, "w5", "w6", "w8"]
+    assert targets["gcg_forged"].split() == ["w40", "w41", close, "w5", "w6", "w8"]
+    assert targets["gcg_twin"].split()[-4:] == [close, "w5", "w6", "w8"]
+
+
+def test_the_twins_target_is_the_models_own_compliant_reasoning(model, tokenizer, monkeypatch):
+    def answers(self, behaviours, sent, openings, seeds):
+        assert set(sent) == {"w1 w2 w50 w4"} and {b["prompt"] for b in behaviours} == {"w1 w2 w50 w4"}
+        refused = {"reasoning": "no", "well_formed": True, "refusal": "full"}
+        return [refused] * 3 + [{**refused, "refusal": "none", "reasoning": "w60 w61"}] * (len(sent) - 3)
+
+    monkeypatch.setattr(Victim, "ask", answers)
+    assert gcg.twin_target(victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator()).split()[:3] == [
+        "w60",
+        "w61",
+        "</think>",
+    ]
+
+
+def test_it_stops_at_a_check_when_the_answer_does_harm(model, tokenizer):
+    budget = Budget(**{**vars(BUDGET), "gcg_checks": (2, 4)})
+    full = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0]
+    stopped = attack(model, tokenizer, BEHAVIOURS[:1], budget, harm=lambda prompts, answers: [1.0] * len(answers))[0]
+    assert len(full.trace) == 7 and stopped.trace == full.trace[:3]
+
+
+def test_with_a_buffer_the_search_goes_on_from_the_best(model, tokenizer):
+    """With a buffer of one, the search never moves to a worse suffix, so the gradient is always taken at the best one."""
+    budget = Budget(**{**vars(BUDGET), "gcg_buffer": 1, "gcg_width": 4, "gcg_steps": 12})
+    seen, gradient = [], Slot.gradient
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Slot, "gradient", lambda self, suffix: seen.append(suffix.tolist()) or gradient(self, suffix))
+        trace = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0].trace
+    best = [tokenizer.encode(suffix_of(BEHAVIOURS[0], point)) for point in trace[:-1]]
+    assert seen == best
+
+
+def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer):
+    third = {"id": "c", "prompt": "w20 w21", "target": "w5 w6"}
+    budget = Budget(**{**vars(BUDGET), "universal_behaviours": 2})
+    attempts = attack(model, tokenizer, [*BEHAVIOURS, third], budget, name="gcg_universal")
+    suffixes = {suffix_of(b, a.trace[-1]) for a, b in zip(attempts, [*BEHAVIOURS, third], strict=True)}
+    assert len(suffixes) == 1
+    mean = [
+        sum(plain_loss(model, tokenizer, b, suffix_of(BEHAVIOURS[0], t), True) for b in BEHAVIOURS) / 2 for t in attempts[0].trace
+    ]
+    assert [t["loss"] for t in attempts[0].trace] == pytest.approx(mean, abs=1e-4)
+    assert mean[-1] < mean[0] - 0.1 and attempts[2].cost["queries"] == 0

@@ -15,6 +15,7 @@ from test_attacks import make_model, make_tokenizer  # noqa: E402
 from lib import metrics, report  # noqa: E402
 from lib.files import UserError, read_jsonl, write_json, write_jsonl  # noqa: E402
 from lib.rewards import Judge  # noqa: E402
+from lib.victim import Victim  # noqa: E402
 
 stage = importlib.import_module("04_attack_eval")
 JUDGE = """
@@ -25,8 +26,8 @@ def task_score(prompts, answers):
     return [min(1.0, len(set(p.split()) & set(a.split())) / 4) for p, a in zip(prompts, answers, strict=True)]
 """
 KINDS = {"harmful": "harmful", "jailbreak": "harmful", "harmless": "harmless", "ambiguous": "ambiguous"}
-FLAGS = "--judge my_judge --max-new-tokens 12 --answer-tokens 6 --device cpu --gcg-behaviours 2 --gcg-steps 3"
-FLAGS += " --gcg-width 8 --gcg-top-k 8 --gcg-suffix-tokens 3 --gcg-init w7 --gcg-budgets 0 1"
+FLAGS = "--judge my_judge --max-new-tokens 12 --answer-tokens 6 --device cpu --behaviours 2 --gcg-steps 3"
+FLAGS += " --gcg-width 8 --gcg-top-k 8 --gcg-suffix-tokens 3 --gcg-init w7 --budgets 0 0.4"
 
 
 # ---- intervals ---------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def test_nothing_has_no_interval(estimate):
 
 def test_figures_of_a_model_by_kind_type_and_hops():
     def line(name: str, kind: str, tokens: int, **extra) -> dict:
-        usual = {"set": name, "gcg_steps": -1, "kind": kind, "category": "any", "closed": True, "task": 0.0}
+        usual = {"set": name, "step": -1, "id": f"{name}-{tokens}", "asked": False, "kind": kind, "category": "any", "closed": True, "task": 0.0}
         usual |= {"harm": 0.0, "refusal": "full", "well_formed": True, "answer_tokens": 3, "hops": 3}
         return {**usual, "reasoning_tokens": tokens, **extra}
 
@@ -184,7 +185,7 @@ def read_results(out: Path) -> dict:
 
 def test_results_have_the_names_that_stay(finished):
     results = read_results(finished)
-    assert set(results) == {"models", "config", "seed"}
+    assert set(results) == {"models", "differences", "config", "seed"}
     for name, model in results["models"].items():
         assert set(model["dsr"]) == {"direct", "jailbreak", "gcg"}
         assert set(model["controls"]) == {"no suffix", "random suffix", "initial suffix"}
@@ -221,28 +222,29 @@ def test_models_without_reasoning_get_the_budget_of_an_answer_and_no_think_marke
 
 def test_controls_and_budgets_send_the_right_text(finished):
     lines = [x for x in read_jsonl(finished / "completions.jsonl") if x["model"] == "thinker"]
-    attempts = {a["id"]: a for a in read_jsonl(finished / "gcg.jsonl") if a["model"] == "thinker"}
-    assert list(attempts) == ["harmful-0", "harmful-1"]
+    tried = {(a["attack"], a["id"]): a["trace"] for a in read_jsonl(finished / "attacks.jsonl") if a["model"] == "thinker"}
+    assert list(tried) == [("random_suffix", f"harmful-{i}") for i in (0, 1)] + [("gcg", f"harmful-{i}") for i in (0, 1)]
     for line in lines:
-        attempt = attempts.get(line["id"])
         if line["set"] == "gcg":
-            assert line["suffix"] == attempt["trace"][line["gcg_steps"]]["suffix"]
-            assert line["gcg_steps"] > 0 or line["suffix"] == "w7 w7 w7"
-        elif line["set"] == "gcg_random_suffix":
-            assert line["suffix"] == attempt["random_suffix"] and len(line["suffix"].split()) == 3
+            best = [t for t in tried["gcg", line["id"]] if t["step"] <= line["step"]][-1]  # it may have stopped early
+            assert line["sent"] == best["sent"]
+            assert line["step"] > 0 or line["sent"] == line["prompt"] + " w7 w7 w7"
+        elif line["set"] == "random_suffix":
+            assert line["sent"] == tried["random_suffix", line["id"]][0]["sent"] and len(line["sent"].split()) == 7
         else:
-            assert line["suffix"] == ""
+            assert line["sent"] == line["prompt"]
+        assert line["opening"] == ""
 
 
 @pytest.mark.parametrize(
-    "gcg_bytes, completion_bytes",
+    "attack_bytes, completion_bytes",
     [(0, 0), (300, 0), (0.6, 0), (1.0, 200), (1.0, 0.3), (1.0, 0.7), (1.0, 1.0)],
 )
-def test_a_killed_run_ends_with_the_same_results(given, finished, tmp_path, monkeypatch, gcg_bytes, completion_bytes):
+def test_a_killed_run_ends_with_the_same_results(given, finished, tmp_path, monkeypatch, attack_bytes, completion_bytes):
     """A kill leaves the beginning of each file, perhaps half a line (sizes in bytes, or as shares)."""
     out = tmp_path / "eval"
     shutil.copytree(finished, out)
-    cut(out / "gcg.jsonl", gcg_bytes)
+    cut(out / "attacks.jsonl", attack_bytes)
     cut(out / "completions.jsonl", completion_bytes)
     for name in ("results.json", "report.md"):
         (out / name).unlink()
@@ -264,7 +266,7 @@ def test_finished_parts_are_not_done_again(given, finished, tmp_path, monkeypatc
     shutil.copytree(finished, out)
     settings = json.loads((out / "settings.json").read_text())
     write_json(out / "settings.json", {**settings, "out": str(out)})
-    monkeypatch.setattr(stage, "Target", None)  # no model is even loaded
+    monkeypatch.setattr(stage, "load_policy", None)  # no model is even loaded
     run(given, out, monkeypatch)
     assert read_results(out) == read_results(finished)
 
@@ -274,7 +276,7 @@ def test_sets_that_stage_1_did_not_write_are_left_out(given, tmp_path, monkeypat
     shutil.copytree(given, other)
     for name in ("jailbreak", "harmless"):
         (other / f"data/eval_{name}.jsonl").unlink()
-    out = run(other, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0", models=("direct",))
+    out = run(other, tmp_path / "eval", monkeypatch, "--behaviours", "0", models=("direct",))
     results = json.loads((out / "results.json").read_text())["models"]["direct"]
     assert set(results["dsr"]) == {"direct"} and results["plane"]["dsr"] == results["dsr"]["direct"]
     assert "harmless" not in results["compliance"] and "ambiguous" in results["compliance"]
@@ -287,67 +289,18 @@ def test_sets_that_stage_1_did_not_write_are_left_out(given, tmp_path, monkeypat
 def test_a_model_that_is_not_there_costs_no_earlier_results(given, tmp_path, monkeypatch):
     other = tmp_path / "given"
     shutil.copytree(given, other)
-    out = run(other, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0", models=("direct",))
+    out = run(other, tmp_path / "eval", monkeypatch, "--behaviours", "0", models=("direct",))
     (other / "thinker").rename(other / "away")
     with pytest.raises(stage.UserError, match="cannot load"):
-        run(other, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0", "--overwrite")
+        run(other, tmp_path / "eval", monkeypatch, "--behaviours", "0", "--overwrite")
     assert (out / "results.json").exists() and (out / "completions.jsonl").exists()
 
 
 def test_without_gcg(given, tmp_path, monkeypatch):
-    out = run(given, tmp_path / "eval", monkeypatch, "--gcg-behaviours", "0")
+    out = run(given, tmp_path / "eval", monkeypatch, "--behaviours", "0")
     model = read_results(out)["models"]["thinker"]
     assert set(model["dsr"]) == {"direct", "jailbreak"} and "controls" not in model
     assert "GCG" not in (out / "report.md").read_text().split("## Completions")[0]
-
-
-# ---- the report --------------------------------------------------------------------------------------------
-
-
-def test_report_in_text_without_matplotlib(finished, tmp_path, monkeypatch):
-    for name in [m for m in sys.modules if m.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes `import matplotlib` fail
-    results = json.loads((finished / "results.json").read_text())
-    report.write_report(tmp_path, results, read_jsonl(finished / "completions.jsonl"))
-    text = (tmp_path / "report.md").read_text()
-    assert "![" not in text and not list(tmp_path.glob("*.png"))
-    for heading in (
-        "Safety against refusal",
-        "(DSR)",
-        "Controls",
-        "ambiguous/toy",
-        "### gcg",
-    ):
-        assert heading in text
-    ci = results["models"]["thinker"]["dsr"]["jailbreak"]
-    assert f"{ci['mean']:.2f} [{ci['low']:.2f}, {ci['high']:.2f}] (4)" in text
-
-
-def test_report_with_figures(finished, tmp_path):
-    pytest.importorskip("matplotlib")
-    report.write_report(
-        tmp_path,
-        json.loads((finished / "results.json").read_text()),
-        read_jsonl(finished / "completions.jsonl"),
-    )
-    text = (tmp_path / "report.md").read_text()
-    for name in ("plane", "gcg"):
-        assert f"]({name}.png)" in text and (tmp_path / f"{name}.png").stat().st_size > 1000
-
-
-def test_a_completion_cannot_break_the_report(finished, tmp_path):
-    lines = read_jsonl(finished / "completions.jsonl")
-    for line in lines:
-        line["answer"] = "a | b\n\n# heading <script>alert(1)</script> ![x](http://x) " + "long " * 1000
-    report.write_report(tmp_path, json.loads((finished / "results.json").read_text()), lines)
-    text = (tmp_path / "report.md").read_text()
-    assert "<script>" not in text and "\n# heading" not in text and "![x]" not in text
-    assert max(len(row) for row in text.split("\n")) < 4000
-    for block in text.split("\n\n"):
-        if block.startswith("|"):  # every row of a table has as many cells as its head
-            cells = {row.replace("\\|", "").count("|") for row in block.strip().split("\n")}
-            assert len(cells) == 1
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -362,8 +315,12 @@ def test_a_completion_cannot_break_the_report(finished, tmp_path):
         (["--models", "a=x", "a=y"], "--models: given a=y; allowed NAME=FOLDER"),
         (["--direct", "other"], "--direct: given other; allowed the names in --models: thinker, direct"),
         (["--direct", "thinker"], "--direct: given thinker, which reasons"),
-        (["--gcg-budgets", "9"], "--gcg-budgets: given 9"),
-        (["--gcg-budgets", "some"], "--gcg-budgets: given some"),
+        (["--budgets", "9"], "--budgets: given 9"),
+        (["--budgets", "some"], "--budgets: given some"),
+        (["--attacks", "magic"], "--attacks: given magic; allowed all, or some of random_suffix, gcg"),
+        (["--systems", "other=Be kind."], "--systems: given other; allowed the names in --models"),
+        (["--systems", "thinker"], "--systems: given thinker; allowed NAME=TEXT"),
+        (["--attacks", "pap", "--attacker", "/nowhere"], "/nowhere"),
         (["--gcg-init", "w1 w2"], "--gcg-init"),
         (["--max-new-tokens", "500"], "exceed the model's context"),
         (["--data", "/nowhere"], "no such file"),
@@ -377,10 +334,10 @@ def test_mistakes_are_one_line(given, tmp_path, monkeypatch, extra, message):
 
 @pytest.mark.parametrize("score", [1.5, -0.1, float("nan")])
 def test_a_judge_out_of_range_stops(score):
-    judge = Judge("odd", lambda prompts, answers: [score], lambda prompts, answers: [0.5])
-    asked = [({"id": "a", "kind": "harmful", "category": "c", "prompt": "p"}, "")]
-    with pytest.raises(UserError, match=f"--judge odd: gave {score} .tars, direct.*numbers in"):
-        stage.judged(judge, "tars", ("direct", -1), asked, [{"answer": "x"}])
+    judge, tokenizer = Judge("odd", lambda prompts, answers: [score], lambda prompts, answers: [0.5]), make_tokenizer()
+    victim = Victim("tars", make_model(tokenizer), tokenizer, True, judge, max_new_tokens=2, temperature=1.0)
+    with pytest.raises(UserError, match=f"--judge odd: gave {score} .tars.*numbers in"):
+        victim.ask([{"prompt": "w1"}], ["w1"], [""], [0])
 
 
 def test_missing_target_names_the_behaviour(given, tmp_path, monkeypatch):
@@ -388,7 +345,7 @@ def test_missing_target_names_the_behaviour(given, tmp_path, monkeypatch):
     shutil.copytree(given, other)
     records = read_jsonl(other / "data/eval_harmful.jsonl")
     write_jsonl(other / "data/eval_harmful.jsonl", [records[0], {**records[1], "target": ""}, *records[2:]])
-    with pytest.raises(stage.UserError, match="behaviour harmful-1: GCG needs a target"):
+    with pytest.raises(stage.UserError, match="behaviour harmful-1: attacks need a target"):
         run(other, tmp_path / "eval", monkeypatch)
     assert not (tmp_path / "eval").exists()
 
@@ -397,8 +354,8 @@ def test_a_model_trained_anew_is_not_taken_for_the_old_one(given, finished, tmp_
     other = tmp_path / "given"
     shutil.copytree(given, other)
     out = tmp_path / "eval"
-    run(other, out, monkeypatch, "--gcg-behaviours", "0", models=("direct",))
+    run(other, out, monkeypatch, "--behaviours", "0", models=("direct",))
     weights = other / "direct/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(stage.UserError, match="sha256 of .*direct/model.safetensors"):
-        run(other, out, monkeypatch, "--gcg-behaviours", "0", models=("direct",))
+        run(other, out, monkeypatch, "--behaviours", "0", models=("direct",))

@@ -24,7 +24,7 @@ def test_every_job_is_a_command_that_its_stage_accepts_and_reads_what_an_earlier
         assert settings.seed == 7
         reads = [settings.model] if hasattr(settings, "model") else []
         if script.startswith("04"):
-            subjects = stage.read_subjects(settings.models, settings.direct)
+            subjects = stage.read_subjects(settings)
             reads = [subject.path for subject in subjects]
             assert [subject.name for subject in subjects if not subject.reasoning] == ["base"][: "base" in settings.models[0]]
         assert {*reads, *([settings.data] if hasattr(settings, "data") else [])} <= made

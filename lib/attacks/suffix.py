@@ -6,45 +6,22 @@ chat template, prompt | suffix | end of turn, model's turn | target
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lib.chat import encode_prompt
+from lib.attacks.core import Budget, Cost, attach
 from lib.settings import UserError
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the attacker may spend on one behaviour. GCG's own paper: 500 steps, width 512, top_k 256."""
-
-    steps: int
-    width: int  # candidates a step
-    top_k: int  # candidate tokens a position
-    suffix_tokens: int
-    init: str  # one token, repeated suffix_tokens times to begin with
-    ban_target: bool = False  # keep the target's tokens out: draw the answer out of the model, do not hand it in
-    max_batch_tokens: int = 16384  # rows x (cached + new) tokens of one forward pass
-
-    def initial_suffix(self) -> str:
-        return " ".join([self.init] * self.suffix_tokens)
-
-
-def attach(prompt: str, suffix: str) -> str:
-    """The attacked prompt as text. Every attack and control goes through here."""
-    return f"{prompt.strip()} {suffix}".strip()
+from lib.victim import Victim
 
 
 def check_target(behaviour: dict) -> str:
     """The behaviour's target; UserError if there is none."""
     target = (behaviour.get("target") or "").strip()
     if not target:
-        raise UserError(f"behaviour {behaviour['id']}: GCG needs a target; add one, or set --gcg-behaviours 0")
+        raise UserError(f"behaviour {behaviour['id']}: attacks need a target; add one, or set --behaviours 0")
     return target
 
 
@@ -55,37 +32,31 @@ class Slot:
     behaviour have equal length, so nothing is padded, and the result is that of a plain forward pass.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        behaviour: dict,
-        budget: Budget,
-        *,
-        reasoning: bool,
-    ) -> None:
-        self.model, self.tokenizer, self.budget, self.reasoning = model, tokenizer, budget, reasoning
-        self.id, self.prompt, self.started = behaviour["id"], behaviour["prompt"].strip(), time.perf_counter()
-        self.cost = {"queries": 0, "forward_tokens": 0, "backward_tokens": 0, "did_not_survive": 0}
-        table = model.get_input_embeddings().weight
+    def __init__(self, victim: Victim, behaviour: dict, target: str, budget: Budget) -> None:
+        self.victim, self.model, self.tokenizer, self.budget = victim, victim.model, victim.tokenizer, budget
+        self.id, self.prompt, self.cost = behaviour["id"], behaviour["prompt"].strip(), Cost()
+        self.rows = budget.max_batch_tokens  # a bound on candidates at a time, lowered when memory runs out
+        table = self.model.get_input_embeddings().weight
         assert isinstance(table, Tensor)
         self.table = table  # (vocab, width)
-        target = tokenizer.encode(check_target(behaviour), add_special_tokens=False)
+        target_ids = self.tokenizer.encode(target, add_special_tokens=False)
+        if not target_ids:
+            raise UserError(f"behaviour {self.id}: its target {target!r} has no tokens; write another")
         plain, full = self._encode(""), self._encode(budget.initial_suffix())
         before, after = shared_ends(plain, full)
-        if before + after != len(plain) or len(full) - len(plain) != budget.suffix_tokens:
+        if before + after != len(plain) or len(full) - len(plain) != budget.gcg_suffix_tokens:
             raise UserError(
-                f"--gcg-init: given {budget.init}; {budget.suffix_tokens} of it make "
+                f"--gcg-init: given {budget.gcg_init}; {budget.gcg_suffix_tokens} of it make "
                 f"{len(full) - len(plain)} tokens behind a prompt; allowed a word that is one token"
             )
         self.prefix, self.rest = full[:before], full[len(full) - after :]
         self.start = torch.tensor(full[before : len(full) - after])  # (S,) int64
-        self.target = torch.tensor(target, device=model.device)
-        self.tail = torch.tensor(self.rest + target[:-1], device=model.device)  # the last is only predicted
+        self.target = torch.tensor(target_ids, device=self.model.device)
+        self.tail = torch.tensor(self.rest + target_ids[:-1], device=self.model.device)  # the last is only predicted
         self.layers = self._read_prefix()
 
     def _encode(self, suffix: str) -> list[int]:
-        return encode_prompt(self.tokenizer, attach(self.prompt, suffix), reasoning=self.reasoning)
+        return self.victim.encode(attach(self.prompt, suffix))
 
     @torch.no_grad()
     def _read_prefix(self) -> list[tuple[Tensor, Tensor]]:
@@ -110,22 +81,37 @@ class Slot:
         return self.model(past_key_values=past, logits_to_keep=len(self.target), **inputs).logits.float()
 
     def _count(self, rows: int, tokens: int) -> None:
-        self.cost["queries"] += rows
-        self.cost["forward_tokens"] += rows * tokens
+        self.cost.queries += rows
+        self.cost.forward_tokens += rows * tokens
 
     @torch.no_grad()
     def losses(self, suffixes: Tensor) -> Tensor:
-        """suffixes (N, S) int64 -> mean negative log-likelihood of the target, (N,) fp32, on the CPU."""
+        """suffixes (N, S) int64 -> mean negative log-likelihood of the target, (N,) fp32, on the CPU.
+
+        Out of memory, it tries half as many at a time, says so, and stays with that.
+        """
         length = suffixes.shape[1] + len(self.tail)
-        rows = max(1, self.budget.max_batch_tokens // (len(self.prefix) + length))
-        losses = [torch.empty(0)]
-        for part in suffixes.to(self.model.device).split(rows) if len(suffixes) else ():
-            ids = torch.cat([part, self.tail.expand(len(part), -1)], dim=1)  # (n, length)
-            logits = self._logits(len(part), input_ids=ids)  # (n, target, vocab)
-            target = self.target.expand(len(part), -1)
-            losses.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1).cpu())
+        losses, done = [torch.empty(0)], 0
+        while done < len(suffixes):
+            rows = min(self.rows, max(1, self.budget.max_batch_tokens // (len(self.prefix) + length)))
+            part = suffixes[done : done + rows].to(self.model.device)
+            try:
+                losses.append(self._losses(part))
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self.rows = len(part) // 2
+                tqdm.write(f"out of memory with {len(part)} candidates at a time: from now on {self.rows}")
+                continue
+            done += len(part)
         self._count(len(suffixes), length)
         return torch.cat(losses)
+
+    def _losses(self, suffixes: Tensor) -> Tensor:
+        ids = torch.cat([suffixes, self.tail.expand(len(suffixes), -1)], dim=1)  # (n, length)
+        logits = self._logits(len(suffixes), input_ids=ids)  # (n, target, vocab)
+        target = self.target.expand(len(suffixes), -1)
+        return F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1).cpu()
 
     def gradient(self, suffix: Tensor) -> Tensor:
         """suffix (S,) int64 -> d loss / d one-hot, (S, vocab) fp32, on the CPU (negative: an improvement)."""
@@ -135,14 +121,14 @@ class Slot:
         embeds = torch.cat([one_hot @ self.table, self.table[self.tail]])[None] * scale  # (1, length, width)
         loss = F.cross_entropy(self._logits(1, inputs_embeds=embeds)[0], self.target)
         self._count(1, embeds.shape[1])
-        self.cost["backward_tokens"] += embeds.shape[1]
+        self.cost.backward_tokens += embeds.shape[1]
         return torch.autograd.grad(loss, one_hot)[0].float().cpu()
 
     def allowed(self) -> Tensor:
         """(vocab,) bool: tokens of printable ASCII, none special or added, as <think> may be."""
         size = self.table.shape[0]  # may exceed the tokenizer's, for padding
         banned = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        if self.budget.ban_target:
+        if self.budget.gcg_ban_target:
             banned |= set(self.target.tolist())
         words = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
         fine = [i not in banned and w.isascii() and w.isprintable() and w != " " for i, w in enumerate(words)]
@@ -155,7 +141,7 @@ class Slot:
         alone = self.tokenizer.encode(self.prompt, add_special_tokens=False)
         again = self.tokenizer([attach(self.prompt, text) for text in texts], add_special_tokens=False)["input_ids"]
         kept = [i for i, ids in enumerate(candidates.tolist()) if again[i] == alone + ids]
-        self.cost["did_not_survive"] += len(candidates) - len(kept)
+        self.cost.did_not_survive += len(candidates) - len(kept)
         return candidates[kept], [texts[i] for i in kept]
 
     def is_exact(self, text: str, suffix: Tensor) -> bool:

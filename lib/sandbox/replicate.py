@@ -30,7 +30,7 @@ from lib.files import write_text
 from lib.metrics import student_t
 from lib.settings import UserError, run_main
 
-FIRST_SEED = 10  # the results of smaller ones were looked at while the settings were made
+FIRST_SEED = 20  # the results of smaller ones were looked at while world and settings were made
 Get = Callable[[dict], float]
 MODELS = {
     "main": ("base", "sft", "rl-direct", "tars"),
@@ -136,7 +136,7 @@ class Seed:
         jobs = [self.mixture(f"data-{m}", "--lambda-harmful", share) for m, share in shares.items()]
         jobs += [self.rl(m, "sft", f"data-{m}") for m in shares]
         jobs += [self.sft("sft-heavy", *HEAVY), self.rl("heavy", "sft-heavy")]
-        return [*jobs, self.attack_eval("eval-ablations", MODELS["ablations"], "--gcg-behaviours", "0")]
+        return [*jobs, self.attack_eval("eval-ablations", MODELS["ablations"], "--behaviours", "0")]
 
 
 def run_all(jobs: list[list[str]], log: Path, threads: int, bar: tqdm, after: Future | None = None) -> None:
