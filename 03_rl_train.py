@@ -102,8 +102,8 @@ class Rollout:
     text: str
     parsed: Parsed
     reasoning_tokens: int
-    harm: float = math.nan
-    task: float = math.nan
+    harm: float | None = None
+    task: float | None = None
     reward: float = math.nan
     advantage: float = 0.0
     old_logprobs: torch.Tensor | None = field(default=None, repr=False)  # (completion length,), set by the first update
@@ -183,7 +183,7 @@ def collect_rollouts(
 def score_rollouts(rollouts: list[Rollout], judge, step: int) -> None:
     """Step 3, equations 1 and 2: judges see the prompt and the answer, never the reasoning.
 
-    Raises UserError for a score that is not finite, before it can reach the weights.
+    No verdict earns nothing, and is counted. Raises UserError for a score out of range, before it can reach the weights.
     """
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
@@ -309,6 +309,7 @@ def summarise(rollouts: list[dict], group_size: int) -> dict:
         metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] == "full") for r in of_kind])
     metrics["format_rate"] = mean([float(r["well_formed"]) for r in rollouts])
     metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
+    metrics["unknown_verdicts"] = sum(r["harm" if r["kind"] == "harmful" else "task"] is None for r in rollouts)
     metrics["zero_advantage_groups"] = sum(max(group) - min(group) < 1e-6 for group in rewards)
     return metrics
 

@@ -218,9 +218,9 @@ def difference_table(differences: Sequence[dict]) -> Table:
     """One row a figure, those of one kind ("DSR, gcg" and "DSR, pair") together; one column a pair of models."""
     cis = {(d["figure"], f"{d['a']} - {d['b']}"): d["ci"] for d in differences}
     figures, pairs = (list(dict.fromkeys(key[k] for key in cis)) for k in (0, 1))
-    rows = [[figure, *(show(cis.get((figure, pair)), "+") for pair in pairs)] for figure in figures]
     kinds = [figure.partition(",")[0] for figure in figures]
     figures.sort(key=lambda figure: kinds.index(figure.partition(",")[0]))
+    rows = [[figure, *(show(cis.get((figure, pair)), "+") for pair in pairs)] for figure in figures]
     clear = [key for key, ci in cis.items() if ci["low"] > 0 or ci["high"] < 0]
     marked = frozenset((figures.index(figure), pairs.index(pair) + 1) for figure, pair in clear)
     return Table("Paired differences, the first model minus the second", ["figure", *pairs], rows, marked)

@@ -53,7 +53,7 @@ article > details { border-top: 1px solid #eee; padding: .25rem 0; } article sum
 .verdict { padding: 0 .4rem; border-radius: 4px; background: #e8e8e8; font-size: .8125rem; font-weight: 600; }
 .defended, .served { background: #d3efe4; } .broken { background: #fbd9bd; } .refused { background: #dedcf0; }
 @media (max-width: 600px) {
-  body { padding: .75rem; } nav ul { columns: 1; } .scroll > img { width: 600px; max-width: none; } tbody th { max-width: 11rem; }
+  body { padding: .75rem; } nav ul { columns: 1; } .scroll > img { width: 600px; max-width: none; } tbody th { max-width: 12rem; }
 }
 @media print {
   nav, form, form[hidden], button, .source { display: none; } body { max-width: none; font-size: 10pt; }

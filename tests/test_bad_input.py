@@ -393,7 +393,7 @@ def harm_score(prompts, answers):
     return [float("nan") if calls == 3 else 0.5 for _ in answers]
 
 def task_score(prompts, answers):
-    return [0.1 * i for i, _ in enumerate(answers)]
+    return [i / len(answers) for i, _ in enumerate(answers)]
 """
 
 

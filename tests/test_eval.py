@@ -79,7 +79,16 @@ def test_nothing_has_no_interval(estimate):
 
 def test_figures_of_a_model_by_kind_type_and_hops():
     def line(name: str, kind: str, tokens: int, **extra) -> dict:
-        usual = {"set": name, "step": -1, "id": f"{name}-{tokens}", "asked": False, "kind": kind, "category": "any", "closed": True, "task": 0.0}
+        usual = {
+            "set": name,
+            "step": -1,
+            "id": f"{name}-{tokens}",
+            "asked": False,
+            "kind": kind,
+            "category": "any",
+            "closed": True,
+            "task": 0.0,
+        }
         usual |= {"harm": 0.0, "refusal": "full", "well_formed": True, "answer_tokens": 3, "hops": 3}
         return {**usual, "reasoning_tokens": tokens, **extra}
 

@@ -74,6 +74,7 @@ def make_results() -> dict:
     differences = [
         {"figure": "DSR, gcg", "a": "base", "b": "tars", "ci": {"mean": -0.5, "low": -0.7, "high": -0.3, "n": 24}},
         {"figure": "compliance", "a": "base", "b": "tars", "ci": {"mean": 0.1, "low": -0.1, "high": 0.3, "n": 24}},
+        {"figure": "DSR, pair", "a": "base", "b": "other", "ci": {"mean": 0.5, "low": 0.3, "high": 0.7, "n": 24}},
     ]
     config = {"preset": "sandbox", "data": "runs/demo/data", "models": [f"{name}=runs/{name}" for name in MODELS]}
     config |= {"direct": [], "overwrite": False, "judge": "sandbox", "harm_threshold": 0.5, "temperature": 0.6, "seed": 3}
@@ -199,8 +200,12 @@ def test_the_worst_case_and_clear_differences_are_marked(full):
     _, markdown, page = full
     rows = re.findall('<tr>(<th scope="row" class="[^"]*mark">.*?)</tr>', page)
     assert len(rows) == 2 and all("worst case" in row and row.count('mark">') == 3 for row in rows)
-    assert page.count('mark">') == 2 * 3 + 1 and "**-0.50 [-0.70, -0.30] (24)** |" in markdown
-    assert "| compliance | +0.10 [-0.10, +0.30] (24) |" in markdown
+    assert page.count('mark">') == 2 * 3 + 2
+    assert markdown.split("| figure | base - tars | base - other |\n| --- | ---: | ---: |\n")[1].split("\n")[:3] == [
+        "| DSR, gcg | **-0.50 [-0.70, -0.30] (24)** | - |",
+        "| DSR, pair | - | **+0.50 [+0.30, +0.70] (24)** |",
+        "| compliance | +0.10 [-0.10, +0.30] (24) | - |",
+    ]
 
 
 def test_tables_can_be_read_aloud_and_numbers_are_on_the_right(full):

@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lib.attacks import asking, gcg
-from lib.attacks.autodan import autodan
+from lib.attacks import asking, autodan, gcg
 from lib.attacks.core import Attempt, Budget
 
 __all__ = ["ATTACKS", "CONTROL", "Attack", "Attempt", "Budget", "steps_of"]
@@ -44,7 +43,7 @@ ATTACKS: dict[str, Attack] = {
     "gcg_forged": Attack(gcg.gcg("gcg_forged"), "white-box", reasoners_only=True),
     "gcg_twin": Attack(gcg.gcg("gcg_twin"), "white-box", reasoners_only=True),
     "gcg_universal": Attack(gcg.universal_gcg, "white-box", at_once=0),
-    "autodan": Attack(autodan, "score", attacker=True),
+    "autodan": Attack(autodan.autodan, "score", attacker=True),
     "prefill_reasoning": Attack(asking.prefill_reasoning, "prefill", asks=True, reasoners_only=True, at_once=32),
     "prefill_answer": Attack(asking.prefill_answer, "prefill", asks=True, at_once=32),
     "best_of_n": Attack(asking.best_of_n, "black-box", asks=True, attacker=True, at_once=8),

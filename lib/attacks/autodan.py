@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -76,10 +77,11 @@ def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Bud
 def next_generation(
     people: list[Individual], losses: list[float], scores: dict[str, float], rng: random.Random
 ) -> list[Individual]:
-    """The fittest stay as they are; the rest are children of parents drawn by softmax(-loss)."""
+    """The fittest stay as they are; the rest are children of parents drawn by softmax(-loss / spread)."""
     order = sorted(range(len(people)), key=losses.__getitem__)
     elite = [people[i] for i in order[: max(1, round(ELITE_SHARE * len(people)))]]
-    weights = [math.exp(min(losses) - loss) for loss in losses]
+    spread = statistics.pstdev(losses) or 1.0  # losses that differ little must still make a difference
+    weights = [math.exp((min(losses) - loss) / spread) for loss in losses]
     children: list[Individual] = []
     while len(children) < len(people) - len(elite):
         mother, father = rng.choices(people, weights, k=2)
@@ -125,9 +127,10 @@ def swap_words(person: Individual, scores: dict[str, float], rng: random.Random)
 def rephrase(
     people: list[Individual], goal: str, attacker: Attacker, generator, rng: random.Random, cost: Cost
 ) -> list[Individual]:
-    """Mutation: in some children, one sentence is said otherwise by the attacker, or the request is put otherwise."""
+    """Mutation: in some children, one sentence is said otherwise by the attacker, or the request is put otherwise. In all that
+    are there already: else the fittest would soon be the whole population."""
     kept = max(1, round(ELITE_SHARE * len(people)))
-    chosen = [i for i in range(kept, len(people)) if rng.random() < REPHRASE]
+    chosen = [i for i in range(kept, len(people)) if rng.random() < REPHRASE or people[i] in people[:i]]
     places = [rng.randrange(len(people[i].before) + len(people[i].after) + 1) for i in chosen]
     parts = [[*people[i].before, *people[i].after, people[i].request] for i in chosen]
     requests = [place == len(part) - 1 for place, part in zip(places, parts, strict=True)]
