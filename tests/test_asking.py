@@ -138,11 +138,11 @@ def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer):
 
 
 def test_autodan_lowers_the_loss_and_keeps_the_request(model, tokenizer):
-    budget = Budget(**{**vars(SMALL), "population": 20, "generations": 8})
+    budget = Budget(**{**vars(SMALL), "population": 24, "generations": 20})
     attempts = attack(model, tokenizer, budget=budget, name="autodan", attacker=(Scripted(),))
     for attempt, behaviour in zip(attempts, BEHAVIOURS, strict=True):
         losses = [t["loss"] for t in attempt.trace]
-        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] and len(losses) == 9
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] and len(losses) == 21
         assert all(behaviour["prompt"] in t["sent"] for t in attempt.trace)
         loss = plain_loss(model, tokenizer, {**behaviour, "prompt": attempt.trace[-1]["sent"]}, "", True)
         assert losses[-1] == pytest.approx(loss, abs=1e-4)
