@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from lib.attacks import ATTACKS, CONTROL, Budget, steps_of
@@ -40,6 +41,7 @@ from lib.policy import load_policy
 from lib.report import write_report
 from lib.rewards import load_judge
 from lib.run_folder import checksums, claim_folder, stated_reasoning
+from lib.separation import prompt_embeddings, separation
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.victim import Victim, draw_seeds, random_numbers
 
@@ -279,6 +281,27 @@ def run_answers(model: str, victim: Load, blocks: dict[Block, list[Asked]], seed
     return read_lines(path, model)
 
 
+def run_separation(model: str, victim: Load, sets: dict[str, list[dict]], gcg: list[dict], path: Path) -> dict:
+    """How far apart the model holds harmful and ambiguous prompts before it writes (paper, Figure 4): {groups: result}.
+
+    Under GCG, as in the paper; and in disguises that both kinds share, so that nothing but the meaning tells them apart.
+    """
+    for line in read_lines(path, model):
+        return line["separation"]
+    safe = [record["prompt"] for record in sets.get("ambiguous", [])]
+    groups = {"GCG and ambiguous": [line["trace"][-1]["sent"] for line in gcg]}
+    groups["disguised and ambiguous"] = [record["prompt"] for record in sets.get("jailbreak", [])]
+    found = {}
+    for name, harmful in groups.items():
+        n = min(len(harmful), len(safe))
+        if n >= 10:  # fewer say nothing
+            v, y = victim(), torch.tensor([1.0] * n + [-1.0] * n)
+            given = {"reasoning": v.reasoning, "system": v.system, "max_batch_tokens": v.max_batch_tokens or 16384}
+            found[name] = separation(prompt_embeddings(v.model, v.tokenizer, harmful[:n] + safe[:n], **given), y)
+    append_jsonl(path, {"model": model, "separation": found})
+    return found
+
+
 def block_of(line: dict) -> Block:
     return line["set"], line["step"]
 
@@ -302,8 +325,8 @@ def main() -> None:
     print(f"will ask {len(subjects)} models, and attack {len(behaviours)} prompts by {tried}")
     print(f"will write to {out}; about a minute for a sandbox model, hours for a real one: see the bars")
 
-    attacks_path, completions_path = out / "attacks.jsonl", out / "completions.jsonl"
-    for path in (attacks_path, completions_path):
+    attacks_path, completions_path, separation_path = (out / f"{n}.jsonl" for n in ("attacks", "completions", "separation"))
+    for path in (attacks_path, completions_path, separation_path):
         truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
     attempts: dict[str, dict[str, list[dict]]] = {}
     models, lines, seconds = {}, [], dict.fromkeys((s.name for s in subjects), 0.0)
@@ -325,7 +348,8 @@ def main() -> None:
         answers = run_answers(subject.name, victim, blocks, settings.seed, completions_path)
         figures = measure(answers, reasoning=subject.reasoning, threshold=settings.harm_threshold, seed=settings.seed)
         costs = {name: attack_summary(tried, ATTACKS[name].access) for name, tried in attempts[subject.name].items()}
-        models[subject.name] = {"reasoning": subject.reasoning, **figures, "attacks": costs}
+        apart = run_separation(subject.name, victim, sets, attempts[subject.name].get("gcg", []), separation_path)
+        models[subject.name] = {"reasoning": subject.reasoning, **figures, "attacks": costs, "separation": apart}
         lines += answers
         seconds[subject.name] = round(seconds[subject.name] + time.perf_counter() - started, 1)
     compared = differences(lines, threshold=settings.harm_threshold, seed=settings.seed)

@@ -23,7 +23,6 @@ CAPTIONS = {
     "tokens": "Tokens of the reasoning and of the answer, by kind of prompt.",
     "separation": "Embeddings of prompts, projected to two dimensions, and the margin between the two groups.",
 }
-GROUPS = ("group -1", "group +1")  # of prompts; results may name them
 NUMBER = re.compile(r"-|nan|[-+]?[\d,.]+(e[-+]\d+)?( \[[-+]?[\d.]+, [-+]?[\d.]+\] \(\d+\))?")
 
 # ---- as text -----------------------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ def draw_rows(axes, models: dict, figures: dict[str, dict[str, Interval]], keys:
 
 
 def draw_separation(figure, models: dict) -> None:
-    found = {name: m["separation"] for name, m in models.items() if m.get("separation", {}).get("points")}
+    found = {f"{name}, {groups}": s for name, m in models.items() for groups, s in m.get("separation", {}).items()}
     if not found:
         return
     columns = min(2, len(found))
@@ -178,11 +177,12 @@ def draw_separation(figure, models: dict) -> None:
     for axes in panels[len(found) :]:
         axes.remove()
     for axes, (name, s) in zip(panels, found.items(), strict=False):
-        for group, color, marker, text in zip((-1, 1), (COLORS[1], COLORS[2]), "o^", s.get("groups", GROUPS), strict=True):
+        for group, color, marker, text in zip((1, -1), (COLORS[1], COLORS[2]), "o^", ("harmful", "safe"), strict=True):
             points = [point for point in s["points"] if point[2] == group]
             style = {"color": color, "marker": marker, "label": label(text)}
             axes.scatter([p[0] for p in points], [p[1] for p in points], s=14, alpha=0.6, **style)
         axes.set(title=f"{label(name)}: margin {s['margin']:.2f}", xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+        axes.title.set_fontsize(9)
     legend(figure)
 
 

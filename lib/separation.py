@@ -35,6 +35,7 @@ def prompt_embeddings(
     prompts: Sequence[str],
     *,
     reasoning: bool,
+    system: str = "",
     max_batch_tokens: int = 16384,
 ) -> Tensor:
     """The state after the final norm where the model is about to write its first token: (N, width) fp32, on the CPU.
@@ -42,7 +43,7 @@ def prompt_embeddings(
     For a reasoner that is the last token of "<think>\\n". A row does not depend on the other prompts. Raises UserError for
     a prompt of more than `max_batch_tokens` tokens.
     """
-    ids = [encode_prompt(tokenizer, prompt, reasoning=reasoning) for prompt in prompts]
+    ids = [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts]
     result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
     for batch in micro_batches([len(row) for row in ids], max_batch_tokens):
         # Padded on the right: every row counts its positions from 0, and no real token sees the padding (attention is causal).

@@ -312,6 +312,20 @@ def test_without_gcg(given, tmp_path, monkeypatch):
     assert "GCG" not in (out / "report.md").read_text().split("## Completions")[0]
 
 
+def test_separation_compares_equal_groups_once(given, tmp_path):
+    def victim():
+        tokenizer = make_tokenizer()
+        return Victim("v", make_model(tokenizer), tokenizer, True, Judge("j", None, None), max_new_tokens=2, temperature=1.0)
+
+    sets = {name: [{"prompt": f"w{i + 12 * k}"} for i in range(12)] for k, name in enumerate(("jailbreak", "ambiguous"))}
+    gcg = [{"trace": [{"sent": "w1"}, {"sent": f"w{i + 40} w2"}]} for i in range(10)]
+    path = tmp_path / "separation.jsonl"
+    found = stage.run_separation("v", victim, sets, gcg, path)
+    assert {name: s["n"] for name, s in found.items()} == {"GCG and ambiguous": 20, "disguised and ambiguous": 24}
+    assert stage.run_separation("v", None, sets, gcg, path) == found  # kept: no model is loaded
+    assert stage.run_separation("w", None, sets | {"jailbreak": []}, gcg[:9], path) == {}  # too few to say anything
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import figures, report, report_html
+from lib import figures, report, report_html, report_md, report_parts
 
 MODELS = ("base", "tars")
 ATTACKS = ("gcg", "gcg_forged", "best_of_n")
@@ -61,11 +61,13 @@ def make_results() -> dict:
                 for attack in ATTACKS
             },
             "separation": {
-                "margin": next(count) / 7,
-                "slack": next(count) / 7,
-                "n": 90_000 + next(count),
-                "accuracy": ci(0.9),
-                "points": [[i * 0.1, i * i * 0.1, i % 2 * 2 - 1] for i in range(8)],
+                "GCG and ambiguous": {
+                    "margin": next(count) / 7,
+                    "slack": next(count) / 7,
+                    "n": 90_000 + next(count),
+                    "accuracy": ci(0.9),
+                    "points": [[i * 0.1, i * i * 0.1, i % 2 * 2 - 1] for i in range(8)],
+                }
             },
             "plane": some("dsr", "compliance", "task_score"),
         }
@@ -328,7 +330,7 @@ def test_completions_cannot_break_the_report(tmp_path, plain):
     assert [tag for tag, _ in found.elements].count("script") == 2
     assert not {"img", "b", "h4"} & {tag for tag, _ in found.elements} and found.data["script"] == report_html.SCRIPT
     answer = found.lines()[0]["answer"]
-    assert answer == report.visible(EVIL + "long " * 1000) and "</script><script>alert(1)</script>" in answer
+    assert answer == report_parts.visible(EVIL + "long " * 1000) and "</script><script>alert(1)</script>" in answer
     assert "\\u0000 \\u001b \n \n \n \\u202e \\ud800 \n" in answer
 
 
@@ -362,4 +364,4 @@ def test_markdown_has_the_first_prompts_of_each_set(full):
     text = full[1].split("## Completions side by side")[1]
     assert re.findall("^### (.*)", text, re.MULTILINE) == ["direct", "harmless", "gcg"]
     assert text.count("make gcg 0 ?") == 1 and text.count("make gcg 1 ?") == 1 and "make gcg 2" not in text
-    assert text.count("| x 25 |") == 2 * report.SHOWN and "x 0" not in text
+    assert text.count("| x 25 |") == 2 * report_md.SHOWN and "x 0" not in text
