@@ -281,7 +281,7 @@ def run_answers(model: str, victim: Load, blocks: dict[Block, list[Asked]], seed
     return read_lines(path, model)
 
 
-def run_separation(model: str, victim: Load, sets: dict[str, list[dict]], gcg: list[dict], path: Path) -> dict:
+def run_separation(model: str, victim: Load, sets: dict[str, list[dict]], gcg: list[dict], settings, path: Path) -> dict:
     """How far apart the model holds harmful and ambiguous prompts before it writes (paper, Figure 4): {groups: result}.
 
     Under GCG, as in the paper; and in disguises that both kinds share, so that nothing but the meaning tells them apart.
@@ -295,9 +295,11 @@ def run_separation(model: str, victim: Load, sets: dict[str, list[dict]], gcg: l
     for name, harmful in groups.items():
         n = min(len(harmful), len(safe))
         if n >= 10:  # fewer say nothing
-            v, y = victim(), torch.tensor([1.0] * n + [-1.0] * n)
-            given = {"reasoning": v.reasoning, "system": v.system, "max_batch_tokens": v.max_batch_tokens or 16384}
-            found[name] = separation(prompt_embeddings(v.model, v.tokenizer, harmful[:n] + safe[:n], **given), y)
+            v, limit, prompts = victim(), settings.max_batch_tokens, harmful[:n] + safe[:n]
+            embeddings = prompt_embeddings(
+                v.model, v.tokenizer, prompts, reasoning=v.reasoning, system=v.system, max_batch_tokens=limit
+            )
+            found[name] = separation(embeddings, torch.tensor([1.0] * n + [-1.0] * n))
     append_jsonl(path, {"model": model, "separation": found})
     return found
 
@@ -348,7 +350,7 @@ def main() -> None:
         answers = run_answers(subject.name, victim, blocks, settings.seed, completions_path)
         figures = measure(answers, reasoning=subject.reasoning, threshold=settings.harm_threshold, seed=settings.seed)
         costs = {name: attack_summary(tried, ATTACKS[name].access) for name, tried in attempts[subject.name].items()}
-        apart = run_separation(subject.name, victim, sets, attempts[subject.name].get("gcg", []), separation_path)
+        apart = run_separation(subject.name, victim, sets, attempts[subject.name].get("gcg", []), settings, separation_path)
         models[subject.name] = {"reasoning": subject.reasoning, **figures, "attacks": costs, "separation": apart}
         lines += answers
         seconds[subject.name] = round(seconds[subject.name] + time.perf_counter() - started, 1)

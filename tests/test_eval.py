@@ -319,11 +319,11 @@ def test_separation_compares_equal_groups_once(given, tmp_path):
 
     sets = {name: [{"prompt": f"w{i + 12 * k}"} for i in range(12)] for k, name in enumerate(("jailbreak", "ambiguous"))}
     gcg = [{"trace": [{"sent": "w1"}, {"sent": f"w{i + 40} w2"}]} for i in range(10)]
-    path = tmp_path / "separation.jsonl"
-    found = stage.run_separation("v", victim, sets, gcg, path)
+    path, settings = tmp_path / "separation.jsonl", stage.EvalSettings()
+    found = stage.run_separation("v", victim, sets, gcg, settings, path)
     assert {name: s["n"] for name, s in found.items()} == {"GCG and ambiguous": 20, "disguised and ambiguous": 24}
-    assert stage.run_separation("v", None, sets, gcg, path) == found  # kept: no model is loaded
-    assert stage.run_separation("w", None, sets | {"jailbreak": []}, gcg[:9], path) == {}  # too few to say anything
+    assert stage.run_separation("v", None, sets, gcg, settings, path) == found  # kept: no model is loaded
+    assert stage.run_separation("w", None, sets | {"jailbreak": []}, gcg[:9], settings, path) == {}  # too few to say anything
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ SFT = dict(
     batch_size=16,
     adam_eps=1e-5,  # Adam would move the rows of words that never occur at full speed, and the model forget what they mean
     max_batch_tokens=1024,  # small micro-batches stay in the processor's cache: three times as fast as one large
-    device="cpu",  # a model of 0.7 M parameters gains nothing from a GPU
+    device="cpu",  # a model of 0.8 M parameters gains nothing from a GPU
 )
 RL = dict(
     model="runs/demo/sft",

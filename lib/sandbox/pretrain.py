@@ -1,4 +1,4 @@
-"""Make the sandbox's base checkpoint: a competent, mildly safe instruct model of 0.7 M parameters.
+"""Make the sandbox's base checkpoint: a competent, mildly safe instruct model of 0.8 M parameters.
 
     python -m lib.sandbox.pretrain            # writes lib/sandbox/base, about 20 minutes on 2 CPU cores
 
