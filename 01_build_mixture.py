@@ -65,6 +65,7 @@ class Settings:
         "prompt.0.content,prompt,Behavior,instruction",
         "column of the prompt; of several, the first with text",
     )
+    context_column: str = setting("ContextString", "column of a text that the prompt is about, HarmBench's: put before it")
     kind_column: str = setting("kind", "column that says the kind, for files given without KIND=")
     kind_map: list[str] = setting([], "PATTERN=KIND for what is in it, first match counts; KIND may be drop")
     id_column: str = setting("id,BehaviorID", "column of the name by which --targets knows a prompt")
@@ -211,6 +212,8 @@ def read_prompts(given: str, settings: Settings, targets: dict[str, str]) -> lis
     for number, row in enumerate(rows, start=1):
         name = fixed or kind_of(row, settings, f"{path}: record {number}")
         prompt, known_as = first_text(row, settings.prompt_column).strip(), first_text(row, settings.id_column)
+        if prompt and (context := first_text(row, settings.context_column).strip()):
+            prompt = f"{context}\n\n---\n\n{prompt}"  # as HarmBench's own pipeline does
         record = {
             "id": "-".join(filter(None, (path.stem, known_as, fingerprint(prompt)))),  # two files may use the same names
             "prompt": prompt,

@@ -53,7 +53,7 @@ class Settings:
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
     out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
-    judge: str = setting("sandbox", "sandbox, standin, or a module of yours (README). Paper: moderation API, GRM")
+    judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK (README). Paper: moderation API, GRM")
     reasoning: bool = setting(True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)")
     # rollouts
     prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)

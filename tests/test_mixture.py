@@ -137,6 +137,13 @@ def test_kinds_by_a_column_and_its_map(tmp_path, monkeypatch):
     }
 
 
+def test_a_context_stands_before_the_prompt_that_is_about_it(tmp_path):
+    rows = [{"Behavior": "Sum it up.", "ContextString": " A short text. "}, {"Behavior": "Say hello.", "ContextString": ""}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    read = stage.read_prompts(f"harmful={tmp_path / 'rows.jsonl'}", stage.Settings(), {})
+    assert [record["prompt"] for _, record in read] == ["A short text.\n\n---\n\nSum it up.", "Say hello."]
+
+
 def test_mistakes_with_files_are_one_line(tmp_path, monkeypatch):
     files = write_pool(tmp_path)
     (tmp_path / "broken.parquet").write_text("no parquet")
