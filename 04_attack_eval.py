@@ -74,7 +74,7 @@ class EvalSettings:
     answer_tokens: int = setting(12, "likewise without reasoning: no room to think aloud", low=1)
     systems: list[str] = setting([], "system prompts, each NAME=TEXT; others have none of their own")
     max_batch_tokens: int = setting(16384, "rows x tokens of a batch: lower it when out of memory", low=1)
-    attacks: list[str] = setting(["gcg"], f"beside direct requests; all, or some of {', '.join(ATTACKS)}")
+    attacks: list[str] = setting(["gcg"], "beside direct requests and disguises (README)", choices=("all", *ATTACKS))
     behaviours: int = setting(24, "direct requests that they attack, the first ones; 0: no attacks. Paper: 400", low=0)
     budgets: list[str] = setting(["0.2", "0.4"], "shares of a search's steps after which it is tried, beside 0 and 1")
     attacker: str = setting("sandbox", "who writes pap, pair, autodan: sandbox, or a chat model. Paper: a 7B model")
@@ -170,10 +170,7 @@ def read_attacks(settings: EvalSettings) -> list[str]:
     for share in settings.budgets:
         if not re.fullmatch(r"0(\.\d+)?|1(\.0+)?|\.\d+", share):
             raise UserError(f"--budgets: given {share}; allowed numbers from 0 to 1")
-    names = list(ATTACKS) if settings.attacks == ["all"] else settings.attacks
-    for name in names:
-        if name not in ATTACKS:
-            raise UserError(f"--attacks: given {name}; allowed all, or some of {', '.join(ATTACKS)}")
+    names = list(ATTACKS) if "all" in settings.attacks else settings.attacks
     if any(ATTACKS[name].access == "white-box" for name in names):
         names = [CONTROL, *names]
     return list(dict.fromkeys(names))

@@ -30,7 +30,7 @@ demo: $(VENV)/.demo
 		--model $(DEMO)/sft-direct --out $(DEMO)/rl-direct
 	$(RUN) 04_attack_eval.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/eval --direct base --models \
 		base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl
-	@echo "make demo: $$(( $$(date +%s) - $$(cat $(DEMO)/started) )) seconds; read $(DEMO)/eval/report.md"
+	@echo "make demo: $$(( $$(date +%s) - $$(cat $(DEMO)/started) )) seconds; read $(DEMO)/eval/report.md, or open report.html beside it"
 
 test: $(VENV)/.test
 	$(RUN) -m ruff check .

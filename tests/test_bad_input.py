@@ -56,6 +56,7 @@ def fails(monkeypatch, capsys):
         (RL, "--temperature 0", ("--temperature: given 0", "0.01")),
         (RL, "--learning-rate -0.5", ("--learning-rate: given -0.5", ">= 0")),
         (RL, "--learning-rate nan", ("--learning-rate: given nan",)),
+        (EVAL, "--attacks gcg magic", ("--attacks: given gcg magic; allowed all | random_suffix | gcg",)),
         (RL, "--learning-rate fast", ("--learning-rate: given fast; allowed a number",)),
         (
             RL,

@@ -340,7 +340,6 @@ def test_separation_compares_equal_groups_once(given, tmp_path):
         (["--direct", "thinker"], "--direct: given thinker, which reasons"),
         (["--budgets", "9"], "--budgets: given 9"),
         (["--budgets", "some"], "--budgets: given some"),
-        (["--attacks", "magic"], "--attacks: given magic; allowed all, or some of random_suffix, gcg"),
         (["--systems", "other=Be kind."], "--systems: given other; allowed the names in --models"),
         (["--systems", "thinker"], "--systems: given thinker; allowed NAME=TEXT"),
         (["--attacks", "pap", "--attacker", "/nowhere"], "/nowhere"),
