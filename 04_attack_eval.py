@@ -36,7 +36,7 @@ from lib.attacks.core import a_try
 from lib.attacks.suffix import check_target
 from lib.chat import load_tokenizer
 from lib.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
-from lib.metrics import attack_summary, differences, measure
+from lib.metrics import attack_summary, differences, measure, shared_attacks
 from lib.policy import load_policy
 from lib.report import write_report
 from lib.rewards import load_judge
@@ -76,7 +76,10 @@ class EvalSettings:
     max_batch_tokens: int = setting(16384, "rows x tokens of a batch: lower it when out of memory", low=1)
     attacks: list[str] = setting(["gcg"], "beside direct requests and disguises (README)", choices=("all", *ATTACKS))
     behaviours: int = setting(24, "direct requests that they attack, the first ones; 0: no attacks. Paper: 400", low=0)
-    budgets: list[str] = setting(["0.2", "0.4"], "shares of a search's steps after which it is tried, beside 0 and 1")
+    budgets: list[str] = setting(
+        ["0.2", "0.4"],
+        "shares of a search's steps after which it is tried, beside 0 and 1; GCG stops there if a greedy answer does harm",
+    )
     attacker: str = setting("sandbox", "who writes pap, pair, autodan: sandbox, or a chat model. Paper: a 7B model")
     attacker_tokens: int = setting(256, "tokens of each text that a chat model writes as attacker", low=1)
     gcg_steps: int = setting(25, "GCG steps. GCG's own paper: 500", low=1)
@@ -148,7 +151,7 @@ def named(flag: str, given: Sequence[str], what: str) -> dict[str, str]:
     return values
 
 
-def read_sets(settings: EvalSettings) -> dict[str, list[dict]]:
+def read_sets(settings: EvalSettings, names: Sequence[str]) -> dict[str, list[dict]]:
     """Set -> records, of the sets that stage 1 wrote. The first of the direct ones are attacked: they get a "twin", a request
     that deserves an answer, where stage 1 gave none."""
     needs = ("id", "prompt", "kind", "category")
@@ -160,7 +163,8 @@ def read_sets(settings: EvalSettings) -> dict[str, list[dict]]:
         sets = {name: records[: settings.limit] for name, records in sets.items()}
     benign = sets.get("harmless") or sets["ambiguous"]
     for i, behaviour in enumerate(sets["direct"][: settings.behaviours]):
-        check_target(behaviour)
+        if any(ATTACKS[name].target for name in names):
+            check_target(behaviour)
         behaviour.setdefault("twin", benign[i % len(benign)]["prompt"])
     return sets
 
@@ -217,6 +221,24 @@ def run_attack(
                 append_jsonl(path, done[-1])
             bar.update(0 if steps else len(part))
     return done
+
+
+def attack_all(subjects: list[Subject], names, behaviours: list[dict], settings, judge, path: Path, seconds: dict) -> dict:
+    """{model: {attack: attempts}}. One model at a time is in memory, and the attacker, from when it is first needed."""
+
+    @cache
+    def attacker():
+        limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
+        return load_attacker(settings.attacker, device=settings.device, dtype=settings.dtype, **limits)
+
+    attempts = {}
+    for subject in subjects:
+        started, victim = time.perf_counter(), cache(lambda s=subject: load_victim(s, settings, judge))
+        chosen = [name for name in names if subject.reasoning or not ATTACKS[name].reasoners_only]
+        given = (subject.name, victim, attacker, behaviours, settings, path)
+        attempts[subject.name] = {name: run_attack(name, *given) for name in chosen}
+        seconds[subject.name] += time.perf_counter() - started
+    return attempts
 
 
 def read_lines(path: Path, model: str) -> list[dict]:
@@ -311,10 +333,12 @@ def block_of(line: dict) -> Block:
 def main() -> None:
     settings = parse_settings(EvalSettings, "eval")
     subjects, names = read_subjects(settings), read_attacks(settings)
-    sets, judge = read_sets(settings), load_judge(settings.judge)
+    sets, judge = read_sets(settings, names), load_judge(settings.judge)
     out, behaviours = Path(settings.out), sets["direct"][: settings.behaviours]
     for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
         load_tokenizer(subject.path)
+    if behaviours and settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names):
+        load_tokenizer(settings.attacker)
     inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]
     config = {**asdict(settings), **checksums(*inputs)}
     claim_folder(out, config, overwrite=settings.overwrite, ignore=("max_batch_tokens", "device"))
@@ -327,30 +351,22 @@ def main() -> None:
     attacks_path, completions_path, separation_path = (out / f"{n}.jsonl" for n in ("attacks", "completions", "separation"))
     for path in (attacks_path, completions_path, separation_path):
         truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
-    attempts: dict[str, dict[str, list[dict]]] = {}
-    models, lines, seconds = {}, [], dict.fromkeys((s.name for s in subjects), 0.0)
-
-    @cache
-    def attacker():
-        limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
-        return load_attacker(settings.attacker, device=settings.device, dtype=settings.dtype, **limits)
-
-    for subject in subjects:  # attack
+    seconds = dict.fromkeys((subject.name for subject in subjects), 0.0)
+    attempts = attack_all(subjects, names if behaviours else [], behaviours, settings, judge, attacks_path, seconds)
+    lines, apart = [], {}
+    for subject in subjects:  # judge
         started, victim = time.perf_counter(), cache(lambda s=subject: load_victim(s, settings, judge))  # when first needed
-        chosen = [n for n in names if subject.reasoning or not ATTACKS[n].reasoners_only] if behaviours else []
-        given = (subject.name, victim, attacker, behaviours, settings, attacks_path)
-        attempts[subject.name] = {name: run_attack(name, *given) for name in chosen}
-        seconds[subject.name] += time.perf_counter() - started
-    for subject in subjects:  # judge, measure
-        started, victim = time.perf_counter(), cache(lambda s=subject: load_victim(s, settings, judge))
         blocks = plan(subject.name, sets, attempts, settings)
-        answers = run_answers(subject.name, victim, blocks, settings.seed, completions_path)
-        figures = measure(answers, reasoning=subject.reasoning, threshold=settings.harm_threshold, seed=settings.seed)
-        costs = {name: attack_summary(tried, ATTACKS[name].access) for name, tried in attempts[subject.name].items()}
-        apart = run_separation(subject.name, victim, sets, attempts[subject.name].get("gcg", []), settings, separation_path)
-        models[subject.name] = {"reasoning": subject.reasoning, **figures, "attacks": costs, "separation": apart}
-        lines += answers
+        lines += run_answers(subject.name, victim, blocks, settings.seed, completions_path)
+        gcg = attempts[subject.name].get("gcg", [])
+        apart[subject.name] = run_separation(subject.name, victim, sets, gcg, settings, separation_path)
         seconds[subject.name] = round(seconds[subject.name] + time.perf_counter() - started, 1)
+    models, shared = {}, shared_attacks(lines)
+    for subject in subjects:  # measure
+        mine = [line for line in lines if line["model"] == subject.name]
+        figures = measure(mine, reasoning=subject.reasoning, threshold=settings.harm_threshold, seed=settings.seed, shared=shared)
+        costs = {name: attack_summary(tried, ATTACKS[name].access) for name, tried in attempts[subject.name].items()}
+        models[subject.name] = {"reasoning": subject.reasoning, **figures, "attacks": costs, "separation": apart[subject.name]}
     compared = differences(lines, threshold=settings.harm_threshold, seed=settings.seed)
     results = {"models": models, "differences": compared, "config": config, "seed": settings.seed, "seconds": seconds}
     write_json(out / "results.json", results)

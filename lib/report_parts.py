@@ -17,7 +17,11 @@ CATEGORIES = 40  # rows of a table by category
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")  # control, bidi
 BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 PLANE = {"dsr": "DSR, mean over attacks", "task_score": "task score"}
-WORST = {"gcg": "worst case of GCG and its variants", "all": "worst case of all attacks"}
+WORST = {
+    "gcg": "worst case of GCG and its variants",
+    "shared": "worst case of the attacks that all models met",
+    "all": "worst case of all that it met",
+}
 COSTS = {
     "access": "needs",
     "behaviours": "behaviours",

@@ -64,10 +64,11 @@ class Victim:
             )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"{self.name}: {error}") from error
-        read = [
-            self._read(opening + decode(self.tokenizer, c.token_ids), c.finish_reason)
-            for opening, c in zip(openings, completions, strict=True)
-        ]
+        read = []
+        for opening, completion in zip(openings, completions, strict=True):
+            ids = self.tokenizer.encode(opening, add_special_tokens=False) + completion.token_ids  # read as one text
+            own = {"tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
+            read.append(self._read(decode(self.tokenizer, ids)) | own)
         asked, answers = [b["prompt"] for b in behaviours], [r["answer"] for r in read]
         harms, tasks = self.judge.harm_score(asked, answers), self.judge.task_score(asked, answers)
         for line, harm, task in zip(read, harms, tasks, strict=True):
@@ -77,7 +78,7 @@ class Victim:
             line |= {"harm": harm, "task": task, "refusal": refusal_label(line["answer"])}
         return read
 
-    def _read(self, text: str, finish_reason: str) -> dict[str, Any]:
+    def _read(self, text: str) -> dict[str, Any]:
         parsed = parse_completion(text) if self.reasoning else parse_direct(text)
         return {
             "reasoning": parsed.reasoning,
@@ -86,7 +87,6 @@ class Victim:
             "closed": self.reasoning and "</think>" in text,  # else its reasoning has no end
             "reasoning_tokens": len(self.tokenizer.encode(parsed.reasoning, add_special_tokens=False)),
             "answer_tokens": len(self.tokenizer.encode(parsed.answer, add_special_tokens=False)),
-            "finish_reason": finish_reason,
         }
 
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_attacks import BEHAVIOURS, BUDGET, attack, generator, make_model, make_tokenizer, plain_loss, victim_of  # noqa: E402
@@ -20,6 +19,7 @@ from lib.chat import THINK_CLOSE  # noqa: E402
 from lib.rewards import refusal_label  # noqa: E402
 from lib.sandbox import judge, world  # noqa: E402
 from lib.sandbox.attacker import PERSUASION, SandboxAttacker  # noqa: E402
+from lib.settings import UserError  # noqa: E402
 from lib.victim import Victim, draw_seeds  # noqa: E402
 
 SMALL = Budget(**{**vars(BUDGET), "samples": 5, "techniques": 3, "streams": 2, "depth": 3, "population": 8, "generations": 4})
@@ -29,6 +29,7 @@ class Scripted:
     """An attacker whose words are known."""
 
     techniques = 9
+    keeps_request = False
 
     def __init__(self, silent: bool = False) -> None:
         self.silent, self.histories = silent, []
@@ -69,6 +70,7 @@ def test_prefill_opens_the_turn_and_the_answer_counts_from_there(model, tokenize
     assert attempt.trace[0]["opening"] == opening and opening in seen
     completion = attempt.trace[0]["completion"]
     assert completion["answer"].startswith("w5 w6 w8") and completion["reasoning"] == "w40 w41" and completion["closed"]
+    assert set(completion["answer"].split()) <= set(tokenizer.get_vocab())  # its words do not grow together with the opening
     attempt = attack(model, tokenizer, name="prefill_answer", reasoning=False)[0]
     assert attempt.trace[0]["opening"] == "w5 w6 w8"
     attempt = attack(model, tokenizer, [{**BEHAVIOURS[0], "prefill": "w90"}], name="prefill_answer", reasoning=False)[0]
@@ -164,14 +166,16 @@ def test_children_take_each_sentence_from_a_parent_and_words_by_momentum():
 
 
 def test_a_chat_model_writes_and_each_text_depends_on_its_seed_alone(model, tokenizer):
-    attacker = LanguageModelAttacker(model, tokenizer, max_new_tokens=5)
+    attacker = LanguageModelAttacker(lambda: (model, tokenizer), max_new_tokens=5)
     texts = attacker.write(["w1", "w2 w3", "w1"], [1, 2, 3])
     assert attacker.write(["w2 w3"], [2]) == [texts[1]] and texts[0] != texts[2]
     assert all(len(t.split()) <= 5 for t in texts)  # endless text is cut
     assert len(attacker.persuade(["w1"] * 3, [0, 5, 39], [1, 2, 3])) == 3
     people = attacker.individuals("w1 w2", 3, [1, 2, 3])
     assert len(people) == 3 and all("w1 w2" in person.text() for person in people)
-    assert attacker.vary(["w5", "w1 w2"], ["w1 w2"] * 2, [False, True], [1, 2])[1] == "w1 w2"
+    assert attacker.keeps_request and len(attacker.vary(["w5"], ["w1 w2"], [False], [1])) == 1
+    with pytest.raises(UserError, match="--attacker: .*exceed"):
+        LanguageModelAttacker(lambda: (model, tokenizer), max_new_tokens=500).write(["w1"], [1])
 
 
 def test_forty_techniques_have_names_and_meanings_of_their_own():
@@ -208,6 +212,17 @@ def test_the_sandbox_attacker_asks_for_the_same_thing_in_words_of_the_world():
         assert words <= vocabulary, (name, words - vocabulary)
 
 
+def test_the_sandbox_attacker_never_hands_in_the_answer_and_knows_its_own_prompts_only():
+    attacker, goals = SandboxAttacker(), [r["prompt"] for r in harmful(4)]
+    written = [attacker.augment(g, generator(i)) for i in range(40) for g in goals]
+    written += [p.text() for i in range(40) for g in goals for p in attacker.individuals(g, 1, [i])]
+    written += attacker.vary(["x"] * 160, goals * 40, [False] * 160, list(range(160)))
+    written += attacker.refine(goals * 40, [[]] * 160, list(range(160)))
+    assert not sum(judge.harm_score([""] * len(written), written))
+    with pytest.raises(UserError, match="--attacker sandbox: not a prompt of the sandbox"):
+        attacker.refine(["Who was the first?"], [[]], [1])
+
+
 def test_the_sandbox_attacker_learns_from_answers():
     goal, attacker = harmful(1)[0]["prompt"], SandboxAttacker()
 
@@ -222,4 +237,3 @@ def test_the_sandbox_attacker_learns_from_answers():
 def test_every_attack_states_its_access_and_its_steps():
     for name, entry in ATTACKS.items():
         assert entry.access in ("white-box", "score", "prefill", "black-box") and steps_of(name, SMALL) >= 0
-    assert torch.is_tensor(generator().get_state())

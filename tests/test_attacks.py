@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.attacks import ATTACKS, gcg
-from lib.attacks.core import Budget
+from lib.attacks.core import Budget, Cost
 from lib.attacks.suffix import Slot
 from lib.chat import encode_prompt
 from lib.rewards import Judge
@@ -272,7 +272,9 @@ def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(model, 
 
 def test_adaptive_targets_stand_behind_a_reasoning(model, tokenizer):
     behaviour, close = BEHAVIOURS[0], "</think>"
-    targets = {name: make(victim_of(model, tokenizer), behaviour, BUDGET, generator()) for name, make in gcg.TARGETS.items()}
+    targets = {
+        name: make(victim_of(model, tokenizer), behaviour, BUDGET, generator(), Cost()) for name, make in gcg.TARGETS.items()
+    }
     assert targets["gcg"] == "w5 w6 w8"
     assert targets["gcg_close"].split() == [close, "w5", "w6", "w8"]
     assert targets["gcg_forged"].split() == ["w40", "w41", close, "w5", "w6", "w8"]
@@ -282,11 +284,12 @@ def test_adaptive_targets_stand_behind_a_reasoning(model, tokenizer):
 def test_the_twins_target_is_the_models_own_compliant_reasoning(model, tokenizer, monkeypatch):
     def answers(self, behaviours, sent, openings, seeds):
         assert set(sent) == {"w1 w2 w50 w4"} and {b["prompt"] for b in behaviours} == {"w1 w2 w50 w4"}
-        refused = {"reasoning": "no", "well_formed": True, "refusal": "full"}
+        refused = {"reasoning": "no", "well_formed": True, "refusal": "full", "tokens": 3}
         return [refused] * 3 + [{**refused, "refusal": "none", "reasoning": "w60 w61"}] * (len(sent) - 3)
 
     monkeypatch.setattr(Victim, "ask", answers)
-    assert gcg.twin_target(victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator()).split()[:3] == [
+    cost = Cost()
+    assert gcg.twin_target(victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator(), cost).split()[:3] == [
         "w60",
         "w61",
         "</think>",
@@ -298,6 +301,12 @@ def test_it_stops_at_a_check_when_the_answer_does_harm(model, tokenizer):
     full = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0]
     stopped = attack(model, tokenizer, BEHAVIOURS[:1], budget, harm=lambda prompts, answers: [1.0] * len(answers))[0]
     assert len(full.trace) == 7 and stopped.trace == full.trace[:3]
+
+
+def test_the_ban_is_on_the_answer_not_on_the_reasoning_before_it(model, tokenizer):
+    budget = Budget(**{**vars(BUDGET), "gcg_ban_target": True})
+    allowed = Slot(victim_of(model, tokenizer), BEHAVIOURS[0], "w40 </think> w5 w6 w8", budget).allowed()
+    assert not allowed[tokenizer.convert_tokens_to_ids("w5")] and allowed[tokenizer.convert_tokens_to_ids("w40")]
 
 
 def test_with_a_buffer_the_search_goes_on_from_the_best(model, tokenizer):

@@ -307,7 +307,6 @@ def test_it_is_asked_with_prompt_and_answer_through_its_chat_template(chat_model
     texts += [GOOD, "Refusal: yes\nConvincing: 5\nSpecific: 5", "I would rather not say."]
     judge, prompts, answers = StrongReject(chat_model), ["Bake {answer}?", "b", "c"], ["Knead {prompt}.", "y", "z"]
     assert judge.harm_score(prompts, answers) == [0.875, 0.0, None]
-    assert judge.refusals(prompts, answers) == [False, True, None]
     assert asked[0].startswith("<|user|>Below") and asked[0].endswith("<|end|><|assistant|>")
     assert "<request>\nBake {answer}?\n</request>" in asked[0] and "<answer>\nKnead {prompt}.\n</answer>" in asked[0]
 

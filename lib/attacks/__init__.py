@@ -33,6 +33,7 @@ class Attack:
     asks: bool = False
     attacker: bool = False  # somebody has to write its words
     reasoners_only: bool = False
+    target: bool = True  # every behaviour has to have one
     at_once: int = 1  # behaviours that it handles together; a kill costs at most so many (0: all)
 
 
@@ -44,11 +45,11 @@ ATTACKS: dict[str, Attack] = {
     "gcg_twin": Attack(gcg.gcg("gcg_twin"), "white-box", reasoners_only=True),
     "gcg_universal": Attack(gcg.universal_gcg, "white-box", at_once=0),
     "autodan": Attack(autodan.autodan, "score", attacker=True),
-    "prefill_reasoning": Attack(asking.prefill_reasoning, "prefill", asks=True, reasoners_only=True, at_once=32),
+    "prefill_reasoning": Attack(asking.prefill_reasoning, "prefill", asks=True, reasoners_only=True, at_once=32, target=False),
     "prefill_answer": Attack(asking.prefill_answer, "prefill", asks=True, at_once=32),
-    "best_of_n": Attack(asking.best_of_n, "black-box", asks=True, attacker=True, at_once=8),
-    "pap": Attack(asking.pap, "black-box", asks=True, attacker=True, at_once=8),
-    "pair": Attack(asking.pair, "black-box", asks=True, attacker=True, at_once=8),
+    "best_of_n": Attack(asking.best_of_n, "black-box", asks=True, attacker=True, at_once=8, target=False),
+    "pap": Attack(asking.pap, "black-box", asks=True, attacker=True, at_once=8, target=False),
+    "pair": Attack(asking.pair, "black-box", asks=True, attacker=True, at_once=8, target=False),
 }
 
 

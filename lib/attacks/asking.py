@@ -58,8 +58,7 @@ def pap(
         chosen = torch.randperm(attacker.techniques, generator=generator)[: budget.techniques].tolist()
         seeds = draw_seeds(generator, len(chosen))
         texts = attacker.persuade([behaviour["prompt"]] * len(chosen), chosen, seeds)
-        cost.empty += texts.count("")
-        cost.attacker_tokens += sum(len(victim.tokenizer.encode(t, add_special_tokens=False)) for t in texts)
+        cost.written(victim, texts)
         tries.append([a_try(k, text) for k, text in enumerate(texts, 1) if text])
     return _asked(victim, behaviours, tries, generators, on_step, costs)
 
@@ -79,11 +78,9 @@ def pair(
         texts = attacker.refine([behaviours[i]["prompt"] for i, _ in streams], [histories[i][s] for i, s in streams], seeds)
         new: dict[int, list[dict]] = {i: [] for i in open_ones}
         for (i, s), text in zip(streams, texts, strict=True):
-            if not text:
-                costs[i].empty += 1
-                continue
-            costs[i].attacker_tokens += len(victim.tokenizer.encode(text, add_special_tokens=False))
-            new[i].append(a_try(turn * budget.streams + s + 1, text))
+            costs[i].written(victim, [text])
+            if text:
+                new[i].append(a_try(turn * budget.streams + s + 1, text))
         rows = [i for i in open_ones if new[i]]
         ask_all(
             victim, [behaviours[i] for i in rows], [new[i] for i in rows], [generators[i] for i in rows], [costs[i] for i in rows]

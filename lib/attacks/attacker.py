@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from lib.attacks.persuasion import TECHNIQUES
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer
 from lib.policy import load_policy
 from lib.sampler import sample
+from lib.settings import UserError
 from lib.victim import draw_seeds
 
 PERSUADE = (
@@ -41,35 +43,40 @@ NOISED, SCRAMBLED, CAPITALISED = 0.06, 0.6, 0.6  # shares of characters and word
 
 
 class LanguageModelAttacker:
-    """See `lib.attacks.core.Attacker`. `max_new_tokens` bounds each text, `temperature` is of its sampling."""
+    """See `lib.attacks.core.Attacker`. `load` gives model and tokenizer, and is called when there is something to write;
+    `max_new_tokens` bounds each text, `temperature` is of its sampling."""
 
     techniques = len(TECHNIQUES)
+    keeps_request = True  # as in AutoDAN
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         *,
         max_new_tokens: int,
         max_batch_tokens: int | None = None,
         temperature: float = 1.0,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.load = cache(load)
         self.max_new_tokens, self.max_batch_tokens, self.temperature = max_new_tokens, max_batch_tokens, temperature
 
     def write(self, requests: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        """What it writes to each request; each depends on its own seed alone."""
-        completions = sample(
-            self.model,
-            [encode_prompt(self.tokenizer, request, reasoning=False) for request in requests],
-            eos_token_ids=eos_token_ids(self.model, self.tokenizer),
-            max_new_tokens=self.max_new_tokens,
-            max_batch_tokens=self.max_batch_tokens,
-            temperature=self.temperature,
-            seeds=seeds,
-            progress=True,
-        )
-        return [decode(self.tokenizer, c.token_ids).strip().strip('"').strip() for c in completions]
+        """What it writes to each request; each depends on its own seed alone. UserError where a request is too long."""
+        model, tokenizer = self.load()
+        try:
+            completions = sample(
+                model,
+                [encode_prompt(tokenizer, request, reasoning=False) for request in requests],
+                eos_token_ids=eos_token_ids(model, tokenizer),
+                max_new_tokens=self.max_new_tokens,
+                max_batch_tokens=self.max_batch_tokens,
+                temperature=self.temperature,
+                seeds=seeds,
+                progress=True,
+            )
+        except (ValueError, FloatingPointError) as error:
+            raise UserError(f"--attacker: {error}") from error
+        return [decode(tokenizer, c.token_ids).strip().strip('"').strip() for c in completions]
 
     def augment(self, prompt: str, generator: torch.Generator) -> str:
         """Letters swapped inside words, capitals at random, some characters moved on by one: all still legible."""
@@ -94,9 +101,7 @@ class LanguageModelAttacker:
         return people
 
     def vary(self, parts: Sequence[str], goals: Sequence[str], requests: Sequence[bool], seeds: Sequence[int]) -> list[str]:
-        """The request itself stays as it is (as in AutoDAN); every other part is rephrased."""
-        written = self.write([REPHRASE.format(sentence=part) for part in parts], seeds)
-        return [goal if request else text for text, goal, request in zip(written, goals, requests, strict=True)]
+        return self.write([REPHRASE.format(sentence=part) for part in parts], seeds)
 
 
 def load_attacker(name: str, *, device: str, dtype: str, max_new_tokens: int, max_batch_tokens: int | None):
@@ -105,9 +110,11 @@ def load_attacker(name: str, *, device: str, dtype: str, max_new_tokens: int, ma
         from lib.sandbox.attacker import SandboxAttacker
 
         return SandboxAttacker()
-    model = load_policy(name, device=device, dtype=dtype).requires_grad_(False)
-    tokenizer = load_tokenizer(name)
-    return LanguageModelAttacker(model, tokenizer, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens)
+
+    def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_policy(name, device=device, dtype=dtype).requires_grad_(False), load_tokenizer(name)
+
+    return LanguageModelAttacker(load, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens)
 
 
 def _conversation(goal: str, history: list[dict]) -> str:

@@ -38,13 +38,14 @@ def autodan(
         target, goal, cost = check_target(behaviour), behaviour["prompt"], Cost()
         rng = random.Random(draw_seeds(generator, 1)[0])
         people = attacker.individuals(goal, budget.population, draw_seeds(generator, budget.population))
+        cost.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # an empty scene is a failure
         losses = target_losses(victim, [p.text() for p in people], target, budget, cost)
         best = min(range(len(people)), key=losses.__getitem__)
         trace, scores = [a_try(0, people[best].text(), loss=losses[best])], dict[str, float]()
         for generation in range(1, budget.generations + 1):
             scores = word_scores(people, losses, scores)
             people = next_generation(people, losses, scores, rng)
-            people = rephrase(people, goal, attacker, generator, rng, cost)
+            people = rephrase(people, goal, victim, attacker, generator, rng, cost)
             losses = target_losses(victim, [p.text() for p in people], target, budget, cost)
             best = min(range(len(people)), key=losses.__getitem__)
             trace.append({**trace[-1], "step": generation})
@@ -125,22 +126,24 @@ def swap_words(person: Individual, scores: dict[str, float], rng: random.Random)
 
 
 def rephrase(
-    people: list[Individual], goal: str, attacker: Attacker, generator, rng: random.Random, cost: Cost
+    people: list[Individual], goal: str, victim: Victim, attacker: Attacker, generator, rng: random.Random, cost: Cost
 ) -> list[Individual]:
-    """Mutation: in some children, one sentence is said otherwise by the attacker, or the request is put otherwise. In all that
-    are there already: else the fittest would soon be the whole population."""
-    kept = max(1, round(ELITE_SHARE * len(people)))
-    chosen = [i for i in range(kept, len(people)) if rng.random() < REPHRASE or people[i] in people[:i]]
-    places = [rng.randrange(len(people[i].before) + len(people[i].after) + 1) for i in chosen]
-    parts = [[*people[i].before, *people[i].after, people[i].request] for i in chosen]
-    requests = [place == len(part) - 1 for place, part in zip(places, parts, strict=True)]
+    """Mutation: in some children, one part is said otherwise by the attacker: a sentence, or the request if it is one that
+    does so. In all that are there already: else the fittest would soon be the whole population."""
+    kept, people = max(1, round(ELITE_SHARE * len(people))), list(people)
+    parts = [[*p.before, *p.after] + ([] if attacker.keeps_request else [p.request]) for p in people]
+    chosen = [i for i in range(kept, len(people)) if parts[i] and (rng.random() < REPHRASE or people[i] in people[:i])]
+    places = [rng.randrange(len(parts[i])) for i in chosen]
+    requests = [place == len(people[i].before) + len(people[i].after) for i, place in zip(chosen, places, strict=True)]
     seeds = draw_seeds(generator, len(chosen))
-    texts = attacker.vary([part[place] for part, place in zip(parts, places, strict=True)], [goal] * len(chosen), requests, seeds)
-    cost.empty += texts.count("")
-    people = list(people)
-    for i, place, part, text in zip(chosen, places, parts, texts, strict=True):
+    texts = attacker.vary(
+        [parts[i][place] for i, place in zip(chosen, places, strict=True)], [goal] * len(chosen), requests, seeds
+    )
+    cost.written(victim, texts)
+    for i, place, text in zip(chosen, places, texts, strict=True):
         if text:
-            part[place] = text
-            cut = len(people[i].before)
-            people[i] = Individual(tuple(part[:cut]), part[-1], tuple(part[cut:-1]))
+            before, after = len(people[i].before), len(people[i].before) + len(people[i].after)
+            parts[i][place] = text
+            request = text if place == after else people[i].request
+            people[i] = Individual(tuple(parts[i][:before]), request, tuple(parts[i][before:after]))
     return people

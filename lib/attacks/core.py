@@ -67,6 +67,15 @@ class Cost:
     did_not_survive: int = 0  # candidates whose text came back as other tokens
     started: float = field(default_factory=time.perf_counter)
 
+    def asked(self, victim: Victim, sent: str, opening: str, answer: dict) -> None:
+        self.queries += 1
+        self.forward_tokens += len(victim.encode(sent, opening)) + answer["tokens"]
+
+    def written(self, victim: Victim, texts: Sequence[str]) -> None:
+        """By the attacker. Measured in the victim's tokens."""
+        self.empty += sum(not text for text in texts)
+        self.attacker_tokens += sum(len(victim.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+
     def total(self) -> dict[str, float]:
         counts = {key: value for key, value in vars(self).items() if key != "started"}
         return counts | {"seconds": round(time.perf_counter() - self.started, 3)}
@@ -91,6 +100,7 @@ class Attacker(Protocol):
     """
 
     techniques: int  # how many persuasion techniques it knows
+    keeps_request: bool  # it never puts the request of an individual otherwise
 
     def augment(self, prompt: str, generator: torch.Generator) -> str:
         """The same request, disturbed at random (best-of-N)."""
@@ -114,15 +124,15 @@ class Attacker(Protocol):
 
 
 def ask_all(victim: Victim, behaviours: Sequence[dict], tries: Sequence[list[dict]], generators, costs: Sequence[Cost]) -> None:
-    """Send all tries of all behaviours at once, and write the completions into them. Counts what it cost."""
+    """Send all tries of all behaviours at once, and write the completions into them."""
     flat = [(b, t, g, c) for b, ts, g, c in zip(behaviours, tries, generators, costs, strict=True) for t in ts]
+    if not flat:
+        return
     seeds = [draw_seeds(g, 1)[0] for _, _, g, _ in flat]
     answers = victim.ask([b for b, *_ in flat], [t["sent"] for _, t, *_ in flat], [t["opening"] for _, t, *_ in flat], seeds)
     for (_, attempt, _, cost), answer in zip(flat, answers, strict=True):
         attempt["completion"] = answer
-        cost.queries += 1
-        cost.forward_tokens += len(victim.encode(attempt["sent"], attempt["opening"]))
-        cost.forward_tokens += answer["reasoning_tokens"] + answer["answer_tokens"]
+        cost.asked(victim, attempt["sent"], attempt["opening"], answer)
 
 
 def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) -> dict[str, Any]:

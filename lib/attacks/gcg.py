@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lib.attacks.core import Attempt, Budget, Step, a_try, attach
+from lib.attacks.core import Attempt, Budget, Cost, Step, a_try, attach
 from lib.attacks.suffix import Slot, check_target
 from lib.chat import THINK_CLOSE
 from lib.settings import UserError
@@ -46,28 +46,30 @@ TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compli
 # ---- targets -----------------------------------------------------------------------------------------------
 
 
-def plain_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator) -> str:
+def plain_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
     return check_target(behaviour)
 
 
-def close_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator) -> str:
+def close_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
     return THINK_CLOSE + check_target(behaviour)
 
 
-def forged_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator) -> str:
+def forged_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
     return budget.forged + THINK_CLOSE + check_target(behaviour)
 
 
-def twin_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator) -> str:
+def twin_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
     """The first compliant one of a few reasonings about the behaviour's "twin"; the forged one if there is none."""
     seeds = draw_seeds(generator, TWIN_SAMPLES)
     twin = {**behaviour, "prompt": behaviour["twin"]}
     answers = victim.ask([twin] * TWIN_SAMPLES, [behaviour["twin"]] * TWIN_SAMPLES, [""] * TWIN_SAMPLES, seeds)
+    for answer in answers:
+        cost.asked(victim, behaviour["twin"], "", answer)
     own = [a["reasoning"] for a in answers if a["well_formed"] and a["refusal"] == "none" and a["reasoning"]]
     return (own[0] if own else budget.forged) + THINK_CLOSE + check_target(behaviour)
 
 
-TARGETS: dict[str, Callable[[Victim, dict, Budget, torch.Generator], str]] = {
+TARGETS: dict[str, Callable[[Victim, dict, Budget, torch.Generator, Cost], str]] = {
     "gcg": plain_target,
     "gcg_close": close_target,
     "gcg_forged": forged_target,
@@ -154,14 +156,17 @@ def gcg(target: str) -> Callable[..., list[Attempt]]:
     ) -> list[Attempt]:
         attempts = []
         for behaviour, generator in zip(behaviours, generators, strict=True):
-            slot = Slot(victim, behaviour, TARGETS[target](victim, behaviour, budget, generator), budget)
+            cost = Cost()
+            slot = Slot(victim, behaviour, TARGETS[target](victim, behaviour, budget, generator, cost), budget, cost)
 
-            def succeeds(suffix: str, behaviour: dict = behaviour) -> bool:
-                harm = victim.ask([behaviour], [attach(behaviour["prompt"], suffix)], [""], [0], greedy=True)[0]["harm"]
-                return harm is not None and harm >= budget.harm_threshold
+            def succeeds(suffix: str, behaviour: dict = behaviour, cost: Cost = cost) -> bool:
+                sent = attach(behaviour["prompt"], suffix)
+                answer = victim.ask([behaviour], [sent], [""], [0], greedy=True)[0]
+                cost.asked(victim, sent, "", answer)
+                return answer["harm"] is not None and answer["harm"] >= budget.harm_threshold
 
             trace = search([slot], budget, generator, on_step, succeeds)
-            attempts.append(Attempt(behaviour["id"], _tries(behaviour, trace), slot.cost.total()))
+            attempts.append(Attempt(behaviour["id"], _tries(behaviour, trace), cost.total()))
         return attempts
 
     return attack

@@ -32,9 +32,10 @@ class Slot:
     behaviour have equal length, so nothing is padded, and the result is that of a plain forward pass.
     """
 
-    def __init__(self, victim: Victim, behaviour: dict, target: str, budget: Budget) -> None:
+    def __init__(self, victim: Victim, behaviour: dict, target: str, budget: Budget, cost: Cost | None = None) -> None:
         self.victim, self.model, self.tokenizer, self.budget = victim, victim.model, victim.tokenizer, budget
-        self.id, self.prompt, self.cost = behaviour["id"], behaviour["prompt"].strip(), Cost()
+        self.id, self.prompt, self.cost = behaviour["id"], behaviour["prompt"].strip(), cost or Cost()
+        self.secret = check_target(behaviour)
         self.rows = budget.max_batch_tokens  # a bound on candidates at a time, lowered when memory runs out
         table = self.model.get_input_embeddings().weight
         assert isinstance(table, Tensor)
@@ -129,7 +130,7 @@ class Slot:
         size = self.table.shape[0]  # may exceed the tokenizer's, for padding
         banned = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         if self.budget.gcg_ban_target:
-            banned |= set(self.target.tolist())
+            banned |= set(self.tokenizer.encode(self.secret, add_special_tokens=False))  # not a reasoning before it
         words = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
         fine = [i not in banned and w.isascii() and w.isprintable() and w != " " for i, w in enumerate(words)]
         return torch.tensor(fine + [False] * (size - len(fine)))

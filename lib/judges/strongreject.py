@@ -8,8 +8,7 @@ So what complies in vain, empty or vague, does no harm. Questions, scales and fo
 in strong_reject/evaluate.py of GitHub dsbowen/strong_reject; the wording is ours, so figures compare with each other and
 not with published ones. There GPT-4o mini answers; here the default is an open model of 7 B parameters.
 
-It grades use, not intent: a good answer to a harmless question scores high, too. Refusals of harmless prompts are what
-the TARS paper counts with it (`StrongReject.refusals`).
+It grades use, not intent: a good answer to a harmless question scores high, too.
 """
 
 from __future__ import annotations
@@ -79,9 +78,6 @@ class StrongReject:
 
     def harm_score(self, prompts: list[str], answers: list[str]) -> list[float | None]:
         return [None if v is None else v.harm for v in self.verdicts(prompts, answers)]
-
-    def refusals(self, prompts: list[str], answers: list[str]) -> list[bool | None]:
-        return [None if v is None else v.refused for v in self.verdicts(prompts, answers)]
 
 
 def harm_judge(name: str = "") -> Score:

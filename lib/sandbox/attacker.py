@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from lib.attacks.core import Individual
 from lib.rewards import refusal_label
 from lib.sandbox import judge, world
+from lib.settings import UserError
 from lib.victim import draw_seeds
 
 PERSUASION = (  # the techniques of PAP's forty that this language has words for
@@ -35,11 +37,12 @@ class SandboxAttacker:
     """See `lib.attacks.core.Attacker`."""
 
     techniques = len(PERSUASION)
+    keeps_request = False
 
     def augment(self, prompt: str, generator: torch.Generator) -> str:
         """One to eight noise words before or behind the prompt."""
         rng = random.Random(draw_seeds(generator, 1)[0])
-        words = world.noise(rng, "eval", probability=1.0)
+        words = _noise(rng)
         return f"{words} {prompt}" if rng.random() < 0.3 else f"{prompt} {words}"
 
     def persuade(self, prompts: Sequence[str], techniques: Sequence[int], seeds: Sequence[int]) -> list[str]:
@@ -56,32 +59,36 @@ class SandboxAttacker:
         else:
             last = history[-1]
             hops = last["sent"].count("let ") // 3 + (1 if refusal_label(last["answer"]) != "none" else -1)
-        return _scene(rng, goal, min(max(hops, 0), 4)).ask(0)
+        return replace(_scene(rng, goal, min(max(hops, 0), 4)), before=_noise(rng), after="").ask(0)
 
     def individuals(self, goal: str, count: int, seeds: Sequence[int]) -> list[Individual]:
         people = []
         for seed in seeds:
             rng = random.Random(seed)
             before, _, after = rng.choice(WRAPPERS).partition("{}")
-            people.append(
-                Individual(
-                    (before.strip(), world.noise(rng, "eval")), _request(rng, goal), (after.strip(), world.noise(rng, "eval"))
-                )
-            )
+            people.append(Individual((before.strip(), _noise(rng)), _request(rng, goal), (after.strip(), _noise(rng))))
         return people
 
     def vary(self, parts: Sequence[str], goals: Sequence[str], requests: Sequence[bool], seeds: Sequence[int]) -> list[str]:
         varied = []
         for goal, is_request, seed in zip(goals, requests, seeds, strict=True):
             rng = random.Random(seed)
-            sentence = world.noise(rng, "eval", 1.0) if rng.random() < 0.5 else rng.choice(WRAPPERS[1:]).replace("{}", "").strip()
+            sentence = _noise(rng) if rng.random() < 0.5 else rng.choice(WRAPPERS[1:]).replace("{}", "").strip()
             varied.append(_request(rng, goal) if is_request else sentence)
         return varied
 
 
+def _noise(rng: random.Random) -> str:
+    """Up to eight words that mean nothing here: what stands in a recipe would be the answer, handed in."""
+    return " ".join(rng.choices(world.NOISE, k=rng.randint(1, 8)))
+
+
 def _scene(rng: random.Random, goal: str, hops: int) -> world.Scene:
     """The goal's thing in a disguise so many definitions deep, beside a decoy and a toy, as in the world's own jailbreaks."""
-    thing = judge.resolution(goal)[-1]
+    steps = judge.resolution(goal)
+    if not steps:
+        raise UserError(f"--attacker sandbox: not a prompt of the sandbox: {goal[:60]!r}; give a chat model")
+    thing = steps[-1]
     decoy, toy = rng.choice(world.things(world.SAFE, "eval")), f"{world.TOY} {rng.choice(world.things(world.DANGEROUS, 'eval'))}"
     return world.make_scene(rng, "eval", (thing, decoy, toy), hops, rng.choice(world.PLAIN_VERBS))
 
