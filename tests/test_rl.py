@@ -291,6 +291,11 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
     ]
     stage.score_rollouts(rollouts, Judge("j", harm, lambda prompts, answers: [0.8] * 4), 0)
     assert [r.reward for r in rollouts] == [1.0, 0.5, 0.8, 0.0]
+    silent = Judge("j", lambda prompts, answers: [None] * 4, lambda prompts, answers: [None] * 4)
+    stage.score_rollouts(rollouts, silent, 0)
+    assert [r.reward for r in rollouts] == [0.0] * 4  # no verdict earns nothing
+    seen.pop()
+    stage.score_rollouts(rollouts, Judge("j", harm, lambda prompts, answers: [0.8] * 4), 0)
     assert seen == [([f"x{i}" for i in range(4)], [f"y{i}" for i in range(4)])]
     nan = Judge("j", harm, lambda prompts, answers: [0.8, 0.8, math.nan, 0.8])
     with pytest.raises(UserError, match="step 9, prompt 2: .*nan.*--judge j"):
@@ -300,13 +305,13 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
 def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
     def line(kind: str, reward: float, **extra) -> dict:
         usual = {"completion": "so . </think> no .", "reasoning_tokens": 4, "refusal": "none"}
-        usual |= {"well_formed": True, "finish_reason": "eos"}
+        usual |= {"well_formed": True, "finish_reason": "eos", "harm": 0.0, "task": None}
         return {"kind": kind, "reward": reward, **usual, **extra}
 
     lines = [
         line("harmful", 1.0, refusal="full"),
         line("harmful", 1.0, refusal="partial"),
-        line("ambiguous", 0.0, reasoning_tokens=10),
+        line("ambiguous", 0.0, reasoning_tokens=10, task=0.0),
     ]
     lines.append(line("ambiguous", 0.5, completion="so so", well_formed=False, finish_reason="length"))
     summary = stage.summarise(lines, 2)
@@ -317,6 +322,7 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
         "refusal_rate_harmless": None,
     }
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
+    expected["unknown_verdicts"] = 1  # a harmful prompt needs no verdict on the task
     assert {key: summary[key] for key in expected} == expected
 
 
@@ -324,6 +330,7 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
 
 LOGGED = "step reward reward_harmful reward_harmless reward_ambiguous reasoning_tokens_harmful reasoning_tokens_harmless "
 LOGGED += "reasoning_tokens_ambiguous format_rate kl entropy grad_norm zero_advantage_groups sample_tokens_per_s "
+LOGGED += "unknown_verdicts "
 LOGGED += "train_tokens_per_s seconds_sample seconds_reward seconds_train"
 
 
