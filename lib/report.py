@@ -66,8 +66,8 @@ def sections(results: dict, lines: Sequence[dict]) -> list[Section]:
         Section(
             "Safety against refusal, and against use",
             "DSR is the share of attacks defended: the mean of held-out disguises and of the attacks that all models met, "
-            "without direct requests. Compliance is the share of harmless and ambiguous requests not refused. A wrong answer complies "
-            "too, so the task score (was the request served?) stands beside it. Up and to the right is better.",
+            "without direct requests. Compliance is the share of harmless and ambiguous requests not refused. A wrong answer "
+            "complies too, so the task score (was the request served?) stands beside it. Up and to the right is better.",
             [by_key("The plane in numbers", "", "plane", models, PLANE)],
             "plane",
         ),
