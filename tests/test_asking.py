@@ -150,6 +150,12 @@ def test_autodan_lowers_the_loss_and_keeps_the_request(model, tokenizer):
         assert losses[-1] == pytest.approx(loss, abs=1e-4)
 
 
+def test_word_scores_come_in_the_order_of_the_text_not_of_a_set():
+    """Else another process, after a kill, would draw other words from them."""
+    people = [Individual(tuple(f"word{i}" for i in range(30)), "r", ("end",))]
+    assert list(autodan.word_scores(people, [1.0], {})) == [*(f"word{i}" for i in range(30)), "end"]
+
+
 def test_children_take_each_sentence_from_a_parent_and_words_by_momentum():
     mother, father = Individual(("a", "b"), "r", ("c",)), Individual(("x",), "s", ("z", "q"))
     for seed in range(20):

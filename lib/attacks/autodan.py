@@ -106,7 +106,7 @@ def word_scores(people: list[Individual], losses: list[float], old: dict[str, fl
     """Word -> mean of -loss over the prompts that hold it, averaged with its old score."""
     held: dict[str, list[float]] = {}
     for person, loss in zip(people, losses, strict=True):
-        for word in {w for sentence in (*person.before, *person.after) for w in sentence.split()}:
+        for word in dict.fromkeys(" ".join((*person.before, *person.after)).split()):  # in order: a set's differs from run to run
             held.setdefault(word, []).append(-loss)
     new = {word: sum(values) / len(values) for word, values in held.items()}
     return {**old, **{word: (old[word] + value) / 2 if word in old else value for word, value in new.items()}}
