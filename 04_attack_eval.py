@@ -205,8 +205,9 @@ def run_attack(
     attack, budget = ATTACKS[name], settings.budget()
     at_once = attack.at_once or len(behaviours)
     done = [line for line in read_lines(path, model) if line["attack"] == name]
-    done = done[: len(done) // at_once * at_once] if len(done) < len(behaviours) else done
-    truncate_jsonl(path, lambda line: (line["model"], line["attack"]) != (model, name) or line in done)
+    if len(done) < len(behaviours) and len(done) % at_once:  # a kill fell into a part: all of that is done again
+        done = done[: len(done) // at_once * at_once]
+        truncate_jsonl(path, lambda line: (line["model"], line["attack"]) != (model, name) or line in done)
     todo = range(len(done), len(behaviours), at_once)
     steps = 0 if attack.asks or name == CONTROL else steps_of(name, budget)
     total = len(todo) * steps if steps else len(behaviours) - len(done)
