@@ -8,6 +8,8 @@ A layer's keys and values have the shape (rows, kv_heads, columns, head_dim). Ro
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The keyword argument that hands `cache` to a forward pass of `model`.
+
+    transformers 5.24 renamed it from `past_key_values`, and will drop the old name.
+    """
+    return {_cache_argument(type(model)): cache}
+
+
+@functools.cache
+def _cache_argument(model_class: type[PreTrainedModel]) -> str:
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
 
 
 class RoomyLayer(DynamicLayer):

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lib.attacks.core import Budget, Cost, attach
+from lib.kv_cache import with_cache
 from lib.settings import UserError
 from lib.victim import Victim
 
@@ -63,7 +64,8 @@ class Slot:
     def _read_prefix(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, (1, kv_heads, prefix, head_dim)."""
         ids = torch.tensor([self.prefix], device=self.model.device)
-        cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = DynamicCache()
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(self.model, cache))
         self._count(1, len(self.prefix))
         return [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -78,8 +80,8 @@ class Slot:
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
             layers.append(layer)
-        past = Cache(layers=layers)
-        return self.model(past_key_values=past, logits_to_keep=len(self.target), **inputs).logits.float()
+        past = with_cache(self.model, Cache(layers=layers))
+        return self.model(logits_to_keep=len(self.target), **inputs, **past).logits.float()
 
     def _count(self, rows: int, tokens: int) -> None:
         self.cost.queries += rows
