@@ -35,7 +35,7 @@ from tqdm import tqdm
 from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch, parse_completion, parse_direct
 from lib.files import append_jsonl, read_jsonl
 from lib.policy import load_policy, save_policy, token_logprobs
-from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
+from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes, sum_gradients
 from lib.rewards import KINDS, load_judge, refusal_label, total_reward
 from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import Completion, sample
@@ -151,19 +151,18 @@ def collect_rollouts(
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     seeds = torch.randint(2**62, (len(records), settings.group_size), generator=generator)
-    first, last = (len(records) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
-    share = records[first:last]  # a block: the shares of all ranks, one after the other, are in the order of one process
+    mine = share(records, processes)  # in blocks, so the rollouts of all ranks, one after the other, are in the order of one
     try:
         with precision(policy.device, settings.dtype):
             completions = sample(
                 policy,
-                [record["prompt_ids"] for record in share],
+                [record["prompt_ids"] for record in mine],
                 group_size=settings.group_size,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 eos_token_ids=eos_token_ids(policy, tokenizer),
                 max_batch_tokens=settings.max_sample_tokens,
-                seeds=seeds[first:last].flatten().tolist(),
+                seeds=sum(share(seeds.tolist(), processes), []),
                 progress=processes.rank == 0,
             )
     except FloatingPointError as error:
@@ -172,7 +171,7 @@ def collect_rollouts(
         ) from error
     rollouts = []
     for i, completion in enumerate(completions):  # prompt-major: completions of one prompt stand together
-        record = share[i // settings.group_size]
+        record = mine[i // settings.group_size]
         text = decode(tokenizer, completion.token_ids)
         parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
         reasoning_tokens = len(tokenizer.encode(parsed.reasoning, add_special_tokens=False)) if parsed.reasoning else 0
@@ -378,7 +377,7 @@ def main() -> None:
             finite_or_stop("gradient norm", update["grad_norm"], step, out)
             optimizer.step()
         clock.append(time.perf_counter())
-        described = [r for share in gather_objects([describe(r, step) for r in rollouts], processes) for r in share]
+        described = [r for part in gather_objects([describe(r, step) for r in rollouts], processes) for r in part]
         metrics = {"step": step, **summarise(described, settings.group_size), **update, "learning_rate": rate}
         seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
         tokens = sum(r["tokens"] for r in described)

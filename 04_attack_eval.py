@@ -2,6 +2,7 @@
 
     python 04_attack_eval.py --data runs/demo/data --out runs/demo/eval --direct base \\
         --models base=lib/sandbox/base sft=runs/demo/sft tars=runs/demo/rl rl-direct=runs/demo/rl-direct
+    torchrun --nproc-per-node 4 04_attack_eval.py ...    # the same on four GPUs, or four cores: each takes its share
 
 A defence is worth what it withstands, and what it costs. So all models meet, with the same random numbers:
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,7 @@ from lib.chat import load_tokenizer
 from lib.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from lib.metrics import attack_summary, differences, measure, shared_attacks
 from lib.policy import load_policy
+from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.report import write_report
 from lib.rewards import load_judge
 from lib.run_folder import checksums, claim_folder, stated_reasoning
@@ -103,7 +105,7 @@ class EvalSettings:
 
     def budget(self) -> Budget:
         given = {name: getattr(self, name) for name in Budget.__dataclass_fields__ if hasattr(self, name)}
-        checks = tuple(round(float(share) * self.gcg_steps) for share in self.budgets)
+        checks = tuple(round(float(part) * self.gcg_steps) for part in self.budgets)
         return Budget(**given, gcg_checks=checks)
 
 
@@ -171,9 +173,9 @@ def read_sets(settings: EvalSettings, names: Sequence[str]) -> dict[str, list[di
 
 def read_attacks(settings: EvalSettings) -> list[str]:
     """The names of --attacks. White-box attacks bring their control along."""
-    for share in settings.budgets:
-        if not re.fullmatch(r"0(\.\d+)?|1(\.0+)?|\.\d+", share):
-            raise UserError(f"--budgets: given {share}; allowed numbers from 0 to 1")
+    for text in settings.budgets:
+        if not re.fullmatch(r"0(\.\d+)?|1(\.0+)?|\.\d+", text):
+            raise UserError(f"--budgets: given {text}; allowed numbers from 0 to 1")
     names = list(ATTACKS) if "all" in settings.attacks else settings.attacks
     if any(ATTACKS[name].access == "white-box" for name in names):
         names = [CONTROL, *names]
@@ -183,8 +185,9 @@ def read_attacks(settings: EvalSettings) -> list[str]:
 # ---- attack ------------------------------------------------------------------------------------------------
 
 
-def load_victim(subject: Subject, settings: EvalSettings, judge) -> Victim:
-    model = load_policy(subject.path, device=settings.device, dtype=settings.dtype)
+def load_victim(subject: Subject, settings: EvalSettings, judge, processes: Processes) -> Victim:
+    device = pick_device(settings.device, processes.local_rank)
+    model = load_policy(subject.path, device=device, dtype=settings.dtype)
     return Victim(
         name=subject.name,
         model=model.requires_grad_(False),  # GCG wants gradients of its suffix, not of the weights
@@ -195,57 +198,66 @@ def load_victim(subject: Subject, settings: EvalSettings, judge) -> Victim:
         temperature=settings.temperature,
         max_batch_tokens=settings.max_batch_tokens,
         system=subject.system,
+        progress=processes.rank == 0,
     )
 
 
 def run_attack(
-    name: str, model: str, victim: Load, attacker: Callable, behaviours: list[dict], settings, path: Path
+    name: str, model: str, victim: Load, attacker: Callable, behaviours: list[dict], settings, path: Path, processes: Processes
 ) -> list[dict]:
-    """The attempts on all behaviours, lines of attacks.jsonl: the ones already there first; each part is saved as it ends."""
-    attack, budget = ATTACKS[name], settings.budget()
-    at_once = attack.at_once or len(behaviours)
-    done = [line for line in read_lines(path, model) if line["attack"] == name]
+    """The attempts on all behaviours, lines of attacks.jsonl: the ones already there first. Part by part: each process attacks
+    its share, then the part is saved."""
+    attack, budget, leader = ATTACKS[name], settings.budget(), processes.rank == 0
+    at_once = attack.at_once * processes.size or len(behaviours)
+    done = [line for line in read_lines(path, model, processes) if line["attack"] == name]
     if len(done) < len(behaviours) and len(done) % at_once:  # a kill fell into a part: all of that is done again
         done = done[: len(done) // at_once * at_once]
-        truncate_jsonl(path, lambda line: (line["model"], line["attack"]) != (model, name) or line in done)
+        if leader:
+            truncate_jsonl(path, lambda line: (line["model"], line["attack"]) != (model, name) or line in done)
     todo = range(len(done), len(behaviours), at_once)
-    steps = 0 if attack.asks or name == CONTROL else steps_of(name, budget)
-    total = len(todo) * steps if steps else len(behaviours) - len(done)
-    with tqdm(total=total, desc=f"{model}: {name}", unit="step" if steps else "behaviour", disable=not todo) as bar:
+    steps = 1 if attack.asks or name == CONTROL else steps_of(name, budget)
+    total = steps * (len(behaviours) - len(done) if attack.at_once else len(todo))
+    off = not (todo and leader)
+    with tqdm(total=total, desc=f"{model}: {name}", unit="behaviour" if steps == 1 else "step", disable=off) as bar:
         for begin in todo:
             part = behaviours[begin : begin + at_once]
-            generators = [random_numbers(settings.seed, f"{name}/{b['id']}") for b in part]
-            extra = (attacker(),) if attack.attacker else ()
-            attempts = attack.run(victim(), part, budget, generators, bar.update if steps else lambda: None, *extra)
-            for attempt in attempts:
-                done.append({"model": model, "attack": name, **asdict(attempt)})
-                append_jsonl(path, done[-1])
-            bar.update(0 if steps else len(part))
+            mine = share(part, processes) if attack.at_once else part[: len(part) * leader]  # one search for all has no shares
+            generators = [random_numbers(settings.seed, f"{name}/{b['id']}") for b in mine]
+            extra, on_step = (attacker(),) if attack.attacker else (), bar.update if steps > 1 else lambda: None
+            attempts = attack.run(victim(), mine, budget, generators, on_step, *extra) if mine else []
+            for attempt in sum(gather_objects([asdict(attempt) for attempt in attempts], processes), []):
+                done.append({"model": model, "attack": name, **attempt})
+                if leader:
+                    append_jsonl(path, done[-1])
+            bar.update(total * (len(done) - todo.start) / (len(behaviours) - todo.start) - bar.n)
     return done
 
 
-def attack_all(subjects: list[Subject], names, behaviours: list[dict], settings, judge, path: Path, seconds: dict) -> dict:
+def attack_all(
+    subjects: list[Subject], names, behaviours: list[dict], settings, judge, path: Path, seconds: dict, processes: Processes
+) -> dict:
     """{model: {attack: attempts}}. One model at a time is in memory, and the attacker, from when it is first needed."""
 
     @cache
     def attacker():
         limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
-        return load_attacker(settings.attacker, device=settings.device, dtype=settings.dtype, **limits)
+        device = pick_device(settings.device, processes.local_rank)
+        return load_attacker(settings.attacker, device=device, dtype=settings.dtype, **limits)
 
     attempts = {}
     for subject in subjects:
-        started, victim = time.perf_counter(), cache(lambda s=subject: load_victim(s, settings, judge))
+        started, victim = time.perf_counter(), cache(lambda s=subject: load_victim(s, settings, judge, processes))
         chosen = [name for name in names if subject.reasoning or not ATTACKS[name].reasoners_only]
-        given = (subject.name, victim, attacker, behaviours, settings, path)
+        given = (subject.name, victim, attacker, behaviours, settings, path, processes)
         attempts[subject.name] = {name: run_attack(name, *given) for name in chosen}
         seconds[subject.name] += time.perf_counter() - started
     return attempts
 
 
-def read_lines(path: Path, model: str) -> list[dict]:
-    """The lines of one model in a file that grows; none yet at the start."""
-    lines = read_jsonl(path) if path.is_file() and path.stat().st_size else []
-    return [line for line in lines if line["model"] == model]
+def read_lines(path: Path, model: str, processes: Processes) -> list[dict]:
+    """The lines of one model in a file that grows; none yet at the start. The one process that writes it reads it for all."""
+    lines = read_jsonl(path) if processes.rank == 0 and path.is_file() and path.stat().st_size else []
+    return gather_objects([line for line in lines if line["model"] == model], processes)[0]
 
 
 def plan(
@@ -264,7 +276,7 @@ def plan(
             if ATTACKS[name].asks:
                 tries = {t["step"]: t for t in line["trace"]}
             else:
-                marks = {0, last, *(round(float(share) * last) for share in settings.budgets)}
+                marks = {0, last, *(round(float(part) * last) for part in settings.budgets)}
                 tries = {m: [t for t in line["trace"] if t["step"] <= m][-1] for m in sorted(marks)}
             for step, attempt in tries.items():
                 blocks.setdefault((label, step), []).append((record, attempt))
@@ -278,27 +290,30 @@ def plan(
 # ---- judge -------------------------------------------------------------------------------------------------
 
 
-def run_answers(model: str, victim: Load, blocks: dict[Block, list[Asked]], seed: int, path: Path) -> list[dict]:
+def run_answers(model: str, victim: Load, blocks: dict[Block, list[Asked]], seed: int, path: Path, processes: Processes) -> None:
     """This model's lines of completions.jsonl, by blocks; one that a kill cut short is done again.
 
     The judge sees the request as it was given, and the answer without its reasoning.
     """
-    counts = Counter(block_of(line) for line in read_lines(path, model))
+    leader = processes.rank == 0
+    counts = Counter(block_of(line) for line in read_lines(path, model, processes))
     finished = {block for block, count in counts.items() if count == len(blocks[block])}
-    truncate_jsonl(path, lambda line: line["model"] != model or block_of(line) in finished)
-    for block, asked in tqdm(blocks.items(), desc=f"{model}: answers", unit="set"):
+    if leader:
+        truncate_jsonl(path, lambda line: line["model"] != model or block_of(line) in finished)
+    for block, asked in tqdm(blocks.items(), desc=f"{model}: answers", unit="set", disable=not leader):
         if block in finished:
             continue
         new = [pair for pair in asked if "completion" not in pair[1]]
-        records, sent, openings = [r for r, _ in new], [t["sent"] for _, t in new], [t["opening"] for _, t in new]
         seeds = draw_seeds(random_numbers(seed, f"{block[0]}/{block[1]}"), len(new))
-        answers = iter(victim().ask(records, sent, openings, seeds) if new else [])
-        for record, attempt in asked:
+        mine = share(new, processes)
+        records, sent, openings = [r for r, _ in mine], [t["sent"] for _, t in mine], [t["opening"] for _, t in mine]
+        read = victim().ask(records, sent, openings, share(seeds, processes)) if mine else []
+        answers: Iterator[dict] = iter(sum(gather_objects(read, processes), []))
+        for record, attempt in asked if leader else []:
             line = {"model": model, "set": block[0], "step": block[1], "asked": "completion" in attempt}
             line |= {key: record[key] for key in ("id", "kind", "category", "hops", "prompt") if key in record}
             completion = attempt["completion"] if "completion" in attempt else next(answers)
             append_jsonl(path, {**line, "sent": attempt["sent"], "opening": attempt["opening"], **completion})
-    return read_lines(path, model)
 
 
 def run_separation(model: str, victim: Load, sets: dict[str, list[dict]], gcg: list[dict], settings, path: Path) -> dict:
@@ -306,8 +321,9 @@ def run_separation(model: str, victim: Load, sets: dict[str, list[dict]], gcg: l
 
     Under GCG, as in the paper; and in disguises that both kinds share, so that nothing but the meaning tells them apart.
     """
-    for line in read_lines(path, model):
-        return line["separation"]
+    for line in read_jsonl(path) if path.is_file() and path.stat().st_size else []:
+        if line["model"] == model:
+            return line["separation"]
     safe = [record["prompt"] for record in sets.get("ambiguous", [])]
     groups = {"GCG and ambiguous": [line["trace"][-1]["sent"] for line in gcg]}
     groups["disguised and ambiguous"] = [record["prompt"] for record in sets.get("jailbreak", [])]
@@ -333,6 +349,8 @@ def block_of(line: dict) -> Block:
 
 def main() -> None:
     settings = parse_settings(EvalSettings, "eval")
+    processes = start_processes(settings.device)
+    leader = processes.rank == 0
     subjects, names = read_subjects(settings), read_attacks(settings)
     sets, judge = read_sets(settings, names), load_judge(settings.judge)
     out, behaviours = Path(settings.out), sets["direct"][: settings.behaviours]
@@ -342,27 +360,33 @@ def main() -> None:
         load_tokenizer(settings.attacker)
     inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]
     config = {**asdict(settings), **checksums(*inputs)}
-    claim_folder(out, config, overwrite=settings.overwrite, ignore=("max_batch_tokens", "device"))
-    prompts = ", ".join(f"{len(records)} {name}" for name, records in sets.items())
-    print(f"read {prompts} prompts from {settings.data}")
-    tried = ", ".join(names) if behaviours else "nothing"
-    print(f"will ask {len(subjects)} models, and attack {len(behaviours)} prompts by {tried}")
-    print(f"will write to {out}; about a minute for a sandbox model, hours for a real one: see the bars")
-
     attacks_path, completions_path, separation_path = (out / f"{n}.jsonl" for n in ("attacks", "completions", "separation"))
-    for path in (attacks_path, completions_path, separation_path):
-        truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
-    seconds = dict.fromkeys((subject.name for subject in subjects), 0.0)
-    attempts = attack_all(subjects, names if behaviours else [], behaviours, settings, judge, attacks_path, seconds)
-    lines, apart = [], {}
+    if leader:
+        claim_folder(out, config, overwrite=settings.overwrite, ignore=("max_batch_tokens", "device"))
+        for path in (attacks_path, completions_path, separation_path):
+            truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
+        prompts = ", ".join(f"{len(records)} {name}" for name, records in sets.items())
+        print(f"read {prompts} prompts from {settings.data}")
+        tried = ", ".join(names) if behaviours else "nothing"
+        print(f"will ask {len(subjects)} models, and attack {len(behaviours)} prompts by {tried}")
+        print(f"will write to {out}; about a minute for a sandbox model, hours for a real one: see the bars")
+
+    seconds, names = dict.fromkeys((subject.name for subject in subjects), 0.0), names if behaviours else []
+    attempts = attack_all(subjects, names, behaviours, settings, judge, attacks_path, seconds, processes)
+    apart = {}
     for subject in subjects:  # judge
-        started, victim = time.perf_counter(), cache(lambda s=subject: load_victim(s, settings, judge))  # when first needed
+        started, victim = time.perf_counter(), cache(lambda s=subject: load_victim(s, settings, judge, processes))
         blocks = plan(subject.name, sets, attempts, settings)
-        lines += run_answers(subject.name, victim, blocks, settings.seed, completions_path)
-        gcg = attempts[subject.name].get("gcg", [])
-        apart[subject.name] = run_separation(subject.name, victim, sets, gcg, settings, separation_path)
+        run_answers(subject.name, victim, blocks, settings.seed, completions_path, processes)
+        if leader:
+            gcg = attempts[subject.name].get("gcg", [])
+            apart[subject.name] = run_separation(subject.name, victim, sets, gcg, settings, separation_path)
         seconds[subject.name] = round(seconds[subject.name] + time.perf_counter() - started, 1)
-    models, shared = {}, shared_attacks(lines)
+    stop_processes()
+    if not leader:
+        return
+    models, lines = {}, read_jsonl(completions_path)
+    shared = shared_attacks(lines)
     for subject in subjects:  # measure
         mine = [line for line in lines if line["model"] == subject.name]
         figures = measure(mine, reasoning=subject.reasoning, threshold=settings.harm_threshold, seed=settings.seed, shared=shared)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,12 @@ def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
 
     transformers 5.24 renamed it from `past_key_values`, and will drop the old name.
     """
-    return {_cache_argument(type(model)): cache}
+    return {_cache_argument(type(model).forward): cache}
 
 
 @functools.cache
-def _cache_argument(model_class: type[PreTrainedModel]) -> str:
-    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
+def _cache_argument(forward: Callable) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class RoomyLayer(DynamicLayer):

@@ -7,15 +7,17 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lib.files import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,16 @@ def start_processes(device: str, timeout_s: float = 7200) -> Processes:
         if backend == "gloo":  # its threads abort an interpreter that exits, on an error, while they run
             atexit.register(stop_processes)
     return processes
+
+
+def share(items: Sequence[T], processes: Processes) -> Sequence[T]:
+    """This process's part of `items`, a block: the blocks of all ranks, one after the other, are the whole.
+
+    >>> [share("abcde", Processes(rank, 2, rank)) for rank in (0, 1)]
+    ['ab', 'cde']
+    """
+    first, last = (len(items) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
+    return items[first:last]
 
 
 def stop_processes() -> None:

@@ -29,6 +29,7 @@ class Victim:
     temperature: float
     max_batch_tokens: int | None = None
     system: str = ""  # a system prompt of its own
+    progress: bool = True  # show a bar where an answer takes long
 
     def encode(self, sent: str, opening: str = "") -> list[int]:
         """Token ids of what it reads. `opening`: words put into its mouth, behind the "<think>\\n" of a reasoner."""
@@ -60,7 +61,7 @@ class Victim:
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer),
                 seeds=seeds,
                 max_batch_tokens=self.max_batch_tokens,
-                progress=True,
+                progress=self.progress,
             )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"{self.name}: {error}") from error

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from stages import PATIENCE, run_group  # noqa: E402
 from test_attacks import make_model, make_tokenizer  # noqa: E402
 
 from lib import metrics, report  # noqa: E402
@@ -299,6 +300,26 @@ def test_a_killed_run_ends_with_the_same_results(given, finished, tmp_path, monk
     run(given, out, monkeypatch)
     assert read_results(out) == read_results(finished)
     assert (out / "completions.jsonl").read_bytes() == (finished / "completions.jsonl").read_bytes()
+
+
+def test_two_processes_find_and_answer_what_one_does(given, tmp_path, monkeypatch):
+    more = ["--attacks", "gcg", "gcg_universal", "prefill_answer", "--behaviours", "3", "--judge", "stages"]
+    one = run(given, tmp_path / "one", monkeypatch, *more)
+    words = [*sys.argv[1:], "--out", str(tmp_path / "two")]
+    for rank, process in enumerate(run_group("04_attack_eval", words, tmp_path / "log")):
+        process.join(PATIENCE)
+        assert process.exitcode == 0, (tmp_path / f"log.{rank}").read_text()
+    a, b = ([plain(x) for x in read_jsonl(out / "attacks.jsonl")] for out in (one, tmp_path / "two"))
+    assert len(a) == 2 * (4 * 3) and a == b
+    assert read_jsonl(one / "completions.jsonl") == read_jsonl(tmp_path / "two/completions.jsonl")
+    a, b = (read_results(out)["models"] for out in (one, tmp_path / "two"))
+    assert all(a[name]["dsr"] == b[name]["dsr"] for name in a)
+
+
+def plain(attempt: dict) -> dict:
+    """Without the clock, and losses to five digits: the last ones depend on who shares a matrix product."""
+    trace = [{**t, "loss": t["loss"] and pytest.approx(t["loss"], rel=1e-5)} for t in attempt["trace"]]
+    return {**attempt, "trace": trace, "cost": {k: v for k, v in attempt["cost"].items() if k != "seconds"}}
 
 
 def cut(path: Path, size: float) -> None:

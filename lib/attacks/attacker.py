@@ -104,7 +104,7 @@ class LanguageModelAttacker:
         return self.write([REPHRASE.format(sentence=part) for part in parts], seeds)
 
 
-def load_attacker(name: str, *, device: str, dtype: str, max_new_tokens: int, max_batch_tokens: int | None):
+def load_attacker(name: str, *, device: str | torch.device, dtype: str, max_new_tokens: int, max_batch_tokens: int | None):
     """The attacker "sandbox", or a chat model by folder or hub name."""
     if name == "sandbox":
         from lib.sandbox.attacker import SandboxAttacker

@@ -6,6 +6,8 @@ chat template, prompt | suffix | end of turn, model's turn | target
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,7 +69,8 @@ class Slot:
         cache = DynamicCache()
         self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(self.model, cache))
         self._count(1, len(self.prefix))
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
 
     def _logits(self, rows: int, **inputs: Tensor) -> Tensor:
         """Logits that predict the target, (rows, target, vocab) fp32; no others are computed.
