@@ -33,8 +33,9 @@ from lib.policy import load_policy, save_policy, token_logprobs
 from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
 from lib.run_folder import checksums, claim_folder
 from lib.settings import UserError, parse_settings, run_main, setting
+from lib.sharding import backward, check_shards, full_weights, gradient_norm, is_sharded, shard
 from lib.state import finish, is_finished, load_progress, save_progress
-from lib.training import epoch_order, finite_or_stop, micro_batches, precision, set_learning_rate
+from lib.training import epoch_order, even_rounds, finite_or_stop, micro_batches, precision, set_learning_rate
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Settings:
     patience: int = setting(1, "stop after this many epochs without a better held-out loss; the best weights are kept", low=1)
     max_batch_tokens: int = setting(16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    shard: bool = setting(False, "with torchrun: each process keeps a part of the model (FSDP2), for one that fits no GPU")
+    offload: bool = setting(False, "with --shard: keep the shards of weights and optimizer in the CPU's memory")
     save_every: int = setting(50, "updates between resume points", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
@@ -100,18 +103,23 @@ def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Exa
 
 
 def negative_log_likelihood(
-    model, examples: list[Example], pad_id: int, settings: Settings, backward_scale: float = 0.0
+    model, examples: list[Example], pad_id: int, settings: Settings, processes: Processes, backward_scale: float = 0.0
 ) -> float:
-    """Sum of -log p over all learned tokens, in micro-batches; with `backward_scale`, adds its scaled gradient to .grad."""
+    """Sum of -log p over this process's share of all learned tokens, in micro-batches; with `backward_scale`, adds its scaled
+    gradient to .grad. `examples` are those of all processes."""
     total = 0.0
-    for indices in micro_batches([len(e.ids) for e in examples], settings.max_batch_tokens):
-        ids, attention_mask = pad_batch([examples[i].ids for i in indices], pad_id, side="right")  # (B, T)
-        mask, _ = pad_batch([examples[i].mask for i in indices], 0, side="right")
+    mine = examples[processes.rank :: processes.size]
+    for indices in even_rounds(micro_batches([len(e.ids) for e in mine], settings.max_batch_tokens), model, processes):
+        batch = [mine[i] for i in indices] or [
+            Example(examples[0].ids, [False] * len(examples[0].ids))
+        ]  # nothing left: a loss of 0
+        ids, attention_mask = pad_batch([e.ids for e in batch], pad_id, side="right")  # (B, T)
+        mask, _ = pad_batch([e.mask for e in batch], 0, side="right")
         ids, attention_mask, mask = (t.to(model.device) for t in (ids, attention_mask, mask.bool()))
         with torch.set_grad_enabled(backward_scale > 0), precision(model.device, settings.dtype):
             loss = -token_logprobs(model, ids, attention_mask, mask).sum()
         if backward_scale:
-            (loss * backward_scale).backward()
+            backward(loss * backward_scale, model, processes)
         total += loss.item()
     return total
 
@@ -119,32 +127,34 @@ def negative_log_likelihood(
 def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Settings, processes: Processes):
     """One update on `batch` (the same list on every rank). Returns (mean loss per token, gradient norm before clipping)."""
     tokens = sum(sum(e.mask) for e in batch)  # over all ranks, so that shares of any size add up to the mean
-    share = batch[processes.rank :: processes.size]
     optimizer.zero_grad()
-    loss = negative_log_likelihood(model, share, pad_id, settings, backward_scale=1 / tokens)
+    loss = negative_log_likelihood(model, batch, pad_id, settings, processes, backward_scale=1 / tokens)
     loss = sum(gather_objects(loss, processes)) / tokens
-    sum_gradients(model, processes)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf).item()
-    return loss, norm
+    if not is_sharded(model):
+        sum_gradients(model, processes)
+    return loss, gradient_norm(model, settings.max_grad_norm or math.inf)
 
 
 def held_out_loss(model, examples: list[Example], pad_id: int, settings: Settings, processes: Processes) -> float:
-    share = examples[processes.rank :: processes.size]
-    loss = negative_log_likelihood(model, share, pad_id, settings)
+    loss = negative_log_likelihood(model, examples, pad_id, settings, processes)
     return sum(gather_objects(loss, processes)) / sum(sum(e.mask) for e in examples)
 
 
 def main() -> None:
     settings = parse_settings(Settings, "sft")
     processes = start_processes(settings.device)
+    check_shards(settings.shard, settings.offload, processes)
     out, leader = Path(settings.out), processes.rank == 0
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)
-    model = load_policy(settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing)
+    at_first = "cpu" if settings.shard else device
+    model = load_policy(settings.model, device=at_first, gradient_checkpointing=settings.gradient_checkpointing)
+    if settings.shard:
+        shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
         config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "sft.jsonl")}
-        claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every",))
+        claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "shard", "offload"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_out = out.with_name(out.name.replace("sft", "rl") if "sft" in out.name else f"{out.name}-rl")
     next_command = f"python 03_rl_train.py --preset {settings.preset} --data {settings.data} --model {out} --out {next_out}"
@@ -157,7 +167,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
     )
-    state = load_progress(out, model, optimizer, ["metrics.jsonl"], write=leader)
+    state = load_progress(out, model, optimizer, processes, ["metrics.jsonl"])
     best_loss, best_weights, bad_epochs = state.get("best_loss", math.inf), state.get("best"), state.get("bad_epochs", 0)
     if leader:
         print(f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}, {device}")
@@ -182,18 +192,17 @@ def main() -> None:
             bad_epochs = 0 if metrics["held_out_loss"] < best_loss else bad_epochs + 1
             if not bad_epochs:
                 best_loss = metrics["held_out_loss"]
-                best_weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+                best_weights = {k: v.clone() for k, v in full_weights(model).items()}  # on rank 0
         metrics["seconds"] = time.perf_counter() - started
         bar.set_postfix(loss=f"{loss:.3f}")
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)
-            if (step + 1) % settings.save_every == 0 or "held_out_loss" in metrics:
-                best = {"best": best_weights} if best_weights else {}
-                save_progress(out, step + 1, model, optimizer, best_loss=best_loss, bad_epochs=bad_epochs, **best)
-    if best_weights:
-        model.load_state_dict(best_weights)
+        if (step + 1) % settings.save_every == 0 or "held_out_loss" in metrics:
+            best = {"best": best_weights} if best_weights else {}
+            save_progress(out, step + 1, model, optimizer, processes, best_loss=best_loss, bad_epochs=bad_epochs, **best)
+    weights = full_weights(model)
     if leader:
-        save_policy(model, tokenizer, out)
+        save_policy(model, tokenizer, out, best_weights or weights)
         finish(out)
         print(f"wrote {out}. Next: {next_command}")
     stop_processes()

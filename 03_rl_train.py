@@ -40,8 +40,9 @@ from lib.rewards import KINDS, load_judge, refusal_label, total_reward
 from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import Completion, sample
 from lib.settings import UserError, parse_settings, run_main, setting
+from lib.sharding import backward, check_shards, full_weights, gathered, gradient_norm, is_sharded, shard
 from lib.state import finish, is_finished, load_progress, save_progress
-from lib.training import epoch_order, finite_or_stop, micro_batches, precision, set_learning_rate
+from lib.training import epoch_order, even_rounds, finite_or_stop, micro_batches, precision, set_learning_rate
 
 
 @dataclass
@@ -85,6 +86,8 @@ class Settings:
     max_batch_tokens: int = setting(16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16)
     max_sample_tokens: int = setting(65536, "rows x columns of the sampler's KV cache, tokens", low=16)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    shard: bool = setting(False, "with torchrun: each process keeps a part of the model (FSDP2), for one that fits no GPU")
+    offload: bool = setting(False, "with --shard: keep the shards of weights and optimizer in the CPU's memory")
     save_every: int = setting(10, "steps between resume points", low=1)
     rollouts_every: int = setting(5, "steps between samples in rollouts.jsonl", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -153,7 +156,7 @@ def collect_rollouts(
     seeds = torch.randint(2**62, (len(records), settings.group_size), generator=generator)
     mine = share(records, processes)  # in blocks, so the rollouts of all ranks, one after the other, are in the order of one
     try:
-        with precision(policy.device, settings.dtype):
+        with precision(policy.device, settings.dtype), gathered(policy):
             completions = sample(
                 policy,
                 [record["prompt_ids"] for record in mine],
@@ -259,8 +262,9 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
     total_tokens, total_rollouts = (sum(column) for column in zip(*totals, strict=True))
     sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "sampler_gap": 0.0}
     optimizer.zero_grad()
-    for indices in micro_batches([len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts], settings.max_batch_tokens):
-        batch = [rollouts[i] for i in indices]
+    batches = micro_batches([len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts], settings.max_batch_tokens)
+    for indices in even_rounds(batches, policy, processes):
+        batch = [rollouts[i] for i in indices] or rollouts[-1:]  # nothing left: any one, at weight 0
         lengths = [len(r.completion.token_ids) for r in batch]
         ids, attention_mask = pad_batch([r.prompt_ids + r.completion.token_ids for r in batch], pad_id, side="right")  # (B, T)
         mask, _ = pad_batch([[0] * len(r.prompt_ids) + [1] * n for r, n in zip(batch, lengths, strict=True)], 0, side="right")
@@ -277,18 +281,21 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
                 rollout.old_logprobs = old_logprobs[row, mask[row]]  # first update: on-policy, the ratio is exactly 1
             old_logprobs[row, mask[row]] = rollout.old_logprobs
         advantages = torch.tensor([r.advantage for r in batch], device=ids.device)
-        weights = sequence_weights(torch.tensor(lengths), total_tokens, total_rollouts, settings).to(ids.device)
+        weights = sequence_weights(torch.tensor(lengths), total_tokens, total_rollouts, settings).to(ids.device) * bool(indices)
         loss = grpo_loss(logprobs, old_logprobs, reference_logprobs, advantages, mask, weights, settings)
-        loss.backward()
+        backward(loss, policy, processes)
+        if not indices:
+            continue
         sampled = torch.tensor([x for r in batch for x in r.completion.logprobs], device=ids.device)
         sums["loss"] += loss.item()
         sums["kl"] += kl_estimate(logprobs.detach(), reference_logprobs, settings.kl_estimator)[mask].sum().item()
         sums["entropy"] += entropy[mask].sum().item()
         sums["sampler_gap"] += (logprobs.detach()[mask] - sampled).abs().sum().item()
-    sum_gradients(policy, processes)
+    if not is_sharded(policy):
+        sum_gradients(policy, processes)
     everyone = gather_objects(sums, processes)
     metrics = {key: sum(part[key] for part in everyone) / (1 if key == "loss" else total_tokens) for key in sums}
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm or math.inf).item()
+    metrics["grad_norm"] = gradient_norm(policy, settings.max_grad_norm or math.inf)
     return metrics
 
 
@@ -333,18 +340,23 @@ def main() -> None:
     settings = parse_settings(Settings, "rl")
     processes = start_processes(settings.device)
     out, leader = Path(settings.out), processes.rank == 0
+    check_shards(settings.shard, settings.offload, processes)
     if processes.size > settings.prompts_per_step:
         raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
     if stated_reasoning(settings.model) not in (None, settings.reasoning):
         raise UserError(f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way")
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     device = pick_device(settings.device, processes.local_rank)
-    policy = load_policy(settings.model, device=device, gradient_checkpointing=settings.gradient_checkpointing)
-    reference = load_policy(settings.model, device=device, dtype=settings.dtype).requires_grad_(False)
+    at_first = "cpu" if settings.shard else device
+    policy = load_policy(settings.model, device=at_first, gradient_checkpointing=settings.gradient_checkpointing)
+    reference = load_policy(settings.model, device=at_first, dtype=settings.dtype).requires_grad_(False)
+    if settings.shard:
+        for model in (policy, reference):
+            shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
         config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "rl.jsonl")}
-        claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "rollouts_every"))
+        claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "rollouts_every", "shard", "offload"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
     if is_finished(out):
@@ -354,7 +366,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
     )
-    start = load_progress(out, policy, optimizer, ["metrics.jsonl", "rollouts.jsonl"], write=leader)["step"]
+    start = load_progress(out, policy, optimizer, processes, ["metrics.jsonl", "rollouts.jsonl"])["step"]
     if leader:
         print(f"read {len(records)} prompts from {settings.data}; policy and reference {settings.model}; judge {settings.judge}")
         amount = f"{total} steps of {settings.prompts_per_step} x {settings.group_size} on {processes.size} x {device}"
@@ -389,10 +401,11 @@ def main() -> None:
             if step % settings.rollouts_every == 0:
                 for shown in described[:: max(1, len(described) // 8)]:
                     append_jsonl(out / "rollouts.jsonl", shown)
-            if (step + 1) % settings.save_every == 0:
-                save_progress(out, step + 1, policy, optimizer)
+        if (step + 1) % settings.save_every == 0:
+            save_progress(out, step + 1, policy, optimizer, processes)
+    weights = full_weights(policy)
     if leader:
-        save_policy(policy, tokenizer, out)
+        save_policy(policy, tokenizer, out, weights)
         finish(out)
         print(f"wrote {out}. Next: {next_command}")
     stop_processes()

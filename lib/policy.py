@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lib.files import UserError
 from lib.hub import load_pretrained, quiet
 from lib.processes import pick_device
+from lib.sharding import call_within_forward
 from lib.state import disk_errors
 
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -74,8 +75,12 @@ def _check_head(model: PreTrainedModel, name_or_path: str | Path) -> None:
         raise UserError(f"{name_or_path}: {kind} treats its logits in a way that lib/policy.py does not know")
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_policy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, weights: dict | None = None
+) -> None:
     """An ordinary Hugging Face checkpoint in `folder`, beside whatever else lies there. Rank 0 only.
+
+    `weights`: of a sharded model, those that `lib.sharding.full_weights` gathered.
 
     It is written to a temporary folder, then moved file by file, config.json last: where there is a
     config.json, there is a whole checkpoint.
@@ -86,7 +91,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     temporary.mkdir(parents=True)
     try:
         with quiet(), disk_errors(folder):
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(str(temporary))
         for source in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
             with source.open("rb") as file:
@@ -125,10 +130,27 @@ def token_logprobs(
     row, column = completion_mask.nonzero(as_tuple=True)  # (N,) each
     if not bool((column > 0).all() & attention_mask[row, column - 1].all()):
         raise ValueError("completion_mask is True on a token with none before it")
+    inputs = (input_ids, attention_mask, row, column, temperature, chunk_size, with_entropy)
+    logprobs, entropy = call_within_forward(_masked_logprobs, model, *inputs)
+    zeros = torch.zeros(input_ids.shape, dtype=torch.float32, device=logprobs.device)
+    logprobs, entropy = (zeros.index_put((row, column), part) for part in (logprobs, entropy))
+    return (logprobs, entropy) if with_entropy else logprobs
+
+
+def _masked_logprobs(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor,  # (B, T)
+    row: Tensor,  # (N,) where the masked tokens stand
+    column: Tensor,  # (N,)
+    temperature: float,
+    chunk_size: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of the masked tokens, (N,) fp32 each."""
     # The state at t - 1 predicts token t.
     hidden = _hidden_states(model, input_ids, attention_mask)[row, column - 1]  # (N, H)
     targets = input_ids[row, column]  # (N,)
-
     recompute = torch.is_grad_enabled() and len(targets) > chunk_size
     parts = []
     for begin in range(0, max(1, len(targets)), chunk_size):  # one round for an empty mask: its gradient is zero
@@ -138,10 +160,8 @@ def token_logprobs(
             parts.append(checkpoint(_chunk_logprobs, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(_chunk_logprobs(*inputs))
-
-    zeros = torch.zeros(input_ids.shape, dtype=torch.float32, device=hidden.device)
-    logprobs, entropy = (zeros.index_put((row, column), torch.cat(part)) for part in zip(*parts, strict=True))
-    return (logprobs, entropy) if with_entropy else logprobs
+    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs, entropy
 
 
 def _hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

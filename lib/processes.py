@@ -63,7 +63,7 @@ def start_processes(device: str, timeout_s: float = 7200) -> Processes:
         if kind.type == "cuda":
             torch.cuda.set_device(kind)
         backend = "nccl" if kind.type == "cuda" else "gloo"
-        with _lost_process():
+        with lost_process():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         if backend == "gloo":  # its threads abort an interpreter that exits, on an error, while they run
             atexit.register(stop_processes)
@@ -89,8 +89,11 @@ def stop_processes() -> None:
 def sum_gradients(model: torch.nn.Module, processes: Processes) -> None:
     """Replace every gradient by its sum over the processes; a parameter without one counts as zero.
 
-    One buffer per dtype, so a handful of messages and not one per parameter. If each process scales its loss
-    by the count over all of them, the sum is the gradient of the mean.
+    What DistributedDataParallel does, by hand: that sums in every backward pass, so all processes would need equally
+    many micro-batches, and takes the mean, which is not that of completions of different lengths. Here it is one sum an
+    update. (The gradients of a sharded model are summed already, see lib.sharding.) One buffer per dtype, so a handful of
+    messages and not one per parameter. If each process scales its loss by the count over all of them, the sum is the
+    gradient of the mean.
     """
     if processes.size == 1:
         return
@@ -99,7 +102,7 @@ def sum_gradients(model: torch.nn.Module, processes: Processes) -> None:
         parameters = list(group)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         buffer = torch.cat([gradient.flatten() for gradient in gradients])
-        with _lost_process():
+        with lost_process():
             dist.all_reduce(buffer)
         sums = buffer.split([p.numel() for p in parameters])
         for parameter, summed in zip(parameters, sums, strict=True):
@@ -117,7 +120,7 @@ def gather_objects(obj: Any, processes: Processes) -> list[Any]:
         return [json.loads(text)]
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)  # (bytes,)
-    with _lost_process():
+    with lost_process():
         lengths = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(processes.size)]
         dist.all_gather(lengths, torch.tensor([len(data)], device=device))
         longest = max(int(length) for length in lengths)
@@ -128,15 +131,18 @@ def gather_objects(obj: Any, processes: Processes) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _lost_process() -> Iterator[None]:
-    """Turns the many errors of a group with a dead member into one that says so."""
+def lost_process(*signs: str) -> Iterator[None]:
+    """Turns the many errors of a group with a dead member into one that says so. With `signs`, only an error whose text has
+    one of them."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())
+        if signs and not any(sign in reason for sign in signs):
+            raise
         raise UserError(
-            f"lost another process of this run, killed or silent for too long ({reason}): see its message, "
+            f"lost another process of this run, killed or silent for too long ({reason[:160]}): see its message, "
             "then run the same command again to resume"
         ) from error

@@ -19,35 +19,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.files import UserError, atomic, truncate_jsonl
+from lib.processes import Processes, gather_objects
+from lib.sharding import full_optimizer, full_weights, set_optimizer, set_weights
 
 
-def save_progress(out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **extra: object) -> None:
-    """One atomic file with all that `load_progress` needs. `step` is the number of finished steps."""
-    (out / "state").mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **extra}
-    save_state(out / "state" / "progress.safetensors", state)
+def save_progress(
+    out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes, **extra: object
+) -> None:
+    """One atomic file, by rank 0, with all that `load_progress` needs; all ranks have to call it. `step` is the number of
+    finished steps; `extra` is rank 0's. The file does not depend on the number of processes, nor on shards."""
+    state = {"step": step, "model": full_weights(model), "optimizer": full_optimizer(model, optimizer), **extra}
+    if processes.rank == 0:
+        (out / "state").mkdir(parents=True, exist_ok=True)
+        save_state(out / "state" / "progress.safetensors", state)
 
 
 def load_progress(
-    out: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    logs: Sequence[str] = (),
-    write: bool = True,
+    out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes, logs: Sequence[str] = ()
 ) -> dict:
     """Restore model and optimizer in place, drop log lines past the checkpoint; {"step": 0} when there is none.
 
-    `logs` are jsonl files in `out` whose records have a "step"; only the process with `write` (rank 0) touches them.
+    Returns step and extra; of tensors in it, only rank 0 has any. `logs` are jsonl files in `out` whose records have a "step";
+    only rank 0 touches them, and the state's file.
     """
-    path = out / "state" / "progress.safetensors"
-    state: dict[str, Any] = load_state(path) if path.exists() else {"step": 0}
-    if "model" in state:
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+    path, leader = out / "state" / "progress.safetensors", processes.rank == 0
+    state: dict[str, Any] = load_state(path) if leader and path.exists() else {"step": 0}
+    weights, optimizer_state = state.pop("model", {}), state.pop("optimizer", {})
+    plain = {key: value for key, value in state.items() if not isinstance(value, dict)}
+    plain, found = gather_objects([plain, bool(weights)], processes)[0]
+    if found:
+        set_weights(model, weights, processes)
+        set_optimizer(model, optimizer, optimizer_state, processes)
     for log in logs:
-        if write and (out / log).exists():
-            truncate_jsonl(out / log, lambda record: record["step"] < state["step"])
-    return state
+        if leader and (out / log).exists():
+            truncate_jsonl(out / log, lambda record: record["step"] < plain["step"])
+    return {**state, **plain}
 
 
 def is_finished(out: Path) -> bool:

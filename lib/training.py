@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lib.processes import Processes, gather_objects
 from lib.settings import UserError
+from lib.sharding import is_sharded
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -29,6 +31,12 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def even_rounds(batches: list[list[int]], model: torch.nn.Module, processes: Processes) -> list[list[int]]:
+    """Micro-batches, with empty ones behind where a sharded model needs equally many on all processes."""
+    rounds = max(gather_objects(len(batches), processes)) if is_sharded(model) else len(batches)
+    return batches + [[]] * (rounds - len(batches))
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import json
 import math
 import os
 import random
@@ -432,3 +433,59 @@ def test_a_killed_process_ends_the_other_with_one_line_and_the_run_resumes(data,
         assert process.exitcode == 0
     assert (out / "model.safetensors").exists() and not (out / "state").exists()
     assert [line["step"] for line in metrics_of(out)] == list(range(9))
+
+
+RATE = 3e-5  # see test_torchrun_with_two_processes_equals_one
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory) -> Path:
+    """9 steps in one process, at a rate at which rounding stays rounding."""
+    out = tmp_path_factory.mktemp("alone") / "rl"
+    run_process(RL, rl_flags(data, out, epochs=2.0, learning_rate=RATE), out.with_suffix(".log"))
+    return out
+
+
+def same_as(alone: Path, out: Path) -> None:
+    assert stages.same_update(alone, out, world.BASE)
+    mine, theirs = (read_jsonl(path / "rollouts.jsonl") for path in (alone, out))
+    assert [r["completion"] for r in mine] == [r["completion"] for r in theirs]
+    for a, b in zip(metrics_of(alone), metrics_of(out), strict=True):
+        assert a == {k: v if v is None else pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in b.items()}
+
+
+@pytest.mark.parametrize("size, shard, offload", [(4, False, False), (2, True, False), (4, True, False), (2, True, True)])
+def test_any_number_of_processes_and_shards_equal_one_process(data, alone, tmp_path, size, shard, offload):
+    out, log = tmp_path / "rl", tmp_path / "log"
+    words = rl_flags(data, out, epochs=2.0, learning_rate=RATE, shard=shard, offload=offload, gradient_checkpointing=offload)
+    for rank, process in enumerate(run_group(RL, words, log, size)):
+        process.join(stages.PATIENCE)
+        assert process.exitcode == 0, log.with_suffix(f".{rank}").read_text()
+    same_as(alone, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_five_kills_of_any_process_and_other_numbers_of_them(data, alone, tmp_path):
+    out, rng = tmp_path / "rl", random.Random(time.time_ns())
+    for lines, size, shard in ((1, 2, True), (3, 4, False), (4, 3, True), (6, 2, False), (7, 2, True)):
+        words = rl_flags(data, out, epochs=2.0, learning_rate=RATE, shard=shard, save_every=1)
+        group = run_group(RL, words, tmp_path / "log", size)
+        wait_for_lines(out / "metrics.jsonl", lines, group[0])
+        time.sleep(rng.uniform(0, 0.2))
+        victim = rng.randrange(size)
+        kill_9(group[victim])
+        for rank, process in enumerate(group):
+            process.join(stages.PATIENCE)
+            text = (tmp_path / f"log.{rank}").read_text()
+            assert rank == victim or process.exitcode == 2 and "lost another process" in text, text
+    run_process(RL, rl_flags(data, out, epochs=2.0, learning_rate=RATE), tmp_path / "log")
+    same_as(alone, out)
+
+
+@pytest.mark.parametrize(
+    "settings, message", [({"shard": True}, "there is one process"), ({"offload": True}, "so it needs --shard")]
+)
+def test_shards_need_several_processes(data, tmp_path, monkeypatch, capsys, settings, message):
+    assert message in stages.error_of(RL, rl_flags(data, tmp_path / "rl", **settings), monkeypatch, capsys)
+    assert not (tmp_path / "rl").exists()

@@ -169,13 +169,15 @@ def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
     assert same_run(one, other)
 
 
-def test_two_processes_equal_one(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size, shard", [(2, False), (2, True), (4, True)])
+def test_processes_and_shards_equal_one(data, tmp_path, monkeypatch, size, shard):
     one, two, rate = tmp_path / "one", tmp_path / "two", 3e-5
     lines = [r for r in read_jsonl(data / "sft.jsonl")][:18]  # 9 prompts, 2 held out: a last batch of 6, in halves
     write_jsonl(tmp_path / "data" / "sft.jsonl", lines)
-    for process in run_group(SFT, sft_flags(tmp_path / "data", two, epochs=1, learning_rate=rate), tmp_path / "log"):
+    words = sft_flags(tmp_path / "data", two, epochs=1, learning_rate=rate, shard=shard)
+    for rank, process in enumerate(run_group(SFT, words, tmp_path / "log", size)):
         process.join(stages.PATIENCE)
-        assert process.exitcode == 0, (tmp_path / "log.0").read_text() + (tmp_path / "log.1").read_text()
+        assert process.exitcode == 0, (tmp_path / f"log.{rank}").read_text()
     run_here(SFT, sft_flags(tmp_path / "data", one, epochs=1, learning_rate=rate), monkeypatch)
     assert stages.same_update(one, two, world.BASE)
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):

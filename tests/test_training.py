@@ -10,7 +10,10 @@ import torch
 from lib import state as state_file
 from lib import training
 from lib.files import append_jsonl, read_jsonl
+from lib.processes import Processes
 from lib.settings import UserError
+
+ALONE = Processes(0, 1, 0)
 
 
 def test_micro_batches_hold_every_sequence_once_within_the_budget_longest_first():
@@ -73,18 +76,16 @@ def test_progress_comes_back_to_the_bit_and_logs_lose_what_was_after_it(tmp_path
             append_jsonl(tmp_path / "metrics.jsonl", {"step": step})
 
     model, optimizer = fresh()
-    assert state_file.load_progress(tmp_path, model, optimizer) == {"step": 0}
+    assert state_file.load_progress(tmp_path, model, optimizer, ALONE) == {"step": 0}
     train(model, optimizer, range(6))
     best = {name: value.clone() for name, value in model.state_dict().items()}
-    state_file.save_progress(tmp_path, 6, model, optimizer, best_loss=0.1, best=best)
+    state_file.save_progress(tmp_path, 6, model, optimizer, ALONE, best_loss=0.1, best=best)
     train(model, optimizer, range(6, 10))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "los')  # killed in mid-line
 
     other, other_optimizer = fresh()
-    state_file.load_progress(tmp_path, other, other_optimizer, ["metrics.jsonl", "absent.jsonl"], write=False)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 11  # rank 0 alone writes
-    state = state_file.load_progress(tmp_path, other, other_optimizer, ["metrics.jsonl", "absent.jsonl"])
+    state = state_file.load_progress(tmp_path, other, other_optimizer, ALONE, ["metrics.jsonl", "absent.jsonl"])
     assert state["step"] == 6 and state["best_loss"] == 0.1
     assert all(torch.equal(state["best"][name], value) for name, value in best.items())
     assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(6))
@@ -95,7 +96,7 @@ def test_progress_comes_back_to_the_bit_and_logs_lose_what_was_after_it(tmp_path
 def test_a_folder_is_finished_once_its_resume_state_is_gone(tmp_path):
     model = torch.nn.Linear(2, 2)
     assert not state_file.is_finished(tmp_path)
-    state_file.save_progress(tmp_path, 1, model, torch.optim.AdamW(model.parameters()))
+    state_file.save_progress(tmp_path, 1, model, torch.optim.AdamW(model.parameters()), ALONE)
     (tmp_path / "config.json").write_text("{}")
     assert not state_file.is_finished(tmp_path)
     state_file.finish(tmp_path)

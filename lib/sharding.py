@@ -1,0 +1,146 @@
+"""A model that does not fit one GPU: its weights, gradients and optimizer state in shards, one a process (FSDP2).
+
+By default every process holds the whole model, and gradients are summed once an update (`lib.processes`). With
+`--shard` each keeps 1/N of it; PyTorch's `fully_shard` gathers a layer when it is about to compute, and lets go
+of it afterwards. Two things need care:
+
+- **Sampling.** A decoding step computes little, so gathering every layer for every token would cost far more
+  than the step; and processes decode for different numbers of steps, while gathering needs all of them at the
+  same time. So the whole model is gathered once for all rollouts (`gathered`), and let go before the update. In
+  that phase a GPU holds all weights and the key-value cache, but no activations: the peak is still in training.
+- **Uneven work.** Every pass gathers, so all processes need equally many: see `lib.training.even_rounds`.
+
+What is saved is the same with and without shards, so a run may go on with another number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from transformers import PreTrainedModel
+
+from lib.files import UserError
+from lib.processes import Processes, lost_process
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+LOST = "gloo", "NCCL", "Connection"  # in the texts of errors that come of a dead process
+
+
+def check_shards(shard: bool, offload: bool, processes: Processes) -> None:
+    """What two settings may be. Raises UserError."""
+    if shard and processes.size == 1:
+        raise UserError("--shard: there is one process; start several with torchrun --nproc-per-node N, or leave it out")
+    if offload and not shard:
+        raise UserError("--offload: moves shards, so it needs --shard")
+
+
+def shard(model: PreTrainedModel, device: torch.device, processes: Processes, *, dtype: str, offload: bool) -> PreTrainedModel:
+    """Keep this process's part of a model that was loaded on the CPU, each decoder layer a unit, in place.
+
+    dtype "bfloat16": the shards stay as they are, what is gathered is bfloat16, gradients are summed in fp32.
+    `offload`: shards, gradients and optimizer state stay in the CPU's memory.
+    """
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    policy = mixed if dtype == "bfloat16" else MixedPrecisionPolicy()
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    mesh = init_device_mesh(device.type, (processes.size,))
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place)  # embeddings, last norm, head
+    model.within_forward = types.MethodType(_within_forward, model)  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "within_forward")
+    return model
+
+
+def _within_forward(model: PreTrainedModel, function, *args, **kwargs):
+    """`function(model, ...)` as if it were the model's forward pass: with the weights that no layer has, gathered."""
+    return function(model, *args, **kwargs)
+
+
+def call_within_forward(function, model: PreTrainedModel, *args, **kwargs) -> Any:
+    """function(model, ...), which uses parts of a model that may be sharded."""
+    if is_sharded(model):
+        with lost_process(*LOST):
+            return model.within_forward(function, *args, **kwargs)  # type: ignore[operator]
+    return function(model, *args, **kwargs)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def backward(loss: torch.Tensor, model: torch.nn.Module, processes: Processes) -> None:
+    """Add the gradient of a loss whose sum over all processes is meant. (Shards get the mean, hence the factor.)"""
+    with lost_process(*LOST):
+        (loss * processes.size if is_sharded(model) else loss).backward()
+
+
+@contextlib.contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """All weights on every process while this lasts, so that each may compute as often as it likes, without the others."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    with lost_process(*LOST):
+        for unit in units:
+            unit.set_reshard_after_forward(False)
+            unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not model)  # as fully_shard's default: the root is needed first
+
+
+def gradient_norm(model: torch.nn.Module, limit: float) -> float:
+    """Clip the gradients to this L2 norm, all of them together; the norm before."""
+    with lost_process(*LOST):
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, Any]:
+    """All weights by name, on the CPU, for rank 0; for others of a sharded model nothing. All ranks have to call it."""
+    with lost_process(*LOST):
+        return get_model_state_dict(model, options=FULL)
+
+
+def full_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Likewise the optimizer's state, by the names of the weights."""
+    with lost_process(*LOST):
+        return get_optimizer_state_dict(model, optimizer, options=FULL)
+
+
+def set_weights(model: torch.nn.Module, weights: dict[str, Any], processes: Processes) -> None:
+    """Put back what `full_weights` gave, from rank 0; others bring nothing."""
+    with lost_process(*LOST):
+        set_model_state_dict(model, weights, options=_from_rank_0(processes))
+
+
+def set_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], processes: Processes) -> None:
+    """Put back what `full_optimizer` gave, likewise."""
+    with lost_process(*LOST):
+        set_optimizer_state_dict(model, optimizer, state, options=_from_rank_0(processes))
+
+
+def _from_rank_0(processes: Processes) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.size > 1)
