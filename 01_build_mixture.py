@@ -12,9 +12,10 @@ No prompt is in two of the three, whatever its spaces and capitals. The seed dec
 lambda takes more of the same harmful prompts, so that one SFT model can serve several mixtures.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
-    python 01_build_mixture.py --preset paper --out runs/paper/data --trace-files r1_traces.jsonl \
-        --files harmful=attacks.jsonl harmless=chat.parquet ambiguous=or_bench.csv \
-        --eval-files harmful=harmbench.csv ambiguous=xstest.csv
+    python 01_build_mixture.py --preset paper --out runs/paper/data --trace-files star1 --sft-prompts 900
+    python 01_build_mixture.py --source files --out runs/mine/data --trace-files r1_traces.jsonl \
+        --files harmful=wildjailbreak:800 harmful=attacks.jsonl harmless=hub:me/chat:train ambiguous=or-bench \
+        --eval-files harmful=harmbench.csv ambiguous=xstest
 
 Writes sft.jsonl, rl.jsonl, eval_SET.jsonl and manifest.json to OUT. A stopped run goes on when the same
 command is run again.
@@ -27,17 +28,16 @@ import json
 import random
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lib.files import UserError, git_revision, sha256_file, write_json, write_jsonl
-from lib.rewards import KINDS
 from lib.run_folder import checksums, claim_folder
 from lib.settings import parse_settings, run_main, setting
-from lib.tables import first_text, read_table
+from lib.sources import SETS, UNKNOWN, files_of, parse_word, provenance, read_prompts, read_traces, same_prompt
+from lib.sources.known import SOURCES
 
-SETS = (*KINDS, "jailbreak")  # of evaluation; a jailbreak is of kind harmful
 Pool = dict[str, list[dict]]  # records by kind or set
+Quotas = dict[tuple[str, str], tuple[int, int]]  # by kind and source: prompts for SFT, prompts in RL's pool
 Traces = list[tuple[dict, list[tuple[str, str]]]]  # (a prompt's record, its (reasoning, answer) pairs)
 
 
@@ -59,8 +59,12 @@ class Settings:
     max_chars: int = setting(1000, "SFT and RL prompts are shorter than this. Paper: 1000", low=1)
     # where prompts come from
     source: str = setting("sandbox", "the sandbox's world, or files of yours", choices=("sandbox", "files"))
-    files: list[str] = setting([], "prompts to train on: FILE or KIND=FILE; jsonl, json, csv or parquet")
-    eval_files: list[str] = setting([], "prompts to evaluate on: FILE or SET=FILE; SET may be jailbreak too")
+    files: list[str] = setting(
+        [],
+        "prompts to train on: [KIND=]SOURCE[:N or :S+R], SOURCE a FILE (jsonl, json, csv, tsv, parquet), a NAME or NAME@FILE "
+        f"({', '.join(SOURCES)}) or hub:OWNER/NAME[:CONFIG]:SPLIT; take S for SFT and R (or N) others for RL",
+    )
+    eval_files: list[str] = setting([], "prompts to evaluate on: [SET=]SOURCE; SET may be jailbreak too")
     prompt_column: str = setting(
         "prompt.0.content,prompt,Behavior,instruction",
         "column of the prompt; of several, the first with text",
@@ -71,9 +75,9 @@ class Settings:
     id_column: str = setting("id,BehaviorID", "column of the name by which --targets knows a prompt")
     category_column: str = setting("category,SemanticCategory,type,ability", "column of the topic")
     targets: str = setting("", "json file {id: how a compliant answer begins}, for GCG, as HarmBench's")
-    licences: list[str] = setting([], "FILENAME=LICENCE, for the manifest")
+    licences: list[str] = setting([], "FILENAME=LICENCE, or a source's name for it; for the manifest")
     # where traces come from
-    trace_files: list[str] = setting([], "files with prompt, reasoning and answer. Paper: by DeepSeek-R1")
+    trace_files: list[str] = setting([], "SOURCEs with prompt, reasoning and answer; star1. Paper: by DeepSeek-R1")
     reasoning_column: str = setting("reasoning,thinking", "column of the reasoning in these")
     answer_column: str = setting("answer,response,completion", "column of the answer in these")
     trace_model: str = setting("", "a model that writes the traces itself: a folder or a hub name")
@@ -101,6 +105,12 @@ def check(settings: Settings) -> None:
     if not (settings.source == "sandbox" or settings.trace_files or settings.trace_model):
         if settings.sft_prompts:
             raise UserError("--sft-prompts: no traces; give --trace-files, --trace-model or --sft-prompts 0")
+    for flag in ("trace_files", "eval_files"):
+        for word in getattr(settings, flag):
+            parse_word(word, f"--{flag.replace('_', '-')}")
+    of_harmful = [sft for (kind, _), (sft, _) in quotas(settings).items() if kind == "harmful"]
+    if of_harmful and not settings.trace_files and settings.sft_prompts not in (0, sum(of_harmful)):
+        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the quotas S+R of --files say {sum(of_harmful)}")
 
 
 # -------------------------------------------------------------------------------------- the mixture
@@ -111,11 +121,6 @@ def prompts_needed(settings: Settings) -> dict[str, int]:
     harmful = round(settings.lambda_harmful * settings.rl_prompts)
     ambiguous = round(settings.ambiguous_share * (settings.rl_prompts - harmful))
     return {"harmful": harmful, "harmless": settings.rl_prompts - harmful - ambiguous, "ambiguous": ambiguous}
-
-
-def same_prompt(prompt: str) -> str:
-    """What two prompts share that differ in spaces and capitals only: they count as duplicates."""
-    return " ".join(prompt.casefold().split())
 
 
 def new_prompts(records: list[dict], seen: dict[str, str], dropped: Counter, max_chars: int = 0) -> list[dict]:
@@ -138,23 +143,59 @@ def new_prompts(records: list[dict], seen: dict[str, str], dropped: Counter, max
     return kept
 
 
-def mix(pool: Pool, settings: Settings, sft_count: int) -> tuple[list[dict], list[dict]]:
-    """(SFT prompts, RL prompts). The pool's first harmful ones are for SFT, the next for RL.
+def quotas(settings: Settings) -> Quotas:
+    """What --files says of how many; with --trace-files, SFT has the prompts of these, and no others for it are kept."""
+    said: Quotas = {}
+    for given in map(parse_word, settings.files):
+        key = "harmful" if given.kind == "jailbreak" else given.kind, given.source
+        if given.rl is not None:
+            if key in said:
+                raise UserError(f"--files: {'='.join(key)} has two quotas; allowed one")
+            said[key] = (0 if settings.trace_files else given.sft, given.rl)
+    return said
 
-    Raises UserError when the pool is too small.
+
+def share_out(pool: Pool, said: Quotas, sft_count: int, seed: int) -> tuple[list[dict], Pool]:
+    """(SFT prompts, RL's pool). Of a source with a quota the first ones are for SFT, the next for RL, the rest for none.
+
+    If no quota says anything of SFT, the pool's first harmful ones are for it. UserError if a source is too small.
     """
+    taken: Counter = Counter()
+    sft: list[dict] = []
+    rest: Pool = {kind: [] for kind in pool}
+    for kind, records in pool.items():
+        for record in records:
+            key = kind, record["source"]
+            for_sft, for_rl = said.get(key, (0, len(records)))
+            if taken[key] < for_sft:
+                sft.append(record)
+            elif taken[key] < for_sft + for_rl:
+                rest[kind].append(record)
+            taken[key] += 1
+    for key, numbers in said.items():
+        if taken[key] < sum(numbers):
+            raise UserError(f"--files: {'='.join(key)} has {taken[key]} prompts that can be used; its quota needs {sum(numbers)}")
+    if said:  # anew: the first prompts of a large source come early in the order, and would fill a small share
+        rest = {kind: in_order(records, f"{seed}/rl pool") for kind, records in rest.items()}
+    if not sft:
+        sft, rest["harmful"] = rest["harmful"][:sft_count], rest["harmful"][sft_count:]
+    return sft, rest
+
+
+def mix(pool: Pool, settings: Settings, sft_count: int) -> list[dict]:
+    """RL prompts: the first of RL's pool, in random order. UserError if the pool, without SFT's `sft_count`, is too small."""
     rl = []
     for kind, count in prompts_needed(settings).items():
         start = sft_count if kind == "harmful" else 0
-        if len(pool[kind]) < start + count:
+        if len(pool[kind]) < count:
             raise UserError(
                 f"--lambda-harmful {settings.lambda_harmful:g} of --rl-prompts {settings.rl_prompts} needs "
-                f"{count} {kind} prompts (and SFT {start}), and there are {len(pool[kind])}: add --files, or "
+                f"{count} {kind} prompts (and SFT {start}), and there are {len(pool[kind]) + start}: add --files, or "
                 "lower --rl-prompts or --sft-prompts, or change --lambda-harmful or --ambiguous-share"
             )
-        rl += pool[kind][start : start + count]
+        rl += pool[kind][:count]
     random.Random(f"{settings.seed}/order").shuffle(rl)
-    return pool["harmful"][:sft_count], rl
+    return rl
 
 
 # ------------------------------------------------------------------------------- prompts: the sandbox
@@ -177,11 +218,11 @@ def sandbox_prompts(settings: Settings) -> tuple[Pool, Pool]:
     return pool, {name: draw("eval", name, settings.eval_prompts) for name in SETS}
 
 
-# ------------------------------------------------------------------------------------ prompts: files
+# ----------------------------------------------------------------------------- prompts: files and the hub
 
 
 def file_prompts(settings: Settings) -> tuple[Pool, Pool]:
-    """(training pool, evaluation sets), shuffled by the seed."""
+    """(training pool, evaluation sets), in the seed's order."""
     targets = {}
     if settings.targets:
         try:
@@ -189,63 +230,19 @@ def file_prompts(settings: Settings) -> tuple[Pool, Pool]:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"--targets: {settings.targets} is no json {{id: text}} ({error})") from error
     pool, evaluation = [
-        [record for given in files for record in read_prompts(given, settings, targets)]
-        for files in (settings.files, settings.eval_files)
+        by_set([pair for word in words for pair in read_prompts(word, settings, targets)], settings.seed)
+        for words in (settings.files, settings.eval_files)
     ]
-    return by_set(pool, settings.seed), by_set(evaluation, settings.seed)
+    return pool, evaluation
 
 
 def by_set(pairs: list[tuple[str, dict]], seed: int) -> Pool:
-    sets = {name: [record for other, record in pairs if other == name] for name in SETS}
-    for name, records in sets.items():
-        random.Random(f"{seed}/{name}").shuffle(records)
-    return sets
+    return {name: in_order([record for other, record in pairs if other == name], f"{seed}/{name}") for name in SETS}
 
 
-def read_prompts(given: str, settings: Settings, targets: dict[str, str]) -> list[tuple[str, dict]]:
-    """(set, record) for each row of one of --files or --eval-files; rows of kind "drop" are left out."""
-    fixed, path = split_kind(given)
-    rows = read_table(path)
-    if not any(first_text(row, settings.prompt_column) for row in rows):
-        raise UserError(f"{path}: no text in --prompt-column {settings.prompt_column}; has {', '.join(rows[0])}")
-    pairs = []
-    for number, row in enumerate(rows, start=1):
-        name = fixed or kind_of(row, settings, f"{path}: record {number}")
-        prompt, known_as = first_text(row, settings.prompt_column).strip(), first_text(row, settings.id_column)
-        if prompt and (context := first_text(row, settings.context_column).strip()):
-            prompt = f"{context}\n\n---\n\n{prompt}"  # as HarmBench's own pipeline does
-        record = {
-            "id": "-".join(filter(None, (path.stem, known_as, fingerprint(prompt)))),  # two files may use the same names
-            "prompt": prompt,
-            "kind": "harmful" if name == "jailbreak" else name,
-            "source": path.name,
-            "category": first_text(row, settings.category_column),
-            "target": first_text(row, "target") or targets.get(known_as, ""),
-        }
-        pairs.append((name, record))
-    return [pair for pair in pairs if pair[0] != "drop"]
-
-
-def split_kind(given: str) -> tuple[str, Path]:
-    """ "harmful=a.csv" -> ("harmful", a.csv), "a.csv" -> ("", a.csv)."""
-    kind, _, path = given.partition("=")
-    return (kind, Path(path)) if kind in SETS else ("", Path(given))
-
-
-def kind_of(row: dict, settings: Settings, where: str) -> str:
-    """The set that --kind-map gives to what stands in the row's kind column; without a rule, that itself."""
-    value = first_text(row, settings.kind_column)
-    for pattern, _, kind in (rule.rpartition("=") for rule in settings.kind_map):
-        if value and fnmatchcase(value, pattern):
-            return kind
-    if value in SETS:
-        return value
-    found = f"kind {value!r}" if value else f"no {settings.kind_column}"
-    raise UserError(f"{where}: {found}; give KIND=FILE, --kind-column, or --kind-map PATTERN=KIND")
-
-
-def fingerprint(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+def in_order(records: list[dict], seed: str) -> list[dict]:
+    """In the order of a hash of seed and prompt: another file more does not change which are taken of the others."""
+    return sorted(records, key=lambda r: hashlib.sha256(f"{seed}/{r['prompt']}".encode("utf-8", "backslashreplace")).digest())
 
 
 def hold_out(pool: Pool, evaluation: Pool, count: int, seed: int) -> None:
@@ -255,8 +252,8 @@ def hold_out(pool: Pool, evaluation: Pool, count: int, seed: int) -> None:
             here = min(count, len(pool[name]) // 2)
             evaluation[name], pool[name] = pool[name][:here], pool[name][here:]
             print(f"no --eval-files for {name}: {here} prompts of --files are held out")
-    pool["harmful"] += pool.pop("jailbreak")  # to train on, a jailbreak is a harmful prompt like others
-    random.Random(f"{seed}/pool").shuffle(pool["harmful"])
+    # to train on, a jailbreak is a harmful prompt like others
+    pool["harmful"] = in_order(pool["harmful"] + pool.pop("jailbreak"), f"{seed}/pool")
 
 
 # -------------------------------------------------------------------------------------------- traces
@@ -266,18 +263,10 @@ def file_traces(settings: Settings, seen: dict[str, str], dropped: Counter) -> T
     """--trace-files: `sft_prompts` of their prompts with traces. They count as harmful, and enter `seen`."""
     records: dict[str, dict] = {}
     pairs = defaultdict(list)
-    for path in map(Path, settings.trace_files):
-        for row in read_table(path):
-            prompt = first_text(row, settings.prompt_column).strip()
-            name = f"{path.stem}-{fingerprint(prompt)}"
-            record = {"id": name, "prompt": prompt, "kind": "harmful", "source": path.name}
-            key = same_prompt(prompt)
-            records.setdefault(key, record)
-            pair = first_text(row, settings.reasoning_column), first_text(row, settings.answer_column)
-            pairs[key].append(pair)
-    if not any(reasoning.strip() and answer.strip() for found in pairs.values() for reasoning, answer in found):
-        columns = f"--reasoning-column {settings.reasoning_column} and --answer-column {settings.answer_column}"
-        raise UserError(f"--trace-files: no record has text in both {columns}; has {', '.join(row)}")
+    for word in settings.trace_files:
+        for record, pair in read_traces(word, settings):
+            records.setdefault(same_prompt(record["prompt"]), record)
+            pairs[same_prompt(record["prompt"])].append(pair)
     usable = new_prompts(list(records.values()), dict(seen), dropped, settings.max_chars)
     if len(usable) < settings.sft_prompts:
         raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(usable)}")
@@ -343,7 +332,9 @@ def main() -> None:
     pool = {name: new_prompts(records, seen, dropped, settings.max_chars) for name, records in pool.items()}
     if settings.source == "files":
         hold_out(pool, evaluation, settings.eval_prompts, settings.seed)
-    sft_prompts, rl = mix(pool, settings, 0 if settings.trace_files else settings.sft_prompts)
+    sft_count = 0 if settings.trace_files else settings.sft_prompts
+    sft_prompts, pool = share_out(pool, quotas(settings), sft_count, settings.seed)
+    rl = mix(pool, settings, len(sft_prompts))
     # After all inputs have been read: a mistake in one of them must not cost an earlier run.
     config = {**asdict(settings), **checksums(*inputs(settings))}
     claim_folder(out, config, overwrite=settings.overwrite, ignore=("device", "trace_max_batch_tokens"))
@@ -352,16 +343,16 @@ def main() -> None:
         return
 
     progress = out / "traces.partial.jsonl"
-    if sft_prompts and settings.trace_model:
+    if settings.sft_prompts and settings.trace_model:
         traces = model_traces(settings, sft_prompts, progress)
-    elif sft_prompts:
+    elif settings.sft_prompts and not settings.trace_files:
         traces = sandbox_traces(settings, sft_prompts)
     files = {"sft": sft_records(traces, dropped), "rl": rl}
     files |= {f"eval_{name}": records for name, records in evaluation.items()}
     files = {f"{name}.jsonl": records for name, records in files.items() if records}
     for name, records in files.items():
         write_jsonl(out / name, records)
-    write_json(out / "manifest.json", manifest(settings, files, dropped))
+    write_json(out / "manifest.json", manifest(settings, files, pool, dropped))
     progress.unlink(missing_ok=True)
 
     for name, records in files.items():
@@ -373,22 +364,27 @@ def main() -> None:
 
 def inputs(settings: Settings) -> list[Path]:
     """Every file that is read."""
-    read = [split_kind(given)[1] for given in settings.files + settings.eval_files]
-    return read + [Path(path) for path in (*settings.trace_files, settings.targets) if path]
+    words = settings.files + settings.eval_files + settings.trace_files
+    return [path for word in words for path in files_of(word)] + ([Path(settings.targets)] if settings.targets else [])
 
 
-def manifest(settings: Settings, files: dict[str, list[dict]], dropped: Counter) -> dict:
-    """What was made of what: counts, sources and licences, checksums of all that was read and written."""
+def manifest(settings: Settings, files: dict[str, list[dict]], pool: Pool, dropped: Counter) -> dict:
+    """What was made of what: counts beside the paper's, sources, licences, checksums of all that was read and written."""
     licences = dict(text.rpartition("=")[::2] for text in settings.licences)
-    unknown = "not stated: see where the file is from"
-    sources = {str(p): {"sha256": sha256_file(p), "licence": licences.get(p.name, unknown)} for p in inputs(settings)}
+    words = settings.files + settings.eval_files + settings.trace_files
+    sources = dict(provenance(word, licences) for word in words)
+    stages = {"rl pool": [record for records in pool.values() for record in records]}
+    stages |= {name.removesuffix(".jsonl"): records for name, records in files.items()}
+    for given in map(parse_word, words):
+        ours = {name: {r["prompt"] for r in records if r["source"] == given.source} for name, records in stages.items()}
+        sources[given.text] |= {"prompts": {name: len(prompts) for name, prompts in ours.items() if prompts}}
+    if settings.targets:
+        name = Path(settings.targets).name
+        sources[settings.targets] = {"sha256": sha256_file(settings.targets), "licence": licences.get(name, UNKNOWN)}
     if settings.source == "sandbox":
         sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
     if settings.trace_model:
-        sources[settings.trace_model] = {
-            "wrote": "traces",
-            "licence": licences.get(settings.trace_model, unknown),
-        }
+        sources[settings.trace_model] = {"wrote": "traces", "licence": licences.get(settings.trace_model, UNKNOWN)}
     counts = {
         name: {
             "records": len(records),

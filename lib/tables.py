@@ -1,8 +1,9 @@
-"""Rows of other people's files: jsonl, json, csv, parquet; and the text in a column of theirs."""
+"""Rows of other people's files: jsonl, json, csv, tsv, parquet; and the text in a column of theirs."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lib.files import UserError, read_jsonl
 
 
 def read_table(path: Path) -> list[dict]:
-    """Rows of a jsonl, json, csv or parquet file."""
+    """Rows of a jsonl, json, csv, tsv or parquet file."""
     if path.suffix == ".jsonl":
         return read_jsonl(path)
     if not path.is_file():
@@ -20,10 +21,11 @@ def read_table(path: Path) -> list[dict]:
     readers: dict[str, tuple[Any, dict]] = {
         ".json": (datasets.Dataset.from_json, {}),
         ".csv": (datasets.Dataset.from_csv, {"keep_default_na": False}),  # "NA" is text
+        ".tsv": (datasets.Dataset.from_csv, {"keep_default_na": False, "sep": "\t"}),
         ".parquet": (datasets.Dataset.from_parquet, {}),
     }
     if path.suffix not in readers:
-        raise UserError(f"{path}: ends in {path.suffix or 'nothing'}; allowed .jsonl, .json, .csv, .parquet")
+        raise UserError(f"{path}: ends in {path.suffix or 'nothing'}; allowed .jsonl, .json, .csv, .tsv, .parquet")
     read, options = readers[path.suffix]
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:
@@ -35,6 +37,17 @@ def read_table(path: Path) -> list[dict]:
     if not rows:
         raise UserError(f"{path}: is empty")
     return rows
+
+
+def columns_of(rows: Iterable[dict]) -> list[str]:
+    """Names of the columns: of a datasets.Dataset, or the keys of any row."""
+    names = getattr(rows, "column_names", None)
+    return list(names) if names is not None else list(dict.fromkeys(key for row in rows for key in row))
+
+
+def with_context(prompt: str, context: str) -> str:
+    """The prompt behind the text that it is about, as HarmBench's own pipeline joins them."""
+    return f"{context.strip()}\n\n---\n\n{prompt}" if prompt and context.strip() else prompt
 
 
 def first_text(row: dict, columns: str) -> str:

@@ -13,6 +13,7 @@ import datasets
 import pytest
 
 from lib.files import UserError, read_jsonl, sha256_file, write_jsonl
+from lib.rewards import KINDS
 from lib.tables import first_text, read_table
 
 stage = importlib.import_module("01_build_mixture")
@@ -72,9 +73,9 @@ def test_the_authors_prompts_and_public_evaluation_sets(tmp_path, monkeypatch):
 
 def write_pool(folder: Path, count: int = 12) -> list[str]:
     """Three jsonl files of `count` prompts each, as --files takes them."""
-    for kind in stage.KINDS:
+    for kind in KINDS:
         write_jsonl(folder / f"{kind}.jsonl", [{"prompt": f"{kind} {i}"} for i in range(count)])
-    return [f"{kind}={folder / kind}.jsonl" for kind in stage.KINDS]
+    return [f"{kind}={folder / kind}.jsonl" for kind in KINDS]
 
 
 def test_traces_of_a_file_are_complete_and_their_prompts_are_not_in_rl(tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_mistakes_with_files_are_one_line(tmp_path, monkeypatch):
         "lambda with an empty pool": (["--files", *files[1:]], "needs 3 harmful prompts.*there are 0"),
         "no such file": (["--files", "harmful=none.csv"], "none.csv: no such file"),
         "not what its name says": (["--files", f"harmful={tmp_path}/broken.parquet"], "cannot be read as parquet"),
-        "another format": (["--files", f"harmful={tmp_path}/notes.txt"], "allowed .jsonl, .json, .csv, .parquet"),
+        "another format": (["--files", f"harmful={tmp_path}/notes.txt"], "allowed .jsonl, .json, .csv, .tsv, .parquet"),
         "no prompt column": (["--files", f"harmful={tmp_path}/other.jsonl"], "no text in --prompt-column.*question"),
         "unknown kind": (["--files", f"{tmp_path}/other.jsonl", "--prompt-column", "question"], "record 1: kind 'odd'"),
         "a map to no kind": (["--kind-map", "x=evil"], "--kind-map: given x=evil"),

@@ -1,4 +1,4 @@
-"""The paper's settings. Data files and models are given as flags; see README."""
+"""The paper's settings. Traces, judges and files that no hub has are given as flags; see README."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ MIXTURE = dict(
     traces_per_prompt=4,
     max_chars=1000,
     eval_prompts=500,
+    files=[
+        "harmful=wildjailbreak:400+800",  # 400 for SFT, 800 others for RL
+        "harmful=aegis:300+400",
+        "harmful=safeedit:300+0",
+        "harmful=rainbow@runs/paper/rainbow/prompts.jsonl:800",  # found against pi_SFT: to train that one, leave it out
+        "harmless=ultrafeedback:2000",
+        "ambiguous=or-bench:2000",
+    ],
+    eval_files=["harmful=harmbench", "ambiguous=xstest", "harmless=wildchat"],
 )
 SFT = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct",
@@ -27,7 +36,7 @@ RL = dict(
     model="runs/paper/sft",
     data="runs/paper/data",
     out="runs/paper/rl",
-    judge="",  # the paper's are an API and a reward model: name a module that runs yours
+    judge="qwen3guard+grm",  # open stand-in for the moderation API, and the paper's reward model
     prompts_per_step=32,
     group_size=8,
     temperature=0.6,

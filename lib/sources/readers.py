@@ -1,0 +1,93 @@
+"""A function for each known source: from its row to the prompt in it, or None for a row that we do not want.
+
+Columns and filters are named beside the source's place and licence in `known.SOURCES`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lib.tables import first_text, with_context
+
+
+class Found(NamedTuple):
+    """What a row of a source holds for us."""
+
+    kind: str  # harmful, harmless or ambiguous
+    prompt: str
+    category: str = ""
+    id: str = ""  # the source's own name of the prompt
+    reasoning: str = ""
+    answer: str = ""
+
+
+def wildjailbreak(row: dict) -> Found | None:
+    if row.get("data_type") != "adversarial_harmful":
+        return None
+    return Found("harmful", first_text(row, "adversarial"))
+
+
+def aegis(row: dict) -> Found | None:
+    """A prompt from the Suicide Detection data set is not given: it says REDACTED, and an id tells where to find it."""
+    prompt = first_text(row, "prompt")
+    if row.get("prompt_label") != "unsafe" or prompt.strip() == "REDACTED":
+        return None
+    return Found("harmful", prompt, first_text(row, "violated_categories"), first_text(row, "id"))
+
+
+def safeedit(row: dict) -> Found:
+    """The question inside an attack prompt; the plain question would stand in the column "question"."""
+    return Found("harmful", first_text(row, "adversarial prompt"), first_text(row, "unsafety category"), first_text(row, "id"))
+
+
+def ultrafeedback(row: dict) -> Found:
+    return Found("harmless", first_text(row, "prompt"), id=first_text(row, "prompt_id"))
+
+
+def or_bench(row: dict) -> Found:
+    return Found("ambiguous", first_text(row, "prompt"), first_text(row, "category"))
+
+
+def wildchat(row: dict) -> Found | None:
+    opening = first_text(row, "conversation.0.role") == "user"
+    if row.get("language") != "English" or row.get("toxic") is not False or not opening:
+        return None
+    return Found("harmless", first_text(row, "conversation.0.content"), id=first_text(row, "conversation_hash"))
+
+
+def xstest(row: dict) -> Found:
+    """An unsafe contrast says so in `label` (on the hub) and in its type, contrast_... (in the authors' file)."""
+    kind = first_text(row, "type")
+    unsafe = row.get("label") == "unsafe" or kind.startswith("contrast_")
+    return Found("harmful" if unsafe else "ambiguous", first_text(row, "prompt"), kind, first_text(row, "id"))
+
+
+def strongreject(row: dict) -> Found:
+    return Found("harmful", first_text(row, "prompt,forbidden_prompt"), first_text(row, "category"))
+
+
+def sorry_bench(row: dict) -> Found | None:
+    if row.get("prompt_style") != "base":
+        return None
+    category = first_text(row, "category")
+    if category.isdecimal():  # 1 to 44
+        ends = {5: "hate speech", 24: "crimes or torts", 39: "potentially inappropriate topics", 44: "unqualified advice"}
+        category = next((name for end, name in ends.items() if int(category) <= end), category)
+    return Found("harmful", first_text(row, "turns.0"), category, first_text(row, "question_id"))
+
+
+def harmbench(row: dict) -> Found:
+    prompt = with_context(first_text(row, "prompt,Behavior"), first_text(row, "ContextString"))
+    return Found("harmful", prompt, first_text(row, "category,SemanticCategory"), first_text(row, "BehaviorID"))
+
+
+def star1(row: dict) -> Found:
+    """One DeepSeek-R1 response, `<think> reasoning </think> answer`. One that is not so has no reasoning here."""
+    reasoning, marker, answer = first_text(row, "response").partition("</think>")
+    reasoning = reasoning.replace("<think>", "", 1).strip() if marker else ""
+    category = first_text(row, "category,category.0")
+    return Found("harmful", first_text(row, "question"), category, first_text(row, "id"), reasoning, answer.strip())
+
+
+def rainbow(row: dict) -> Found:
+    return Found("harmful", first_text(row, "prompt"), first_text(row, "category,risk"), first_text(row, "id"))
