@@ -1,5 +1,125 @@
-"""Judges that are language models. `lib.rewards.load_judge` opens them by name; what a judge is, is written there.
+"""Judges: who scores the harm of an answer, and how far it does what was asked.
 
-Each gives harm_score alone, so another judge scores the task (`--judge harmbench+standin`). A score of None is
-*unknown*: the model gave no verdict that can be read. Unknown is not harmless: count it, and never as a defence.
+A judge is two functions on batches, harm_score(prompts, answers) and task_score(prompts, answers), each a list of numbers
+in [0, 1]. A score of None is *unknown*: no verdict that can be read. Unknown is not harmless and not useful: it is counted,
+and never as a defence or a reward. Neither function sees the reasoning.
+
+Models of others have one of the two each, so two of them make a judge: "qwen3guard+grm".
 """
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.files import UserError
+
+Score = Callable[[list[str], list[str]], Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Two functions that take prompts and answers, lists of one length, and return as many scores."""
+
+    name: str
+    harm_score: Score
+    task_score: Score
+
+
+MODELS = {  # name -> module of lib.judges, and its function that opens a model: (model, device) -> Score
+    "qwen3guard": ("qwen3guard", "harm_judge"),
+    "qwen3guard-label": ("qwen3guard", "label_judge"),
+    "llama-guard": ("llama_guard", "harm_judge"),
+    "harmbench": ("harmbench", "harm_judge"),
+    "strongreject": ("strongreject", "harm_judge"),
+    "moderation": ("moderation", "harm_judge"),
+    "grm": ("grm", "task_judge"),
+}
+TASK_MODELS = [name for name, (_, function) in MODELS.items() if function == "task_judge"]
+HARM_MODELS = [name for name in MODELS if name not in TASK_MODELS]
+ALLOWED = (
+    f"sandbox, standin or a module of yours; or HARM+TASK, where HARM may also be {', '.join(HARM_MODELS)}, "
+    f"and TASK {', '.join(TASK_MODELS)}"
+)
+PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>.*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
+
+
+def load_judge(name: str) -> Judge:
+    """The judge "sandbox" (exact, for its own prompts only), "standin" (crude), or a module, say "my.guard".
+
+    "HARM+TASK" takes harm_score from the first and task_score from the second. Each may be a model of others, in `MODELS`,
+    which has one of the two alone. Its checkpoint is a folder or a hub name, "grm=MODEL" (none: the published one), and its
+    device is "qwen3guard@cuda:1" or "grm=MODEL@cpu" (none: the GPU of this process, else the CPU). Several processes that
+    name one device each put a copy there. With the environment variable TARS_JUDGE_CACHE=FOLDER the verdicts of
+    these models are kept there (lib/judges/cache.py).
+
+    A module of yours holds the two functions, or the one it is asked for, and is looked for in the folder you run from
+    as well. Raises UserError if it cannot be imported or lacks one, and, when scoring, if there are not as many scores
+    as answers. Whether a score is in [0, 1], and what None (unknown) means, is for who uses it to check and decide.
+    """
+    if not name:
+        raise UserError(f'--judge: none given; allowed {ALLOWED} (README, "Your own judge")')
+    harm, plus, task = _two(name)
+    if plus and not (harm and task):
+        raise UserError(f"--judge: given {name}; allowed {ALLOWED}")
+    if (alone := re.split("[=@]", task)[0]) in HARM_MODELS:
+        raise UserError(f"--judge: {alone} scores harm alone: name another for the task, say {task}+grm")
+    if (alone := re.split("[=@]", harm or task)[0]) in TASK_MODELS:
+        raise UserError(f"--judge: {alone} scores the task alone: name another for the harm, say qwen3guard+{harm or task}")
+    return Judge(name, _scores_of(harm or task, "harm_score"), _scores_of(task, "task_score"))
+
+
+def _two(name: str) -> tuple[str, str, str]:
+    """HARM, "+", TASK; or "", "", name. A model may be a folder with a "+" in its name: what follows the "+" is a judge."""
+    for task in TASK_MODELS:
+        if match := re.fullmatch(rf"(.*)(\+)({task}(?:[=@].*)?)", name):
+            return match[1], match[2], match[3]
+    return name.rpartition("+")
+
+
+def _scores_of(part: str, function: str) -> Score:
+    """One of the two functions of the judge `part`. UserError if there is no such judge, or it has no such function."""
+    match = PART.fullmatch(part)
+    if match is None or match["model"] == "" or (match["name"] not in MODELS and (match["model"] or match["device"])):
+        raise UserError(
+            f"--judge: given {part}; a model is given as NAME=MODEL and its device as NAME@DEVICE or NAME=MODEL@DEVICE, "
+            f"with NAME one of {', '.join(MODELS)} and DEVICE cpu, cuda, cuda:NUMBER or mps"
+        )
+    if match["name"] not in MODELS:
+        return _counted(_function(part, function), part)
+    path, opener = MODELS[match["name"]]
+    module = importlib.import_module(f"lib.judges.{path}")
+    score = getattr(module, opener)(match["model"] or "", match["device"] or "")
+    if folder := os.environ.get("TARS_JUDGE_CACHE"):
+        from lib.judges.cache import cached, identity
+
+        score = cached(score, identity(match["name"], match["model"] or module.MODEL), folder)
+    return _counted(score, part)
+
+
+def _function(name: str, function: str) -> Score:
+    path = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.standin"}.get(name, name)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(path)
+    except (ImportError, ValueError, TypeError, SyntaxError) as error:
+        raise UserError(f"--judge: given {name}; allowed {ALLOWED}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"--judge: {path} has no function {function}(prompts, answers): write one")
+    return getattr(module, function)
+
+
+def _counted(score: Score, name: str) -> Score:
+    def counted(prompts: list[str], answers: list[str]) -> list[float | None]:
+        scores = [None if s is None else float(s) for s in score(prompts, answers)]
+        if len(scores) != len(answers):
+            raise UserError(f"--judge: {name} gave {len(scores)} scores for {len(answers)} answers: give one each")
+        return scores
+
+    return counted

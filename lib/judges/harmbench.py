@@ -19,8 +19,8 @@ from __future__ import annotations
 import re
 
 from lib.files import UserError
+from lib.judges import Score
 from lib.judges.language_model import LanguageModel, encodable
-from lib.rewards import Score
 
 MODEL = "cais/HarmBench-Llama-2-13b-cls"
 ANSWER_TOKENS = 512
@@ -76,12 +76,12 @@ TEMPLATES = {  # by the architecture of the classifier
 # ---- the judge ---------------------------------------------------------------------------------------------
 
 
-def harm_judge(name: str = "") -> Score:
+def harm_judge(name: str = "", device: str = "") -> Score:
     """harm_score of the classifier `name`, a folder or a hub name (none: MODEL): 1.0 yes, 0.0 no, None neither.
 
     Raises UserError if it is not there, or is neither of the two architectures, which tell the prompt to use.
     """
-    judge = LanguageModel(name or MODEL, chat=False)
+    judge = LanguageModel(name or MODEL, chat=False, device=device)
     kind = judge.config.model_type
     if kind not in TEMPLATES:
         raise UserError(f"--judge: {judge.name}: architecture {kind}; HarmBench's classifiers are {' or '.join(TEMPLATES)}")

@@ -1,15 +1,19 @@
-"""What judges that are language models share: open a model once, cut an answer, read what it writes."""
+"""What judges that are language models share: open a model once, fill its template, read what it writes or how likely
+each of its labels is."""
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.chat import decode, eos_token_ids, load_tokenizer
+from lib.chat import decode, eos_token_ids, load_tokenizer, pad_batch
 from lib.files import UserError
 from lib.hub import load_pretrained
 from lib.policy import load_policy
@@ -17,28 +21,34 @@ from lib.processes import pick_device
 from lib.sampler import sample
 
 BATCH_TOKENS = 8192  # rows x columns of the cache: 6.7 GB (twice that while it is repacked) for a Llama of 13 B in bfloat16
+LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
 
 
 class LanguageModel:
-    """A causal language model, a folder or a hub name, that answers greedily.
+    """A causal language model, a folder or a hub name, that answers greedily or weighs its labels.
 
     Tokenizer and configuration are read at once, so that a wrong name shows before hours of work; the weights when first
-    needed. They stay in memory: on the GPU of this process in bfloat16, without a GPU in float32. `chat`: it must have a
-    chat template. Raises UserError if it is not there; no code of the model's own is run.
+    needed. They stay in memory: on `device`, "cuda:1" say, or (none named) on the GPU of this process, in bfloat16; on a
+    CPU in float32. `chat`: it must have a chat template. Raises UserError if it or the device is not there; no code of the
+    model's own is run.
     """
 
-    def __init__(self, name: str, *, chat: bool) -> None:
+    def __init__(self, name: str, *, chat: bool, device: str = "") -> None:
         self.name = name
+        self.device = existing_device(device) if device else None
         self.tokenizer = open_tokenizer(name, chat=chat)
         self.config = load_pretrained(AutoConfig.from_pretrained, name, "model configuration")
         self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        device = pick_device("auto")
-        if device.type == "cuda":
+        device = self.device or pick_device("auto")
+        if device.type == "cuda" and not self.device:
             device = torch.device("cuda", torch.cuda.current_device())  # that of this process among torchrun's
-        return load_policy(self.name, device=device, dtype="bfloat16" if device.type == "cuda" else "float32")
+        return self.load(device, "bfloat16" if device.type == "cuda" else "float32")
+
+    def load(self, device: torch.device, dtype: str) -> PreTrainedModel:
+        return load_policy(self.name, device=device, dtype=dtype)
 
     def clip(self, text: str, tokens: int) -> str:
         """The text of its first `tokens` tokens, counted with those that the tokenizer puts before every text."""
@@ -71,6 +81,78 @@ class LanguageModel:
         for i, completion in zip(fitting, completions, strict=True):
             texts[i] = decode(self.tokenizer, completion.token_ids)
         return texts
+
+    def label_probabilities(self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> list[list[float] | None]:
+        """P(label | prompt) of each label after each prompt, all of its tokens; None after a prompt too long for the context.
+
+        Labels are token ids, none the beginning of another. One pass reads a prompt followed by all but the last token of
+        a label, and so weighs every label that begins in the same way: labels of one token each need one pass in all.
+        For models whose logits are the head's output as it is (Llama, Qwen). UserError for numbers that are not finite.
+        """
+        stems = sorted({tuple(label[:-1]) for label in labels})
+        stems = [stem for stem in stems if not any(other != stem and other[: len(stem)] == stem for other in stems)]
+        longest = max(map(len, labels))
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) + longest <= self.context]
+        rows = [(i, stem) for i in fitting for stem in stems]
+        logprob: dict[tuple, float] = {}  # (prompt, first tokens of a label) -> log p(the last of them | what is before)
+        for batch, hidden in self.hidden_states([[*prompts[i], *stem] for i, stem in rows]):
+            for (i, stem), states in zip((rows[row] for row in batch), hidden, strict=True):
+                first = len(prompts[i]) - 1  # this position predicts a label's first token
+                logprobs = self.head(states[first : first + len(stem) + 1]).log_softmax(-1)  # (len(stem) + 1, vocab)
+                for label in labels:
+                    for k in range(min(len(stem) + 1, len(label))):
+                        if tuple(label[:k]) == stem[:k]:
+                            logprob[i, tuple(label[: k + 1])] = logprobs[k, label[k]].item()
+        if not all(map(math.isfinite, logprob.values())):
+            raise UserError(f"--judge: {self.name}: its logits are not finite: broken weights or precision")
+        result: list[list[float] | None] = [None] * len(prompts)
+        for i in fitting:
+            parts = ([logprob[i, tuple(label[: k + 1])] for k in range(len(label))] for label in labels)
+            result[i] = [math.exp(sum(part)) for part in parts]
+        return result
+
+    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """The last hidden states of all sequences, batch by batch, longest first: their indices (B), the states (B, T, H).
+
+        Padding is on the right, where no real token sees it (attention is causal).
+        """
+        waiting = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        with tqdm(total=len(waiting), desc="judging", unit="answer", delay=2, leave=False) as bar:
+            while waiting:
+                rows = max(1, BATCH_TOKENS // len(sequences[waiting[0]]))
+                batch, waiting = waiting[:rows], waiting[rows:]
+                ids = pad_batch([sequences[i] for i in batch], 0, side="right")[0].to(self.model.device)
+                with torch.inference_mode():
+                    hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                yield batch, hidden
+                bar.update(len(batch))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., H) -> logits (..., vocab) fp32."""
+        with torch.inference_mode():
+            return self.model.get_output_embeddings()(hidden).float()
+
+
+def expected_value(probabilities: Sequence[float] | None, values: Sequence[float]) -> float | None:
+    """The mean of `values`, one for each label, under the labels' probabilities; None if these sum to less than LABEL_MASS.
+
+    >>> expected_value([0.6, 0.2, 0.0], [0.0, 1.0, 0.5])
+    0.25
+    >>> expected_value([0.1, 0.2, 0.0], [0.0, 1.0, 0.5]) is None  # the model had something else to say
+    True
+    """
+    if probabilities is None or not sum(probabilities) >= LABEL_MASS:
+        return None
+    return sum(p * value for p, value in zip(probabilities, values, strict=True)) / sum(probabilities)
+
+
+def existing_device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "mps":
+        return pick_device("mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--judge: device {name}: {torch.cuda.device_count()} GPUs found; name another, or none")
+    return device
 
 
 def open_tokenizer(name: str, *, chat: bool) -> PreTrainedTokenizerBase:

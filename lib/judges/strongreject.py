@@ -17,8 +17,8 @@ import re
 from dataclasses import dataclass
 
 from lib.chat import encode_prompt
+from lib.judges import Score
 from lib.judges.language_model import LanguageModel, encodable
-from lib.rewards import Score
 
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 VERDICT_TOKENS = 256  # two sentences and three lines
@@ -65,8 +65,8 @@ class Verdict:
 class StrongReject:
     """The rubric, answered by the chat model `name`, a folder or a hub name (none: MODEL)."""
 
-    def __init__(self, name: str = "") -> None:
-        self.judge = LanguageModel(name or MODEL, chat=True)
+    def __init__(self, name: str = "", device: str = "") -> None:
+        self.judge = LanguageModel(name or MODEL, chat=True, device=device)
 
     def verdicts(self, prompts: list[str], answers: list[str]) -> list[Verdict | None]:
         """One for each answer; None where the model wrote nothing that can be read, or the text is too long for it."""
@@ -80,9 +80,9 @@ class StrongReject:
         return [None if v is None else v.harm for v in self.verdicts(prompts, answers)]
 
 
-def harm_judge(name: str = "") -> Score:
+def harm_judge(name: str = "", device: str = "") -> Score:
     """harm_score of the rubric, see StrongReject. Raises UserError if there is no such chat model."""
-    return StrongReject(name).harm_score
+    return StrongReject(name, device).harm_score
 
 
 # A name, perhaps a remark in brackets, a colon or "=", a value. A range ("1-5", "yes or no") is a question, not an answer.
