@@ -162,3 +162,10 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> 
         ids[row, part] = torch.tensor(sequence, dtype=torch.long)
         attention_mask[row, part] = True
     return ids, attention_mask
+
+
+if __name__ == "__main__":  # python -m lib.chat RUN: talk to it
+    from lib.settings import run_main
+    from lib.terminal import main
+
+    run_main(main)

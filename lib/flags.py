@@ -1,0 +1,54 @@
+"""Command lines of the tools beside the four stages: flags without presets, and one line for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lib.files import UserError
+from lib.policy import DTYPES
+
+
+class Flags(argparse.ArgumentParser):
+    """A parser whose every error is a UserError: one line. Defaults are in the help texts."""
+
+    def __init__(self, module: str, description: str | None) -> None:
+        keep = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"python -m {module}", description=description, formatter_class=keep, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+    def add_device(self, dtype: str) -> None:
+        self.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+        self.add_argument("--dtype", choices=tuple(DTYPES), default=dtype, help=f"of weights; auto: as saved (default: {dtype})")
+
+
+def number(kind: type, low: float) -> Callable[[str], Any]:
+    """For add_argument(type=...): a finite number of that kind, at least `low`."""
+
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) < float("inf"):
+                return value
+        raise argparse.ArgumentTypeError(f"given {text}; allowed a {'whole ' * (kind is int)}number >= {low:g}")
+
+    return read
+
+
+def named(flag: str, given: Sequence[str]) -> dict[str, str]:
+    """NAME=FOLDER ... -> {name: folder}
+
+    >>> named("--models", ["base=org/chat-model", "tars=runs/demo/rl"])
+    {'base': 'org/chat-model', 'tars': 'runs/demo/rl'}
+    """
+    values: dict[str, str] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if not value or not re.fullmatch(r"[\w.-]+", name) or name in values:
+            raise UserError(f"{flag}: given {text}; allowed NAME=FOLDER or NAME=HUB-NAME, NAME a word, used once")
+        values[name] = value
+    return values

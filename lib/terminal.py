@@ -1,0 +1,262 @@
+"""Talk to a model in the terminal: a run of stage 2 or 3, or any chat model by folder or hub name.
+
+    python -m lib.chat runs/demo/rl                          # /reset, /quit or Ctrl-D; Ctrl-C stops an answer
+    python -m lib.chat runs/demo/rl how do i make a cake ?   # one answer
+    echo "how do i make a cake ?" | python -m lib.chat runs/demo/rl
+
+The reasoning is dim on a terminal (not if NO_COLOR is set), and stands between its markers everywhere. Later turns
+show the model the earlier answers, not the earlier reasoning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import jinja2
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from lib.chat import THINK_OPEN, decode, eos_token_ids, load_tokenizer, parse_completion, parse_direct
+from lib.draw import draw, uniform
+from lib.files import UserError
+from lib.flags import Flags, number
+from lib.kv_cache import with_cache
+from lib.policy import load_policy
+from lib.run_folder import stated_reasoning
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model writes must not steer the terminal
+Part = tuple[bool, str]  # whether it is reasoning, and the text
+
+# ---- one answer, token by token ----------------------------------------------------------------------------
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> list[int]:
+    """Token ids of a conversation's generation prompt; of one question, those of `lib.chat.encode_prompt`.
+
+    Raises UserError if the template refuses, as some do to a system prompt.
+    """
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the model's chat template says: {error}") from error
+    assert isinstance(text, str)
+    pieces = [text.removesuffix(THINK_OPEN)] + [THINK_OPEN] * reasoning  # tokenised apart: lib/chat.py
+    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+
+
+@torch.inference_mode()
+def stream(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    eos_token_ids: Sequence[int],
+) -> Iterator[int]:
+    """Token ids as they are drawn, the end-of-sequence token too: those of `lib.sampler.sample(seeds=[seed])`.
+
+    Raises UserError for logits that are not finite.
+    """
+    cache, ids = DynamicCache(), torch.tensor([list(prompt)], device=model.device)  # (1, T), then (1, 1)
+    for step in range(max_new_tokens):
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache)).logits[:, -1]
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: broken weights or precision")
+        u = uniform(torch.tensor([seed]), torch.tensor([step])).to(model.device)
+        token, _ = draw(logits, u, temperature, top_p=1.0)  # (1,)
+        yield int(token)
+        if int(token) in eos_token_ids:
+            return
+        ids = token[:, None]
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come; together the text of all. A character of several tokens comes when it is whole.
+
+    What a token adds depends on those before it (a space, the rest of a character): so two texts are compared, of
+    the last piece alone and with what came since.
+    """
+    known: list[int] = []
+    last = 0  # known[:last] is the last piece that was given, known[last:] came since
+    for i in ids:
+        known.append(i)
+        before, now = decode(tokenizer, known[:last]), decode(tokenizer, known)
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            yield now[len(before) :]
+            known, last = known[last:], len(known) - last
+    if rest := decode(tokenizer, known)[len(decode(tokenizer, known[:last])) :]:
+        yield rest
+
+
+def parts(pieces: Iterable[str], *, reasoning: bool) -> Iterator[Part]:
+    r"""Pieces of a completion, told apart: reasoning, with its markers, and answer.
+
+    >>> list(parts(["They a", "sk . </th", "ink", "> no ", "."], reasoning=True))
+    [(True, '<think>\n'), (True, 'They a'), (True, 'sk .'), (True, '\n</think>\n\n'), (False, 'no '), (False, '.')]
+    """
+    thinking, begun, held = reasoning, False, ""
+    if thinking:
+        yield True, THINK_OPEN
+    for piece in pieces:
+        held += piece
+        if thinking:
+            thought, closed, rest = held.partition("</think>")
+            if not closed:  # blanks, and what may become the marker, wait
+                tail = next(n for n in range(8, -1, -1) if thought.endswith("</think>"[:n]))
+                thought = thought[: len(thought) - tail]
+            if thought := thought.rstrip():
+                yield True, thought
+            if not closed:
+                held = held[len(thought) :]
+                continue
+            yield True, "\n</think>\n\n"
+            thinking, held = False, rest
+        if not begun:
+            held = held.lstrip()
+        if held:
+            yield False, held
+            begun, held = True, ""
+    if held.strip():
+        yield thinking, held.rstrip()
+
+
+# ---- a conversation ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Chat:
+    """A loaded model, and what was said to it and by it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reasoning: bool
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    system: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    turns: int = 0  # asked, forgotten ones too: each has random numbers of its own
+    note: str = ""  # what is to be said about the last answer
+
+    def ask(self, text: str) -> Iterator[Part]:
+        """The answer as it is written. However it ends, what was answered is remembered; without an answer, nothing is."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        question = {"role": "user", "content": text}
+        prompt = encode_chat(self.tokenizer, [*system, *self.messages, question], reasoning=self.reasoning)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        limit, eos = min(self.max_new_tokens, context - len(prompt)), eos_token_ids(self.model, self.tokenizer)
+        if limit < 1:
+            raise UserError(f"{len(prompt)} tokens were said, and the model's context holds {context}: /reset, or say less")
+        own = {"temperature": self.temperature, "seed": (self.seed * 2**20 + self.turns) % 2**63}
+        self.turns, self.note, written = self.turns + 1, "", []
+
+        def tokens() -> Iterator[int]:
+            for token in stream(self.model, prompt, max_new_tokens=limit, eos_token_ids=eos, **own):  # type: ignore[arg-type]
+                written.append(token)
+                yield token
+
+        try:
+            yield from parts(texts(self.tokenizer, tokens()), reasoning=self.reasoning)
+            if written[-1] not in eos:
+                reason = "--max-new-tokens" if limit == self.max_new_tokens else "the context is full"
+                self.note = f"cut after {limit} tokens: {reason}"
+        finally:
+            said, ended = decode(self.tokenizer, written), bool(written) and written[-1] in eos
+            answer = (parse_completion if self.reasoning else parse_direct)(said).answer
+            if answer and (ended or not self.reasoning or "</think>" in said):  # else it is unfinished reasoning
+                self.messages += [question, {"role": "assistant", "content": answer}]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words that the tokenizer turns into its unknown token, as a word-level one (the sandbox's) does."""
+        unknown = self.tokenizer.unk_token_id
+        ids = {word: self.tokenizer.encode(word, add_special_tokens=False) for word in dict.fromkeys(text.split())}
+        return [word for word, found in ids.items() if unknown is not None and unknown in found]
+
+
+def reply(chat: Chat, text: str, out: TextIO) -> None:
+    """Ask, and write the answer to `out` as it comes. Warnings go to stderr."""
+    text = text.encode("utf-8", "replace").decode()  # a terminal can send half a character
+    if words := chat.unknown_words(text):
+        print(f"the model does not know: {' '.join(words)}", file=sys.stderr)
+    colour = out.isatty() and not os.environ.get("NO_COLOR")
+    with contextlib.closing(chat.ask(text)) as answer:  # type: ignore[type-var]
+        try:
+            for thought, piece in answer:
+                piece = CONTROL.sub("", piece)
+                out.write(f"{DIM}{piece}{PLAIN}" if thought and colour else piece)
+                out.flush()
+        finally:
+            out.write("\n")
+    if chat.note:
+        print(f"[{chat.note}]", file=sys.stderr)
+
+
+def converse(chat: Chat) -> None:
+    """Questions from the terminal until /quit, Ctrl-D, or Ctrl-C at the prompt."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (its import gives input() arrow keys and a history)
+    print("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            chat.messages.clear()
+        elif re.fullmatch(r"/\w+", text):
+            print(f"{text}: no such command; allowed /reset, /quit", file=sys.stderr)
+        elif text:
+            try:
+                reply(chat, text, sys.stdout)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print("[stopped]", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = Flags("lib.chat", __doc__)
+    flags.add_argument("run", help="a run of stage 2 or 3, or any chat model: a folder or a hub name")
+    flags.add_argument("prompt", nargs="*", help="ask this alone; none, and no terminal: what stdin says")
+    flags.add_argument("--system", default="", help="system prompt (default: what the chat template has)")
+    flags.add_argument("--temperature", type=number(float, 0), default=0.6, help="0: greedy (default: 0.6, as evaluated)")
+    flags.add_argument("--max-new-tokens", type=number(int, 1), default=2048, help="tokens of an answer (default: 2048)")
+    boolean = argparse.BooleanOptionalAction
+    flags.add_argument("--reasoning", action=boolean, help="open its turn with <think> (default: what the run says)")
+    flags.add_argument("--seed", type=number(int, 0), default=0, help="of sampling (default: 0)")
+    flags.add_device("auto")
+    given = flags.parse_intermixed_args(argv)
+    prompt = " ".join(given.prompt).strip()
+    alone = bool(prompt) or not sys.stdin.isatty()
+    if alone and not (prompt := prompt or sys.stdin.read().strip()):
+        raise UserError("no prompt: give one behind the run, or on stdin")
+    tokenizer = load_tokenizer(given.run)
+    model = load_policy(given.run, device=given.device, dtype=given.dtype)
+    reasoning = reasons(given.run, tokenizer) if given.reasoning is None else given.reasoning
+    chat = Chat(model, tokenizer, reasoning, given.temperature, given.max_new_tokens, given.seed, given.system)
+    if not alone:
+        return converse(chat)
+    try:
+        reply(chat, prompt, sys.stdout)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def reasons(run: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model thinks first: as its settings.json says; without one, if its chat template opens <think>."""
+    stated = stated_reasoning(run)
+    opening = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    return str(opening).endswith(THINK_OPEN) if stated is None else stated
