@@ -1,0 +1,251 @@
+"""Before a run: how much memory it will take, and does its largest batch fit? (`--dry-run`, and the rehearsal before step 1)
+
+Sizes follow from the model's shape. P parameters, N processes; with `--shard` what is marked * is divided by N:
+
+    weights*    4 P    fp32, whatever is computed in: an update of 1e-6 is lost in bfloat16
+    gradients*  4 P    AdamW*  8 P: two moments in fp32
+    reference*  4 P, in bfloat16 2 P
+    casts       2 P    in bfloat16: autocast keeps a copy of each weight while it computes
+    activations        what the backward pass needs of every token of a micro-batch, see `activation_bytes`
+    logits             of `CHUNK` tokens at a time, four copies: logits, log-probabilities, and two of the entropy
+    KV cache           2 x layers x key-value width, a column; twice, because repacking copies it
+
+Sampling and training do not coincide, so the peak is the larger of the two. Fragmentation and the CUDA context come on top:
+`SPARE` of the GPU is left for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lib.files import UserError
+from lib.hub import load_pretrained, quiet
+from lib.policy import token_logprobs
+from lib.processes import Processes
+from lib.sharding import backward
+from lib.training import precision
+
+CHUNK = 2048  # tokens whose logits exist at a time, as in lib.policy.token_logprobs
+SPARE = 0.08  # of a GPU
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a decoder's memory depends on; widths in numbers."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    query: int  # heads x head_dim
+    key_value: int  # key-value heads x head_dim
+    mlp: int
+    heads: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage asks of each GPU. dtype: to compute in. sample_tokens 0: it does not sample; reference: a frozen copy."""
+
+    batch_tokens: int
+    longest: int = 1  # tokens of the longest sequence: no budget may be smaller
+    sample_tokens: int = 0
+    reference: bool = False
+    dtype: str = "float32"
+    checkpointing: bool = False
+    shard: bool = False
+    offload: bool = False
+    processes: int = 1
+
+
+def shape_of(name_or_path: str) -> Shape:
+    """From the configuration alone: no weights are read. Raises UserError if there is no such model."""
+    config = load_pretrained(AutoConfig.from_pretrained, name_or_path, "model's configuration")
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return _shape(model)
+
+
+def _shape(model: PreTrainedModel) -> Shape:
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        query=heads * head_dim,
+        key_value=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        mlp=text.intermediate_size,
+        heads=heads,
+        vocabulary=text.vocab_size,
+    )
+
+
+def activation_bytes(shape: Shape, need: Need) -> float:
+    """What the backward pass keeps for a micro-batch, bytes: of each layer (Llama, Qwen) and token
+
+        fp32      4 x (6 hidden + 2 query + 2 key-value + 4 mlp + heads)
+        bfloat16  16 hidden + 2 x (5 hidden + 2 query + 2 key-value + 4 mlp) + 4 heads
+
+    6 hidden: before, in and after both norms; in bfloat16 the first two stay fp32, and each projection's input is a copy. With
+    checkpointing, each layer's input, and one layer in full. Behind the layers: the last norm, and the input of the head.
+    """
+    h, q, kv, m = shape.hidden, shape.query, shape.key_value, shape.mlp
+    layer = 4 * (6 * h + 2 * q + 2 * kv + 4 * m + shape.heads)
+    if need.dtype == "bfloat16":
+        layer = 16 * h + 2 * (5 * h + 2 * q + 2 * kv + 4 * m) + 4 * shape.heads
+    end = (10 if need.dtype == "bfloat16" else 12) * h
+    a_token = end + (shape.layers * 4 * h + layer if need.checkpointing else shape.layers * layer)
+    return need.batch_tokens * a_token
+
+
+def memory(shape: Shape, need: Need) -> dict[str, float]:
+    """Bytes on each GPU by purpose, and "sampling", "training", "peak"."""
+    part = need.processes if need.shard else 1
+    low = 2 if need.dtype == "bfloat16" else 4
+    held = 0 if need.offload else 1 / part
+    sizes = {
+        "weights": 4 * shape.parameters * held,
+        "gradients": 4 * shape.parameters * held,
+        "AdamW": 8 * shape.parameters * held,
+        "reference": low * shape.parameters * held if need.reference else 0,
+        "casts": 2 * shape.parameters if need.dtype == "bfloat16" and not need.shard else 0,
+        "activations": activation_bytes(shape, need),
+        "logits": 4 * 4 * min(CHUNK, need.batch_tokens) * shape.vocabulary,
+        "KV cache": 2 * 2 * shape.layers * shape.key_value * low * need.sample_tokens,
+    }
+    fixed = sizes["weights"] + sizes["gradients"] + sizes["AdamW"] + sizes["reference"]
+    layer = (shape.parameters - shape.vocabulary * shape.hidden) / shape.layers
+    gathered = low * (2 * layer + 2 * shape.vocabulary * shape.hidden) if need.shard else 0  # this layer, the next, both ends
+    update = 4 * shape.parameters * held * (2 if need.processes > 1 and not need.shard else 1)  # AdamW's temporaries, the sum
+    whole = low * shape.parameters if need.shard else 0
+    sizes["sampling"] = fixed + sizes["casts"] + sizes["KV cache"] + whole if need.sample_tokens else 0
+    sizes["training"] = fixed + max(sizes["casts"] + sizes["activations"] + sizes["logits"] + gathered, update)
+    return sizes | {"peak": max(sizes["sampling"], sizes["training"])}
+
+
+def smallest_change(shape: Shape, need: Need, limit: float) -> str:
+    """The flags that make it fit into `limit` bytes, those that cost least first, or a sentence that nothing does."""
+    ways = [need, replace(need, dtype="bfloat16")]
+    ways += [replace(way, checkpointing=True) for way in ways]
+    if need.processes > 1:
+        ways += [replace(way, shard=True) for way in ways]
+        ways += [replace(ways[-1], offload=True)]
+    for way in ways:
+        smaller = _smaller_batches(shape, way, limit)
+        if memory(shape, smaller)["peak"] <= limit:
+            return _flags(need, smaller)
+    return "nothing does: take more or larger GPUs, or a smaller model"
+
+
+def _smaller_batches(shape: Shape, need: Need, limit: float) -> Need:
+    """Token budgets halved as long as the phase that they bound does not fit, down to one sequence."""
+    while memory(shape, need)["training"] > limit and need.batch_tokens // 2 >= need.longest:
+        need = replace(need, batch_tokens=need.batch_tokens // 2)
+    while memory(shape, need)["sampling"] > limit and need.sample_tokens // 2 >= need.longest:
+        need = replace(need, sample_tokens=need.sample_tokens // 2)
+    return need
+
+
+def _flags(before: Need, after: Need) -> str:
+    words = []
+    if after.dtype != before.dtype:
+        words.append(f"--dtype {after.dtype}")
+    for name, flag in (("checkpointing", "--gradient-checkpointing"), ("shard", "--shard"), ("offload", "--offload")):
+        if getattr(after, name) and not getattr(before, name):
+            words.append(flag)
+    if after.batch_tokens < before.batch_tokens:
+        words.append(f"--max-batch-tokens {after.batch_tokens}")
+    if after.sample_tokens < before.sample_tokens:
+        words.append(f"--max-sample-tokens {after.sample_tokens}")
+    return " ".join(words)
+
+
+def read_machine(text: str) -> tuple[int, float]:
+    """ "4x80" -> (4 GPUs, 80e9 bytes each). Raises UserError for anything else."""
+    count, _, size = text.partition("x")
+    try:
+        gpus, limit = int(count), float(size) * GB
+    except ValueError:
+        gpus, limit = 0, 0.0
+    if gpus < 1 or limit <= 0:
+        raise UserError(f"--dry-run: given {text}; allowed GPUSxGIGABYTES, e.g. 4x80, or here")
+    return gpus, limit
+
+
+# ---- what is printed, and the rehearsal ----------------------------------------------------------------------------------
+
+
+def plan(machine: str, model: str, need: Need, downloads: Sequence[str], disk: float) -> None:
+    """Print what a run would take on `machine`, "GPUSxGIGABYTES". `downloads`: names on the hub; `disk`: copies of the weights
+    in fp32 that it writes at most."""
+    gpus, limit = read_machine(machine)
+    shape, need = shape_of(model), replace(need, processes=gpus)
+    sizes = memory(shape, need)
+    print(f"{model}: {shape.parameters / 1e6:,.0f} M parameters, on {gpus} x {limit / GB:g} GB, {need.dtype}")
+    for name, size in sizes.items():
+        if size and name not in ("sampling", "training", "peak"):
+            print(f"  {name:12}{size / GB:8.2f} GB")
+    for name in ("sampling", "training"):
+        if sizes[name]:
+            print(f"  {'peak of ' + name:20}{sizes[name] / GB:6.2f} GB of {limit / GB:g}")
+    usable = (1 - SPARE) * limit
+    if sizes["peak"] <= usable:
+        print(f"  fits, with {(limit - sizes['peak']) / GB:.1f} GB to spare")
+    else:
+        print(f"  does not fit ({SPARE:.0%} are left for fragments). Smallest change: {smallest_change(shape, need, usable)}")
+    print(f"  on disk: {disk * 4 * shape.parameters / GB:.1f} GB at most")
+    for name in dict.fromkeys(downloads):
+        print(f"  {on_the_hub(name)}")
+
+
+def on_the_hub(name: str) -> str:
+    """One line on a model: its size and whether it is gated, or that it is a folder here."""
+    if Path(name).is_dir():
+        return f"{name}: a folder here"
+    try:
+        info = HfApi().model_info(name, timeout=10, files_metadata=True)
+    except Exception as error:  # of the hub's, of the network's
+        return f"{name}: the hub cannot be asked ({' '.join(str(error).split())[:60]})"
+    size = sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
+    return f"{name}: {size / GB:.1f} GB to download{', gated: ask for access on its page' if info.gated else ''}"
+
+
+def rehearse(
+    policy: PreTrainedModel, reference: PreTrainedModel | None, need: Need, prompt_tokens: int, processes: Processes
+) -> float:
+    """Compute the largest micro-batch there may be, with room taken for the optimizer and the KV cache, and forget it.
+
+    So a run that does not fit ends before step 1, and not when the longest completions happen to come. Returns the tokens a
+    second that this took, forward and backward. prompt_tokens, longest: of the longest sequence, tokens.
+    """
+    shape, device = _shape(policy), policy.device
+    own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
+    moments = torch.empty(8 * own, dtype=torch.uint8, device=device)
+    if need.sample_tokens:
+        width = 2 if need.dtype == "bfloat16" else 4
+        cache = torch.empty(4 * shape.layers * shape.key_value * width * need.sample_tokens, dtype=torch.uint8, device=device)
+        del cache
+    ids = torch.full((max(1, need.batch_tokens // need.longest), need.longest), 1, device=device)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    completion = everything.clone()
+    completion[:, : max(1, prompt_tokens)] = False
+    started = time.perf_counter()
+    with precision(device, need.dtype):
+        logprobs, _ = token_logprobs(policy, ids, everything, completion, with_entropy=True)
+    if reference is not None:
+        with torch.no_grad():
+            token_logprobs(reference, ids, everything, completion)
+    backward(0.0 * logprobs.sum(), policy, processes)
+    policy.zero_grad(set_to_none=True)
+    del moments
+    return ids.numel() / (time.perf_counter() - started)
