@@ -17,7 +17,8 @@ lambda takes more of the same harmful prompts, so that one SFT model can serve s
         --files harmful=wildjailbreak:800 harmful=attacks.jsonl harmless=hub:me/chat:train ambiguous=or-bench \
         --eval-files harmful=harmbench.csv ambiguous=xstest
 
-Writes sft.jsonl, rl.jsonl, eval_SET.jsonl and manifest.json to OUT. A stopped run goes on when the same
+Writes sft.jsonl, rl.jsonl, eval_SET.jsonl and manifest.json to OUT; with `--rl-traces 8` also sft_rl.jsonl, traces for the RL
+prompts of every kind: what the paper's comparison "SFT" learns from instead of a reward. A stopped run goes on when the same
 command is run again.
 """
 
@@ -55,6 +56,7 @@ class Settings:
     ambiguous_share: float = setting(0.5, "share of ambiguous ones in the rest. Paper: 0.5", low=0, high=1)
     sft_prompts: int = setting(1000, "harmful prompts with traces; 0: no SFT. Paper: 1000", low=0)
     traces_per_prompt: int = setting(4, "traces a prompt, at most. Paper: 4", low=1)
+    rl_traces: int = setting(0, "traces for each RL prompt, at most, for the comparison with SFT. Paper: 8; 0: none", low=0)
     eval_prompts: int = setting(500, "prompts of each evaluation set, at most", low=1)
     max_chars: int = setting(1000, "SFT and RL prompts are shorter than this. Paper: 1000", low=1)
     # where prompts come from
@@ -105,6 +107,8 @@ def check(settings: Settings) -> None:
     if not (settings.source == "sandbox" or settings.trace_files or settings.trace_model):
         if settings.sft_prompts:
             raise UserError("--sft-prompts: no traces; give --trace-files, --trace-model or --sft-prompts 0")
+        if settings.rl_traces:
+            raise UserError("--rl-traces: no traces; give --trace-files, --trace-model or --rl-traces 0")
     for flag in ("trace_files", "eval_files"):
         for word in getattr(settings, flag):
             parse_word(word, f"--{flag.replace('_', '-')}")
@@ -261,12 +265,7 @@ def hold_out(pool: Pool, evaluation: Pool, count: int, seed: int) -> None:
 
 def file_traces(settings: Settings, seen: dict[str, str], dropped: Counter) -> Traces:
     """--trace-files: `sft_prompts` of their prompts with traces. They count as harmful, and enter `seen`."""
-    records: dict[str, dict] = {}
-    pairs = defaultdict(list)
-    for word in settings.trace_files:
-        for record, pair in read_traces(word, settings):
-            records.setdefault(same_prompt(record["prompt"]), record)
-            pairs[same_prompt(record["prompt"])].append(pair)
+    records, pairs = traced_prompts(settings)
     usable = new_prompts(list(records.values()), dict(seen), dropped, settings.max_chars)
     if len(usable) < settings.sft_prompts:
         raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(usable)}")
@@ -275,7 +274,29 @@ def file_traces(settings: Settings, seen: dict[str, str], dropped: Counter) -> T
     return [(record, pairs[same_prompt(record["prompt"])][: settings.traces_per_prompt]) for record in chosen]
 
 
-def model_traces(settings: Settings, records: list[dict], progress: Path) -> Traces:
+def traced_prompts(settings: Settings) -> tuple[dict[str, dict], dict[str, list[tuple[str, str]]]]:
+    """Each prompt of --trace-files, by `same_prompt`: its record, and its (reasoning, answer) pairs."""
+    records: dict[str, dict] = {}
+    pairs = defaultdict(list)
+    for word in settings.trace_files:
+        for record, pair in read_traces(word, settings):
+            records.setdefault(same_prompt(record["prompt"]), record)
+            pairs[same_prompt(record["prompt"])].append(pair)
+    return records, pairs
+
+
+def file_rl_traces(settings: Settings, rl: list[dict]) -> Traces:
+    """--rl-traces of --trace-files: for those RL prompts that have some. UserError if none has."""
+    if not (settings.trace_files and settings.rl_traces):
+        return []
+    _, pairs = traced_prompts(settings)
+    traced = [record for record in rl if same_prompt(record["prompt"]) in pairs]
+    if not traced:
+        raise UserError(f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; add files that do, or give 0")
+    return [(record, pairs[same_prompt(record["prompt"])][: settings.rl_traces]) for record in traced]
+
+
+def model_traces(settings: Settings, records: list[dict], count: int, progress: Path) -> Traces:
     """--trace-model: self-written; `progress` is a file that lets a stopped run go on."""
     from lib.traces import TraceWriter, write_all  # here, because torch is slow to import
 
@@ -286,16 +307,16 @@ def model_traces(settings: Settings, records: list[dict], progress: Path) -> Tra
         max_new_tokens=settings.trace_max_new_tokens,
         max_batch_tokens=settings.trace_max_batch_tokens,
     )
-    written = write_all(writer, records, settings.traces_per_prompt, settings.seed, progress)
+    written = write_all(writer, records, count, settings.seed, progress)
     return list(zip(records, written, strict=True))
 
 
-def sandbox_traces(settings: Settings, records: list[dict]) -> Traces:
-    """The world's own writer, diverse and imperfect."""
-    from lib.sandbox.traces import write_trace
+def sandbox_traces(settings: Settings, records: list[dict], count: int, use: str) -> Traces:
+    """The world's own writer, diverse and imperfect; `use` is one of its WRONG_VERDICTS."""
+    from lib.sandbox.traces import WRONG_VERDICTS, write_trace
 
-    rng = random.Random(f"{settings.seed}/traces")
-    return [(r, [write_trace(r, rng) for _ in range(settings.traces_per_prompt)]) for r in records]
+    rng = random.Random(f"{settings.seed}/{use}")
+    return [(r, [write_trace(r, rng, WRONG_VERDICTS[use]) for _ in range(count)]) for r in records]
 
 
 def sft_records(traces: Traces, dropped: Counter) -> list[dict]:
@@ -335,6 +356,7 @@ def main() -> None:
     sft_count = 0 if settings.trace_files else settings.sft_prompts
     sft_prompts, pool = share_out(pool, quotas(settings), sft_count, settings.seed)
     rl = mix(pool, settings, len(sft_prompts))
+    rl_traces = file_rl_traces(settings, rl)
     # After all inputs have been read: a mistake in one of them must not cost an earlier run.
     config = {**asdict(settings), **checksums(*inputs(settings))}
     claim_folder(out, config, overwrite=settings.overwrite, ignore=("device", "trace_max_batch_tokens"))
@@ -342,18 +364,24 @@ def main() -> None:
         print(f"{out} is finished. Next: {next_command}")
         return
 
-    progress = out / "traces.partial.jsonl"
+    progress, rl_progress = out / "traces.partial.jsonl", out / "rl_traces.partial.jsonl"
     if settings.sft_prompts and settings.trace_model:
-        traces = model_traces(settings, sft_prompts, progress)
+        traces = model_traces(settings, sft_prompts, settings.traces_per_prompt, progress)
     elif settings.sft_prompts and not settings.trace_files:
-        traces = sandbox_traces(settings, sft_prompts)
+        traces = sandbox_traces(settings, sft_prompts, settings.traces_per_prompt, "traces")
+    if settings.rl_traces and settings.trace_model:
+        rl_traces = model_traces(settings, rl, settings.rl_traces, rl_progress)
+    elif settings.rl_traces and not settings.trace_files:
+        rl_traces = sandbox_traces(settings, rl, settings.rl_traces, "rl traces")
     files = {"sft": sft_records(traces, dropped), "rl": rl}
+    files |= {"sft_rl": sft_records(rl_traces, dropped)}
     files |= {f"eval_{name}": records for name, records in evaluation.items()}
     files = {f"{name}.jsonl": records for name, records in files.items() if records}
     for name, records in files.items():
         write_jsonl(out / name, records)
     write_json(out / "manifest.json", manifest(settings, files, pool, dropped))
     progress.unlink(missing_ok=True)
+    rl_progress.unlink(missing_ok=True)
 
     for name, records in files.items():
         kinds = Counter(record["kind"] for record in records)

@@ -13,7 +13,12 @@ The loss is the negative log-likelihood of reasoning and answer, markers include
     python 02_sft_warmstart.py --preset sandbox --data runs/demo/data --out runs/demo/sft
     torchrun --nproc-per-node 4 02_sft_warmstart.py --preset paper --data runs/paper/data --out runs/paper/sft
 
-Reads DATA/sft.jsonl. Writes an ordinary Hugging Face checkpoint, metrics.jsonl and settings.json to OUT. A killed run goes on
+The paper's comparison "SFT" is this stage once more, from pi_SFT and on 8 traces for each RL prompt (01's `--rl-traces 8`):
+
+    python 02_sft_warmstart.py --preset paper --traces sft_rl.jsonl --model runs/paper/sft --learning-rate 3e-4 --epochs 3 \\
+        --data runs/paper/data --out runs/paper/sft-8
+
+Reads DATA/TRACES. Writes an ordinary Hugging Face checkpoint, metrics.jsonl and settings.json to OUT. A killed run goes on
 when the same command is run again.
 """
 
@@ -44,6 +49,7 @@ class Settings:
 
     preset: str = setting("sandbox", "where the defaults come from: sandbox, smollm or paper")
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
+    traces: str = setting("sft.jsonl", "file in DATA to learn from; sft_rl.jsonl: the traces of the RL prompts")
     model: str = setting("lib/sandbox/base", "pi_base: a folder or a hub name. Paper: Qwen/Qwen2.5-1.5B-Instruct")
     out: str = setting("runs/demo/sft", "folder for the checkpoint and its logs")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
@@ -78,7 +84,7 @@ class Example:
 
 def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples. The split is by prompt, so no held-out prompt has a trace among the training ones."""
-    path = Path(settings.data) / "sft.jsonl"
+    path = Path(settings.data) / settings.traces
     records = read_jsonl(path, required=("id", "prompt", "reasoning", "answer"))
     prompts = sorted({r["prompt"] for r in records})
     count = round(settings.held_out_share * len(prompts))
@@ -153,12 +159,14 @@ def main() -> None:
         shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
     if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
-        config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "sft.jsonl")}
+        config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / settings.traces)}
         claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "shard", "offload"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_out = out.with_name(out.name.replace("sft", "rl") if "sft" in out.name else f"{out.name}-rl")
     next_command = f"python 03_rl_train.py --preset {settings.preset} --data {settings.data} --model {out} --out {next_out}"
     next_command += "" if settings.reasoning else " --no-reasoning (and --max-new-tokens: an answer's budget)"
+    if settings.traces != "sft.jsonl":  # a comparison: what it makes is a rival of RL, not its start
+        next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
     if is_finished(out):
         print(f"{out} is finished. Next: {next_command}")
         return

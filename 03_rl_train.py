@@ -13,6 +13,9 @@ How this differs from textbook PPO: no value network (the group's mean is the ba
 on-policy and used once, so the ratio is 1; `--updates-per-batch` > 1 brings the clipped ratio to life); the KL to the frozen
 reference is a loss term and not part of the reward; whole completions get one advantage.
 
+`--objective rpo` is the paper's comparison with DPO in the same loop: step 2 samples from the reference, with the same seeds in
+every epoch, and steps 4 and 5 compare completions in pairs instead (lib/preferences.py).
+
     python 03_rl_train.py --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rl
     torchrun --nproc-per-node 4 03_rl_train.py --preset paper --data runs/paper/data \\
         --model runs/paper/sft --out runs/paper/rl
@@ -35,6 +38,7 @@ from tqdm import tqdm
 from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch, parse_completion, parse_direct
 from lib.files import append_jsonl, read_jsonl
 from lib.policy import load_policy, save_policy, token_logprobs
+from lib.preferences import response_seeds, update_on_preferences
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes, sum_gradients
 from lib.rewards import KINDS, load_judge, refusal_label, total_reward
 from lib.run_folder import checksums, claim_folder, stated_reasoning
@@ -56,6 +60,8 @@ class Settings:
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK (README). Paper: moderation API, GRM")
     reasoning: bool = setting(True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)")
+    objective: str = setting("grpo", "grpo, or rpo: DPO + alpha * NLL on pairs by the same reward", choices=("grpo", "rpo"))
+    one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")
     # rollouts
     prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
     group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2)
@@ -63,7 +69,7 @@ class Settings:
     max_new_tokens: int = setting(4096, "length of a completion, tokens, reasoning included. Paper: 4096", low=1)
     max_prompt_tokens: int = setting(512, "longest prompt allowed, tokens. Paper: 512", low=1)
     # optimisation
-    learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6", low=0.0)
+    learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6; rpo: 3e-4", low=0.0)
     epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01)
     warmup_steps: int = setting(0, "steps of linear warm-up", low=0)
     decay: bool = setting(False, "after the warm-up, decay the rate linearly to zero")
@@ -82,6 +88,8 @@ class Settings:
     kl_estimator: str = setting("k3", "of KL(policy || reference), by Schulman. Paper: k3", choices=("k1", "k2", "k3"))
     kl_coef: float = setting(1e-3, "weight of the KL term in the loss. Paper: 1e-3", low=0.0)
     clip_range: float = setting(0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0)
+    rpo_beta: float = setting(0.01, "with rpo: beta of DPO. Paper: 0.01", low=0.0)
+    rpo_alpha: float = setting(3.0, "with rpo: weight of the NLL of the chosen, by its length. Paper: 3", low=0.0)
     # machinery
     max_batch_tokens: int = setting(16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16)
     max_sample_tokens: int = setting(65536, "rows x columns of the sampler's KV cache, tokens", low=16)
@@ -119,20 +127,22 @@ def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
     """
     path = Path(settings.data) / "rl.jsonl"
     records = read_jsonl(path, required=("id", "prompt", "kind"))
-    budget = min(context, settings.max_batch_tokens, settings.max_sample_tokens)
+    together = 2 if settings.objective == "rpo" else 1  # a pair is in one micro-batch
+    budget = min(context, settings.max_batch_tokens // together, settings.max_sample_tokens)
     allowed = min(settings.max_prompt_tokens, budget - settings.max_new_tokens)
-    for record in records:
+    for place, record in enumerate(records):
         if record["kind"] not in KINDS:
             raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}")
         if not isinstance(record["prompt"], str) or not record["prompt"].strip():
             raise UserError(f"{path}: {record['id']}: prompt is {record['prompt']!r}; allowed: some text")
+        record["place"] = place
         record["prompt_ids"] = encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning)
         if len(record["prompt_ids"]) > allowed:
             raise UserError(
                 f"{path}: prompt {record['id']} has {len(record['prompt_ids'])} tokens, {allowed} fit (context {context}, "
                 f"--max-prompt-tokens {settings.max_prompt_tokens}, --max-new-tokens {settings.max_new_tokens}, "
-                f"--max-batch-tokens {settings.max_batch_tokens}, --max-sample-tokens {settings.max_sample_tokens}): "
-                "shorten it, or change a limit"
+                f"--max-batch-tokens {settings.max_batch_tokens}{' for a pair' * (together - 1)}, "
+                f"--max-sample-tokens {settings.max_sample_tokens}): shorten it, or change a limit"
             )
     return records
 
@@ -154,6 +164,8 @@ def collect_rollouts(
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     seeds = torch.randint(2**62, (len(records), settings.group_size), generator=generator)
+    if settings.objective == "rpo":  # offline: every epoch sees the same responses
+        seeds = response_seeds([record["place"] for record in records], settings.group_size, settings.seed)
     mine = share(records, processes)  # in blocks, so the rollouts of all ranks, one after the other, are in the order of one
     try:
         with precision(policy.device, settings.dtype), gathered(policy):
@@ -182,7 +194,7 @@ def collect_rollouts(
     return rollouts
 
 
-def score_rollouts(rollouts: list[Rollout], judge, step: int) -> None:
+def score_rollouts(rollouts: list[Rollout], judge, step: int, one_reward: bool = False) -> None:
     """Step 3, equations 1 and 2: judges see the prompt and the answer, never the reasoning.
 
     No verdict earns nothing, and is counted. Raises UserError for a score out of range, before it can reach the weights.
@@ -193,7 +205,8 @@ def score_rollouts(rollouts: list[Rollout], judge, step: int) -> None:
     for rollout, harm, task in zip(rollouts, harms, tasks, strict=True):
         rollout.harm, rollout.task = harm, task
         try:
-            rollout.reward = total_reward(rollout.record["kind"], rollout.harm, rollout.task, rollout.parsed.well_formed)
+            kind, well_formed = rollout.record["kind"], rollout.parsed.well_formed
+            rollout.reward = total_reward(kind, rollout.harm, rollout.task, well_formed, one_reward)
         except ValueError as error:
             where = f"step {step}, prompt {rollout.record['id']}"
             raise UserError(f"{where}: {error}; the last checkpoint is kept: mend --judge {judge.name}") from error
@@ -303,7 +316,7 @@ def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def summarise(rollouts: list[dict], group_size: int) -> dict:
+def summarise(rollouts: list[dict], group_size: int, one_reward: bool = False) -> dict:
     """Metrics of one step from every process's rollouts, as plain dicts; None where a kind did not occur."""
     rewards = [[r["reward"] for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
     metrics = {"reward": mean([r["reward"] for r in rollouts])}
@@ -315,7 +328,8 @@ def summarise(rollouts: list[dict], group_size: int) -> dict:
         metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] == "full") for r in of_kind])
     metrics["format_rate"] = mean([float(r["well_formed"]) for r in rollouts])
     metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
-    metrics["unknown_verdicts"] = sum(r["harm" if r["kind"] == "harmful" else "task"] is None for r in rollouts)
+    asked = ["harm" if r["kind"] == "harmful" and not one_reward else "task" for r in rollouts]
+    metrics["unknown_verdicts"] = sum(r[score] is None for r, score in zip(rollouts, asked, strict=True))
     metrics["zero_advantage_groups"] = sum(max(group) - min(group) < 1e-6 for group in rewards)
     return metrics
 
@@ -372,30 +386,34 @@ def main() -> None:
         amount = f"{total} steps of {settings.prompts_per_step} x {settings.group_size} on {processes.size} x {device}"
         print(f"{amount}; writing to {out}")
 
-    bar = tqdm(range(start, total), "RL", total, initial=start, unit="step", disable=not leader)
+    rpo = settings.objective == "rpo"
+    sampler, update_model = (reference, update_on_preferences) if rpo else (policy, update_policy)
+    bar = tqdm(range(start, total), "RPO" if rpo else "RL", total, initial=start, unit="step", disable=not leader)
     for step in bar:
         clock = [time.perf_counter()]
-        rollouts = collect_rollouts(policy, tokenizer, prompts_of_step(records, step, settings), step, settings, processes)
+        rollouts = collect_rollouts(sampler, tokenizer, prompts_of_step(records, step, settings), step, settings, processes)
         clock.append(time.perf_counter())
-        score_rollouts(rollouts, judge, step)
+        score_rollouts(rollouts, judge, step, settings.one_reward)
         rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, settings.group_size)
         for rollout, advantage in zip(rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True):
             rollout.advantage = advantage.item()
         clock.append(time.perf_counter())
         rate = set_learning_rate(optimizer, settings.learning_rate, step, settings.warmup_steps, total, settings.decay)
         for _ in range(settings.updates_per_batch):
-            update = update_policy(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, processes)
+            update = update_model(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, processes)
             finite_or_stop("loss", update["loss"], step, out)
             finite_or_stop("gradient norm", update["grad_norm"], step, out)
-            optimizer.step()
+            if update.get("pairs") != 0:  # without a pair there is nothing to learn, see update_on_preferences
+                optimizer.step()
         clock.append(time.perf_counter())
         described = [r for part in gather_objects([describe(r, step) for r in rollouts], processes) for r in part]
-        metrics = {"step": step, **summarise(described, settings.group_size), **update, "learning_rate": rate}
+        summary = summarise(described, settings.group_size, settings.one_reward)
+        metrics = {"step": step, **summary, **update, "learning_rate": rate}
         seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
         tokens = sum(r["tokens"] for r in described)
         metrics |= {"sample_tokens_per_s": tokens / seconds[0], "train_tokens_per_s": tokens / seconds[2]}
         metrics |= {"seconds_sample": seconds[0], "seconds_reward": seconds[1], "seconds_train": seconds[2]}
-        bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl")})
+        bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl") if metrics[key] is not None})
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)
             if step % settings.rollouts_every == 0:

@@ -37,7 +37,7 @@ def safety_reward(harm: float, slack: float = 0.1) -> float:
     return 1.0 if harm <= slack else 1.0 - harm
 
 
-def total_reward(kind: str, harm: float | None, task: float | None, well_formed: bool) -> float:
+def total_reward(kind: str, harm: float | None, task: float | None, well_formed: bool, one_reward: bool = False) -> float:
     """Equations 1 and 2, in [0, 1]. What breaks the format earns nothing, nor does what the judge had no verdict on (None).
 
     >>> total_reward("harmful", harm=0.0, task=0.0, well_formed=True)  # refused, rightly
@@ -49,6 +49,11 @@ def total_reward(kind: str, harm: float | None, task: float | None, well_formed:
     >>> total_reward("harmless", harm=0.0, task=0.8, well_formed=False)  # did not close its reasoning
     0.0
 
+    `one_reward`: r_n for harmful prompts, too. Finding F7 of the paper says that this gives a narrower frontier.
+
+    >>> total_reward("harmful", harm=0.0, task=0.3, well_formed=True, one_reward=True)
+    0.3
+
     Raises ValueError for an unknown kind and for a score that is no number in [0, 1]: these are faults of the
     data or of the judge, and training on them must stop.
     """
@@ -58,7 +63,7 @@ def total_reward(kind: str, harm: float | None, task: float | None, well_formed:
         if score is not None and not 0 <= score <= 1:  # not a number fails this, too
             raise ValueError(f"the judge gave harm {harm} and task {task}: scores must be numbers in [0, 1]")
     format_reward = 1.0 if well_formed else 0.0
-    if kind == "harmful":
+    if kind == "harmful" and not one_reward:
         return 0.0 if harm is None else format_reward * safety_reward(harm)
     return 0.0 if task is None else format_reward * task
 

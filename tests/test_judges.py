@@ -13,8 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from lib.files import UserError
-from lib.judges import harmbench, strongreject
+from lib.judges import harmbench, rubric, strongreject
 from lib.judges.language_model import LanguageModel
+from lib.judges.rubric import parse_grade
 from lib.judges.strongreject import StrongReject, Verdict, parse_verdict
 from lib.rewards import load_judge
 
@@ -318,6 +319,115 @@ def test_a_chat_model_that_babbles_gives_none_and_its_batch_mates_change_nothing
     prompts = [judge.tokenizer(line.replace("\ud800", "") + "?")["input_ids"] for line in LINES]
     together = judge.write(prompts, 12)
     assert len(set(together)) > 1 and [judge.write([prompt], 12)[0] for prompt in prompts] == together
+
+
+# ---- rubrics -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, grade",
+    [
+        ("Score: 0", 0.0),
+        ("It declines.\n\nScore: 0.5", 0.5),
+        ("SCORE: 1.0.", 1.0),
+        ("**Score:** **1**", 1.0),
+        ("**Score: 0.5**", 0.5),
+        ("Score (0, 0.5 or 1): 1", 1.0),
+        ("Score = [0]", 0.0),
+        ('{"score": 0.5}', 0.5),
+        ("Score: 0.5/1", 0.5),
+        ("Score: 0? No, better.\nScore: 1", 1.0),  # the last counts
+        (rubric.SAFETY + "\nScore: 0.5", 0.5),  # it repeats the question first
+        (rubric.SAFETY, None),
+        (rubric.TASK, None),
+        ("Score: 0, 0.5 or 1", None),
+        ("Score: 0 or 1", None),
+        ("Score: 0-1", None),
+        ("Score: 1/5", None),
+        ("Score: 1 out of 10", None),
+        ("Score: 1%", 1.0),
+        ("Score: -1", None),
+        ("Score: .1", None),
+        ("Score: 0.7", None),
+        ("Score: 0.55", None),
+        ("Score: 10", None),
+        ("Score: 2", None),
+        ("Score: 1.5", None),
+        ("Score: one", None),
+        ("Scores: 1", None),
+        ("1", None),
+        ("", None),
+        ("\ud800\x00", None),
+        (None, None),
+    ],
+)
+def test_grades(text, grade):
+    assert parse_grade(text) == grade
+
+
+def test_parsing_of_grades_takes_no_time_and_never_raises():
+    for part in ("score ", "score:", "score (", "score ()", "score: 0", "score: 1/", "(", " ", "*"):
+        parse_grade("score" + part * 3000)
+    generator = random.Random(0)
+    parts = [
+        "score",
+        "Score",
+        ":",
+        "=",
+        " ",
+        "\n",
+        "*",
+        "(",
+        ")",
+        "0",
+        "0.5",
+        "1",
+        "1.0",
+        "/",
+        "5",
+        "-",
+        "or",
+        "\ud800",
+        "score: 1",
+    ]
+    grades = [parse_grade("".join(generator.choices(parts, k=generator.randrange(30)))) for _ in range(1000)]
+    assert set(grades) == {None, 0.0, 0.5, 1.0}
+
+
+def test_two_rubrics_of_one_model_alone_and_as_a_part(chat_model, said):
+    asked, texts = said
+    texts += ["Score: 1", "Score: 0.5", "I would rather not say.", "Score: 0"]
+    prompts, answers = ["Bake {answer}?", "b", "c", "d"], ["Knead {prompt}.", "x", "y", "z"]
+    judge = load_judge(f"rubric={chat_model}")
+    assert judge.harm_score(prompts, answers) == [0.0, 0.5, None, 1.0]
+    assert judge.task_score(prompts, answers) == [1.0, 0.5, None, 0.0]
+    assert "<request>\nBake {answer}?\n</request>" in asked[0] and "<answer>\nKnead {prompt}.\n</answer>" in asked[0]
+    assert "harmful one" in asked[0] and "harmless one" in asked[4] and asked[0].endswith("<|end|><|assistant|>")
+    standin = load_judge("standin")
+    as_harm, as_task = load_judge(f"rubric={chat_model}@cpu+standin"), load_judge(f"standin+rubric={chat_model}")
+    assert as_harm.harm_score(prompts, answers) == judge.harm_score(prompts, answers)
+    assert as_task.task_score(prompts, answers) == judge.task_score(prompts, answers)
+    assert as_harm.task_score(prompts, answers) == standin.task_score(prompts, answers)
+    assert as_task.harm_score(prompts, answers) == standin.harm_score(prompts, answers)
+
+
+def test_the_cache_keeps_the_two_rubrics_apart(chat_model, said, tmp_path, monkeypatch):
+    _, texts = said
+    texts += ["Score: 1"]
+    monkeypatch.setenv("TARS_JUDGE_CACHE", str(tmp_path))
+    judge = load_judge(f"rubric={chat_model}")
+    for _ in range(2):
+        assert (judge.harm_score(["a"], ["b"]), judge.task_score(["a"], ["b"])) == ([0.0], [1.0])
+
+
+def test_a_model_that_babbles_earns_nothing_by_a_rubric(chat_model, monkeypatch):
+    monkeypatch.setattr(rubric, "VERDICT_TOKENS", 12)
+    judge = load_judge(f"rubric={chat_model}")
+    assert judge.harm_score(LINES, ANSWERS) == judge.task_score(LINES, ANSWERS) == [None] * len(LINES)
+    with pytest.raises(UserError, match="cannot load a tokenizer"):
+        load_judge("rubric=no/such/folder")
+    with pytest.raises(UserError, match="given rubric=; a model is given"):
+        load_judge("rubric=")
 
 
 # ---- two judges in one -------------------------------------------------------------------------------------

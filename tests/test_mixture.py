@@ -12,8 +12,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from lib.chat import load_tokenizer
 from lib.files import UserError, read_jsonl, sha256_file, write_jsonl
-from lib.rewards import KINDS
+from lib.rewards import KINDS, load_judge, total_reward
+from lib.sandbox.world import BASE
 from lib.tables import first_text, read_table
 
 stage = importlib.import_module("01_build_mixture")
@@ -170,3 +172,62 @@ def test_mistakes_with_files_are_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message) as error:
             build(monkeypatch, tmp_path / name.replace(" ", "-"), *usual, *words)
         assert "\n" not in str(error.value)
+
+
+# ---- traces for the RL prompts: the comparison with SFT ------------------------------------------------------
+
+
+def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes(tmp_path, monkeypatch):
+    flags = ("--rl-prompts", 80, "--sft-prompts", 10, "--eval-prompts", 10)
+    plain = build(monkeypatch, tmp_path / "plain", *flags)
+    sets = build(monkeypatch, tmp_path / "traced", *flags, "--rl-traces", 8)
+    traces = sets.pop("sft_rl")
+    assert sets == plain and not (tmp_path / "plain" / "sft_rl.jsonl").exists()
+    for name in ("sft", "rl"):
+        assert (tmp_path / "plain" / f"{name}.jsonl").read_bytes() == (tmp_path / "traced" / f"{name}.jsonl").read_bytes()
+    assert Counter(t["prompt"] for t in traces) == {r["prompt"]: 8 for r in sets["rl"]}
+    assert len({t["id"] for t in traces}) == 640
+    kinds = {r["prompt"]: r["kind"] for r in sets["rl"]}
+    judge = load_judge("sandbox")
+    for kind in KINDS:  # a teacher that is mostly right, and not always; each resolves the prompt, in various words
+        of_kind = [t for t in traces if t["kind"] == kind == kinds[t["prompt"]]]
+        prompts, answers = [t["prompt"] for t in of_kind], [t["answer"] for t in of_kind]
+        scores = zip(judge.harm_score(prompts, answers), judge.task_score(prompts, answers), strict=True)
+        rewards = [total_reward(kind, harm, task, True) for harm, task in scores]
+        assert set(rewards) == {0.0, 1.0} and 0.7 < sum(rewards) / len(rewards) < 0.9
+        assert len({(t["reasoning"], t["answer"]) for t in of_kind}) > len(of_kind) / 2
+    manifest = json.loads((tmp_path / "traced" / "manifest.json").read_text())
+    assert manifest["files"]["sft_rl.jsonl"]["records"] == 640
+
+    second = importlib.import_module("02_sft_warmstart")
+    settings = second.Settings(data=str(tmp_path / "traced"), traces="sft_rl.jsonl", held_out_share=0.1)
+    train, held_out = second.load_examples(settings, load_tokenizer(BASE), 512)
+    assert (len(train), len(held_out)) == (576, 64)
+
+
+def test_traces_of_a_file_go_to_the_rl_prompts_that_have_some(tmp_path, monkeypatch):
+    prompts = [f"{kind} {i}" for kind in KINDS for i in range(12)]
+    rows = [{"prompt": p.upper(), "reasoning": f"thought {k}", "answer": "a"} for p in prompts[::2] for k in range(3)]
+    write_jsonl(tmp_path / "traces.jsonl", rows)
+    flags = ["--source", "files", "--files", *write_pool(tmp_path), "--trace-files", tmp_path / "traces.jsonl"]
+    flags += ["--rl-prompts", 9, "--sft-prompts", 2, "--eval-prompts", 2, "--lambda-harmful", 0.4]
+    sets = build(monkeypatch, tmp_path / "out", *flags, "--rl-traces", 2)
+    traced = [r["prompt"] for r in sets["rl"] if r["prompt"] in prompts[::2]]
+    assert traced and Counter(t["prompt"] for t in sets["sft_rl"]) == dict.fromkeys(traced, 2)
+    assert not {stage.same_prompt(t["prompt"]) for t in sets["sft"]} & {stage.same_prompt(p) for p in traced}
+
+    write_jsonl(tmp_path / "traces.jsonl", [{**row, "prompt": f"other {i}"} for i, row in enumerate(rows)])
+    with pytest.raises(UserError, match="--rl-traces: --trace-files have none for the 9 RL prompts"):
+        build(monkeypatch, tmp_path / "none", *flags, "--rl-traces", 2)
+    without = [*flags[:6], "--sft-prompts", 0, "--rl-traces", 2]
+    with pytest.raises(UserError, match="--rl-traces: no traces; give --trace-files"):
+        build(monkeypatch, tmp_path / "none", *without)
+
+
+def test_a_model_writes_the_traces_of_the_rl_prompts_too(tmp_path, monkeypatch):
+    flags = ["--rl-prompts", 6, "--sft-prompts", 2, "--traces-per-prompt", 1, "--eval-prompts", 4, "--trace-model", BASE]
+    flags += ["--trace-max-new-tokens", 12, "--rl-traces", 2, "--device", "cpu"]
+    sets = build(monkeypatch, tmp_path / "out", *flags)
+    assert sets["sft_rl"] and {t["prompt"] for t in sets["sft_rl"]} <= {r["prompt"] for r in sets["rl"]}
+    assert max(Counter(t["prompt"] for t in sets["sft_rl"]).values()) <= 2
+    assert not list((tmp_path / "out").glob("*.partial.jsonl"))

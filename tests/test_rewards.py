@@ -30,6 +30,15 @@ def test_total_reward_is_format_times_safety_or_task(kind):
         assert rewards.total_reward(kind, harm, task, False) == 0
 
 
+def test_one_reward_for_all_is_the_task_score_whatever_the_kind():
+    for kind, harm in itertools.product(rewards.KINDS, (0.0, 1.0, None)):
+        assert rewards.total_reward(kind, harm, 0.3, True, one_reward=True) == 0.3
+        assert rewards.total_reward(kind, harm, 0.3, False, one_reward=True) == 0
+        assert rewards.total_reward(kind, harm, None, True, one_reward=True) == 0
+    with pytest.raises(ValueError, match="scores must be numbers"):
+        rewards.total_reward("harmful", 2.0, 0.3, True, one_reward=True)
+
+
 def test_scores_out_of_range_stop():
     for kind in rewards.KINDS:
         for harm, task in ((float("nan"), 0.0), (0.0, float("inf")), (-0.5, 0.0), (0.0, 3.0)):

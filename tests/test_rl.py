@@ -327,6 +327,21 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
     assert {key: summary[key] for key in expected} == expected
 
 
+def test_one_reward_needs_the_verdict_on_the_task_alone():
+    line = {"completion": "", "reasoning_tokens": 0, "refusal": "none", "well_formed": True, "finish_reason": "eos"}
+    lines = [{**line, "kind": kind, "reward": 0.0, "harm": None, "task": 0.0} for kind in ("harmful", "harmless")]
+    assert stage.summarise(lines, 2)["unknown_verdicts"] == 1
+    assert stage.summarise(lines, 2, one_reward=True)["unknown_verdicts"] == 0
+
+
+def test_one_reward_reaches_the_rollouts(data, tmp_path, monkeypatch):
+    run_here(RL, rl_flags(data, tmp_path / "rl", judge="sandbox", one_reward=True, epochs=0.9), monkeypatch)
+    rollouts = read_jsonl(tmp_path / "rl" / "rollouts.jsonl")
+    assert {r["kind"] for r in rollouts} >= {"harmful", "ambiguous"}
+    assert all(r["reward"] == r["task"] for r in rollouts)
+    assert any(r["reward"] != 1 - r["harm"] for r in rollouts if r["kind"] == "harmful")
+
+
 # ---- the stage -------------------------------------------------------------------------------------------------------
 
 LOGGED = "step reward reward_harmful reward_harmless reward_ambiguous reasoning_tokens_harmful reasoning_tokens_harmless "

@@ -4,7 +4,7 @@ A judge is two functions on batches, harm_score(prompts, answers) and task_score
 in [0, 1]. A score of None is *unknown*: no verdict that can be read. Unknown is not harmless and not useful: it is counted,
 and never as a defence or a reward. Neither function sees the reasoning.
 
-Models of others have one of the two each, so two of them make a judge: "qwen3guard+grm".
+Models of others have one of the two each, so two of them make a judge: "qwen3guard+grm". "rubric" has both.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ MODELS = {  # name -> module of lib.judges, and its function that opens a model:
     "moderation": ("moderation", "harm_judge"),
     "grm": ("grm", "task_judge"),
 }
+BOTH = {"rubric": "rubric"}  # name -> module, which has harm_judge and task_judge
 TASK_MODELS = [name for name, (_, function) in MODELS.items() if function == "task_judge"]
 HARM_MODELS = [name for name in MODELS if name not in TASK_MODELS]
 ALLOWED = (
-    f"sandbox, standin or a module of yours; or HARM+TASK, where HARM may also be {', '.join(HARM_MODELS)}, "
-    f"and TASK {', '.join(TASK_MODELS)}"
+    f"sandbox, standin or a module of yours, or {', '.join(BOTH)}; or HARM+TASK, where HARM may also be "
+    f"{', '.join(HARM_MODELS)}, and TASK {', '.join(TASK_MODELS)}"
 )
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>.*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
 
@@ -53,10 +54,10 @@ def load_judge(name: str) -> Judge:
     """The judge "sandbox" (exact, for its own prompts only), "standin" (crude), or a module, say "my.guard".
 
     "HARM+TASK" takes harm_score from the first and task_score from the second. Each may be a model of others, in `MODELS`,
-    which has one of the two alone. Its checkpoint is a folder or a hub name, "grm=MODEL" (none: the published one), and its
-    device is "qwen3guard@cuda:1" or "grm=MODEL@cpu" (none: the GPU of this process, else the CPU). Several processes that
-    name one device each put a copy there. With the environment variable TARS_JUDGE_CACHE=FOLDER the verdicts of
-    these models are kept there (lib/judges/cache.py).
+    which has one of the two alone, or in `BOTH`, which may be the whole judge, too. Its checkpoint is a folder or a hub name,
+    "grm=MODEL" (none: the published one), and its device is "qwen3guard@cuda:1" or "grm=MODEL@cpu" (none: the GPU of this
+    process, else the CPU). Several processes that name one device each put a copy there. With the environment variable
+    TARS_JUDGE_CACHE=FOLDER the verdicts of these models are kept there (lib/judges/cache.py).
 
     A module of yours holds the two functions, or the one it is asked for, and is looked for in the folder you run from
     as well. Raises UserError if it cannot be imported or lacks one, and, when scoring, if there are not as many scores
@@ -76,7 +77,7 @@ def load_judge(name: str) -> Judge:
 
 def _two(name: str) -> tuple[str, str, str]:
     """HARM, "+", TASK; or "", "", name. A model may be a folder with a "+" in its name: what follows the "+" is a judge."""
-    for task in TASK_MODELS:
+    for task in (*TASK_MODELS, *BOTH):
         if match := re.fullmatch(rf"(.*)(\+)({task}(?:[=@].*)?)", name):
             return match[1], match[2], match[3]
     return name.rpartition("+")
@@ -84,21 +85,24 @@ def _two(name: str) -> tuple[str, str, str]:
 
 def _scores_of(part: str, function: str) -> Score:
     """One of the two functions of the judge `part`. UserError if there is no such judge, or it has no such function."""
+    opener_of_both = function.replace("score", "judge")
+    models = {**MODELS, **{name: (module, opener_of_both) for name, module in BOTH.items()}}
     match = PART.fullmatch(part)
-    if match is None or match["model"] == "" or (match["name"] not in MODELS and (match["model"] or match["device"])):
+    if match is None or match["model"] == "" or (match["name"] not in models and (match["model"] or match["device"])):
         raise UserError(
             f"--judge: given {part}; a model is given as NAME=MODEL and its device as NAME@DEVICE or NAME=MODEL@DEVICE, "
-            f"with NAME one of {', '.join(MODELS)} and DEVICE cpu, cuda, cuda:NUMBER or mps"
+            f"with NAME one of {', '.join(models)} and DEVICE cpu, cuda, cuda:NUMBER or mps"
         )
-    if match["name"] not in MODELS:
+    if match["name"] not in models:
         return _counted(_function(part, function), part)
-    path, opener = MODELS[match["name"]]
+    path, opener = models[match["name"]]
     module = importlib.import_module(f"lib.judges.{path}")
     score = getattr(module, opener)(match["model"] or "", match["device"] or "")
     if folder := os.environ.get("TARS_JUDGE_CACHE"):
         from lib.judges.cache import cached, identity
 
-        score = cached(score, identity(match["name"], match["model"] or module.MODEL), folder)
+        name = match["name"] + f" {function}" * (match["name"] in BOTH)
+        score = cached(score, identity(name, match["model"] or module.MODEL), folder)
     return _counted(score, part)
 
 

@@ -7,6 +7,11 @@ import random
 from lib.sandbox import world
 from lib.sandbox.judge import resolution
 
+# Half, for the warm start: it teaches the format, and which verdict pays is for RL to find out. The comparison with SFT (01's
+# --rl-traces) has nothing but its traces, and half would teach it to toss a coin: a rival made of straw. The paper's teacher,
+# R1, judges better than the student, and is not perfect.
+WRONG_VERDICTS = {"traces": 0.5, "rl traces": 0.2}
+
 
 def explain(steps: list[str]) -> str:
     """The steps as text: "wip means zog . zog means bomb . bomb is weapon ."."""
@@ -15,7 +20,7 @@ def explain(steps: list[str]) -> str:
 
 
 def write_trace(record: dict, rng: random.Random, wrong_verdicts: float = 0.5) -> tuple[str, str]:
-    """(reasoning, answer) for an SFT record: resolve, recall the category, judge, decide.
+    """(reasoning, answer) for a training record of any kind: resolve, recall the category, judge, decide.
 
     Diverse (openers, verdicts, refusals and answers vary) and imperfect on purpose: a share `wrong_verdicts` judges wrongly
     and acts on it. The paper's traces "need not be perfectly safe"; here that variety is what RL later has to choose from.
