@@ -34,7 +34,7 @@ from pathlib import Path
 from lib.files import UserError, git_revision, sha256_file, write_json, write_jsonl
 from lib.run_folder import checksums, claim_folder
 from lib.settings import parse_settings, run_main, setting
-from lib.sources import SETS, UNKNOWN, files_of, parse_word, provenance, read_prompts, read_traces, same_prompt
+from lib.sources import SETS, UNKNOWN, described, files_of, parse_word, provenance, read_prompts, read_traces, same_prompt
 from lib.sources.known import SOURCES
 
 Pool = dict[str, list[dict]]  # records by kind or set
@@ -87,6 +87,7 @@ class Settings:
     trace_max_new_tokens: int = setting(256, "its longest reasoning, and its longest answer, tokens", low=1)
     trace_max_batch_tokens: int = setting(16384, "tokens in its cache: lower it when out of memory", low=1)
     device: str = setting("auto", "where it computes", choices=("auto", "cpu", "cuda", "mps"))
+    dry_run: str = setting("", "list the sources, and what --trace-model takes on GPUSxGIGABYTES, e.g. 1x80, and stop")
 
 
 def check(settings: Settings) -> None:
@@ -342,6 +343,14 @@ def main() -> None:
     script, next_out = ("02_sft_warmstart", "sft") if settings.sft_prompts else ("03_rl_train", "rl")
     next_command = f"python {script}.py --preset {settings.preset} --data {out} --out {out.parent / next_out}"
     next_command += f" --model {settings.trace_model}" if settings.sft_prompts and settings.trace_model else ""
+    if settings.dry_run:
+        for word in settings.files + settings.eval_files + settings.trace_files:
+            print(described(word))
+        if settings.trace_model:
+            from lib.dry_run import plan_inference  # here, because torch is slow to import
+
+            plan_inference(settings.dry_run, [settings.trace_model], settings.trace_max_batch_tokens, "float32")
+        return
     print(f"reading {' '.join(settings.files + settings.eval_files) or 'the sandbox'}; writing to {out}")
     pool, evaluation = (sandbox_prompts if settings.source == "sandbox" else file_prompts)(settings)
     seen: dict[str, str] = {}

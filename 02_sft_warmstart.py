@@ -33,7 +33,9 @@ import torch
 from tqdm import tqdm
 
 from lib.chat import encode_example, load_tokenizer, pad_batch
+from lib.dry_run import HELP_HERE, plan, rehearse
 from lib.files import append_jsonl, read_jsonl
+from lib.plan import Need
 from lib.policy import load_policy, save_policy, token_logprobs
 from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
 from lib.run_folder import checksums, claim_folder
@@ -72,6 +74,12 @@ class Settings:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the held-out split and the data order")
+    dry_run: str = setting("", HELP_HERE)
+
+    def need(self, longest: int, processes: int) -> Need:
+        """Of memory; longest: tokens of the longest trace."""
+        how = (0, False, self.dtype, self.gradient_checkpointing, self.shard, self.offload, processes)
+        return Need(self.max_batch_tokens, longest, *how)
 
 
 @dataclass
@@ -151,6 +159,8 @@ def main() -> None:
     processes = start_processes(settings.device)
     check_shards(settings.shard, settings.offload, processes)
     out, leader = Path(settings.out), processes.rank == 0
+    if settings.dry_run not in ("", "here"):
+        return plan(settings.dry_run, settings.model, settings.need(1, 1), downloads=[settings.model], disk=5)
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)
     at_first = "cpu" if settings.shard else device
@@ -158,7 +168,7 @@ def main() -> None:
     if settings.shard:
         shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
-    if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
+    if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
         config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / settings.traces)}
         claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "shard", "offload"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
@@ -167,7 +177,7 @@ def main() -> None:
     next_command += "" if settings.reasoning else " --no-reasoning (and --max-new-tokens: an answer's budget)"
     if settings.traces != "sft.jsonl":  # a comparison: what it makes is a rival of RL, not its start
         next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
-    if is_finished(out):
+    if is_finished(out) and not settings.dry_run:
         print(f"{out} is finished. Next: {next_command}")
         return
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)
@@ -175,11 +185,13 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
     )
-    state = load_progress(out, model, optimizer, processes, ["metrics.jsonl"])
+    state: dict = {"step": 0} if settings.dry_run else load_progress(out, model, optimizer, processes, ["metrics.jsonl"])
     best_loss, best_weights, bad_epochs = state.get("best_loss", math.inf), state.get("best"), state.get("bad_epochs", 0)
     if leader:
         print(f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}, {device}")
         print(f"{total} updates at most, {'reasoning and answer' if settings.reasoning else 'answers only'}; writing to {out}")
+    longest = max(train, key=lambda e: len(e.ids))
+    rehearse(model, None, settings.need(len(longest.ids), processes.size), longest.mask.index(True), processes)
 
     bar = tqdm(range(state["step"], total), "SFT", total, initial=state["step"], unit="update", disable=not leader)
     for step in bar:
@@ -202,6 +214,9 @@ def main() -> None:
                 best_loss = metrics["held_out_loss"]
                 best_weights = {k: v.clone() for k, v in full_weights(model).items()}  # on rank 0
         metrics["seconds"] = time.perf_counter() - started
+        if settings.dry_run:
+            print(f"one update: {metrics['seconds']:.2f} s; {total} updates: {total * metrics['seconds'] / 3600:.2f} hours")
+            return stop_processes()
         bar.set_postfix(loss=f"{loss:.3f}")
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)

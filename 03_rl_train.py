@@ -36,7 +36,10 @@ import torch
 from tqdm import tqdm
 
 from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch, parse_completion, parse_direct
+from lib.dry_run import HELP_HERE, plan, rehearse
 from lib.files import append_jsonl, read_jsonl
+from lib.judges import models_of
+from lib.plan import Need
 from lib.policy import load_policy, save_policy, token_logprobs
 from lib.preferences import response_seeds, update_on_preferences
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes, sum_gradients
@@ -101,6 +104,14 @@ class Settings:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the prompt order and of sampling")
+    dry_run: str = setting("", HELP_HERE)
+
+    def need(self, longest: int, processes: int) -> Need:
+        """Of memory; longest: tokens of the longest prompt and completion."""
+        rollouts = self.prompts_per_step // processes * self.group_size
+        sample_tokens = min(self.max_sample_tokens, rollouts * longest)
+        how = (sample_tokens, True, self.dtype, self.gradient_checkpointing, self.shard, self.offload, processes)
+        return Need(self.max_batch_tokens, longest, *how)
 
 
 @dataclass
@@ -359,6 +370,9 @@ def main() -> None:
         raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
     if stated_reasoning(settings.model) not in (None, settings.reasoning):
         raise UserError(f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way")
+    if settings.dry_run not in ("", "here"):
+        need = settings.need(settings.max_prompt_tokens + settings.max_new_tokens, 1)
+        return plan(settings.dry_run, settings.model, need, downloads=[settings.model, *models_of(settings.judge)], disk=4)
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     device = pick_device(settings.device, processes.local_rank)
     at_first = "cpu" if settings.shard else device
@@ -368,24 +382,28 @@ def main() -> None:
         for model in (policy, reference):
             shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
-    if leader:  # after all inputs have been read: a mistake in one of them must not cost an earlier run
+    if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
         config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "rl.jsonl")}
         claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "rollouts_every", "shard", "offload"))
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
-    if is_finished(out):
+    if is_finished(out) and not settings.dry_run:
         print(f"{out} is finished. Next: {next_command}")
         return
     total = max(1, round(settings.epochs * len(records) / settings.prompts_per_step))
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
     )
-    start = load_progress(out, policy, optimizer, processes, ["metrics.jsonl", "rollouts.jsonl"])["step"]
+    logs = ["metrics.jsonl", "rollouts.jsonl"]
+    start = 0 if settings.dry_run else load_progress(out, policy, optimizer, processes, logs)["step"]
     if leader:
         print(f"read {len(records)} prompts from {settings.data}; policy and reference {settings.model}; judge {settings.judge}")
         amount = f"{total} steps of {settings.prompts_per_step} x {settings.group_size} on {processes.size} x {device}"
         print(f"{amount}; writing to {out}")
 
+    prompt_tokens = max(len(record["prompt_ids"]) for record in records)
+    need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
+    rehearse(policy, reference, need, prompt_tokens, processes)  # what does not fit ends here, not at the longest rollouts
     rpo = settings.objective == "rpo"
     sampler, update_model = (reference, update_on_preferences) if rpo else (policy, update_policy)
     bar = tqdm(range(start, total), "RPO" if rpo else "RL", total, initial=start, unit="step", disable=not leader)
@@ -413,6 +431,11 @@ def main() -> None:
         tokens = sum(r["tokens"] for r in described)
         metrics |= {"sample_tokens_per_s": tokens / seconds[0], "train_tokens_per_s": tokens / seconds[2]}
         metrics |= {"seconds_sample": seconds[0], "seconds_reward": seconds[1], "seconds_train": seconds[2]}
+        if settings.dry_run:
+            spent = f"sampling {seconds[0]:.1f} s, judge {seconds[1]:.1f} s, training {seconds[2]:.1f} s"
+            print(f"one step: {spent}, {tokens} tokens; {total} steps: {total * sum(seconds) / 3600:.1f} hours")
+            print(f"completions may grow to {settings.max_new_tokens} tokens, and with them the time")
+            return stop_processes()
         bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl") if metrics[key] is not None})
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)

@@ -36,7 +36,9 @@ from lib.attacks.attacker import load_attacker
 from lib.attacks.core import a_try
 from lib.attacks.suffix import check_target
 from lib.chat import load_tokenizer
+from lib.dry_run import HELP, plan_inference
 from lib.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
+from lib.judges import models_of
 from lib.metrics import attack_summary, differences, measure, shared_attacks
 from lib.policy import load_policy
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
@@ -102,6 +104,7 @@ class EvalSettings:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "of weights and computation", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of sampling and of the attacks", low=0)
+    dry_run: str = setting("", HELP)
 
     def budget(self) -> Budget:
         given = {name: getattr(self, name) for name in Budget.__dataclass_fields__ if hasattr(self, name)}
@@ -352,6 +355,10 @@ def main() -> None:
     processes = start_processes(settings.device)
     leader = processes.rank == 0
     subjects, names = read_subjects(settings), read_attacks(settings)
+    if settings.dry_run:
+        writer = [settings.attacker] if settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names) else []
+        paths, beside = [subject.path for subject in subjects], [*models_of(settings.judge), *writer]
+        return plan_inference(settings.dry_run, paths, settings.max_batch_tokens, settings.dtype, beside)
     sets, judge = read_sets(settings, names), load_judge(settings.judge)
     out, behaviours = Path(settings.out), sets["direct"][: settings.behaviours]
     for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results

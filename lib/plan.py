@@ -1,4 +1,4 @@
-"""Before a run: how much memory it will take, and does its largest batch fit? (`--dry-run`, and the rehearsal before step 1)
+"""How much memory a run will take, and what to change where that is too much (`--dry-run`, see lib.dry_run).
 
 Sizes follow from the model's shape. P parameters, N processes; with `--shard` what is marked * is divided by N:
 
@@ -16,21 +16,13 @@ Sampling and training do not coincide, so the peak is the larger of the two. Fra
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lib.files import UserError
 from lib.hub import load_pretrained, quiet
-from lib.policy import token_logprobs
-from lib.processes import Processes
-from lib.sharding import backward
-from lib.training import precision
 
 CHUNK = 2048  # tokens whose logits exist at a time, as in lib.policy.token_logprobs
 SPARE = 0.08  # of a GPU
@@ -71,10 +63,10 @@ def shape_of(name_or_path: str) -> Shape:
     config = load_pretrained(AutoConfig.from_pretrained, name_or_path, "model's configuration")
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return _shape(model)
+    return shape_of_model(model)
 
 
-def _shape(model: PreTrainedModel) -> Shape:
+def shape_of_model(model: PreTrainedModel) -> Shape:
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -180,72 +172,3 @@ def read_machine(text: str) -> tuple[int, float]:
     if gpus < 1 or limit <= 0:
         raise UserError(f"--dry-run: given {text}; allowed GPUSxGIGABYTES, e.g. 4x80, or here")
     return gpus, limit
-
-
-# ---- what is printed, and the rehearsal ----------------------------------------------------------------------------------
-
-
-def plan(machine: str, model: str, need: Need, downloads: Sequence[str], disk: float) -> None:
-    """Print what a run would take on `machine`, "GPUSxGIGABYTES". `downloads`: names on the hub; `disk`: copies of the weights
-    in fp32 that it writes at most."""
-    gpus, limit = read_machine(machine)
-    shape, need = shape_of(model), replace(need, processes=gpus)
-    sizes = memory(shape, need)
-    print(f"{model}: {shape.parameters / 1e6:,.0f} M parameters, on {gpus} x {limit / GB:g} GB, {need.dtype}")
-    for name, size in sizes.items():
-        if size and name not in ("sampling", "training", "peak"):
-            print(f"  {name:12}{size / GB:8.2f} GB")
-    for name in ("sampling", "training"):
-        if sizes[name]:
-            print(f"  {'peak of ' + name:20}{sizes[name] / GB:6.2f} GB of {limit / GB:g}")
-    usable = (1 - SPARE) * limit
-    if sizes["peak"] <= usable:
-        print(f"  fits, with {(limit - sizes['peak']) / GB:.1f} GB to spare")
-    else:
-        print(f"  does not fit ({SPARE:.0%} are left for fragments). Smallest change: {smallest_change(shape, need, usable)}")
-    print(f"  on disk: {disk * 4 * shape.parameters / GB:.1f} GB at most")
-    for name in dict.fromkeys(downloads):
-        print(f"  {on_the_hub(name)}")
-
-
-def on_the_hub(name: str) -> str:
-    """One line on a model: its size and whether it is gated, or that it is a folder here."""
-    if Path(name).is_dir():
-        return f"{name}: a folder here"
-    try:
-        info = HfApi().model_info(name, timeout=10, files_metadata=True)
-    except Exception as error:  # of the hub's, of the network's
-        return f"{name}: the hub cannot be asked ({' '.join(str(error).split())[:60]})"
-    size = sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
-    return f"{name}: {size / GB:.1f} GB to download{', gated: ask for access on its page' if info.gated else ''}"
-
-
-def rehearse(
-    policy: PreTrainedModel, reference: PreTrainedModel | None, need: Need, prompt_tokens: int, processes: Processes
-) -> float:
-    """Compute the largest micro-batch there may be, with room taken for the optimizer and the KV cache, and forget it.
-
-    So a run that does not fit ends before step 1, and not when the longest completions happen to come. Returns the tokens a
-    second that this took, forward and backward. prompt_tokens, longest: of the longest sequence, tokens.
-    """
-    shape, device = _shape(policy), policy.device
-    own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
-    moments = torch.empty(8 * own, dtype=torch.uint8, device=device)
-    if need.sample_tokens:
-        width = 2 if need.dtype == "bfloat16" else 4
-        cache = torch.empty(4 * shape.layers * shape.key_value * width * need.sample_tokens, dtype=torch.uint8, device=device)
-        del cache
-    ids = torch.full((max(1, need.batch_tokens // need.longest), need.longest), 1, device=device)
-    everything = torch.ones_like(ids, dtype=torch.bool)
-    completion = everything.clone()
-    completion[:, : max(1, prompt_tokens)] = False
-    started = time.perf_counter()
-    with precision(device, need.dtype):
-        logprobs, _ = token_logprobs(policy, ids, everything, completion, with_entropy=True)
-    if reference is not None:
-        with torch.no_grad():
-            token_logprobs(reference, ids, everything, completion)
-    backward(0.0 * logprobs.sum(), policy, processes)
-    policy.zero_grad(set_to_none=True)
-    del moments
-    return ids.numel() / (time.perf_counter() - started)

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from stages import RL, SFT, rl_flags, run_here, sft_flags, write_data
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lib import plan
+from lib import dry_run, plan
 from lib.files import UserError
 from lib.plan import Need, Shape
 from lib.policy import load_policy, token_logprobs
@@ -106,7 +107,7 @@ def test_machines_are_read():
 
 
 def test_a_plan_is_printed_for_a_folder(capsys):
-    plan.plan("2x1", str(world.BASE), Need(1024, sample_tokens=2048, reference=True), [str(world.BASE)], disk=4)
+    dry_run.plan("2x1", str(world.BASE), Need(1024, sample_tokens=2048, reference=True), [str(world.BASE)], disk=4)
     out = capsys.readouterr().out
     assert "on 2 x 1 GB" in out and "fits, with 0.9" in out and "a folder here" in out
 
@@ -115,6 +116,34 @@ def test_the_rehearsal_changes_nothing():
     model, reference = load_policy(world.BASE, device="cpu"), load_policy(world.BASE, device="cpu")
     before, numbers = [p.clone() for p in model.parameters()], torch.get_rng_state()
     need = Need(256, longest=64, sample_tokens=512, reference=True)
-    assert plan.rehearse(model, reference, need, prompt_tokens=10, processes=Processes(0, 1, 0)) > 0
+    assert dry_run.rehearse(model, reference, need, prompt_tokens=10, processes=Processes(0, 1, 0)) > 0
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
     assert torch.equal(numbers, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "stage, words, seen",
+    [
+        (
+            "01_build_mixture",
+            ["--preset", "paper", "--trace-model", str(world.BASE)],
+            ["allenai/wildjailbreak", "gated", "KV cache"],
+        ),
+        ("02_sft_warmstart", ["--dry-run", "1x1"], ["peak of training", "fits"]),
+        ("03_rl_train", ["--model", str(world.BASE), "--dry-run", "4x1"], ["peak of sampling", "peak of training", "fits"]),
+        ("04_attack_eval", ["--models", f"base={world.BASE}"], ["KV cache", "fits"]),
+    ],
+)
+def test_every_stage_plans_without_data_or_output(tmp_path, monkeypatch, capsys, stage, words, seen):
+    words = [*words, "--out", str(tmp_path / "out"), *([] if "--dry-run" in words else ["--dry-run", "1x1"])]
+    run_here(stage, words, monkeypatch)
+    out = capsys.readouterr().out
+    assert all(text in out for text in seen) and not (tmp_path / "out").exists()
+
+
+def test_one_step_is_measured_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    data = write_data(tmp_path / "data")
+    for stage, flags, seen in ((SFT, sft_flags, "one update: "), (RL, rl_flags, "one step: sampling ")):
+        run_here(stage, flags(data, tmp_path / stage, dry_run="here"), monkeypatch)
+        out = capsys.readouterr().out
+        assert seen in out and " hours" in out and not (tmp_path / stage).exists()

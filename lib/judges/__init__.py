@@ -75,6 +75,23 @@ def load_judge(name: str) -> Judge:
     return Judge(name, _scores_of(harm or task, "harm_score"), _scores_of(task, "task_score"))
 
 
+def models_of(name: str) -> list[str]:
+    """The models, folders or hub names, that the judge `name` opens.
+
+    >>> models_of("qwen3guard@cuda:1+grm=my/grm"), models_of("sandbox")
+    (['Qwen/Qwen3Guard-Gen-0.6B', 'my/grm'], [])
+    """
+    found = []
+    for part in filter(None, (_two(name)[0], _two(name)[2])):
+        match = PART.fullmatch(part)
+        if match and match["name"] in {**MODELS, **BOTH} and match["name"] != "moderation":  # that one runs elsewhere
+            module = importlib.import_module(
+                f"lib.judges.{MODELS[match['name']][0] if match['name'] in MODELS else match['name']}"
+            )
+            found.append(match["model"] or module.MODEL)
+    return found
+
+
 def _two(name: str) -> tuple[str, str, str]:
     """HARM, "+", TASK; or "", "", name. A model may be a folder with a "+" in its name: what follows the "+" is a judge."""
     for task in (*TASK_MODELS, *BOTH):

@@ -25,7 +25,7 @@ from lib.sources.readers import Found
 from lib.sources.words import SETS, Given, parse_word
 from lib.tables import read_table
 
-__all__ = ["SETS", "UNKNOWN", "files_of", "parse_word", "provenance", "read_prompts", "read_traces", "same_prompt"]
+__all__ = ["SETS", "UNKNOWN", "described", "files_of", "parse_word", "provenance", "read_prompts", "read_traces", "same_prompt"]
 UNKNOWN = "not stated: see where it is from"
 
 
@@ -79,6 +79,20 @@ def provenance(word: str, licences: dict[str, str]) -> tuple[str, dict]:
     else:
         facts["revision"] = revision_of(given.hub[0] if given.hub else SOURCES[given.name].hub)
     return given.text, facts
+
+
+def described(word: str) -> str:
+    """One line on where the word leads: a file here, or a data set of the hub, with its licence and whether it is gated."""
+    given = parse_word(word)
+    if given.path:
+        return f"{given.text}: {'a file here' if given.path.is_file() else 'no such file yet'}"
+    if given.hub:
+        return f"{given.text}: https://huggingface.co/datasets/{given.hub[0]}"
+    source = SOURCES[given.name]
+    if not source.hub:
+        return f"{given.text}: a file of yours, {given.name}@FILE ({source.seen_in})"
+    access = "gated: ask for access on its page" if source.gated else "open"
+    return f"{given.text}: https://huggingface.co/datasets/{source.hub}, {source.licence}, {access}"
 
 
 def _rows(given: Given) -> Iterable[dict]:

@@ -1,0 +1,103 @@
+"""Before step 1: print what a run will take, and compute its largest batch once (`--dry-run`, and the rehearsal of every run)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+
+from lib.plan import GB, SPARE, Need, memory, read_machine, shape_of, shape_of_model, smallest_change
+from lib.policy import token_logprobs
+from lib.processes import Processes
+from lib.sharding import backward
+from lib.training import precision
+
+HELP = "print memory and downloads for GPUSxGIGABYTES, e.g. 4x80, and stop"
+HELP_HERE = "print memory and downloads for GPUSxGIGABYTES, e.g. 4x80, and stop; here: measure one step on this machine"
+
+
+def plan(machine: str, model: str, need: Need, downloads: Sequence[str], disk: float) -> None:
+    """Print what a run would take on `machine`, "GPUSxGIGABYTES". `downloads`: names on the hub; `disk`: copies of the weights
+    in fp32 that it writes at most."""
+    gpus, limit = read_machine(machine)
+    shape, need = shape_of(model), replace(need, processes=gpus)
+    sizes = memory(shape, need)
+    print(f"{model}: {shape.parameters / 1e6:,.0f} M parameters, on {gpus} x {limit / GB:g} GB, {need.dtype}")
+    for name, size in sizes.items():
+        if size and name not in ("sampling", "training", "peak"):
+            print(f"  {name:12}{size / GB:8.2f} GB")
+    for name in ("sampling", "training"):
+        if sizes[name]:
+            print(f"  {'peak of ' + name:20}{sizes[name] / GB:6.2f} GB of {limit / GB:g}")
+    usable = (1 - SPARE) * limit
+    if sizes["peak"] <= usable:
+        print(f"  fits, with {(limit - sizes['peak']) / GB:.1f} GB to spare")
+    else:
+        print(f"  does not fit ({SPARE:.0%} are left for fragments). Smallest change: {smallest_change(shape, need, usable)}")
+    print(f"  on disk: {disk * 4 * shape.parameters / GB:.1f} GB at most")
+    for name in dict.fromkeys(downloads):
+        print(f"  {on_the_hub(name)}")
+
+
+def plan_inference(machine: str, models: Sequence[str], sample_tokens: int, dtype: str, together: Sequence[str] = ()) -> None:
+    """Print what asking each of `models` takes, one at a time, beside those that stay loaded with it (`together`)."""
+    _, limit = read_machine(machine)
+    low = 2 if dtype == "bfloat16" else 4
+    beside = sum(low * shape_of(name).parameters for name in together)
+    for name in models:
+        shape = shape_of(name)
+        weights, cache = low * shape.parameters, 2 * 2 * shape.layers * shape.key_value * low * sample_tokens
+        sizes = f"weights {weights / GB:.1f} GB, KV cache {cache / GB:.1f} GB" + (f", beside {beside / GB:.1f} GB" * bool(beside))
+        total = weights + cache + beside
+        fits = "fits" if total <= (1 - SPARE) * limit else "does not fit: lower --max-batch-tokens, or --dtype bfloat16"
+        print(f"{name}: {shape.parameters / 1e6:,.0f} M parameters, {sizes}: {total / GB:.1f} of {limit / GB:g} GB: {fits}")
+    for name in dict.fromkeys([*models, *together]):
+        print(f"  {on_the_hub(name)}")
+
+
+def on_the_hub(name: str) -> str:
+    """One line on a model: its size and whether it is gated, or that it is a folder here."""
+    if Path(name).is_dir():
+        return f"{name}: a folder here"
+    try:
+        info = HfApi().model_info(name, timeout=10, files_metadata=True)
+    except Exception as error:  # of the hub's, of the network's
+        return f"{name}: the hub cannot be asked ({' '.join(str(error).split())[:60]})"
+    size = sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
+    return f"{name}: {size / GB:.1f} GB to download{', gated: ask for access on its page' if info.gated else ''}"
+
+
+def rehearse(
+    policy: PreTrainedModel, reference: PreTrainedModel | None, need: Need, prompt_tokens: int, processes: Processes
+) -> float:
+    """Compute the largest micro-batch there may be, with room taken for the optimizer and the KV cache, and forget it.
+
+    So a run that does not fit ends before step 1, and not when the longest completions happen to come. Returns the tokens a
+    second that this took, forward and backward. prompt_tokens, longest: of the longest sequence, tokens.
+    """
+    shape, device = shape_of_model(policy), policy.device
+    own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
+    moments = torch.empty(8 * own, dtype=torch.uint8, device=device)
+    if need.sample_tokens:
+        width = 2 if need.dtype == "bfloat16" else 4
+        cache = torch.empty(4 * shape.layers * shape.key_value * width * need.sample_tokens, dtype=torch.uint8, device=device)
+        del cache
+    ids = torch.full((max(1, need.batch_tokens // need.longest), need.longest), 1, device=device)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    completion = everything.clone()
+    completion[:, : max(1, prompt_tokens)] = False
+    started = time.perf_counter()
+    with precision(device, need.dtype):
+        logprobs, _ = token_logprobs(policy, ids, everything, completion, with_entropy=True)
+    if reference is not None:
+        with torch.no_grad():
+            token_logprobs(reference, ids, everything, completion)
+    backward(0.0 * logprobs.sum(), policy, processes)
+    policy.zero_grad(set_to_none=True)
+    del moments
+    return ids.numel() / (time.perf_counter() - started)
