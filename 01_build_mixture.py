@@ -31,11 +31,12 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.files import UserError, git_revision, sha256_file, write_json, write_jsonl
+from lib.files import UserError, write_json, write_jsonl
 from lib.run_folder import checksums, claim_folder
 from lib.settings import parse_settings, run_main, setting
-from lib.sources import SETS, UNKNOWN, described, files_of, parse_word, provenance, read_prompts, read_traces, same_prompt
+from lib.sources import SETS, described, parse_word, read_prompts, read_traces, same_prompt
 from lib.sources.known import SOURCES
+from lib.sources.manifest import inputs, manifest
 
 Pool = dict[str, list[dict]]  # records by kind or set
 Quotas = dict[tuple[str, str], tuple[int, int]]  # by kind and source: prompts for SFT, prompts in RL's pool
@@ -397,42 +398,6 @@ def main() -> None:
         print(f"{len(records):6}  {name:22} {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
     print(f"left out: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'nothing'}")
     print(f"next: {next_command}")
-
-
-def inputs(settings: Settings) -> list[Path]:
-    """Every file that is read."""
-    words = settings.files + settings.eval_files + settings.trace_files
-    return [path for word in words for path in files_of(word)] + ([Path(settings.targets)] if settings.targets else [])
-
-
-def manifest(settings: Settings, files: dict[str, list[dict]], pool: Pool, dropped: Counter) -> dict:
-    """What was made of what: counts beside the paper's, sources, licences, checksums of all that was read and written."""
-    licences = dict(text.rpartition("=")[::2] for text in settings.licences)
-    words = settings.files + settings.eval_files + settings.trace_files
-    sources = dict(provenance(word, licences) for word in words)
-    stages = {"rl pool": [record for records in pool.values() for record in records]}
-    stages |= {name.removesuffix(".jsonl"): records for name, records in files.items()}
-    for given in map(parse_word, words):
-        ours = {name: {r["prompt"] for r in records if r["source"] == given.source} for name, records in stages.items()}
-        sources[given.text] |= {"prompts": {name: len(prompts) for name, prompts in ours.items() if prompts}}
-    if settings.targets:
-        name = Path(settings.targets).name
-        sources[settings.targets] = {"sha256": sha256_file(settings.targets), "licence": licences.get(name, UNKNOWN)}
-    if settings.source == "sandbox":
-        sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
-    if settings.trace_model:
-        sources[settings.trace_model] = {"wrote": "traces", "licence": licences.get(settings.trace_model, UNKNOWN)}
-    counts = {
-        name: {
-            "records": len(records),
-            "prompts": len({record["prompt"] for record in records}),
-            "by kind and source": dict(Counter(f"{r['kind']} from {r['source']}" for r in records)),
-            "sha256": sha256_file(Path(settings.out) / name),
-        }
-        for name, records in files.items()
-    }
-    fixed = {"lambda": settings.lambda_harmful, "seed": settings.seed, "git_revision": git_revision()}
-    return fixed | {"files": counts, "dropped": dict(dropped), "sources": sources}
 
 
 if __name__ == "__main__":

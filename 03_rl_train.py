@@ -43,7 +43,8 @@ from lib.plan import Need
 from lib.policy import load_policy, save_policy, token_logprobs
 from lib.preferences import response_seeds, update_on_preferences
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes, sum_gradients
-from lib.rewards import KINDS, load_judge, refusal_label, total_reward
+from lib.rewards import KINDS, load_judge, total_reward
+from lib.rollout_log import describe, summarise
 from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import Completion, sample
 from lib.settings import UserError, parse_settings, run_main, setting
@@ -321,44 +322,6 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
     metrics = {key: sum(part[key] for part in everyone) / (1 if key == "loss" else total_tokens) for key in sums}
     metrics["grad_norm"] = gradient_norm(policy, settings.max_grad_norm or math.inf)
     return metrics
-
-
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def summarise(rollouts: list[dict], group_size: int, one_reward: bool = False) -> dict:
-    """Metrics of one step from every process's rollouts, as plain dicts; None where a kind did not occur."""
-    rewards = [[r["reward"] for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
-    metrics = {"reward": mean([r["reward"] for r in rollouts])}
-    for kind in KINDS:
-        of_kind = [r for r in rollouts if r["kind"] == kind]
-        metrics[f"reward_{kind}"] = mean([r["reward"] for r in of_kind])
-        closed = [r for r in of_kind if "</think>" in r["completion"]]  # what never closes has no length to speak of
-        metrics[f"reasoning_tokens_{kind}"] = mean([r["reasoning_tokens"] for r in closed])
-        metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] == "full") for r in of_kind])
-    metrics["format_rate"] = mean([float(r["well_formed"]) for r in rollouts])
-    metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
-    asked = ["harm" if r["kind"] == "harmful" and not one_reward else "task" for r in rollouts]
-    metrics["unknown_verdicts"] = sum(r[score] is None for r, score in zip(rollouts, asked, strict=True))
-    metrics["zero_advantage_groups"] = sum(max(group) - min(group) < 1e-6 for group in rewards)
-    return metrics
-
-
-def describe(rollout: Rollout, step: int) -> dict:
-    """A rollout as a person reads it in rollouts.jsonl."""
-    keys = ("reward", "harm", "task", "advantage", "reasoning_tokens")
-    return {
-        "step": step,
-        "id": rollout.record["id"],
-        "kind": rollout.record["kind"],
-        "prompt": rollout.record["prompt"],
-        "completion": rollout.text,
-        "refusal": refusal_label(rollout.parsed.answer),
-        "well_formed": rollout.parsed.well_formed,
-        "finish_reason": rollout.completion.finish_reason,
-        "tokens": len(rollout.completion.token_ids),
-    } | {key: getattr(rollout, key) for key in keys}
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from lib.chat import Parsed, load_tokenizer
 from lib.files import read_jsonl
 from lib.processes import Processes
 from lib.rewards import Judge
+from lib.rollout_log import summarise
 from lib.sampler import Completion
 from lib.sandbox import world
 from lib.settings import UserError
@@ -315,7 +316,7 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
         line("ambiguous", 0.0, reasoning_tokens=10, task=0.0),
     ]
     lines.append(line("ambiguous", 0.5, completion="so so", well_formed=False, finish_reason="length"))
-    summary = stage.summarise(lines, 2)
+    summary = summarise(lines, 2)
     expected = {"reward": 0.625, "reward_harmful": 1.0, "reward_ambiguous": 0.25, "reward_harmless": None}
     expected |= {
         "reasoning_tokens_ambiguous": 10.0,  # of reasonings that end
@@ -330,8 +331,8 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
 def test_one_reward_needs_the_verdict_on_the_task_alone():
     line = {"completion": "", "reasoning_tokens": 0, "refusal": "none", "well_formed": True, "finish_reason": "eos"}
     lines = [{**line, "kind": kind, "reward": 0.0, "harm": None, "task": 0.0} for kind in ("harmful", "harmless")]
-    assert stage.summarise(lines, 2)["unknown_verdicts"] == 1
-    assert stage.summarise(lines, 2, one_reward=True)["unknown_verdicts"] == 0
+    assert summarise(lines, 2)["unknown_verdicts"] == 1
+    assert summarise(lines, 2, one_reward=True)["unknown_verdicts"] == 0
 
 
 def test_one_reward_reaches_the_rollouts(data, tmp_path, monkeypatch):

@@ -1,0 +1,43 @@
+"""What stage 3 writes down of its rollouts: a line a step for metrics.jsonl, a readable one a rollout for rollouts.jsonl."""
+
+from __future__ import annotations
+
+from lib.rewards import KINDS, refusal_label
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def summarise(rollouts: list[dict], group_size: int, one_reward: bool = False) -> dict:
+    """Metrics of one step from every process's rollouts, as plain dicts; None where a kind did not occur."""
+    rewards = [[r["reward"] for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
+    metrics = {"reward": mean([r["reward"] for r in rollouts])}
+    for kind in KINDS:
+        of_kind = [r for r in rollouts if r["kind"] == kind]
+        metrics[f"reward_{kind}"] = mean([r["reward"] for r in of_kind])
+        closed = [r for r in of_kind if "</think>" in r["completion"]]  # what never closes has no length to speak of
+        metrics[f"reasoning_tokens_{kind}"] = mean([r["reasoning_tokens"] for r in closed])
+        metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] == "full") for r in of_kind])
+    metrics["format_rate"] = mean([float(r["well_formed"]) for r in rollouts])
+    metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
+    asked = ["harm" if r["kind"] == "harmful" and not one_reward else "task" for r in rollouts]
+    metrics["unknown_verdicts"] = sum(r[score] is None for r, score in zip(rollouts, asked, strict=True))
+    metrics["zero_advantage_groups"] = sum(max(group) - min(group) < 1e-6 for group in rewards)
+    return metrics
+
+
+def describe(rollout, step: int) -> dict:
+    """A `Rollout` of stage 3 as a person reads it in rollouts.jsonl."""
+    keys = ("reward", "harm", "task", "advantage", "reasoning_tokens")
+    return {
+        "step": step,
+        "id": rollout.record["id"],
+        "kind": rollout.record["kind"],
+        "prompt": rollout.record["prompt"],
+        "completion": rollout.text,
+        "refusal": refusal_label(rollout.parsed.answer),
+        "well_formed": rollout.parsed.well_formed,
+        "finish_reason": rollout.completion.finish_reason,
+        "tokens": len(rollout.completion.token_ids),
+    } | {key: getattr(rollout, key) for key in keys}
