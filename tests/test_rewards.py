@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import itertools
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,28 @@ def test_a_judge_of_ones_own_is_found_where_one_runs(tmp_path, monkeypatch):
         rewards.load_judge("half_judge")
     with pytest.raises(UserError, match="allowed sandbox, standin or a module"):
         rewards.load_judge("no_such_judge")
+
+
+PIECES = [
+    "", " ", "\n", "\x00", "\ufeff", "\u202e", "\ud800", "\U0001f600", "e\u0301", "\u2022 ", "\t", "\u3000", "\u0130", "\u00df",
+    "i cannot ", "I'm sorry ", "I\u2019m sorry, but ", "sorry", "unable to ", "can not ", "won't ", "i " * 40, "not " * 40,
+    "against my ", "instead, i ", "1. ", "- ", "```", "</think>", "<think>", "(" * 50, "\\" * 50, "a" * 500, "%s{}", "NaN", "-1e999",
+]  # fmt: skip
+
+
+def test_ten_thousand_odd_strings_have_a_label_and_a_megabyte_takes_no_second():
+    rng = random.Random(0)
+    for _ in range(10_000):
+        kind = rng.random()
+        if kind < 0.5:
+            text = "".join(rng.choices(PIECES, k=rng.randrange(12)))
+        elif kind < 0.9:
+            text = "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(40)))
+        else:
+            text = rng.choice(PIECES) * rng.randrange(400)
+        assert rewards.refusal_label(text) in ("full", "partial", "none")
+    for piece in ("a", "i ", "not ", "i am ", "sorry ", "\n- ", "struggling ", "(", "\U0001f600", "i cannot help but "):
+        text = piece * (1_000_000 // len(piece))
+        started = time.process_time()
+        assert rewards.refusal_label(text) in ("full", "partial", "none")
+        assert time.process_time() - started < 1, piece
