@@ -88,6 +88,16 @@ class Settings:
     trace_max_new_tokens: int = setting(256, "its longest reasoning, and its longest answer, tokens", low=1)
     trace_max_batch_tokens: int = setting(16384, "tokens in its cache: lower it when out of memory", low=1)
     device: str = setting("auto", "where it computes", choices=("auto", "cpu", "cuda", "mps"))
+    # rainbow teaming
+    rainbow: str = setting("", "pi_SFT, a folder or hub name: search for prompts that it answers harmfully (paper, stage II)")
+    rainbow_share: float = setting(0.4, "of the harmful RL prompts, replaced by them. Paper: 800 of 2000", low=0, high=1)
+    rainbow_attacker: str = setting("sandbox", "who writes them: sandbox, or a chat model, a folder or hub name")
+    rainbow_judge: str = setting("sandbox", "who judges the answers' harm, as --judge of stage 3")
+    rainbow_compare: str = setting("", "a chat model that says which of two answers is the more harmful; none: the harm")
+    rainbow_archives: int = setting(7, "searches, at most, until there are enough. Authors: 7", low=1)
+    rainbow_iterations: int = setting(1000, "of each. Paper: 1000", low=1)
+    rainbow_tokens: int = setting(64, "tokens of the longest answer. Paper: 4096", low=1)
+    rainbow_max_batch_tokens: int = setting(65536, "tokens in the cache: lower it when out of memory", low=16)
     dry_run: str = setting("", "list the sources, and what --trace-model takes on GPUSxGIGABYTES, e.g. 1x80, and stop")
 
 
@@ -106,6 +116,8 @@ def check(settings: Settings) -> None:
         raise UserError("--files: none given; give FILE or KIND=FILE, or --source sandbox")
     if settings.trace_files and settings.trace_model:
         raise UserError("--trace-model: given together with --trace-files; give one of them")
+    if settings.rainbow and settings.rl_traces and settings.trace_files:
+        raise UserError("--rl-traces: --trace-files have none for the prompts that --rainbow finds; give --trace-model")
     if not (settings.source == "sandbox" or settings.trace_files or settings.trace_model):
         if settings.sft_prompts:
             raise UserError("--sft-prompts: no traces; give --trace-files, --trace-model or --sft-prompts 0")
@@ -262,6 +274,17 @@ def hold_out(pool: Pool, evaluation: Pool, count: int, seed: int) -> None:
     pool["harmful"] = in_order(pool["harmful"] + pool.pop("jailbreak"), f"{seed}/pool")
 
 
+def with_rainbow(rl: list[dict], settings: Settings, seen: dict[str, str], dropped: Counter) -> list[dict]:
+    """RL prompts, a share of the harmful ones replaced by prompts that --rainbow answers harmfully; `seen` is not used again."""
+    from lib.rainbow_run import search  # here, because torch is slow to import
+
+    harmful = [record for record in rl if record["kind"] == "harmful"]
+    found = new_prompts(search(settings, harmful), seen, dropped)
+    replaced = {record["id"] for record in harmful[len(harmful) - len(found) :]}
+    new = iter(found)
+    return [next(new) if record["id"] in replaced else record for record in rl]
+
+
 # -------------------------------------------------------------------------------------------- traces
 
 
@@ -368,12 +391,15 @@ def main() -> None:
     rl = mix(pool, settings, len(sft_prompts))
     rl_traces = file_rl_traces(settings, rl)
     # After all inputs have been read: a mistake in one of them must not cost an earlier run.
-    config = {**asdict(settings), **checksums(*inputs(settings))}
-    claim_folder(out, config, overwrite=settings.overwrite, ignore=("device", "trace_max_batch_tokens"))
+    config = {**asdict(settings), **checksums(*inputs(settings), *([settings.rainbow] if settings.rainbow else []))}
+    machinery = ("device", "trace_max_batch_tokens", "rainbow_max_batch_tokens")
+    claim_folder(out, config, overwrite=settings.overwrite, ignore=machinery)
     if (out / "manifest.json").exists():
         print(f"{out} is finished. Next: {next_command}")
         return
 
+    if settings.rainbow:
+        rl = with_rainbow(rl, settings, seen, dropped)
     progress, rl_progress = out / "traces.partial.jsonl", out / "rl_traces.partial.jsonl"
     if settings.sft_prompts and settings.trace_model:
         traces = model_traces(settings, sft_prompts, settings.traces_per_prompt, progress)

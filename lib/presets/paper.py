@@ -16,7 +16,7 @@ MIXTURE = dict(
         "harmful=wildjailbreak:400+800",  # 400 for SFT, 800 others for RL
         "harmful=aegis:300+400",
         "harmful=safeedit:300+0",
-        "harmful=rainbow@runs/paper/rainbow/prompts.jsonl:800",  # found against pi_SFT: to train that one, leave it out
+        "harmful=rainbow@runs/paper/search/rainbow/prompts.jsonl:800",  # found against pi_SFT: to train that one, leave it out
         "harmless=ultrafeedback:2000",
         "ambiguous=or-bench:2000",
     ],

@@ -32,6 +32,8 @@ def manifest(settings, files: dict[str, list[dict]], pool: dict[str, list[dict]]
         sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
     if settings.trace_model:
         sources[settings.trace_model] = {"wrote": "traces", "licence": licences.get(settings.trace_model, UNKNOWN)}
+    if settings.rainbow:
+        sources["rainbow"] = {"found against": settings.rainbow, "written by": settings.rainbow_attacker}
     counts = {
         name: {
             "records": len(records),
