@@ -35,7 +35,7 @@ from lib.attacks import ATTACKS, CONTROL, Budget, steps_of
 from lib.attacks.attacker import load_attacker
 from lib.attacks.core import a_try
 from lib.attacks.suffix import check_target
-from lib.chat import load_tokenizer
+from lib.chat import encode_prompt, load_tokenizer
 from lib.dry_run import HELP, plan_inference
 from lib.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
 from lib.judges import models_of
@@ -362,7 +362,7 @@ def main() -> None:
     sets, judge = read_sets(settings, names), load_judge(settings.judge)
     out, behaviours = Path(settings.out), sets["direct"][: settings.behaviours]
     for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
-        load_tokenizer(subject.path)
+        encode_prompt(load_tokenizer(subject.path), "Hello", reasoning=subject.reasoning, system=subject.system)
     if behaviours and settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names):
         load_tokenizer(settings.attacker)
     inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]

@@ -5,17 +5,21 @@ The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y 
     chat template of the prompt | <think>\\n | z \\n</think>\\n\\n y | end-of-turn token
 
 Both markers are plain text, not special tokens. The bars are seams: what lies between two of them is
-tokenised on its own. So a training example begins with exactly the token ids of the generation prompt.
+tokenised on its own. So a training example begins with exactly the token ids of the generation prompt. A
+template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the caller's counts. One
+that can be told whether to reason (Qwen3's `enable_thinking`) is told, and without reasoning closes an empty one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,6 +29,7 @@ from lib.hub import load_pretrained
 
 THINK_OPEN = "<think>\n"
 THINK_CLOSE = "\n</think>\n\n"
+OPENED = re.compile(r"<think>\n?\Z")  # by the template itself; DeepSeek-V3.1 writes no newline
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning: bool, system: str = "") -> list[int]:
     """Token ids of the generation prompt: what the model reads before its first own token.
 
-    With `reasoning` it ends in "<think>\\n". Without `system` the template does as it always does; some add a
-    system prompt of their own. The template writes the beginning-of-sequence token, so the tokenizer adds
-    none.
+    With `reasoning` it ends in "<think>\\n", once. Without `system` the template does as it always does; some
+    add a system prompt of their own. The template writes the beginning-of-sequence token, so the tokenizer adds
+    none. Raises UserError if the template refuses, as some do to a system prompt, or leaves `system` out.
     """
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    text = text.removesuffix(THINK_OPEN)  # R1's template opens the reasoning itself; here the caller decides
-    return _encode(tokenizer, text) + (_encode(tokenizer, THINK_OPEN) if reasoning else [])
+    return _encode_turn(tokenizer, prompt, reasoning, system) + (_encode(tokenizer, THINK_OPEN) if reasoning else [])
 
 
 def encode_example(
@@ -101,10 +101,10 @@ def encode_example(
     """(ids, completion_mask), both of length T; the mask is True on all that the model must learn to write.
 
     With reasoning that is "<think>\\n" z "\\n</think>\\n\\n" y and the end-of-turn token, markers included
-    (paper, appendix F); with None it is the answer and the end-of-turn token. Both begin as `encode_prompt`
-    does.
+    (paper, appendix F); with None it is the answer and the end-of-turn token. Each begins as `encode_prompt`
+    does, with reasoning or without.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt, reasoning=False)
+    prompt_ids = _encode_turn(tokenizer, prompt, reasoning is not None)
     if reasoning is None:
         completion = _encode(tokenizer, answer.strip())
     else:
@@ -112,6 +112,25 @@ def encode_example(
         completion = _encode(tokenizer, THINK_OPEN) + _encode(tokenizer, text)
     completion.append(_end_of_turn_id(tokenizer, str(tokenizer.chat_template)))
     return prompt_ids + completion, [False] * len(prompt_ids) + [True] * len(completion)
+
+
+def _encode_turn(tokenizer: PreTrainedTokenizerBase, prompt: str, reasoning: bool, system: str = "") -> list[int]:
+    """Token ids up to where the model's turn begins, without the "<think>\\n" that R1's template writes there."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": reasoning}
+    name = tokenizer.name_or_path or "the model"
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)  # a template that knows no such option ignores it
+    except jinja2.TemplateError as error:
+        reason = " ".join(str(error).split())
+        if system:
+            raise UserError(f"--systems: given {system!r}; {name} takes no system prompt ({reason}): leave it out") from error
+        raise UserError(f"{name}: its chat template fails: {reason}") from error
+    assert isinstance(text, str)
+    if system.strip() not in text:
+        raise UserError(f"--systems: given {system!r}; the chat template of {name} drops system prompts: leave it out")
+    return _encode(tokenizer, OPENED.sub("", text))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

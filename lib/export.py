@@ -140,7 +140,8 @@ def serving_template(tokenizer: PreTrainedTokenizerBase, reasoning: bool) -> str
     expected = encode_prompt(tokenizer, messages[0]["content"], reasoning=reasoning)
     opening = "{{ " + repr(THINK_OPEN) + " if add_generation_prompt else '' }}"
     # Jinja drops one newline at the end of a template: it must not come to stand before what is added.
-    for candidate in (template, re.sub(r"\r?\n\Z", "", template) + opening):
+    silent = "{% set enable_thinking = false %}" + template  # Qwen3's: an empty reasoning stands in the prompt
+    for candidate in (template, silent, re.sub(r"\r?\n\Z", "", template) + opening):
         if served(candidate) == expected:
             return candidate
     raise UserError("no chat template gives the prompt that the model was trained with: see lib/export.py:serving_template")

@@ -8,28 +8,13 @@ A layer's keys and values have the shape (rows, kv_heads, columns, head_dim). Ro
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-
-
-def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """The keyword argument that hands `cache` to a forward pass of `model`.
-
-    transformers 5.24 renamed it from `past_key_values`, and will drop the old name.
-    """
-    return {_cache_argument(type(model).forward): cache}
-
-
-@functools.cache
-def _cache_argument(forward: Callable) -> str:
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class RoomyLayer(DynamicLayer):

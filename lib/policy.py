@@ -57,9 +57,7 @@ def load_policy(
     model.to(device).eval()
     _check_head(model, name_or_path)
     if gradient_checkpointing:
-        # transformers 5.23 deprecates the old name; earlier ones lack the new one
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     return model
 

@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lib.draw import draw, uniform
-from lib.kv_cache import attention_mask, copy_last_row, layer_types, pack_rows, with_cache
+from lib.kv_cache import attention_mask, copy_last_row, layer_types, pack_rows
 
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
@@ -197,9 +197,9 @@ class _Batch:
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
-            **with_cache(self.model, cache),
         ).logits[:, -1]
 
     def _append(self, rows: _Rows, logits: Tensor) -> None:

@@ -24,11 +24,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from lib.chat import THINK_OPEN, decode, eos_token_ids, load_tokenizer, parse_completion, parse_direct
+from lib.chat import OPENED, THINK_OPEN, decode, eos_token_ids, load_tokenizer, parse_completion, parse_direct
 from lib.draw import draw, uniform
 from lib.files import UserError
 from lib.flags import Flags, number
-from lib.kv_cache import with_cache
 from lib.policy import load_policy
 from lib.run_folder import stated_reasoning
 
@@ -45,11 +44,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     Raises UserError if the template refuses, as some do to a system prompt.
     """
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": reasoning}
+        text = tokenizer.apply_chat_template(list(messages), **options)
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template says: {error}") from error
     assert isinstance(text, str)
-    pieces = [text.removesuffix(THINK_OPEN)] + [THINK_OPEN] * reasoning  # tokenised apart: lib/chat.py
+    pieces = [OPENED.sub("", text)] + [THINK_OPEN] * reasoning  # tokenised apart: lib/chat.py
     return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
@@ -69,7 +69,7 @@ def stream(
     """
     cache, ids = DynamicCache(), torch.tensor([list(prompt)], device=model.device)  # (1, T), then (1, 1)
     for step in range(max_new_tokens):
-        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache)).logits[:, -1]
+        logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         if not logits.isfinite().all():
             raise UserError("the model's logits are not finite: broken weights or precision")
         u = uniform(torch.tensor([seed]), torch.tensor([step])).to(model.device)

@@ -104,7 +104,7 @@ class Calls:
         return self
 
     def _before(self, module, args, kwargs) -> None:
-        self.shapes.append((*kwargs["input_ids"].shape, kwargs.get("cache", kwargs.get("past_key_values")).get_seq_length()))
+        self.shapes.append((*kwargs["input_ids"].shape, kwargs["cache"].get_seq_length()))
         self.ids.append(kwargs["input_ids"].tolist())
 
     def _head(self, module, args) -> None:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lib.attacks.core import Budget, Cost, attach
-from lib.kv_cache import with_cache
 from lib.settings import UserError
 from lib.victim import Victim
 
@@ -67,7 +66,7 @@ class Slot:
         """Keys and values of each layer, (1, kv_heads, prefix, head_dim)."""
         ids = torch.tensor([self.prefix], device=self.model.device)
         cache = DynamicCache()
-        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(self.model, cache))
+        self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
         self._count(1, len(self.prefix))
         layers: list[Any] = cache.layers
         return [(layer.keys, layer.values) for layer in layers]
@@ -83,8 +82,8 @@ class Slot:
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
             layers.append(layer)
-        past = with_cache(self.model, Cache(layers=layers))
-        return self.model(logits_to_keep=len(self.target), **inputs, **past).logits.float()
+        cache = Cache(layers=layers)
+        return self.model(cache=cache, logits_to_keep=len(self.target), **inputs).logits.float()
 
     def _count(self, rows: int, tokens: int) -> None:
         self.cost.queries += rows
