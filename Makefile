@@ -1,6 +1,7 @@
 # make demo        the whole recipe on the sandbox, in minutes: three models, their evaluation, figures
 # make test        lint, formatting, types, tests
 # make replicate   the demo's comparison over several seeds, about an hour
+# make frontier    the paper's Figure 2 over lambda, methods and seeds, hours; FLAGS=--equal-tokens for more
 # make clean       delete runs/ and the virtual environment
 #
 # Needs Python >= 3.10. All is installed into .venv; a step that was done is not done again, and each stage goes on
@@ -17,7 +18,7 @@ DEMO := runs/demo
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test replicate clean
+.PHONY: demo test replicate frontier clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -40,6 +41,9 @@ test: $(VENV)/.test
 
 replicate: $(VENV)/.demo
 	$(RUN) -m lib.sandbox.replicate
+
+frontier: $(VENV)/.demo
+	$(RUN) -m lib.sandbox.frontier $(FLAGS)
 
 clean:
 	rm -rf runs $(VENV)
