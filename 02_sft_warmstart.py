@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from lib.policy import load_policy, save_policy, token_logprobs
 from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
 from lib.run_folder import checksums, claim_folder
 from lib.settings import UserError, parse_settings, run_main, setting
-from lib.sharding import backward, check_shards, full_weights, gradient_norm, is_sharded, shard
+from lib.sharding import backward, check_shards, device_of, full_weights, gradient_norm, is_sharded, shard
 from lib.state import finish, is_finished, load_progress, save_progress
 from lib.training import epoch_order, even_rounds, finite_or_stop, micro_batches, precision, set_learning_rate
 
@@ -80,6 +81,11 @@ class Settings:
         """Of memory; longest: tokens of the longest trace."""
         how = (0, False, self.dtype, self.gradient_checkpointing, self.shard, self.offload, processes)
         return Need(self.max_batch_tokens, longest, *how)
+
+
+# Settings that say how to compute, not what: a run may go on with others.
+MACHINERY = ("save_every", "shard", "offload", "max_batch_tokens", "gradient_checkpointing")
+ASSUMED_TOKENS = 2048  # of the longest trace, for a plan before there are any
 
 
 @dataclass
@@ -129,8 +135,8 @@ def negative_log_likelihood(
         ]  # nothing left: a loss of 0
         ids, attention_mask = pad_batch([e.ids for e in batch], pad_id, side="right")  # (B, T)
         mask, _ = pad_batch([e.mask for e in batch], 0, side="right")
-        ids, attention_mask, mask = (t.to(model.device) for t in (ids, attention_mask, mask.bool()))
-        with torch.set_grad_enabled(backward_scale > 0), precision(model.device, settings.dtype):
+        ids, attention_mask, mask = (t.to(device_of(model)) for t in (ids, attention_mask, mask.bool()))
+        with torch.set_grad_enabled(backward_scale > 0), precision(device_of(model), settings.dtype):
             loss = -token_logprobs(model, ids, attention_mask, mask).sum()
         if backward_scale:
             backward(loss * backward_scale, model, processes)
@@ -157,10 +163,10 @@ def held_out_loss(model, examples: list[Example], pad_id: int, settings: Setting
 def main() -> None:
     settings = parse_settings(Settings, "sft")
     processes = start_processes(settings.device)
-    check_shards(settings.shard, settings.offload, processes)
     out, leader = Path(settings.out), processes.rank == 0
     if settings.dry_run not in ("", "here"):
-        return plan(settings.dry_run, settings.model, settings.need(1, 1), downloads=[settings.model], disk=5)
+        return plan(settings.dry_run, settings.model, partial(settings.need, ASSUMED_TOKENS), [], disk=8)
+    check_shards(settings.shard, settings.offload, processes)
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)
     at_first = "cpu" if settings.shard else device
@@ -168,9 +174,12 @@ def main() -> None:
     if settings.shard:
         shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
+    if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come
+        longest = max(train, key=lambda e: len(e.ids))
+        rehearse(model, None, settings.need(len(longest.ids), processes.size), longest.mask.index(True), processes)
     if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
         config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / settings.traces)}
-        claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "shard", "offload"))
+        claim_folder(out, config, overwrite=settings.overwrite, ignore=MACHINERY)
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_out = out.with_name(out.name.replace("sft", "rl") if "sft" in out.name else f"{out.name}-rl")
     next_command = f"python 03_rl_train.py --preset {settings.preset} --data {settings.data} --model {out} --out {next_out}"
@@ -178,8 +187,8 @@ def main() -> None:
     if settings.traces != "sft.jsonl":  # a comparison: what it makes is a rival of RL, not its start
         next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
     if is_finished(out) and not settings.dry_run:
-        print(f"{out} is finished. Next: {next_command}")
-        return
+        print(f"{out} is finished. Next: {next_command}" * leader)
+        return stop_processes()
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)
     total = settings.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(
@@ -190,8 +199,6 @@ def main() -> None:
     if leader:
         print(f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}, {device}")
         print(f"{total} updates at most, {'reasoning and answer' if settings.reasoning else 'answers only'}; writing to {out}")
-    longest = max(train, key=lambda e: len(e.ids))
-    rehearse(model, None, settings.need(len(longest.ids), processes.size), longest.mask.index(True), processes)
 
     bar = tqdm(range(state["step"], total), "SFT", total, initial=state["step"], unit="update", disable=not leader)
     for step in bar:
@@ -214,8 +221,9 @@ def main() -> None:
                 best_loss = metrics["held_out_loss"]
                 best_weights = {k: v.clone() for k, v in full_weights(model).items()}  # on rank 0
         metrics["seconds"] = time.perf_counter() - started
-        if settings.dry_run:
+        if settings.dry_run and leader:
             print(f"one update: {metrics['seconds']:.2f} s; {total} updates: {total * metrics['seconds'] / 3600:.2f} hours")
+        if settings.dry_run:
             return stop_processes()
         bar.set_postfix(loss=f"{loss:.3f}")
         if leader:

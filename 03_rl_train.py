@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ from lib.rollout_log import describe, summarise
 from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import Completion, sample
 from lib.settings import UserError, parse_settings, run_main, setting
-from lib.sharding import backward, check_shards, full_weights, gathered, gradient_norm, is_sharded, shard
+from lib.sharding import backward, check_shards, device_of, full_weights, gathered, gradient_norm, is_sharded, shard
 from lib.state import finish, is_finished, load_progress, save_progress
 from lib.training import epoch_order, even_rounds, finite_or_stop, micro_batches, precision, set_learning_rate
 
@@ -109,10 +110,23 @@ class Settings:
 
     def need(self, longest: int, processes: int) -> Need:
         """Of memory; longest: tokens of the longest prompt and completion."""
-        rollouts = self.prompts_per_step // processes * self.group_size
+        rollouts = math.ceil(self.prompts_per_step / processes) * self.group_size
         sample_tokens = min(self.max_sample_tokens, rollouts * longest)
+        longest *= 2 if self.objective == "rpo" else 1  # a pair is in one micro-batch
         how = (sample_tokens, True, self.dtype, self.gradient_checkpointing, self.shard, self.offload, processes)
         return Need(self.max_batch_tokens, longest, *how)
+
+
+# Settings that say how to compute, not what: a run may go on with others.
+MACHINERY = (
+    "save_every",
+    "rollouts_every",
+    "shard",
+    "offload",
+    "max_batch_tokens",
+    "max_sample_tokens",
+    "gradient_checkpointing",
+)
 
 
 @dataclass
@@ -130,6 +144,20 @@ class Rollout:
     reward: float = math.nan
     advantage: float = 0.0
     old_logprobs: torch.Tensor | None = field(default=None, repr=False)  # (completion length,), set by the first update
+
+
+def load_models(settings: Settings, device: torch.device, processes: Processes) -> list:
+    """(policy, frozen reference); one after the other, so that both are never whole in the CPU's memory."""
+    models = []
+    for dtype, trained in (("float32", True), (settings.dtype, False)):
+        checkpointing = trained and settings.gradient_checkpointing
+        at_first = "cpu" if settings.shard else device
+        model = load_policy(settings.model, device=at_first, dtype=dtype, gradient_checkpointing=checkpointing)
+        model.requires_grad_(trained)
+        models.append(
+            shard(model, device, processes, dtype=settings.dtype, offload=settings.offload) if settings.shard else model
+        )
+    return models
 
 
 def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
@@ -180,7 +208,7 @@ def collect_rollouts(
         seeds = response_seeds([record["place"] for record in records], settings.group_size, settings.seed)
     mine = share(records, processes)  # in blocks, so the rollouts of all ranks, one after the other, are in the order of one
     try:
-        with precision(policy.device, settings.dtype), gathered(policy):
+        with precision(device_of(policy), settings.dtype), gathered(policy):
             completions = sample(
                 policy,
                 [record["prompt_ids"] for record in mine],
@@ -293,8 +321,8 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
         lengths = [len(r.completion.token_ids) for r in batch]
         ids, attention_mask = pad_batch([r.prompt_ids + r.completion.token_ids for r in batch], pad_id, side="right")  # (B, T)
         mask, _ = pad_batch([[0] * len(r.prompt_ids) + [1] * n for r, n in zip(batch, lengths, strict=True)], 0, side="right")
-        ids, attention_mask, mask = (t.to(policy.device) for t in (ids, attention_mask, mask.bool()))
-        with precision(policy.device, settings.dtype):
+        ids, attention_mask, mask = (t.to(device_of(policy)) for t in (ids, attention_mask, mask.bool()))
+        with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(
                 policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True
             )  # (B, T) each
@@ -328,31 +356,30 @@ def main() -> None:
     settings = parse_settings(Settings, "rl")
     processes = start_processes(settings.device)
     out, leader = Path(settings.out), processes.rank == 0
+    if settings.dry_run not in ("", "here"):
+        longest = settings.max_prompt_tokens + settings.max_new_tokens
+        return plan(settings.dry_run, settings.model, partial(settings.need, longest), models_of(settings.judge), disk=6)
     check_shards(settings.shard, settings.offload, processes)
     if processes.size > settings.prompts_per_step:
         raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
     if stated_reasoning(settings.model) not in (None, settings.reasoning):
         raise UserError(f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way")
-    if settings.dry_run not in ("", "here"):
-        need = settings.need(settings.max_prompt_tokens + settings.max_new_tokens, 1)
-        return plan(settings.dry_run, settings.model, need, downloads=[settings.model, *models_of(settings.judge)], disk=4)
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     device = pick_device(settings.device, processes.local_rank)
-    at_first = "cpu" if settings.shard else device
-    policy = load_policy(settings.model, device=at_first, gradient_checkpointing=settings.gradient_checkpointing)
-    reference = load_policy(settings.model, device=at_first, dtype=settings.dtype).requires_grad_(False)
-    if settings.shard:
-        for model in (policy, reference):
-            shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
+    policy, reference = load_models(settings, device, processes)
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
+    if settings.overwrite or not is_finished(out):  # what does not fit ends here, not when the longest rollouts come
+        prompt_tokens = max(len(record["prompt_ids"]) for record in records)
+        need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
+        rehearse(policy, reference, need, prompt_tokens, processes)
     if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
         config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "rl.jsonl")}
-        claim_folder(out, config, overwrite=settings.overwrite, ignore=("save_every", "rollouts_every", "shard", "offload"))
+        claim_folder(out, config, overwrite=settings.overwrite, ignore=MACHINERY)
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
     if is_finished(out) and not settings.dry_run:
-        print(f"{out} is finished. Next: {next_command}")
-        return
+        print(f"{out} is finished. Next: {next_command}" * leader)
+        return stop_processes()
     total = max(1, round(settings.epochs * len(records) / settings.prompts_per_step))
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
@@ -364,9 +391,6 @@ def main() -> None:
         amount = f"{total} steps of {settings.prompts_per_step} x {settings.group_size} on {processes.size} x {device}"
         print(f"{amount}; writing to {out}")
 
-    prompt_tokens = max(len(record["prompt_ids"]) for record in records)
-    need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
-    rehearse(policy, reference, need, prompt_tokens, processes)  # what does not fit ends here, not at the longest rollouts
     rpo = settings.objective == "rpo"
     sampler, update_model = (reference, update_on_preferences) if rpo else (policy, update_policy)
     bar = tqdm(range(start, total), "RPO" if rpo else "RL", total, initial=start, unit="step", disable=not leader)
@@ -394,10 +418,11 @@ def main() -> None:
         tokens = sum(r["tokens"] for r in described)
         metrics |= {"sample_tokens_per_s": tokens / seconds[0], "train_tokens_per_s": tokens / seconds[2]}
         metrics |= {"seconds_sample": seconds[0], "seconds_reward": seconds[1], "seconds_train": seconds[2]}
-        if settings.dry_run:
+        if settings.dry_run and leader:
             spent = f"sampling {seconds[0]:.1f} s, judge {seconds[1]:.1f} s, training {seconds[2]:.1f} s"
             print(f"one step: {spent}, {tokens} tokens; {total} steps: {total * sum(seconds) / 3600:.1f} hours")
             print(f"completions may grow to {settings.max_new_tokens} tokens, and with them the time")
+        if settings.dry_run:
             return stop_processes()
         bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl") if metrics[key] is not None})
         if leader:

@@ -352,7 +352,7 @@ def block_of(line: dict) -> Block:
 
 def main() -> None:
     settings = parse_settings(EvalSettings, "eval")
-    processes = start_processes(settings.device)
+    processes = start_processes(settings.device, timeout_s=7 * 24 * 3600)  # a universal suffix is searched by one alone
     leader = processes.rank == 0
     subjects, names = read_subjects(settings), read_attacks(settings)
     if settings.dry_run:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +10,25 @@ import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
+from lib.files import UserError
 from lib.plan import GB, SPARE, Need, memory, read_machine, shape_of, shape_of_model, smallest_change
 from lib.policy import token_logprobs
 from lib.processes import Processes
-from lib.sharding import backward
+from lib.sharding import backward, device_of, gathered
 from lib.training import precision
 
 HELP = "print memory and downloads for GPUSxGIGABYTES, e.g. 4x80, and stop"
 HELP_HERE = "print memory and downloads for GPUSxGIGABYTES, e.g. 4x80, and stop; here: measure one step on this machine"
 
 
-def plan(machine: str, model: str, need: Need, downloads: Sequence[str], disk: float) -> None:
-    """Print what a run would take on `machine`, "GPUSxGIGABYTES". `downloads`: names on the hub; `disk`: copies of the weights
-    in fp32 that it writes at most."""
+def plan(machine: str, model: str, need_of: Callable[[int], Need], judges: Sequence[str], disk: float) -> None:
+    """Print what a run would take on `machine`, "GPUSxGIGABYTES". `need_of` the number of GPUs; `judges`: models beside it, in
+    bfloat16; `disk`: copies of the weights in fp32 that it writes at most."""
     gpus, limit = read_machine(machine)
-    shape, need = shape_of(model), replace(need, processes=gpus)
+    if gpus == 1 and need_of(gpus).shard:
+        raise UserError(f"--dry-run: given {machine} with --shard, which needs several GPUs")
+    beside, unknown = weights_of(judges, 2)
+    shape, need = shape_of(model), replace(need_of(gpus), beside=beside)
     sizes = memory(shape, need)
     print(f"{model}: {shape.parameters / 1e6:,.0f} M parameters, on {gpus} x {limit / GB:g} GB, {need.dtype}")
     for name, size in sizes.items():
@@ -40,18 +43,36 @@ def plan(machine: str, model: str, need: Need, downloads: Sequence[str], disk: f
     else:
         print(f"  does not fit ({SPARE:.0%} are left for fragments). Smallest change: {smallest_change(shape, need, usable)}")
     print(f"  on disk: {disk * 4 * shape.parameters / GB:.1f} GB at most")
-    for name in dict.fromkeys(downloads):
+    if need.shard:
+        loading = 4 * shape.parameters * gpus / GB
+        print(f"  in the CPU's memory: {loading:.0f} GB, while each of {gpus} processes reads the whole model")
+    for name in unknown:
+        print(f"  {name}: its configuration cannot be read here, so it is not counted")
+    for name in dict.fromkeys([model, *judges]):
         print(f"  {on_the_hub(name)}")
+
+
+def weights_of(models: Sequence[str], width: int) -> tuple[float, list[str]]:
+    """Bytes of the weights of all of them, `width` each, and the names of those that cannot be looked at."""
+    total, unknown = 0.0, []
+    for name in dict.fromkeys(models):
+        try:
+            total += width * shape_of(name).parameters
+        except UserError:
+            unknown.append(name)
+    return total, unknown
 
 
 def plan_inference(machine: str, models: Sequence[str], sample_tokens: int, dtype: str, together: Sequence[str] = ()) -> None:
     """Print what asking each of `models` takes, one at a time, beside those that stay loaded with it (`together`)."""
     _, limit = read_machine(machine)
     low = 2 if dtype == "bfloat16" else 4
-    beside = sum(low * shape_of(name).parameters for name in together)
+    beside, unknown = weights_of(together, low)
+    for name in unknown:
+        print(f"{name}: its configuration cannot be read here, so it is not counted")
     for name in models:
         shape = shape_of(name)
-        weights, cache = low * shape.parameters, 2 * 2 * shape.layers * shape.key_value * low * sample_tokens
+        weights, cache = low * shape.parameters, 2 * (shape.layers + 1) * shape.key_value * low * sample_tokens
         sizes = f"weights {weights / GB:.1f} GB, KV cache {cache / GB:.1f} GB" + (f", beside {beside / GB:.1f} GB" * bool(beside))
         total = weights + cache + beside
         fits = "fits" if total <= (1 - SPARE) * limit else "does not fit: lower --max-batch-tokens, or --dtype bfloat16"
@@ -74,24 +95,26 @@ def on_the_hub(name: str) -> str:
 
 def rehearse(
     policy: PreTrainedModel, reference: PreTrainedModel | None, need: Need, prompt_tokens: int, processes: Processes
-) -> float:
+) -> None:
     """Compute the largest micro-batch there may be, with room taken for the optimizer and the KV cache, and forget it.
 
-    So a run that does not fit ends before step 1, and not when the longest completions happen to come. Returns the tokens a
-    second that this took, forward and backward. prompt_tokens, longest: of the longest sequence, tokens.
+    So a run that does not fit ends before step 1, and not when the longest completions happen to come. Call it before the
+    optimizer has its state. prompt_tokens: of the longest sequence.
     """
-    shape, device = shape_of_model(policy), policy.device
+    shape, device = shape_of_model(policy), device_of(policy)
+    if processes.rank == 0:
+        print(f"rehearsing the largest batch: {need.batch_tokens} tokens")
     own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
-    moments = torch.empty(8 * own, dtype=torch.uint8, device=device)
+    moments = torch.empty(8 * own, dtype=torch.uint8, device="cpu" if need.offload else device)
     if need.sample_tokens:
         width = 2 if need.dtype == "bfloat16" else 4
-        cache = torch.empty(4 * shape.layers * shape.key_value * width * need.sample_tokens, dtype=torch.uint8, device=device)
-        del cache
+        size = 2 * (shape.layers + 1) * shape.key_value * width * need.sample_tokens
+        with gathered(policy):
+            torch.empty(size, dtype=torch.uint8, device=device)
     ids = torch.full((max(1, need.batch_tokens // need.longest), need.longest), 1, device=device)
     everything = torch.ones_like(ids, dtype=torch.bool)
     completion = everything.clone()
     completion[:, : max(1, prompt_tokens)] = False
-    started = time.perf_counter()
     with precision(device, need.dtype):
         logprobs, _ = token_logprobs(policy, ids, everything, completion, with_entropy=True)
     if reference is not None:
@@ -100,4 +123,3 @@ def rehearse(
     backward(0.0 * logprobs.sum(), policy, processes)
     policy.zero_grad(set_to_none=True)
     del moments
-    return ids.numel() / (time.perf_counter() - started)

@@ -8,7 +8,7 @@ Sizes follow from the model's shape. P parameters, N processes; with `--shard` w
     casts       2 P    in bfloat16: autocast keeps a copy of each weight while it computes
     activations        what the backward pass needs of every token of a micro-batch, see `activation_bytes`
     logits             of `CHUNK` tokens at a time, four copies: logits, log-probabilities, and two of the entropy
-    KV cache           2 x layers x key-value width, a column; twice, because repacking copies it
+    KV cache           2 x layers x key-value width, a column, and one layer more while it is repacked
 
 Sampling and training do not coincide, so the peak is the larger of the two. Fragmentation and the CUDA context come on top:
 `SPARE` of the GPU is left for them.
@@ -56,6 +56,7 @@ class Need:
     shard: bool = False
     offload: bool = False
     processes: int = 1
+    beside: float = 0.0  # bytes of other models on the same GPU: judges
 
 
 def shape_of(name_or_path: str) -> Shape:
@@ -76,7 +77,7 @@ def shape_of_model(model: PreTrainedModel) -> Shape:
         hidden=text.hidden_size,
         query=heads * head_dim,
         key_value=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
-        mlp=text.intermediate_size,
+        mlp=next((getattr(text, n) for n in ("intermediate_size", "ffn_dim") if getattr(text, n, None)), 4 * text.hidden_size),
         heads=heads,
         vocabulary=text.vocab_size,
     )
@@ -113,11 +114,14 @@ def memory(shape: Shape, need: Need) -> dict[str, float]:
         "casts": 2 * shape.parameters if need.dtype == "bfloat16" and not need.shard else 0,
         "activations": activation_bytes(shape, need),
         "logits": 4 * 4 * min(CHUNK, need.batch_tokens) * shape.vocabulary,
-        "KV cache": 2 * 2 * shape.layers * shape.key_value * low * need.sample_tokens,
+        "KV cache": 2 * (shape.layers + 1) * shape.key_value * low * need.sample_tokens,
+        "beside": need.beside,
     }
-    fixed = sizes["weights"] + sizes["gradients"] + sizes["AdamW"] + sizes["reference"]
+    fixed = sizes["weights"] + sizes["gradients"] + sizes["AdamW"] + sizes["reference"] + sizes["beside"]
     layer = (shape.parameters - shape.vocabulary * shape.hidden) / shape.layers
-    gathered = low * (2 * layer + 2 * shape.vocabulary * shape.hidden) if need.shard else 0  # this layer, the next, both ends
+    ends = 2 * shape.vocabulary * shape.hidden  # embeddings and head
+    # weights of this layer, the next and both ends; their gradients, and these in fp32 to be summed
+    gathered = low * (2 * layer + ends) + (low + 4) * (layer + ends) if need.shard else 0
     update = 4 * shape.parameters * held * (2 if need.processes > 1 and not need.shard else 1)  # AdamW's temporaries, the sum
     whole = low * shape.parameters if need.shard else 0
     sizes["sampling"] = fixed + sizes["casts"] + sizes["KV cache"] + whole if need.sample_tokens else 0

@@ -29,7 +29,7 @@ from torch import Tensor
 from lib.chat import pad_batch
 from lib.policy import token_logprobs
 from lib.processes import Processes, gather_objects, sum_gradients
-from lib.sharding import backward, gradient_norm, is_sharded
+from lib.sharding import backward, device_of, gradient_norm, is_sharded
 from lib.training import even_rounds, micro_batches, precision
 
 TIE = 1e-6  # rewards nearer than this say nothing
@@ -106,8 +106,8 @@ def update_on_preferences(
         lengths = [len(r.completion.token_ids) for r in rows]
         ids, attention_mask = pad_batch([r.prompt_ids + r.completion.token_ids for r in rows], pad_id, side="right")  # (2P, T)
         mask, _ = pad_batch([[0] * len(r.prompt_ids) + [1] * n for r, n in zip(rows, lengths, strict=True)], 0, side="right")
-        ids, attention_mask, mask = (t.to(policy.device) for t in (ids, attention_mask, mask.bool()))
-        with precision(policy.device, settings.dtype):
+        ids, attention_mask, mask = (t.to(device_of(policy)) for t in (ids, attention_mask, mask.bool()))
+        with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(policy, ids, attention_mask, mask, with_entropy=True)  # (2P, T) each
         with torch.no_grad():
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask)

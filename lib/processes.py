@@ -50,9 +50,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def start_processes(device: str, timeout_s: float = 7200) -> Processes:
     """Join the processes of this run (torchrun's environment); without torchrun this is the only one.
 
-    gloo on cpu, nccl on cuda. A process that waits for another for more than `timeout_s` seconds gives up
-    (ranks first meet when all have sampled, and lengths differ), and so does one that notices that another
-    has died: gloo with one line, nccl by its watchdog, which aborts the process with a message of its own.
+    gloo on cpu, nccl on cuda (and gloo for what lies in the CPU's memory there). A process that waits for another
+    for more than `timeout_s` seconds gives up (ranks first meet when all have sampled, and lengths differ), and so
+    does one that notices that another has died: gloo with one line, nccl by its watchdog, which aborts the process
+    with a message of its own.
     """
     rank, size, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     processes = Processes(rank, max(1, size), local_rank)
@@ -62,11 +63,10 @@ def start_processes(device: str, timeout_s: float = 7200) -> Processes:
             raise UserError("--device mps: one process only; use --device cpu with torchrun")
         if kind.type == "cuda":
             torch.cuda.set_device(kind)
-        backend = "nccl" if kind.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
         with lost_process():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        if backend == "gloo":  # its threads abort an interpreter that exits, on an error, while they run
-            atexit.register(stop_processes)
+        atexit.register(stop_processes)  # gloo's threads abort an interpreter that exits, on an error, while they run
     return processes
 
 
@@ -118,15 +118,14 @@ def gather_objects(obj: Any, processes: Processes) -> list[Any]:
     text = json.dumps(obj)
     if processes.size == 1:
         return [json.loads(text)]
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)  # (bytes,)
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)  # (bytes,), on the CPU: gloo carries it
     with lost_process():
-        lengths = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(processes.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)], device=device))
+        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(processes.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]))
         longest = max(int(length) for length in lengths)
-        rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
+        rows = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
         dist.all_gather(rows, torch.nn.functional.pad(data, (0, longest - len(data))))
-    texts = (row[: int(length)].cpu().numpy().tobytes() for row, length in zip(rows, lengths, strict=True))
+    texts = (row[: int(length)].numpy().tobytes() for row, length in zip(rows, lengths, strict=True))
     return [json.loads(text) for text in texts]
 
 

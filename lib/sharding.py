@@ -7,10 +7,12 @@ of it afterwards. Two things need care:
 - **Sampling.** A decoding step computes little, so gathering every layer for every token would cost far more
   than the step; and processes decode for different numbers of steps, while gathering needs all of them at the
   same time. So the whole model is gathered once for all rollouts (`gathered`), and let go before the update. In
-  that phase a GPU holds all weights and the key-value cache, but no activations: the peak is still in training.
+  that phase a GPU holds all weights and the key-value cache, but no activations: see `--dry-run` for which is more.
 - **Uneven work.** Every pass gathers, so all processes need equally many: see `lib.training.even_rounds`.
 
-What is saved is the same with and without shards, so a run may go on with another number of processes.
+What is saved is the same with and without shards, so a run may go on with another number of processes. In fp32 the
+numbers are the same, too; in bfloat16 a sharded model computes in bfloat16 throughout, where autocast keeps the sums
+between layers in fp32.
 """
 
 from __future__ import annotations
@@ -58,18 +60,29 @@ def shard(model: PreTrainedModel, device: torch.device, processes: Processes, *,
     """Keep this process's part of a model that was loaded on the CPU, each decoder layer a unit, in place.
 
     dtype "bfloat16": the shards stay as they are, what is gathered is bfloat16, gradients are summed in fp32.
-    `offload`: shards, gradients and optimizer state stay in the CPU's memory.
+    `offload`: shards, gradients and optimizer state stay in the CPU's memory. Raises UserError for a model whose layers
+    are not where Llama, Qwen, Mistral and Gemma have them.
     """
-    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    policy = mixed if dtype == "bfloat16" else MixedPrecisionPolicy()
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise UserError(f"--shard: {type(model).__name__} has no decoder.layers; allowed models built like Llama or Qwen")
+    half: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if dtype == "bfloat16" else {}
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (processes.size,))
-    for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place)  # embeddings, last norm, head
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half), offload_policy=place)
+    outer = MixedPrecisionPolicy(**half, output_dtype=torch.float32 if half else None)
+    frozen = not any(p.requires_grad for p in model.parameters())  # no backward pass would let go of its ends
+    fully_shard(model, mesh=mesh, mp_policy=outer, offload_policy=place, reshard_after_forward=True if frozen else None)
+    model.compute_device = device  # type: ignore[assignment]
     model.within_forward = types.MethodType(_within_forward, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "within_forward")
     return model
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where it computes: with `offload`, not where its weights are."""
+    return getattr(model, "compute_device", model.device)
 
 
 def _within_forward(model: PreTrainedModel, function, *args, **kwargs):
@@ -108,7 +121,8 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not model)  # as fully_shard's default: the root is needed first
+            # as in `shard`: the backward pass begins with the root, so a trained one is kept until then
+            unit.set_reshard_after_forward(unit is not model or not any(p.requires_grad for p in model.parameters()))
 
 
 def gradient_norm(model: torch.nn.Module, limit: float) -> float:
@@ -119,9 +133,14 @@ def gradient_norm(model: torch.nn.Module, limit: float) -> float:
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, Any]:
-    """All weights by name, on the CPU, for rank 0; for others of a sharded model nothing. All ranks have to call it."""
+    """All weights by name, on the CPU, for rank 0; for others nothing. All ranks have to call it.
+
+    Tied weights stand under one name only.
+    """
     with lost_process(*LOST):
-        return get_model_state_dict(model, options=FULL)
+        weights = get_model_state_dict(model, options=FULL)
+    tied = getattr(model, "all_tied_weights_keys", {})  # name -> the name under which it is kept
+    return {name: value for name, value in weights.items() if name not in tied}
 
 
 def full_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -143,4 +162,4 @@ def set_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, stat
 
 
 def _from_rank_0(processes: Processes) -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.size > 1)
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.size > 1, strict=False)

@@ -63,7 +63,9 @@ def is_finished(out: Path) -> bool:
 
 def finish(out: Path) -> None:
     """Drop the resume state: from now on the folder is a checkpoint like any other."""
-    shutil.rmtree(out / "state", ignore_errors=True)
+    if (out / "state").exists():
+        (out / "state").rename(out / ".state.tmp")  # at once: a kill in the midst must not leave a run that begins anew
+    shutil.rmtree(out / ".state.tmp", ignore_errors=True)
 
 
 # ---- one file of any state -----------------------------------------------------------------------------------

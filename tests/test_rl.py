@@ -482,6 +482,16 @@ def test_any_number_of_processes_and_shards_equal_one_process(data, alone, tmp_p
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_shards_in_bfloat16_begin_at_the_reference(data, tmp_path):
+    out, log = tmp_path / "rl", tmp_path / "log"
+    words = rl_flags(data, out, epochs=1.0, learning_rate=RATE, shard=True, dtype="bfloat16")
+    for rank, process in enumerate(run_group(RL, words, log)):
+        process.join(stages.PATIENCE)
+        assert process.exitcode == 0, log.with_suffix(f".{rank}").read_text()
+    lines = metrics_of(out)
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and all(math.isfinite(line["loss"]) for line in lines)
+
+
 def test_five_kills_of_any_process_and_other_numbers_of_them(data, alone, tmp_path):
     out, rng = tmp_path / "rl", random.Random(time.time_ns())
     for lines, size, shard in ((1, 2, True), (3, 4, False), (4, 3, True), (6, 2, False), (7, 2, True)):
