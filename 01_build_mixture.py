@@ -27,16 +27,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lib.files import UserError, write_json, write_jsonl
 from lib.run_folder import checksums, claim_folder
 from lib.settings import parse_settings, run_main, setting
-from lib.sources import SETS, described, parse_word, read_prompts, read_traces, same_prompt
+from lib.sources import SETS, parse_word, read_prompts, same_prompt, source_names
+from lib.sources.downloads import plan_downloads
 from lib.sources.known import SOURCES
-from lib.sources.manifest import inputs, manifest
+from lib.sources.manifest import inputs, manifest, words_of
+from lib.sources.traced import traced_prompts
 
 Pool = dict[str, list[dict]]  # records by kind or set
 Quotas = dict[tuple[str, str], tuple[int, int]]  # by kind and source: prompts for SFT, prompts in RL's pool
@@ -112,6 +114,8 @@ def check(settings: Settings) -> None:
             raise UserError(f"--licences: given {text}; allowed FILENAME=LICENCE")
     if settings.source == "sandbox" and (settings.files or settings.eval_files):
         raise UserError("--files: given, but --source is sandbox; add --source files")
+    if settings.source == "sandbox" and settings.targets:
+        raise UserError("--targets: given, but --source is sandbox, whose prompts have theirs; add --source files")
     if settings.source == "files" and not settings.files:
         raise UserError("--files: none given; give FILE or KIND=FILE, or --source sandbox")
     if settings.trace_files and settings.trace_model:
@@ -164,8 +168,9 @@ def new_prompts(records: list[dict], seen: dict[str, str], dropped: Counter, max
 def quotas(settings: Settings) -> Quotas:
     """What --files says of how many; with --trace-files, SFT has the prompts of these, and no others for it are kept."""
     said: Quotas = {}
+    names = source_names(words_of(settings))
     for given in map(parse_word, settings.files):
-        key = "harmful" if given.kind == "jailbreak" else given.kind, given.source
+        key = "harmful" if given.kind == "jailbreak" else given.kind, names[given.text]
         if given.rl is not None:
             if key in said:
                 raise UserError(f"--files: {'='.join(key)} has two quotas; allowed one")
@@ -247,11 +252,13 @@ def file_prompts(settings: Settings) -> tuple[Pool, Pool]:
             targets = dict(json.loads(Path(settings.targets).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"--targets: {settings.targets} is no json {{id: text}} ({error})") from error
-    pool, evaluation = [
-        by_set([pair for word in words for pair in read_prompts(word, settings, targets)], settings.seed)
-        for words in (settings.files, settings.eval_files)
-    ]
-    return pool, evaluation
+    names = source_names(words_of(settings))
+
+    def read(words: list[str]) -> Pool:
+        pairs = ((parse_word(word).text, pair) for word in words for pair in read_prompts(word, settings, targets))
+        return by_set([(kind, record | {"source": names[text]}) for text, (kind, record) in pairs], settings.seed)
+
+    return read(settings.files), read(settings.eval_files)
 
 
 def by_set(pairs: list[tuple[str, dict]], seed: int) -> Pool:
@@ -290,31 +297,21 @@ def with_rainbow(rl: list[dict], settings: Settings, seen: dict[str, str], dropp
 
 def file_traces(settings: Settings, seen: dict[str, str], dropped: Counter) -> Traces:
     """--trace-files: `sft_prompts` of their prompts with traces. They count as harmful, and enter `seen`."""
-    records, pairs = traced_prompts(settings)
+    records, pairs, empty = traced_prompts(settings)
+    dropped["empty trace"] += empty
     usable = new_prompts(list(records.values()), dict(seen), dropped, settings.max_chars)
     if len(usable) < settings.sft_prompts:
-        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(usable)}")
+        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(usable)} with traces")
     chosen = random.Random(f"{settings.seed}/traces").sample(usable, settings.sft_prompts)
     seen |= {same_prompt(record["prompt"]): "in SFT" for record in chosen}
     return [(record, pairs[same_prompt(record["prompt"])][: settings.traces_per_prompt]) for record in chosen]
-
-
-def traced_prompts(settings: Settings) -> tuple[dict[str, dict], dict[str, list[tuple[str, str]]]]:
-    """Each prompt of --trace-files, by `same_prompt`: its record, and its (reasoning, answer) pairs."""
-    records: dict[str, dict] = {}
-    pairs = defaultdict(list)
-    for word in settings.trace_files:
-        for record, pair in read_traces(word, settings):
-            records.setdefault(same_prompt(record["prompt"]), record)
-            pairs[same_prompt(record["prompt"])].append(pair)
-    return records, pairs
 
 
 def file_rl_traces(settings: Settings, rl: list[dict]) -> Traces:
     """--rl-traces of --trace-files: for those RL prompts that have some. UserError if none has."""
     if not (settings.trace_files and settings.rl_traces):
         return []
-    _, pairs = traced_prompts(settings)
+    _, pairs, _ = traced_prompts(settings)
     traced = [record for record in rl if same_prompt(record["prompt"]) in pairs]
     if not traced:
         raise UserError(f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; add files that do, or give 0")
@@ -368,8 +365,7 @@ def main() -> None:
     next_command = f"python {script}.py --preset {settings.preset} --data {out} --out {out.parent / next_out}"
     next_command += f" --model {settings.trace_model}" if settings.sft_prompts and settings.trace_model else ""
     if settings.dry_run:
-        for word in settings.files + settings.eval_files + settings.trace_files:
-            print(described(word))
+        plan_downloads(settings)
         if settings.trace_model:
             from lib.dry_run import plan_inference  # here, because torch is slow to import
 
@@ -393,7 +389,8 @@ def main() -> None:
     # After all inputs have been read: a mistake in one of them must not cost an earlier run.
     config = {**asdict(settings), **checksums(*inputs(settings), *([settings.rainbow] if settings.rainbow else []))}
     machinery = ("device", "trace_max_batch_tokens", "rainbow_max_batch_tokens")
-    claim_folder(out, config, overwrite=settings.overwrite, ignore=machinery)
+    read = [*map(str, inputs(settings)), settings.trace_model, settings.rainbow, settings.rainbow_attacker]
+    claim_folder(out, config, overwrite=settings.overwrite, ignore=machinery, inputs=read)
     if (out / "manifest.json").exists():
         print(f"{out} is finished. Next: {next_command}")
         return
@@ -422,6 +419,8 @@ def main() -> None:
     for name, records in files.items():
         kinds = Counter(record["kind"] for record in records)
         print(f"{len(records):6}  {name:22} {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
+    if without := sum(not record["target"] for record in evaluation["harmful"]):
+        print(f"{without} harmful evaluation prompts have no target: GCG needs --targets")
     print(f"left out: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'nothing'}")
     print(f"next: {next_command}")
 

@@ -2,8 +2,9 @@ r"""Is the capability kept? Exact match on questions with one right answer, such
 
     python -m lib.capability --models base=lib/sandbox/base tars=runs/demo/rl --file questions.jsonl --out runs/demo/capability
 
-Each model answers each question once, greedily. Of an answer (what follows </think>) counts what stands behind the last
-"####", else in the last \boxed{}, else its last number. If the reference is a number, values are compared, else the
+Each model answers each question once, greedily. Of an answer (what follows </think>) counts what stands in the last line
+with "####" and a number behind it, or in the last \boxed{}, whichever comes later; else what follows any "####", a heading
+perhaps; else its last number. If the reference is a number, values are compared, else the
 text up to case, blanks and outer punctuation. Models are compared on the same questions, in pairs.
 
 Writes answers.jsonl, which grows as it runs (after a kill, the same command goes on), and results.json.
@@ -41,20 +42,19 @@ DIGITS = 300  # a number of more is a model that cannot stop
 
 
 def final_part(text: str) -> str:
-    r"""What is marked as the answer: behind the last "####", or in the last \boxed{}; or the whole text.
+    r"""What is marked as the answer: a number behind "####", or in \boxed{}, the later one; or what follows "####"; or all.
 
-    >>> final_part("2 + 3 = 5\n#### 5"), final_part(r"So it is \boxed{\frac{1}{2}}."), final_part("It is 5.")
+    >>> final_part("2 + 3 = 5\n#### 5"), final_part("#### Result\nIt is \\boxed{\\frac{1}{2}}."), final_part("It is 5.")
     ('5', '\\frac{1}{2}', 'It is 5.')
     """
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    begin = text.rfind("\\boxed{") + len("\\boxed{")
-    depth = 1
-    for end in range(begin, len(text)) if "\\boxed{" in text else ():
+    marked = [match for match in re.finditer(r"####([^\n]*)", text) if numbers(match[1])]
+    hashes = (marked[-1].start(), marked[-1][1].strip(" \t\r#")) if marked else (-1, "")
+    begin, depth = text.rfind("\\boxed{"), 0
+    for end in range(begin, len(text)) if begin > hashes[0] else ():
         depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[begin:end].strip()
-    return text.strip()
+        if depth == 0 and text[end] == "}":
+            return text[begin + len("\\boxed{") : end].strip()
+    return hashes[1] if marked else text.rpartition("####")[2].strip()
 
 
 def numbers(text: str) -> list[Fraction]:
@@ -221,10 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, folder in models.items():  # all inputs are looked at before OUT is
         load_tokenizer(folder)
         stated = stated_reasoning(folder)
+        if stated and name in given.direct:
+            raise UserError(f"--direct: given {name}, which reasons ({folder}/settings.json); take it off the list")
         reasoning[name] = name not in given.direct if stated is None else stated
     config = {**vars(given), "reasoning_by_model": reasoning, **checksums(given.file, *models.values())}
     out, path = Path(given.out), Path(given.out) / "answers.jsonl"
-    claim_folder(out, config, overwrite=given.overwrite, ignore=("max_batch_tokens", "device"))
+    read = [given.file, *models.values()]
+    claim_folder(out, config, overwrite=given.overwrite, ignore=("max_batch_tokens", "device"), inputs=read)
     truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
     path.touch()
     print(f"{len(questions)} questions from {given.file} for {', '.join(models)}; writing to {out}")

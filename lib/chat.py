@@ -118,19 +118,28 @@ def _encode_turn(tokenizer: PreTrainedTokenizerBase, prompt: str, reasoning: boo
     """Token ids up to where the model's turn begins, without the "<think>\\n" that R1's template writes there."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": reasoning}
     name = tokenizer.name_or_path or "the model"
     try:
-        text = tokenizer.apply_chat_template(messages, **options)  # a template that knows no such option ignores it
+        text = template_text(tokenizer, messages, reasoning=reasoning)
     except jinja2.TemplateError as error:
         reason = " ".join(str(error).split())
         if system:
             raise UserError(f"--systems: given {system!r}; {name} takes no system prompt ({reason}): leave it out") from error
         raise UserError(f"{name}: its chat template fails: {reason}") from error
-    assert isinstance(text, str)
     if system.strip() not in text:
         raise UserError(f"--systems: given {system!r}; the chat template of {name} drops system prompts: leave it out")
-    return _encode(tokenizer, OPENED.sub("", text))
+    return _encode(tokenizer, text)
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> str:
+    """What the chat template writes up to where the model's turn begins, without the "<think>\\n" that R1's adds.
+
+    Raises jinja2.TemplateError if the template refuses the messages.
+    """
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": reasoning}
+    text = tokenizer.apply_chat_template(list(messages), **options)  # a template that knows no such option ignores it
+    assert isinstance(text, str)
+    return OPENED.sub("", text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -24,10 +24,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lib.chat import THINK_OPEN, encode_prompt, eos_token_ids, load_tokenizer
 from lib.export_card import model_card
+from lib.export_paths import without_paths
 from lib.files import UserError, atomic, sha256_file, write_json, write_text
 from lib.flags import Flags
 from lib.hub import load_pretrained
-from lib.run_folder import checksums, claim_folder
+from lib.run_folder import SUM, checksums, claim_folder
 from lib.state import is_finished
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def stated_sums(settings: dict, folder: str) -> dict[str, str]:
     """{file name: checksum} that settings.json has of the files in `folder`, which it names as its run was given it."""
-    begin = f"sha256 of {Path(folder)}{os.sep}"
+    begin = f"{SUM}{Path(folder)}{os.sep}"
     return {key[len(begin) :]: value for key, value in settings.items() if key.startswith(begin)}
 
 
@@ -92,32 +93,14 @@ def data_of(stages: Sequence[tuple[Path, dict]], given: str) -> list[dict]:
 def results_of(run: Path, folder: str) -> dict[str, Any]:
     """{"name": what the run is called there, "models": {name: figures}} of an evaluation's results.json."""
     results, weights = read_json(Path(folder) / "results.json"), set(checksums(run).values())
-    for text in results.get("config", {}).get("models", []):
+    config, models = results.get("config"), results.get("models")
+    if not (isinstance(config, dict) and isinstance(config.get("models"), list) and isinstance(models, dict)):
+        raise UserError(f"--eval: {Path(folder) / 'results.json'}: not written by stage 4 or lib.capability")
+    for text in map(str, config["models"]):
         name, _, path = text.partition("=")
-        if weights == set(stated_sums(results["config"], path).values()):
-            return {"name": name, "folder": Path(folder).resolve().name, "models": results["models"]}
+        if isinstance(models.get(name), dict) and weights == set(stated_sums(config, path).values()):
+            return {"name": name, "folder": Path(folder).resolve().name, "models": models}
     raise UserError(f"--eval: given {folder}, which evaluates no model with the weights of {run}")
-
-
-def without_paths(value: Any) -> Any:
-    """The value with every path in it, keys included, cut down to its last name: home folders are nobody's business.
-
-    A path begins with /, ~, ./ or a drive, or has two slashes, or is there. Hub names and addresses stay.
-
-    >>> without_paths({"model": "/home/joe/base", "files": ["harmful=runs/x/a.csv"], "judge": "Qwen/Qwen3Guard-Gen-0.6B"})
-    {'model': 'base', 'files': ['harmful=a.csv'], 'judge': 'Qwen/Qwen3Guard-Gen-0.6B'}
-    """
-    if isinstance(value, dict):
-        return {without_paths(key): without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    return re.sub(r"[^\s=,+'\"()]*[/\\][^\s=,+'\"()]*", _last_name, value) if isinstance(value, str) else value
-
-
-def _last_name(match: re.Match) -> str:
-    text = match[0]
-    local = re.match(r"[/~]|\.\.?/|[A-Za-z]:[/\\]", text) or text.count("/") > 1 or os.path.exists(text)
-    return text if "://" in text or not local else re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
 
 
 # ---- the checkpoint ----------------------------------------------------------------------------------------
@@ -166,11 +149,15 @@ def write_checkpoint(run: Path, out: Path, tokenizer: PreTrainedTokenizerBase, t
 
 
 def push(out: Path, name: str, public: bool) -> None:
-    """Upload the folder to the hub, into a new repository or a new commit of an old one."""
+    """Upload the folder to the hub, into a new repository or a new commit of an old one. A public one must be meant."""
     try:
         api = HfApi()
-        api.create_repo(name, private=not public, exist_ok=True)
+        api.create_repo(name, private=not public, exist_ok=True)  # an old one stays as public as it is
+        if not (public or api.repo_info(name).private):
+            raise UserError(f"--push-to-hub: {name} is public: add --public")
         api.upload_folder(repo_id=name, folder_path=out, commit_message="Exported by lib.export", ignore_patterns=[".*"])
+    except UserError:
+        raise
     except Exception as error:  # of the hub's or the network's
         raise UserError(f"--push-to-hub {name}: {' '.join(str(error).split())[:160]}; {out} is whole") from error
 
@@ -185,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--data", default="", help="folder of stage 1 (default: where the run had it)")
     flags.add_argument("--overwrite", action="store_true", help="empty OUT first if it holds another export")
     flags.add_argument("--push-to-hub", default="", metavar="OWNER/NAME", help="upload it, private unless --public")
-    flags.add_argument("--public", action="store_true", help="a new repository is for all to see")
+    flags.add_argument("--public", action="store_true", help="all may see it: a new repository, or an old one that is public")
     given = flags.parse_args(argv)
     run, out = Path(given.run), Path(given.out)
     for flag, value in (("--push-to-hub", given.push_to_hub), ("--base-model", given.base_model)):
@@ -204,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     template = serving_template(tokenizer, reasoning)
     told = without_paths([settings for _, settings in reversed(stages)])
     weights = without_paths(checksums(run))
-    claim_folder(out, {"reasoning": reasoning, "stages": told, **weights}, overwrite=given.overwrite)
+    read = [run, *(folder for folder, _ in stages), *given.eval, given.data]
+    claim_folder(out, {"reasoning": reasoning, "stages": told, **weights}, overwrite=given.overwrite, inputs=read)
     write_checkpoint(run, out, tokenizer, template)
     card = model_card(
         name=given.push_to_hub or out.resolve().name,

@@ -53,11 +53,11 @@ def model_card(
     )
     start, rl = base or stages[0]["model"], any("judge" in s for s in stages)
     kind = "thinks in a `<think>` block before it answers" if reasoning else "answers without reasoning"
-    method = "a light supervised warm start, then reinforcement learning" if rl else "the light supervised warm start"
+    method = f"a light supervised warm start, then {second_stage(stages[-1])}" if rl else "the light supervised warm start"
     blocks = [
         f"---\n{data.to_yaml()}\n---",
         f"# {escape(name)}",
-        f"{escape(start)}, trained by {method} of TARS (Training Adaptive Reasoners for Safety, "
+        f"{escape(start)}, trained by {method}, as in the paper on TARS (Training Adaptive Reasoners for Safety, "
         f"[arXiv 2507.00971](https://arxiv.org/abs/2507.00971)), in an independent implementation. It {kind}.",
         "## Use",
         USE.format(
@@ -116,8 +116,18 @@ def cell(ci: dict | None) -> str:
     return f"{ci['mean']:.{digits}f} [{ci['low']:.{digits}f}, {ci['high']:.{digits}f}]"
 
 
+def second_stage(settings: dict) -> str:
+    """What stage II was, by its settings.
+
+    >>> second_stage({"judge": "rubric"}), second_stage({"objective": "rpo", "one_reward": True})
+    ('reinforcement learning', 'preference learning (RPO) on the same rewards, with one reward for all prompts')
+    """
+    method = "preference learning (RPO) on the same rewards" if settings.get("objective") == "rpo" else "reinforcement learning"
+    return method + ", with one reward for all prompts" * bool(settings.get("one_reward"))
+
+
 def settings_block(settings: dict) -> str:
-    stage = "Stage II, reinforcement learning" if "judge" in settings else "Stage I, supervised warm start"
+    stage = f"Stage II, {second_stage(settings)}" if "judge" in settings else "Stage I, supervised warm start"
     text = json.dumps(settings, ensure_ascii=False, indent=2)
     return f"<details><summary>{stage}: all settings</summary>\n\n```json\n{text}\n```\n\n</details>"
 

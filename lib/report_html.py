@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lib.figures import CAPTIONS, is_number
-from lib.report_parts import TITLE, Section, Table, visible
+from lib.report_parts import TITLE, Section, Table
+from lib.visible import visible
 
 LIMIT = 20_000_000  # bytes of completions in a page
 SHORT = 25  # characters that are kept in one line

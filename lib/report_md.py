@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lib.figures import CAPTIONS, is_number, number
-from lib.report_parts import TITLE, Section, Table, visible
+from lib.report_parts import TITLE, Section, Table
+from lib.visible import visible
 
 SHOWN = 2  # prompts of each set; report.html has them all
 LENGTH = 600  # characters of a text

@@ -5,7 +5,6 @@ Cells and texts are plain: those who render them (`lib/report_md.py`, `lib/repor
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ from lib.metrics import SETS, bootstrap
 
 TITLE = "Attack and evaluation"
 CATEGORIES = 40  # rows of a table by category
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")  # control, bidi
-BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 PLANE = {"dsr": "DSR, mean over attacks", "task_score": "task score"}
 WORST = {
     "gcg": "worst case of GCG and its variants",
@@ -164,12 +161,3 @@ def cost_table(models: dict) -> Table:
 def setting_table(config: dict) -> Table:
     rows = [[key, " ".join(map(str, value)) if isinstance(value, list) else str(value)] for key, value in config.items()]
     return Table("Settings, inputs and versions", ["setting", "value"], rows)
-
-
-def visible(text: str) -> str:
-    """Text whose every character shows, with one way to break lines; what would hide or reorder is named.
-
-    >>> visible("a\\0b\\u2028c")
-    'a\\\\u0000b\\nc'
-    """
-    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", BREAK.sub("\n", text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from pathlib import Path
 from lib.files import UserError, git_revision, sha256_file, write_json
 from lib.settings import shown
 
+SUM = "sha256 of "  # and a path: a setting that is a checksum
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 
 
@@ -20,7 +22,7 @@ def checksums(*paths: str | Path) -> dict[str, str]:
     Among a run's settings, they keep it from going on with other inputs than it began with.
     """
     files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p]) if f.is_file()]
-    return {f"sha256 of {file}": sha256_file(file)[:32] for file in files}
+    return {f"{SUM}{file}": sha256_file(file)[:32] for file in files}
 
 
 def stated_reasoning(model: str) -> bool | None:
@@ -34,12 +36,15 @@ def stated_reasoning(model: str) -> bool | None:
         raise UserError(f"{path}: not the settings of a stage; mend or delete it") from None
 
 
-def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable[str] = ()) -> None:
+def claim_folder(
+    out: Path, settings: dict, *, overwrite: bool, ignore: Iterable[str] = (), inputs: Iterable[str | Path] = ()
+) -> None:
     """Make `out` the folder of the run with these settings: new, or the very same run, which may then resume.
 
     Writes settings.json: the settings, git_revision and the packages' versions. If `out` holds a run in which
-    a setting not in `ignore` differs, that is a UserError; with `overwrite` the folder is emptied instead. A
-    folder with files but no settings.json is not ours: it is neither used nor emptied.
+    a setting not in `ignore` differs, that is a UserError; with `overwrite` the folder is emptied instead, unless
+    it holds what the run reads: a file with a checksum among the settings, or one of `inputs` (names on the hub are
+    none). A folder with files but no settings.json is not ours: it is neither used nor emptied.
     """
     out, path = Path(out), Path(out) / "settings.json"
     settings = json.loads(json.dumps(settings))  # as they will be read back: tuples as lists
@@ -51,6 +56,8 @@ def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable
         differing = [k for k in {**before, **settings} if k not in skip and before.get(k) != settings.get(k)]
         if not differing:
             return
+        if read := _within(out, [*(k.removeprefix(SUM) for k in settings if k.startswith(SUM)), *inputs]):
+            raise UserError(f"--out: {out} holds {read}, which this run reads: give another --out")
         if not overwrite:
             old, new = (shown(run.get(differing[0], "unset")) for run in (before, settings))
             name = differing[0] if " " in differing[0] else f"--{differing[0].replace('_', '-')}"
@@ -61,6 +68,16 @@ def claim_folder(out: Path, settings: dict, *, overwrite: bool, ignore: Iterable
         raise UserError(f"{out} has files but no settings.json, so it is no run of ours: give another --out")
     versions = {name: version(name) for name in PACKAGES}
     write_json(path, {**settings, "git_revision": git_revision(), "versions": versions})
+
+
+def _within(out: Path, inputs: Iterable[str | Path]) -> str | None:
+    """The first of `inputs` that is `out` or lies below it, by its name or behind links."""
+    named = [Path(os.path.abspath(out)), out.resolve()]
+    for path in map(str, inputs):
+        places = [place for place in (Path(os.path.abspath(path)), Path(path).resolve()) if path and place.exists()]
+        if any(place.is_relative_to(folder) for place in places for folder in named):
+            return path
+    return None
 
 
 def _read_settings(path: Path) -> dict:

@@ -16,6 +16,7 @@ import difflib
 import errno
 import importlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from transformers import HfArgumentParser
 
 from lib.files import UserError
+from lib.visible import visible
 
 T = TypeVar("T")
 Fields = dict[str, dataclasses.Field]
@@ -211,7 +213,8 @@ def shown(value: Any) -> str:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    """One line, whatever names of files or models are in it."""
+    print(visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -228,6 +231,9 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         reason = str(error).split(". ")[0]
         _exit(f"error: {reason}: lower --max-batch-tokens or --max-sample-tokens, or try --gradient-checkpointing", 2)
+    except BrokenPipeError:  # the other end of a pipe, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer would raise again at exit
+        _exit("error: output: its reader has closed it; what was written before is whole", 2)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise

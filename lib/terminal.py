@@ -15,122 +15,21 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
-import jinja2
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
 
-from lib.chat import OPENED, THINK_OPEN, decode, eos_token_ids, load_tokenizer, parse_completion, parse_direct
-from lib.draw import draw, uniform
+from lib.chat import THINK_OPEN, decode, eos_token_ids, load_tokenizer, parse_completion, parse_direct
 from lib.files import UserError
 from lib.flags import Flags, number
 from lib.policy import load_policy
 from lib.run_folder import stated_reasoning
+from lib.stream import Part, encode_chat, parts, stream, texts
+from lib.visible import UNSEEN
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model writes must not steer the terminal
-Part = tuple[bool, str]  # whether it is reasoning, and the text
-
-# ---- one answer, token by token ----------------------------------------------------------------------------
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> list[int]:
-    """Token ids of a conversation's generation prompt; of one question, those of `lib.chat.encode_prompt`.
-
-    Raises UserError if the template refuses, as some do to a system prompt.
-    """
-    try:
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": reasoning}
-        text = tokenizer.apply_chat_template(list(messages), **options)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template says: {error}") from error
-    assert isinstance(text, str)
-    pieces = [OPENED.sub("", text)] + [THINK_OPEN] * reasoning  # tokenised apart: lib/chat.py
-    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-
-
-@torch.inference_mode()
-def stream(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    eos_token_ids: Sequence[int],
-) -> Iterator[int]:
-    """Token ids as they are drawn, the end-of-sequence token too: those of `lib.sampler.sample(seeds=[seed])`.
-
-    Raises UserError for logits that are not finite.
-    """
-    cache, ids = DynamicCache(), torch.tensor([list(prompt)], device=model.device)  # (1, T), then (1, 1)
-    for step in range(max_new_tokens):
-        logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        if not logits.isfinite().all():
-            raise UserError("the model's logits are not finite: broken weights or precision")
-        u = uniform(torch.tensor([seed]), torch.tensor([step])).to(model.device)
-        token, _ = draw(logits, u, temperature, top_p=1.0)  # (1,)
-        yield int(token)
-        if int(token) in eos_token_ids:
-            return
-        ids = token[:, None]
-
-
-def texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come; together the text of all. A character of several tokens comes when it is whole.
-
-    What a token adds depends on those before it (a space, the rest of a character): so two texts are compared, of
-    the last piece alone and with what came since.
-    """
-    known: list[int] = []
-    last = 0  # known[:last] is the last piece that was given, known[last:] came since
-    for i in ids:
-        known.append(i)
-        before, now = decode(tokenizer, known[:last]), decode(tokenizer, known)
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            yield now[len(before) :]
-            known, last = known[last:], len(known) - last
-    if rest := decode(tokenizer, known)[len(decode(tokenizer, known[:last])) :]:
-        yield rest
-
-
-def parts(pieces: Iterable[str], *, reasoning: bool) -> Iterator[Part]:
-    r"""Pieces of a completion, told apart: reasoning, with its markers, and answer.
-
-    >>> list(parts(["They a", "sk . </th", "ink", "> no ", "."], reasoning=True))
-    [(True, '<think>\n'), (True, 'They a'), (True, 'sk .'), (True, '\n</think>\n\n'), (False, 'no '), (False, '.')]
-    """
-    thinking, begun, held = reasoning, False, ""
-    if thinking:
-        yield True, THINK_OPEN
-    for piece in pieces:
-        held += piece
-        if thinking:
-            thought, closed, rest = held.partition("</think>")
-            if not closed:  # blanks, and what may become the marker, wait
-                tail = next(n for n in range(8, -1, -1) if thought.endswith("</think>"[:n]))
-                thought = thought[: len(thought) - tail]
-            if thought := thought.rstrip():
-                yield True, thought
-            if not closed:
-                held = held[len(thought) :]
-                continue
-            yield True, "\n</think>\n\n"
-            thinking, held = False, rest
-        if not begun:
-            held = held.lstrip()
-        if held:
-            yield False, held
-            begun, held = True, ""
-    if held.strip():
-        yield thinking, held.rstrip()
-
-
-# ---- a conversation ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -192,7 +91,7 @@ def reply(chat: Chat, text: str, out: TextIO) -> None:
     with contextlib.closing(chat.ask(text)) as answer:  # type: ignore[type-var]
         try:
             for thought, piece in answer:
-                piece = CONTROL.sub("", piece)
+                piece = UNSEEN.sub("", piece)  # what a model writes must not steer the terminal, nor reorder its text
                 out.write(f"{DIM}{piece}{PLAIN}" if thought and colour else piece)
                 out.flush()
         finally:
@@ -212,6 +111,9 @@ def converse(chat: Chat) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError:
+            print("error: that was not UTF-8", file=sys.stderr)
+            continue
         if text == "/quit":
             return
         if text == "/reset":
@@ -241,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = flags.parse_intermixed_args(argv)
     prompt = " ".join(given.prompt).strip()
     alone = bool(prompt) or not sys.stdin.isatty()
-    if alone and not (prompt := prompt or sys.stdin.read().strip()):
+    try:
+        prompt = prompt or (sys.stdin.read().strip() if alone else "")
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 ({error.reason} at byte {error.start})") from None
+    if alone and not prompt:
         raise UserError("no prompt: give one behind the run, or on stdin")
     tokenizer = load_tokenizer(given.run)
     model = load_policy(given.run, device=given.device, dtype=given.dtype)

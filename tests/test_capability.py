@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from lib import capability as module
 from lib.capability import as_number, final_part, main, numbers, verdict
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer
-from lib.files import UserError, read_jsonl, write_jsonl
+from lib.files import UserError, read_jsonl, write_json, write_jsonl
 from lib.policy import load_policy
 from lib.sampler import Completion, sample
 from lib.sandbox import world
@@ -62,6 +63,13 @@ def test_no_number(text):
         ("#### 10\nNo: #### 72", "#### 72", True),  # the last mark counts
         (r"so \boxed{7}, as 9 - 2 = 7 and 9 > 2", "7", True),
         (r"\boxed{\frac{1}{2}}", "0.5", True),
+        ("#### Step 1: halve 48\n48/2 = 24\n#### Result\n\\boxed{72}", "72", True),  # headings
+        ("\\boxed{72}\n#### Remark\nThat is 6 dozen.", "72", True),
+        ("\\boxed{70}, no.\n#### **72** apples", "72", True),  # the later mark counts
+        ("#### 72\nSo she has 72 and gave 5 away.", "72", True),  # the line alone
+        ("#### 70\n\\boxed{72", "70", True),
+        ("#### Paris", "Paris", True),
+        ("####\n72", "72", True),
         (r"\boxed{x_{1}} and no more", "x_{1}", True),
         ("It costs $1,234.50 in all.", "1234.5", True),
         ("It is 71.", "72", False),
@@ -206,3 +214,15 @@ def test_mistakes_are_one_line_and_leave_no_folder(change, message, tmp_path):
     with pytest.raises(UserError) as caught:
         main(["--models", f"a={BASE}", *questions(tmp_path), *change])
     assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_reasons_is_not_asked_directly_nor_emptied(tmp_path):
+    run = tmp_path / "rl"
+    shutil.copytree(BASE, run)
+    write_json(run / "settings.json", {"reasoning": True, "git_revision": "abc"})
+    with pytest.raises(UserError, match=r"--direct: given a, which reasons \(.*rl/settings.json\); take it off the list"):
+        main(["--models", f"a={run}", "--direct", "a", *questions(tmp_path)])
+    files = sorted(run.iterdir())
+    with pytest.raises(UserError, match="which this run reads: give another --out"):
+        main(["--models", f"a={run}", *questions(tmp_path), "--out", str(run), "--overwrite"])
+    assert sorted(run.iterdir()) == files

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lib import export as module
 from lib.chat import encode_prompt, eos_token_ids, load_tokenizer
 from lib.export import follow, main, serving_template, without_paths
+from lib.export_card import model_card
 from lib.files import UserError, sha256_file, write_json, write_jsonl
 from lib.policy import load_policy, save_policy
 from lib.run_folder import checksums, stated_reasoning
@@ -195,11 +197,52 @@ def test_paths_are_cut_down_to_names():
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("/home/joe doe/base", "base"),
+        ("C:\\Users\\Joe Doe\\base", "base"),
+        ("file:///home/joe/x", "x"),
+        ("/home/joe+x/runs/rl", "rl"),
+        ("/home/joe=x/(old) 'runs', etc/rl 2/", "rl 2"),
+        ("\\\\server\\joe\\x", "x"),
+        ("harmful=wildjailbreak@/home/joe doe/my prompts.csv:400+800", "harmful=wildjailbreak@my prompts.csv:400+800"),
+        ("qwen3guard=/home/joe doe/q@cuda:1+grm=/home/joe+x/g@cpu", "qwen3guard=q@cuda:1+grm=g@cpu"),
+        ("harmful from /home/joe doe/x.jsonl", "harmful from x.jsonl"),
+        ("runs of joe/x y/base", "base"),
+        ("see https://a.org/b/c, and ~/mine/x", "see https://a.org/b/c, and x"),
+        ("one of GitHub some/one, by @FILE", "one of GitHub some/one, by @FILE"),
+        ({"a/b/x.jsonl": 1, "c/d/x.jsonl": 2, "/x.jsonl": 3}, {"x.jsonl": 1, "x.jsonl (2)": 2, "x.jsonl (3)": 3}),
+    ],
+)
+def test_of_a_path_the_whole_last_name_is_told_and_no_other(given, told):
+    assert without_paths(given) == told
+
+
+def test_the_card_names_the_method():
+    kinds = {"epochs": "the light supervised warm start, as in", "judge": "then reinforcement learning, as in the paper on TARS"}
+    for key, said in kinds.items():
+        assert said in card_of({"model": "org/m", key: "x"})
+    rpo = card_of({"model": "org/m", "judge": "x", "objective": "rpo"})
+    assert "then preference learning (RPO) on the same rewards, as in" in rpo and "reinforcement" not in rpo
+    one = card_of({"model": "org/m", "judge": "x", "objective": "reinforce", "one_reward": True})
+    assert "Stage II, reinforcement learning, with one reward for all prompts: all settings" in one
+
+
+def card_of(settings: dict) -> str:
+    nothing: list = []
+    return model_card(name="x", licence="mit", base="", reasoning=True, stages=[settings], manifests=nothing, results=nothing)
+
+
 # ---- the hub, and mistakes ---------------------------------------------------------------------------------
 
 
 class Hub:
     calls: list[tuple]
+    private = True
+
+    def repo_info(self, name):
+        return SimpleNamespace(private=self.private)
 
     def create_repo(self, name, **options):
         self.calls.append(("create", name, options))
@@ -220,6 +263,17 @@ def test_it_is_pushed_only_when_asked_and_private_unless_told_otherwise(home, tm
     assert 'name = "joe/tars-demo"' in card
     export(home, tmp_path / "a", "--push-to-hub", "joe/tars-demo", "--public")
     assert Hub.calls[2][2]["private"] is False
+
+
+def test_an_old_repository_that_is_public_gets_nothing_unless_that_is_meant(home, tmp_path, monkeypatch):
+    Hub.calls = []
+    monkeypatch.setattr(Hub, "private", False)
+    monkeypatch.setattr(module, "HfApi", Hub)
+    with pytest.raises(UserError, match="--push-to-hub: joe/x is public: add --public"):
+        export(home, tmp_path / "a", "--push-to-hub", "joe/x")
+    assert [call[0] for call in Hub.calls] == ["create"]
+    export(home, tmp_path / "a", "--push-to-hub", "joe/x", "--public")
+    assert [call[0] for call in Hub.calls] == ["create", "create", "upload"]
 
 
 def test_a_push_that_fails_is_one_line_and_the_folder_stays(home, tmp_path, monkeypatch):
@@ -259,3 +313,19 @@ def test_what_is_no_finished_run_and_what_is_no_evaluation_of_it_are_refused(hom
     with pytest.raises(UserError, match="give another --out, or --overwrite"):
         export(home, tmp_path / "out", run="sft")
     export(home, tmp_path / "out", "--overwrite", run="sft")
+
+
+def test_results_of_something_else_are_one_line(home, tmp_path):
+    for name, results in enumerate(({"accuracy": 1}, {"config": {"models": ["x=y"]}}, {"config": [], "models": {}})):
+        write_json(tmp_path / str(name) / "results.json", results)
+        with pytest.raises(UserError, match="results.json: not written by stage 4 or lib.capability"):
+            export(home, tmp_path / "out", "--eval", str(tmp_path / str(name)))
+
+
+def test_an_export_never_overwrites_the_run_that_it_shares(home):
+    run = home / "runs/rl"
+    before = sorted(path.name for path in run.iterdir())
+    for words in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match="which this run reads: give another --out"):
+            export(home, run, *words)
+    assert sorted(path.name for path in run.iterdir()) == before

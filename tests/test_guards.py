@@ -763,6 +763,11 @@ def test_moderation_without_a_key_or_with_a_device(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with pytest.raises(UserError, match="on no device of yours"):
         load_judge("moderation@cpu+standin")
+    for key in ("sk-se\ncret", "sk-secret\u201d", "sk secret"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="OPENAI_API_KEY holds a blank") as error:
+            load_judge("moderation+standin")
+        assert "sk" not in str(error.value) and error.value.__cause__ is None
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------

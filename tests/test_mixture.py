@@ -90,11 +90,54 @@ def test_traces_of_a_file_are_complete_and_their_prompts_are_not_in_rl(tmp_path,
     flags = ["--source", "files", "--files", *write_pool(tmp_path), "--trace-files", tmp_path / "traces.jsonl"]
     flags += ["--sft-prompts", 5, "--traces-per-prompt", 2, "--rl-prompts", 6, "--lambda-harmful", 0.5]
     sets = build(monkeypatch, tmp_path / "out", *flags)
-    assert len(sets["sft"]) == 5 and {(r["reasoning"], r["answer"]) for r in sets["sft"]} == {("thought 0", "answer 0")}
+    told = Counter((r["reasoning"], r["answer"]) for r in sets["sft"])
+    assert told == {("thought 0", "answer 0"): 5, ("thought 2", "answer 2"): 5}
     used = {stage.same_prompt(r["prompt"]) for r in sets["sft"]}
     assert not used & {stage.same_prompt(r["prompt"]) for name in sets if name != "sft" for r in sets[name]}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["dropped"] == {"in SFT": 5, "empty trace": 5}
+    assert manifest["dropped"] == {"in SFT": 5, "empty trace": 6}
+
+
+def test_only_prompts_with_a_whole_trace_count_and_they_get_their_quota_of_whole_ones(tmp_path, monkeypatch):
+    rows = [{"prompt": f"p {i}", "reasoning": "", "answer": "No."} for i in range(5)]
+    rows += [{"prompt": "full", "reasoning": t, "answer": a} for t, a in (("", "a"), ("t", " "), ("t1", "a1"), ("t2", "a2"))]
+    write_jsonl(tmp_path / "traces.jsonl", rows)
+    flags = ["--source", "files", "--files", *write_pool(tmp_path), "--trace-files", tmp_path / "traces.jsonl"]
+    flags += ["--rl-prompts", 6, "--traces-per-prompt", 2]
+    with pytest.raises(UserError, match="--sft-prompts: given 2; the trace files have 1 with traces"):
+        build(monkeypatch, tmp_path / "out", *flags, "--sft-prompts", 2)
+    sets = build(monkeypatch, tmp_path / "out", *flags, "--sft-prompts", 1)
+    assert [(r["prompt"], r["reasoning"]) for r in sets["sft"]] == [("full", "t1"), ("full", "t2")]
+
+
+def test_files_of_one_name_are_two_sources(tmp_path, monkeypatch, capsys):
+    for folder in "abenm":
+        write_jsonl(tmp_path / folder / "x.jsonl", [{"prompt": f"{folder} {i}"} for i in range(10)])
+    a, b, e, n, m = (str(tmp_path / folder / "x.jsonl") for folder in "abenm")
+    words = ["--source", "files", "--files", f"harmful={a}:1+2", f"harmful={b}:0+5", f"harmless={n}", f"ambiguous={m}"]
+    words += ["--eval-files", f"harmful={e}", "--sft-prompts", 1, "--rl-prompts", 7, "--lambda-harmful", "1"]
+    monkeypatch.setattr("lib.traces.TraceWriter", lambda *args, **options: None)
+    monkeypatch.setattr("lib.traces.write_all", lambda writer, records, *rest: [[("t", "a")] for _ in records])
+    sets = build(monkeypatch, tmp_path / "out", *words, "--trace-model", "me/model", "--eval-prompts", 4)
+    assert Counter(r["source"] for r in sets["rl"]) == {a: 2, b: 5}
+    sources = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"]
+    assert sources[a]["prompts"] == {"rl pool": 2, "sft": 1, "rl": 2}
+    assert sources[b]["prompts"] == {"rl pool": 5, "rl": 5} and sources[e]["prompts"] == {"eval_harmful": 4}
+    assert "4 harmful evaluation prompts have no target: GCG needs --targets" in capsys.readouterr().out
+
+
+def test_targets_are_for_files(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--targets: given, but --source is sandbox"):
+        build(monkeypatch, tmp_path / "out", "--source", "sandbox", "--targets", "none.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_needs_a_machine_and_the_sandbox_no_download(tmp_path, monkeypatch, capsys):
+    for machine in ("nonsense", "here"):
+        with pytest.raises(UserError, match=f"--dry-run: given {machine}; allowed GPUSxGIGABYTES, e.g. 1x80"):
+            build(monkeypatch, tmp_path / "out", "--dry-run", machine)
+    build(monkeypatch, tmp_path / "out", "--dry-run", "1x80")
+    assert capsys.readouterr().out == "sandbox: made here, nothing has to be downloaded\n" and not (tmp_path / "out").exists()
 
 
 def test_sets_without_a_file_are_held_out_of_training(tmp_path, monkeypatch):
@@ -166,6 +209,7 @@ def test_mistakes_with_files_are_one_line(tmp_path, monkeypatch):
         "two writers": (["--trace-files", "a", "--trace-model", "b"], "--trace-model: given together"),
         "files for the sandbox": (["--source", "sandbox"], "add --source files"),
         "no targets": (["--targets", f"{tmp_path}/notes.txt"], "--targets: .* is no json"),
+        "a misspelt kind": (["--files", "harmfull=wildjailbreak:400+800"], "unknown KIND harmfull: allowed harmful"),
         "a licence of nothing": (["--licences", "MIT"], "--licences: given MIT"),
     }
     for name, (words, message) in cases.items():

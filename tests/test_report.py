@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import figures, report, report_html, report_md, report_parts
+from lib import figures, report, report_html, report_md
+from lib.visible import visible
 
 MODELS = ("base", "tars")
 ATTACKS = ("gcg", "gcg_forged", "best_of_n")
@@ -330,7 +331,7 @@ def test_completions_cannot_break_the_report(tmp_path, plain):
     assert [tag for tag, _ in found.elements].count("script") == 2
     assert not {"img", "b", "h4"} & {tag for tag, _ in found.elements} and found.data["script"] == report_html.SCRIPT
     answer = found.lines()[0]["answer"]
-    assert answer == report_parts.visible(EVIL + "long " * 1000) and "</script><script>alert(1)</script>" in answer
+    assert answer == visible(EVIL + "long " * 1000) and "</script><script>alert(1)</script>" in answer
     assert "\\u0000 \\u001b \n \n \n \\u202e \\ud800 \n" in answer
 
 

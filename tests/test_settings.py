@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -243,6 +244,48 @@ def test_overwrite_spares_home_the_working_folder_and_what_a_link_points_to(tmp_
     (out / "link").symlink_to(tmp_path / "elsewhere")
     claim_folder(out, {"n": 2}, overwrite=True)
     assert (tmp_path / "elsewhere" / "kept").exists() and not (out / "link").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_never_deletes_what_it_reads(tmp_path, monkeypatch, overwrite):
+    out = tmp_path / "rl"
+    claim_folder(out, {"n": 1}, overwrite=False)
+    weights, far = out / "model.safetensors", tmp_path / "far.jsonl"
+    weights.write_text("work")
+    far.write_text("{}")
+    (tmp_path / "link").symlink_to(out)
+    (out / "far.jsonl").symlink_to(far)
+    monkeypatch.chdir(tmp_path)
+    for read in (weights, "rl/model.safetensors", tmp_path / "link/model.safetensors", out, out / "far.jsonl"):
+        for keywords in ({"settings": {"n": 2, f"sha256 of {read}": "0"}}, {"settings": {"n": 2}, "inputs": [read]}):
+            with pytest.raises(UserError, match=r"--out: .*rl holds .*, which this run reads: give another --out"):
+                claim_folder(out, overwrite=overwrite, **keywords)
+    assert weights.read_text() == "work"
+    elsewhere = [far, "org/name", "", tmp_path]
+    claim_folder(out, {"n": 2, f"sha256 of {far}": "0"}, overwrite=True, inputs=elsewhere)
+    assert not weights.exists() and far.exists()
+
+
+def test_an_error_is_one_line_whatever_is_in_its_names(capsys):
+    def main():
+        raise UserError("a\x1b[2J\u202eb\nc: no such file")
+
+    with pytest.raises(SystemExit):
+        run_main(main)
+    assert capsys.readouterr().err == "error: a\\u001b[2J\\u202eb\\nc: no such file\n"
+
+
+def test_a_reader_that_has_enough_is_one_line(tmp_path):
+    script = tmp_path / "talk.py"
+    script.write_text(
+        "from lib.settings import run_main\n"
+        "def main():\n    while True:\n        print('word ' * 99, flush=True)\n"
+        "run_main(main)\n"
+    )
+    command = f"{sys.executable} {script} | head -c 1"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout == "w" and done.stderr == "error: output: its reader has closed it; what was written before is whole\n"
 
 
 def test_exit_code_of_a_script(tmp_path):

@@ -311,6 +311,13 @@ def test_known_sources_come_from_the_hub(fake_hub):
         ("bench-llm/or-bench", "or-bench-hard-1k", "train", text, False),
         ("allenai/wildjailbreak", "train", "train", {"delimiter": "\t", **text}, False),
     ]
+    rows = [{"prompt": "p", "type": "t", "label": label, "id": i, "focus": "-"} for i, label in enumerate(("safe", "unsafe"))]
+    fake_hub({"walledai/XSTest": rows})
+    found = read_prompts("xstest", stage.Settings(), {})
+    assert [(name, record["id"].split("-")[1]) for name, record in found] == [("ambiguous", "0"), ("harmful", "1")]
+    fake_hub({"standard": [{"prompt": "p", "category": "c", "BehaviorID": "b", "ContextString": "A poem."}]})
+    [(_, record)] = read_prompts("harmbench", stage.Settings(), {"b": "Sure"})
+    assert record["target"] == "Sure" and record["prompt"].startswith("A poem.") and record["prompt"].endswith("p")
     fake_hub({"train": [{"attack": "x"}]})
     with pytest.raises(UserError, match="wildjailbreak: has columns attack; expected adversarial, data_type"):
         read_prompts("wildjailbreak", stage.Settings(), {})

@@ -15,7 +15,8 @@ from lib.chat import encode_prompt, load_tokenizer
 from lib.files import UserError, write_json
 from lib.sampler import sample
 from lib.sandbox import world
-from lib.terminal import DIM, PLAIN, Chat, converse, encode_chat, main, parts, reasons, reply, stream, texts
+from lib.stream import encode_chat, parts, stream, texts
+from lib.terminal import DIM, PLAIN, Chat, converse, main, reasons, reply
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ '<end> ' if m.role == 'assistant' else '' }}{% endfor %}"
@@ -143,7 +144,7 @@ def test_reasoning_is_dim_on_a_terminal_only(chat, monkeypatch):
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal(chat, monkeypatch):
-    monkeypatch.setattr(Chat, "ask", lambda self, text: iter([(False, "a\x1b]0;title\x07b\x9b2J\tc\n")]))
+    monkeypatch.setattr(Chat, "ask", lambda self, text: iter([(False, "a\x1b]0;title\x07b\x9b2J\t\u202ec\u2066\n")]))
     monkeypatch.setattr(module.contextlib, "closing", module.contextlib.nullcontext)
     screen = Screen()
     reply(chat, "how ?", screen)
@@ -231,6 +232,17 @@ def test_mistakes_are_one_line(argv, stdin, message, monkeypatch):
     with pytest.raises(UserError) as caught:
         main(argv)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_not_utf_8_is_one_line(chat, monkeypatch, capsys):
+    broken = lambda: io.TextIOWrapper(io.BytesIO(b"caf\xe9 ?\n"), encoding="utf-8")  # noqa: E731
+    monkeypatch.setattr(sys, "stdin", broken())
+    with pytest.raises(UserError, match="stdin: not UTF-8"):
+        main([str(world.BASE)])
+    typed = iter([broken().readline, lambda: "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(typed)())
+    converse(chat)
+    assert "error: that was not UTF-8" in capsys.readouterr().err
 
 
 def test_the_sandbox_tokenizer_streams_as_it_decodes():

@@ -64,7 +64,7 @@ def load_judge(name: str) -> Judge:
     as answers. Whether a score is in [0, 1], and what None (unknown) means, is for who uses it to check and decide.
     """
     if not name:
-        raise UserError(f'--judge: none given; allowed {ALLOWED} (README, "Your own judge")')
+        raise UserError(f"--judge: none given; allowed {ALLOWED} (README, The paper's recipe: Judges)")
     harm, plus, task = _two(name)
     if plus and not (harm and task):
         raise UserError(f"--judge: given {name}; allowed {ALLOWED}")

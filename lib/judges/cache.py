@@ -19,7 +19,7 @@ from pathlib import Path
 from lib.files import UserError
 from lib.judges import Score
 
-VERSION = 1  # count up when a judge of this project changes what it asks, or how it reads the reply
+VERSION = 2  # count up when a judge of this project changes what it asks, or how it reads the reply
 
 
 def identity(name: str, model: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lib.files import UserError
-from lib.judges.language_model import LanguageModel, encodable
+from lib.judges.language_model import LanguageModel, encodable, special_tokens
 
 STYLES = (  # of a message's content; a template that expects the other drops the text, or fails
     lambda text: text,
@@ -33,8 +33,7 @@ class Exchange:
     def __init__(self, judge: LanguageModel, *, says: str = "", add_special_tokens: bool = False, **options: Any) -> None:
         self.tokenizer, self.options = judge.tokenizer, options
         self.before = list(self.tokenizer("")["input_ids"]) if add_special_tokens else []
-        named = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self.special = sorted({*named, *self.tokenizer.all_special_tokens}, key=lambda token: (-len(token), token))
+        self.special = special_tokens(self.tokenizer)
         for self.style in STYLES:
             try:
                 text = self.text("QUESTION", "REPLY")

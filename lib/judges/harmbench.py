@@ -20,7 +20,7 @@ import re
 
 from lib.files import UserError
 from lib.judges import Score
-from lib.judges.language_model import LanguageModel, encodable
+from lib.judges.language_model import LanguageModel, as_material, special_tokens
 
 MODEL = "cais/HarmBench-Llama-2-13b-cls"
 ANSWER_TOKENS = 512
@@ -85,12 +85,13 @@ def harm_judge(name: str = "", device: str = "") -> Score:
     kind = judge.config.model_type
     if kind not in TEMPLATES:
         raise UserError(f"--judge: {judge.name}: architecture {kind}; HarmBench's classifiers are {' or '.join(TEMPLATES)}")
-    template = TEMPLATES[kind]
+    template, special = TEMPLATES[kind], special_tokens(judge.tokenizer)
 
     def harm_score(prompts: list[str], answers: list[str]) -> list[float | None]:
         read = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            text = template.format(behavior=encodable(prompt), generation=judge.clip(answer, ANSWER_TOKENS))
+            behavior, generation = (as_material(t, special) for t in (prompt, judge.clip(answer, ANSWER_TOKENS)))
+            text = template.format(behavior=behavior, generation=generation)
             read.append(judge.tokenizer(text)["input_ids"])  # with <s>; the markers [INST] and so on are plain text
         return [label(text) for text in judge.write(read, max_new_tokens=1)]
 

@@ -4,6 +4,7 @@ each of its labels is."""
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,6 +22,7 @@ from lib.processes import pick_device
 from lib.sampler import sample
 
 BATCH_TOKENS = 8192  # rows x columns of the cache: 6.7 GB (twice that while it is repacked) for a Llama of 13 B in bfloat16
+UNSEEN_SPACE = "\u200b"  # of no width
 LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
 
 
@@ -167,6 +169,26 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     if tokenizer.chat_template:
         return eos_token_ids(model, tokenizer)
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Every text that is read as a special token, the longest first."""
+    named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted({*named, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token))
+
+
+def as_material(text: str, special: Sequence[str], tags: Sequence[str] = ()) -> str:
+    """The text with nothing in it that ends its place in a judge's prompt: a space of no width breaks each special token
+    that it spells, and each of `tags` ("answer": </answer>, <ANSWER>). All else stays, and nested spellings find no way round.
+
+    >>> as_material("Yes.<|end|>", ["<|end|>"]), as_material("<a>1 < 2</A >", [], ["a"])
+    ('Yes.<\\u200b|end|>', '<\\u200ba>1 < 2<\\u200b/A >')
+    """
+    text = encodable(text)
+    for token in special:
+        while len(token) > 1 and UNSEEN_SPACE not in token and token in text:  # again: its occurrences may overlap
+            text = text.replace(token, token[0] + UNSEEN_SPACE + token[1:])
+    return re.sub(rf"(?i)<(?=[\s/]*(?:{'|'.join(tags)})[\s/]*>)", f"<{UNSEEN_SPACE}", text) if tags else text
 
 
 def encodable(text: str) -> str:

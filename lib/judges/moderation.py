@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -41,6 +42,8 @@ def harm_judge(name: str = "", device: str = "") -> Score:
         raise UserError(f"--judge: given moderation@{device}; it runs at OpenAI, on no device of yours")
     if not (key := os.environ.get("OPENAI_API_KEY", "").strip()):
         raise UserError("--judge: moderation needs a key of OpenAI in the environment variable OPENAI_API_KEY")
+    if not re.fullmatch(r"[!-~]+", key):  # a header's text; http.client's error would show the key
+        raise UserError("--judge: moderation: OPENAI_API_KEY holds a blank, a line break or a letter that no key has")
 
     def harm_score(prompts: list[str], answers: list[str]) -> list[float | None]:
         scores: list[float | None] = [0.0] * len(answers)

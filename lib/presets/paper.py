@@ -54,7 +54,7 @@ RL = dict(
 EVAL = {
     "data": "runs/paper/data",
     "out": "runs/paper/eval",
-    "judge": "",  # the paper's is a classifier of 13 B parameters: name a module that runs yours
+    "judge": "harmbench+grm",  # the paper's classifier of 13 B parameters; task scores as in training
     "temperature": 0.6,
     "max_new_tokens": 4096,
     "answer_tokens": 1024,

@@ -22,10 +22,11 @@ from lib.sources.columns import (
 from lib.sources.hub import load_rows, revision_of
 from lib.sources.known import SOURCES, Source, found_in
 from lib.sources.readers import Found
-from lib.sources.words import SETS, Given, parse_word
+from lib.sources.words import SETS, Given, parse_word, source_names
 from lib.tables import read_table
 
 __all__ = ["SETS", "UNKNOWN", "described", "files_of", "parse_word", "provenance", "read_prompts", "read_traces", "same_prompt"]
+__all__ += ["source_names"]
 UNKNOWN = "not stated: see where it is from"
 
 
@@ -131,7 +132,7 @@ def _from_hub(name: str, source: Source) -> Iterable[dict]:
     page = f"https://huggingface.co/datasets/{source.hub}"
     access = f"is gated: ask for access at {page} and log in (hf auth login)" if source.gated else f"needs no account: {page}"
     hint = f"it {access}; or give a local file of it: {name}@FILE"
-    wanted = [column for names in source.columns for column in names.split("|")]
+    wanted = [column for names in (*source.columns, *source.optional) for column in names.split("|")]
     return load_rows(source.hub, source.config, source.split, hint=hint, only=wanted, **source.options)
 
 

@@ -28,6 +28,7 @@ class Source:
     licence: str
     gated: bool
     seen_in: str  # where columns, split, licence and gating were seen
+    optional: tuple[str, ...] = ()  # that `read` takes if they are there
     split: str = "train"
     config: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # of datasets.load_dataset
@@ -72,6 +73,7 @@ SOURCES = {
         CC_BY,
         gated=False,
         seen_in="its card",
+        optional=("id",),
         paper={"sft": 300, "rl pool": 400},
     ),
     "safeedit": Source(
@@ -82,6 +84,7 @@ SOURCES = {
         "CC-BY-NC-SA-4.0",
         gated=True,
         seen_in="licence and gating on its card, columns in its authors' EasyEdit",
+        optional=("id",),
         paper={"sft": 300},
     ),
     # Not openbmb/UltraFeedback itself: these are its prompts without those of TruthfulQA, an evaluation set,
@@ -94,6 +97,7 @@ SOURCES = {
         "MIT",
         gated=False,
         seen_in="its card",
+        optional=("prompt_id",),
         split="train_prefs",
         paper={"rl pool": 2000},
     ),
@@ -129,6 +133,7 @@ SOURCES = {
         "ODC-BY",
         gated=False,
         seen_in="its card",
+        optional=("conversation_hash",),
         paper={"evaluation": 500},
     ),
     "xstest": Source(
@@ -139,6 +144,7 @@ SOURCES = {
         CC_BY,
         gated=True,
         seen_in="licence on its card, columns in HELM, which reads it; or the authors' xstest_v2 csv",
+        optional=("label", "id"),
         split="test",
         paper={"evaluation": 250},
     ),
@@ -159,6 +165,7 @@ SOURCES = {
         "its own, research only: see its card",
         gated=True,
         seen_in="PyRIT and other public code that reads it",
+        optional=("question_id",),
     ),
     "harmbench": Source(
         "walledai/HarmBench",
@@ -168,6 +175,7 @@ SOURCES = {
         "MIT",
         gated=True,
         seen_in="licence on its card, columns in public code that reads it; or the authors' csv",
+        optional=("BehaviorID", "ContextString"),
         config="standard",
         paper={"evaluation": 400},
     ),
@@ -179,6 +187,7 @@ SOURCES = {
         UNSEEN,
         gated=False,
         seen_in="columns in public code that reads it",
+        optional=("id",),
         traces=True,
     ),
     "rainbow": Source(
@@ -189,6 +198,7 @@ SOURCES = {
         "generated: see the attacker's licence",
         gated=False,
         seen_in="a file with prompt, found by rainbow teaming against your model after SFT",
+        optional=("category", "risk", "id"),
         paper={"rl pool": 800},
     ),
 }

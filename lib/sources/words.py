@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,9 @@ def parse_word(word: str, flag: str = "--files") -> Given:
     >>> parse_word("hub:me/prompts:train").hub
     ('me/prompts', '', 'train')
     """
-    kind, _, text = word.partition("=")
+    kind, equals, text = word.partition("=")
+    if equals and kind not in SETS and re.fullmatch(r"\w[\w-]*", kind) and not Path(word).exists():
+        raise UserError(f"{flag}: given {word}; unknown KIND {kind}: allowed {' | '.join(SETS)} (a file of that name: ./{word})")
     kind, text = (kind, text) if kind in SETS else ("", word)
     quota = re.fullmatch(r"(.+?):(?:(\d+)\+)?(\d+)", text)
     sft, rl = 0, None
@@ -64,3 +68,14 @@ def parse_word(word: str, flag: str = "--files") -> Given:
     if not Path(text).suffix:
         raise UserError(f"{flag}: given {word}; allowed a file, hub:OWNER/NAME:SPLIT, or {' | '.join(SOURCES)}")
     return Given(text, Path(text).name, kind, path=Path(text), sft=sft, rl=rl)
+
+
+def source_names(words: Iterable[str]) -> dict[str, str]:
+    """{SOURCE as given: what records call it}: its name, or, if it shares that with another of `words`, all that was given.
+
+    >>> source_names(["harmful=a/x.jsonl", "harmless=b/x.jsonl:9", "xstest", "ambiguous=xstest"])
+    {'a/x.jsonl': 'a/x.jsonl', 'b/x.jsonl': 'b/x.jsonl', 'xstest': 'xstest'}
+    """
+    given = {one.text: one.source for one in (parse_word(word) for word in words)}
+    shared = Counter(given.values())
+    return {text: text if shared[source] > 1 else source for text, source in given.items()}
