@@ -33,17 +33,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.chat import encode_example, load_tokenizer, pad_batch
+from lib.chat import encode_example, load_tokenizer
 from lib.dry_run import HELP_HERE, plan, rehearse
 from lib.files import append_jsonl, read_jsonl
 from lib.plan import Need
-from lib.policy import load_policy, save_policy, token_logprobs
-from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes, sum_gradients
+from lib.policy import save_policy, token_logprobs
+from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes
 from lib.run_folder import checksums, claim_folder
 from lib.settings import UserError, parse_settings, run_main, setting
-from lib.sharding import backward, check_shards, device_of, full_weights, gradient_norm, is_sharded, shard
+from lib.sharding import backward, check_shards, device_of, full_weights, sum_and_clip
 from lib.state import finish, is_finished, load_progress, save_progress
-from lib.training import epoch_order, even_rounds, finite_or_stop, micro_batches, precision, set_learning_rate
+from lib.training import (
+    epoch_order,
+    even_rounds,
+    finite_or_stop,
+    load_model,
+    masked_batch,
+    micro_batches,
+    precision,
+    set_learning_rate,
+)
 
 
 @dataclass
@@ -129,13 +138,10 @@ def negative_log_likelihood(
     gradient to .grad. `examples` are those of all processes."""
     total = 0.0
     mine = examples[processes.rank :: processes.size]
+    nothing = Example(examples[0].ids, [False] * len(examples[0].ids))  # for a process with none left: a loss of 0
     for indices in even_rounds(micro_batches([len(e.ids) for e in mine], settings.max_batch_tokens), model, processes):
-        batch = [mine[i] for i in indices] or [
-            Example(examples[0].ids, [False] * len(examples[0].ids))
-        ]  # nothing left: a loss of 0
-        ids, attention_mask = pad_batch([e.ids for e in batch], pad_id, side="right")  # (B, T)
-        mask, _ = pad_batch([e.mask for e in batch], 0, side="right")
-        ids, attention_mask, mask = (t.to(device_of(model)) for t in (ids, attention_mask, mask.bool()))
+        batch = [mine[i] for i in indices] or [nothing]
+        ids, attention_mask, mask = masked_batch([e.ids for e in batch], [e.mask for e in batch], pad_id, device_of(model))
         with torch.set_grad_enabled(backward_scale > 0), precision(device_of(model), settings.dtype):
             loss = -token_logprobs(model, ids, attention_mask, mask).sum()
         if backward_scale:
@@ -150,9 +156,7 @@ def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Se
     optimizer.zero_grad()
     loss = negative_log_likelihood(model, batch, pad_id, settings, processes, backward_scale=1 / tokens)
     loss = sum(gather_objects(loss, processes)) / tokens
-    if not is_sharded(model):
-        sum_gradients(model, processes)
-    return loss, gradient_norm(model, settings.max_grad_norm or math.inf)
+    return loss, sum_and_clip(model, settings.max_grad_norm, processes)
 
 
 def held_out_loss(model, examples: list[Example], pad_id: int, settings: Settings, processes: Processes) -> float:
@@ -169,10 +173,7 @@ def main() -> None:
     check_shards(settings.shard, settings.offload, processes)
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)
-    at_first = "cpu" if settings.shard else device
-    model = load_policy(settings.model, device=at_first, gradient_checkpointing=settings.gradient_checkpointing)
-    if settings.shard:
-        shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
+    model = load_model(settings, device, processes)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come
         longest = max(train, key=lambda e: len(e.ids))
@@ -221,9 +222,9 @@ def main() -> None:
                 best_loss = metrics["held_out_loss"]
                 best_weights = {k: v.clone() for k, v in full_weights(model).items()}  # on rank 0
         metrics["seconds"] = time.perf_counter() - started
-        if settings.dry_run and leader:
-            print(f"one update: {metrics['seconds']:.2f} s; {total} updates: {total * metrics['seconds'] / 3600:.2f} hours")
         if settings.dry_run:
+            if leader:
+                print(f"one update: {metrics['seconds']:.2f} s; {total} updates: {total * metrics['seconds'] / 3600:.2f} hours")
             return stop_processes()
         bar.set_postfix(loss=f"{loss:.3f}")
         if leader:

@@ -36,22 +36,31 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch, parse_completion, parse_direct
+from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct
 from lib.dry_run import HELP_HERE, plan, rehearse
 from lib.files import append_jsonl, read_jsonl
 from lib.judges import models_of
 from lib.plan import Need
-from lib.policy import load_policy, save_policy, token_logprobs
+from lib.policy import save_policy, token_logprobs
 from lib.preferences import response_seeds, update_on_preferences
-from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes, sum_gradients
+from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.rewards import KINDS, load_judge, total_reward
 from lib.rollout_log import describe, summarise
 from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import Completion, sample
 from lib.settings import UserError, parse_settings, run_main, setting
-from lib.sharding import backward, check_shards, device_of, full_weights, gathered, gradient_norm, is_sharded, shard
+from lib.sharding import backward, check_shards, device_of, full_weights, gathered, sum_and_clip
 from lib.state import finish, is_finished, load_progress, save_progress
-from lib.training import epoch_order, even_rounds, finite_or_stop, micro_batches, precision, set_learning_rate
+from lib.training import (
+    epoch_order,
+    even_rounds,
+    finite_or_stop,
+    load_model,
+    masked_batch,
+    micro_batches,
+    precision,
+    set_learning_rate,
+)
 
 
 @dataclass
@@ -144,20 +153,6 @@ class Rollout:
     reward: float = math.nan
     advantage: float = 0.0
     old_logprobs: torch.Tensor | None = field(default=None, repr=False)  # (completion length,), set by the first update
-
-
-def load_models(settings: Settings, device: torch.device, processes: Processes) -> list:
-    """(policy, frozen reference); one after the other, so that both are never whole in the CPU's memory."""
-    models = []
-    for dtype, trained in (("float32", True), (settings.dtype, False)):
-        checkpointing = trained and settings.gradient_checkpointing
-        at_first = "cpu" if settings.shard else device
-        model = load_policy(settings.model, device=at_first, dtype=dtype, gradient_checkpointing=checkpointing)
-        model.requires_grad_(trained)
-        models.append(
-            shard(model, device, processes, dtype=settings.dtype, offload=settings.offload) if settings.shard else model
-        )
-    return models
 
 
 def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
@@ -319,9 +314,9 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
     for indices in even_rounds(batches, policy, processes):
         batch = [rollouts[i] for i in indices] or rollouts[-1:]  # nothing left: any one, at weight 0
         lengths = [len(r.completion.token_ids) for r in batch]
-        ids, attention_mask = pad_batch([r.prompt_ids + r.completion.token_ids for r in batch], pad_id, side="right")  # (B, T)
-        mask, _ = pad_batch([[0] * len(r.prompt_ids) + [1] * n for r, n in zip(batch, lengths, strict=True)], 0, side="right")
-        ids, attention_mask, mask = (t.to(device_of(policy)) for t in (ids, attention_mask, mask.bool()))
+        rows = [r.prompt_ids + r.completion.token_ids for r in batch]
+        masks = [[False] * len(r.prompt_ids) + [True] * n for r, n in zip(batch, lengths, strict=True)]
+        ids, attention_mask, mask = masked_batch(rows, masks, pad_id, device_of(policy))  # (B, T) each
         with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(
                 policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True
@@ -344,12 +339,10 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
         sums["kl"] += kl_estimate(logprobs.detach(), reference_logprobs, settings.kl_estimator)[mask].sum().item()
         sums["entropy"] += entropy[mask].sum().item()
         sums["sampler_gap"] += (logprobs.detach()[mask] - sampled).abs().sum().item()
-    if not is_sharded(policy):
-        sum_gradients(policy, processes)
+    grad_norm = sum_and_clip(policy, settings.max_grad_norm, processes)
     everyone = gather_objects(sums, processes)
     metrics = {key: sum(part[key] for part in everyone) / (1 if key == "loss" else total_tokens) for key in sums}
-    metrics["grad_norm"] = gradient_norm(policy, settings.max_grad_norm or math.inf)
-    return metrics
+    return metrics | {"grad_norm": grad_norm}
 
 
 def main() -> None:
@@ -366,7 +359,8 @@ def main() -> None:
         raise UserError(f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way")
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     device = pick_device(settings.device, processes.local_rank)
-    policy, reference = load_models(settings, device, processes)
+    policy = load_model(settings, device, processes)
+    reference = load_model(settings, device, processes, dtype=settings.dtype, trained=False)
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, not when the longest rollouts come
         prompt_tokens = max(len(record["prompt_ids"]) for record in records)
@@ -418,11 +412,11 @@ def main() -> None:
         tokens = sum(r["tokens"] for r in described)
         metrics |= {"sample_tokens_per_s": tokens / seconds[0], "train_tokens_per_s": tokens / seconds[2]}
         metrics |= {"seconds_sample": seconds[0], "seconds_reward": seconds[1], "seconds_train": seconds[2]}
-        if settings.dry_run and leader:
-            spent = f"sampling {seconds[0]:.1f} s, judge {seconds[1]:.1f} s, training {seconds[2]:.1f} s"
-            print(f"one step: {spent}, {tokens} tokens; {total} steps: {total * sum(seconds) / 3600:.1f} hours")
-            print(f"completions may grow to {settings.max_new_tokens} tokens, and with them the time")
         if settings.dry_run:
+            if leader:
+                spent = f"sampling {seconds[0]:.1f} s, judge {seconds[1]:.1f} s, training {seconds[2]:.1f} s"
+                print(f"one step: {spent}, {tokens} tokens; {total} steps: {total * sum(seconds) / 3600:.1f} hours")
+                print(f"completions may grow to {settings.max_new_tokens} tokens, and with them the time")
             return stop_processes()
         bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl") if metrics[key] is not None})
         if leader:

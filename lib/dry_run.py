@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from lib.files import UserError
-from lib.plan import GB, SPARE, Need, memory, read_machine, shape_of, shape_of_model, smallest_change
+from lib.plan import GB, SPARE, Need, kv_cache_bytes, memory, read_machine, shape_of, shape_of_model, smallest_change, width
 from lib.policy import token_logprobs
 from lib.processes import Processes
 from lib.sharding import backward, device_of, gathered
@@ -52,12 +52,12 @@ def plan(machine: str, model: str, need_of: Callable[[int], Need], judges: Seque
         print(f"  {on_the_hub(name)}")
 
 
-def weights_of(models: Sequence[str], width: int) -> tuple[float, list[str]]:
-    """Bytes of the weights of all of them, `width` each, and the names of those that cannot be looked at."""
+def weights_of(models: Sequence[str], bytes_each: int) -> tuple[float, list[str]]:
+    """Bytes of the weights of all of them, `bytes_each` a number, and the names of those that cannot be looked at."""
     total, unknown = 0.0, []
     for name in dict.fromkeys(models):
         try:
-            total += width * shape_of(name).parameters
+            total += bytes_each * shape_of(name).parameters
         except UserError:
             unknown.append(name)
     return total, unknown
@@ -66,13 +66,13 @@ def weights_of(models: Sequence[str], width: int) -> tuple[float, list[str]]:
 def plan_inference(machine: str, models: Sequence[str], sample_tokens: int, dtype: str, together: Sequence[str] = ()) -> None:
     """Print what asking each of `models` takes, one at a time, beside those that stay loaded with it (`together`)."""
     _, limit = read_machine(machine)
-    low = 2 if dtype == "bfloat16" else 4
+    low = width(dtype)
     beside, unknown = weights_of(together, low)
     for name in unknown:
         print(f"{name}: its configuration cannot be read here, so it is not counted")
     for name in models:
         shape = shape_of(name)
-        weights, cache = low * shape.parameters, 2 * (shape.layers + 1) * shape.key_value * low * sample_tokens
+        weights, cache = low * shape.parameters, kv_cache_bytes(shape, sample_tokens, dtype)
         sizes = f"weights {weights / GB:.1f} GB, KV cache {cache / GB:.1f} GB" + (f", beside {beside / GB:.1f} GB" * bool(beside))
         total = weights + cache + beside
         fits = "fits" if total <= (1 - SPARE) * limit else "does not fit: lower --max-batch-tokens, or --dtype bfloat16"
@@ -107,10 +107,8 @@ def rehearse(
     own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
     moments = torch.empty(8 * own, dtype=torch.uint8, device="cpu" if need.offload else device)
     if need.sample_tokens:
-        width = 2 if need.dtype == "bfloat16" else 4
-        size = 2 * (shape.layers + 1) * shape.key_value * width * need.sample_tokens
         with gathered(policy):
-            torch.empty(size, dtype=torch.uint8, device=device)
+            torch.empty(kv_cache_bytes(shape, need.sample_tokens, need.dtype), dtype=torch.uint8, device=device)
     ids = torch.full((max(1, need.batch_tokens // need.longest), need.longest), 1, device=device)
     everything = torch.ones_like(ids, dtype=torch.bool)
     completion = everything.clone()

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lib.files import UserError
 from lib.hub import load_pretrained, quiet
+from lib.policy import CHUNK
 
-CHUNK = 2048  # tokens whose logits exist at a time, as in lib.policy.token_logprobs
 SPARE = 0.08  # of a GPU
 GB = 1e9
 
@@ -101,10 +101,20 @@ def activation_bytes(shape: Shape, need: Need) -> float:
     return need.batch_tokens * a_token
 
 
+def width(dtype: str) -> int:
+    """Bytes of a number."""
+    return 2 if dtype == "bfloat16" else 4
+
+
+def kv_cache_bytes(shape: Shape, tokens: int, dtype: str) -> int:
+    """Keys and values of so many tokens, and of one layer more while the cache is repacked (lib.kv_cache)."""
+    return 2 * (shape.layers + 1) * shape.key_value * width(dtype) * tokens
+
+
 def memory(shape: Shape, need: Need) -> dict[str, float]:
     """Bytes on each GPU by purpose, and "sampling", "training", "peak"."""
     part = need.processes if need.shard else 1
-    low = 2 if need.dtype == "bfloat16" else 4
+    low = width(need.dtype)
     held = 0 if need.offload else 1 / part
     sizes = {
         "weights": 4 * shape.parameters * held,
@@ -114,7 +124,7 @@ def memory(shape: Shape, need: Need) -> dict[str, float]:
         "casts": 2 * shape.parameters if need.dtype == "bfloat16" and not need.shard else 0,
         "activations": activation_bytes(shape, need),
         "logits": 4 * 4 * min(CHUNK, need.batch_tokens) * shape.vocabulary,
-        "KV cache": 2 * (shape.layers + 1) * shape.key_value * low * need.sample_tokens,
+        "KV cache": kv_cache_bytes(shape, need.sample_tokens, need.dtype),
         "beside": need.beside,
     }
     fixed = sizes["weights"] + sizes["gradients"] + sizes["AdamW"] + sizes["reference"] + sizes["beside"]

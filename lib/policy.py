@@ -18,6 +18,7 @@ from lib.processes import pick_device
 from lib.sharding import call_within_forward
 from lib.state import disk_errors
 
+CHUNK = 2048  # tokens whose logits exist at a time
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
 
@@ -106,7 +107,7 @@ def token_logprobs(
     completion_mask: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_size: int = 2048,
+    chunk_size: int = CHUNK,
     with_entropy: bool = False,
 ) -> Any:
     """log p(token t | tokens before t) at `temperature`, (B, T) fp32, zero where completion_mask is False.

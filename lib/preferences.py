@@ -19,18 +19,16 @@ sampling: the loss is about the model, and the sampling only picks what is compa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.chat import pad_batch
 from lib.policy import token_logprobs
-from lib.processes import Processes, gather_objects, sum_gradients
-from lib.sharding import backward, device_of, gradient_norm, is_sharded
-from lib.training import even_rounds, micro_batches, precision
+from lib.processes import Processes, gather_objects
+from lib.sharding import backward, device_of, sum_and_clip
+from lib.training import even_rounds, masked_batch, micro_batches, precision
 
 TIE = 1e-6  # rewards nearer than this say nothing
 
@@ -104,9 +102,9 @@ def update_on_preferences(
         batch = [pairs[i] for i in indices] or [(0, 0)]  # nothing left: any one, at weight 0
         rows = [rollouts[chosen] for chosen, _ in batch] + [rollouts[rejected] for _, rejected in batch]
         lengths = [len(r.completion.token_ids) for r in rows]
-        ids, attention_mask = pad_batch([r.prompt_ids + r.completion.token_ids for r in rows], pad_id, side="right")  # (2P, T)
-        mask, _ = pad_batch([[0] * len(r.prompt_ids) + [1] * n for r, n in zip(rows, lengths, strict=True)], 0, side="right")
-        ids, attention_mask, mask = (t.to(device_of(policy)) for t in (ids, attention_mask, mask.bool()))
+        texts = [r.prompt_ids + r.completion.token_ids for r in rows]
+        masks = [[False] * len(r.prompt_ids) + [True] * n for r, n in zip(rows, lengths, strict=True)]
+        ids, attention_mask, mask = masked_batch(texts, masks, pad_id, device_of(policy))  # (2P, T) each
         with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(policy, ids, attention_mask, mask, with_entropy=True)  # (2P, T) each
         with torch.no_grad():
@@ -128,10 +126,9 @@ def update_on_preferences(
         sums["pair_accuracy"] += (margin > 0).sum().item()
         sums["margin"] += margin.detach().sum().item()
         sums["tokens"] += sum(lengths)
-    if not is_sharded(policy):
-        sum_gradients(policy, processes)
+    grad_norm = sum_and_clip(policy, settings.max_grad_norm, processes)
     everyone = gather_objects(sums, processes)
     sums = {key: sum(part[key] for part in everyone) for key in sums}
     per = {"loss": 1, "kl": sums["tokens"], "entropy": sums["tokens"], "pair_accuracy": total, "margin": total}
     metrics = {key: sums[key] / count for key, count in per.items()}
-    return {**metrics, **counts, "grad_norm": gradient_norm(policy, settings.max_grad_norm or math.inf)}
+    return {**metrics, **counts, "grad_norm": grad_norm}

@@ -18,6 +18,7 @@ between layers in fp32.
 from __future__ import annotations
 
 import contextlib
+import math
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +43,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from lib.files import UserError
-from lib.processes import Processes, lost_process
+from lib.processes import Processes, lost_process, sum_gradients
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 LOST = "gloo", "NCCL", "Connection"  # in the texts of errors that come of a dead process
@@ -125,10 +126,13 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
             unit.set_reshard_after_forward(unit is not model or not any(p.requires_grad for p in model.parameters()))
 
 
-def gradient_norm(model: torch.nn.Module, limit: float) -> float:
-    """Clip the gradients to this L2 norm, all of them together; the norm before."""
+def sum_and_clip(model: torch.nn.Module, limit: float, processes: Processes) -> float:
+    """The gradients of all processes, summed (those of shards are already) and clipped to the L2 norm `limit`, all of them
+    together; 0: not clipped. The norm before."""
+    if not is_sharded(model):
+        sum_gradients(model, processes)
     with lost_process(*LOST):
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
         return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 

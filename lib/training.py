@@ -1,16 +1,32 @@
-"""What chapters 2 and 3 share: micro-batches under a token budget, data order, learning rate and precision of a step."""
+"""What chapters 2 and 3 share: the model, micro-batches under a token budget, data order, rate and precision of a step."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from lib.chat import pad_batch
+from lib.policy import load_policy
 from lib.processes import Processes, gather_objects
 from lib.settings import UserError
-from lib.sharding import is_sharded
+from lib.sharding import is_sharded, shard
+
+
+def load_model(
+    settings: Any, device: torch.device, processes: Processes, *, dtype: str = "float32", trained: bool = True
+) -> PreTrainedModel:
+    """`settings.model` for a stage that trains: the policy, or a frozen reference. `settings` are those of stage 2 or 3. With
+    `shard` it is read on the CPU, and this process's part of it stays: load one after the other."""
+    checkpointing = trained and settings.gradient_checkpointing
+    at_first = "cpu" if settings.shard else device
+    model = load_policy(settings.model, device=at_first, dtype=dtype, gradient_checkpointing=checkpointing)
+    model.requires_grad_(trained)
+    return shard(model, device, processes, dtype=settings.dtype, offload=settings.offload) if settings.shard else model
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -37,6 +53,15 @@ def even_rounds(batches: list[list[int]], model: torch.nn.Module, processes: Pro
     """Micro-batches, with empty ones behind where a sharded model needs equally many on all processes."""
     rounds = max(gather_objects(len(batches), processes)) if is_sharded(model) else len(batches)
     return batches + [[]] * (rounds - len(batches))
+
+
+def masked_batch(
+    sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids (B, T) int64, padded on the right, the attention mask, and the mask of the tokens to learn, (B, T) bool."""
+    ids, attention_mask = pad_batch(sequences, pad_id, side="right")
+    mask, _ = pad_batch(masks, 0, side="right")
+    return ids.to(device), attention_mask.to(device), mask.bool().to(device)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

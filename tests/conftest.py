@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
+import stages
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -42,3 +46,19 @@ def tiny_model() -> Qwen2ForCausalLM:
         eos_token_id=2,
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def reference(tiny_model):
+    """`tiny_model` a little way off, frozen."""
+    other = copy.deepcopy(tiny_model).requires_grad_(False)
+    torch.manual_seed(1)
+    for parameter in other.parameters():
+        parameter.add_(0.01 * torch.randn_like(parameter))
+    return other
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """What stage 1 would write, tiny."""
+    return stages.write_data(tmp_path_factory.mktemp("data"))

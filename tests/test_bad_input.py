@@ -27,11 +27,6 @@ FLAGS = {RL: rl_flags, SFT: sft_flags}
 FILE = {RL: "rl.jsonl", SFT: "sft.jsonl"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return stages.write_data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def fails(monkeypatch, capsys):
     """fails(stage, words, *fragments): it ends in one line that holds the fragments."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import math
@@ -15,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from stages import RL, kill_9, launch, metrics_of, rl_flags, run_group, run_here, run_process, same_run, wait_for_lines
 
-from lib import preferences
+from lib import preferences, sharding
 from lib.chat import Parsed, load_tokenizer
 from lib.files import read_jsonl, write_jsonl
+from lib.policy import load_policy
 from lib.preferences import preference_pairs, response_seeds, rpo_loss, update_on_preferences
 from lib.processes import Processes
 from lib.sampler import Completion
@@ -26,20 +26,6 @@ from lib.sandbox import world
 stage = importlib.import_module(RL)
 ALONE = Processes(0, 1, 0)
 RATE = 3e-5  # at which rounding stays rounding, see test_rl
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return stages.write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def reference(tiny_model):
-    other = copy.deepcopy(tiny_model).requires_grad_(False)
-    torch.manual_seed(1)
-    for parameter in other.parameters():
-        parameter.add_(0.01 * torch.randn_like(parameter))
-    return other
 
 
 def make_rollouts(rewards: list[float], group_size: int) -> list:
@@ -145,7 +131,7 @@ def test_neither_micro_batches_nor_processes_change_the_gradient(tiny_model, ref
         results.append((gradient(tiny_model), metrics))
     assert max((g - results[0][0]).abs().max() for g, _ in results) < 1e-5
     assert all(m == {k: pytest.approx(v, rel=1e-4) for k, v in results[0][1].items()} for _, m in results)
-    monkeypatch.setattr(preferences, "sum_gradients", lambda model, processes: None)
+    monkeypatch.setattr(sharding, "sum_gradients", lambda model, processes: None)
     total = torch.zeros(())
     shares = [rollouts[i : i + 4] for i in (0, 4, 8)]  # the last has no pair at all
     counts = [[1, 1], [2, 0], [0, 2]]  # pairs and ties of each
@@ -175,7 +161,7 @@ def alone(data, tmp_path_factory) -> Path:
 
 def test_every_epoch_sees_the_same_responses_of_the_reference(data):
     """Whatever the policy is by then, and whoever shares the step."""
-    tokenizer, policy = load_tokenizer(world.BASE), stage.load_policy(world.BASE, device="cpu")
+    tokenizer, policy = load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu")
     usual = {"data": str(data), "max_new_tokens": 8, "group_size": 3, "temperature": 1.0, "reasoning": False}
     settings = stage.Settings(objective="rpo", **usual)
     records = stage.load_prompts(settings, tokenizer, 512)

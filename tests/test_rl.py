@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import itertools
 import json
@@ -33,6 +32,7 @@ from stages import (
 
 from lib.chat import Parsed, load_tokenizer
 from lib.files import read_jsonl
+from lib.policy import load_policy
 from lib.processes import Processes
 from lib.rewards import Judge
 from lib.rollout_log import summarise
@@ -47,11 +47,6 @@ KNOBS = [
     for knobs in itertools.product(("token", "sequence", "constant"), (True, False), ("k1", "k2", "k3"))
     for policy in ((False, 0.6), (True, 1.0))
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return stages.write_data(tmp_path_factory.mktemp("data"))
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -115,15 +110,6 @@ def grouped(values: list, size: int = 3) -> list[list]:
 
 def gradient(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-@pytest.fixture
-def reference(tiny_model):
-    other = copy.deepcopy(tiny_model).requires_grad_(False)
-    torch.manual_seed(1)
-    for parameter in other.parameters():
-        parameter.add_(0.01 * torch.randn_like(parameter))
-    return other
 
 
 def shift_old_logprobs(model, rollouts, settings) -> int:
@@ -254,7 +240,7 @@ def test_prompts_of_a_step_are_shuffled_epochs_and_depend_on_seed_and_step_alone
 
 def test_seeds_are_shared_out_so_that_the_number_of_processes_does_not_matter(data):
     tokenizer = load_tokenizer(world.BASE)
-    policy = stage.load_policy(world.BASE, device="cpu")
+    policy = load_policy(world.BASE, device="cpu")
     settings = stage.Settings(data=str(data), max_new_tokens=8, group_size=3, temperature=1.0, reasoning=False)
     records = stage.load_prompts(settings, tokenizer, 512)[:5]
 

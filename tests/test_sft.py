@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import random
 import time
-from pathlib import Path
 
 import pytest
 import stages
@@ -23,6 +22,7 @@ from stages import (
     wait_for_lines,
 )
 
+from lib import sharding
 from lib.chat import encode_prompt, load_tokenizer
 from lib.files import read_jsonl, write_jsonl
 from lib.policy import load_policy
@@ -31,11 +31,6 @@ from lib.sandbox import world
 
 stage = importlib.import_module(SFT)
 ALONE = Processes(0, 1, 0)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return stages.write_data(tmp_path_factory.mktemp("data"))
 
 
 def random_examples(count: int = 6) -> list:
@@ -93,7 +88,7 @@ def test_shares_of_processes_add_up_to_the_whole_batch(tiny_model, monkeypatch):
     stage.train_step(tiny_model, optimizer, examples, 0, settings, ALONE)
     whole, total = gradient(tiny_model), torch.zeros(())
     monkeypatch.setattr(stage, "gather_objects", lambda obj, processes: [obj])
-    monkeypatch.setattr(stage, "sum_gradients", lambda model, processes: None)
+    monkeypatch.setattr(sharding, "sum_gradients", lambda model, processes: None)
     for rank in range(3):
         stage.train_step(tiny_model, optimizer, examples, 0, settings, Processes(rank, 3, rank))
         total = total + gradient(tiny_model)
