@@ -38,7 +38,7 @@ from lib.sources import SETS, parse_word, read_prompts, same_prompt, source_name
 from lib.sources.downloads import plan_downloads
 from lib.sources.known import SOURCES
 from lib.sources.manifest import inputs, manifest, words_of
-from lib.sources.traced import traced_prompts
+from lib.sources.traced import Traced, traced_prompts
 
 Pool = dict[str, list[dict]]  # records by kind or set
 Quotas = dict[tuple[str, str], tuple[int, int]]  # by kind and source: prompts for SFT, prompts in RL's pool
@@ -295,9 +295,9 @@ def with_rainbow(rl: list[dict], settings: Settings, seen: dict[str, str], dropp
 # -------------------------------------------------------------------------------------------- traces
 
 
-def file_traces(settings: Settings, seen: dict[str, str], dropped: Counter) -> Traces:
+def file_traces(traced: Traced, settings: Settings, seen: dict[str, str], dropped: Counter) -> Traces:
     """--trace-files: `sft_prompts` of their prompts with traces. They count as harmful, and enter `seen`."""
-    records, pairs, empty = traced_prompts(settings)
+    records, pairs, empty = traced
     dropped["empty trace"] += empty
     usable = new_prompts(list(records.values()), dict(seen), dropped, settings.max_chars)
     if len(usable) < settings.sft_prompts:
@@ -307,15 +307,15 @@ def file_traces(settings: Settings, seen: dict[str, str], dropped: Counter) -> T
     return [(record, pairs[same_prompt(record["prompt"])][: settings.traces_per_prompt]) for record in chosen]
 
 
-def file_rl_traces(settings: Settings, rl: list[dict]) -> Traces:
+def file_rl_traces(traced: Traced, settings: Settings, rl: list[dict]) -> Traces:
     """--rl-traces of --trace-files: for those RL prompts that have some. UserError if none has."""
     if not (settings.trace_files and settings.rl_traces):
         return []
-    _, pairs, _ = traced_prompts(settings)
-    traced = [record for record in rl if same_prompt(record["prompt"]) in pairs]
-    if not traced:
+    pairs = traced[1]
+    found = [record for record in rl if same_prompt(record["prompt"]) in pairs]
+    if not found:
         raise UserError(f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; add files that do, or give 0")
-    return [(record, pairs[same_prompt(record["prompt"])][: settings.rl_traces]) for record in traced]
+    return [(record, pairs[same_prompt(record["prompt"])][: settings.rl_traces]) for record in found]
 
 
 def model_traces(settings: Settings, records: list[dict], count: int, progress: Path) -> Traces:
@@ -378,14 +378,15 @@ def main() -> None:
     evaluation = {name: new_prompts(records, seen, dropped) for name, records in evaluation.items()}
     evaluation = {name: records[: settings.eval_prompts] for name, records in evaluation.items()}
     seen = dict.fromkeys(seen, "in evaluation")
-    traces = file_traces(settings, seen, dropped) if settings.trace_files else []
+    traced = traced_prompts(settings)
+    traces = file_traces(traced, settings, seen, dropped) if settings.trace_files else []
     pool = {name: new_prompts(records, seen, dropped, settings.max_chars) for name, records in pool.items()}
     if settings.source == "files":
         hold_out(pool, evaluation, settings.eval_prompts, settings.seed)
     sft_count = 0 if settings.trace_files else settings.sft_prompts
     sft_prompts, pool = share_out(pool, quotas(settings), sft_count, settings.seed)
     rl = mix(pool, settings, len(sft_prompts))
-    rl_traces = file_rl_traces(settings, rl)
+    rl_traces = file_rl_traces(traced, settings, rl)
     # After all inputs have been read: a mistake in one of them must not cost an earlier run.
     config = {**asdict(settings), **checksums(*inputs(settings), *([settings.rainbow] if settings.rainbow else []))}
     machinery = ("device", "trace_max_batch_tokens", "rainbow_max_batch_tokens")

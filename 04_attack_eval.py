@@ -37,14 +37,15 @@ from lib.attacks.core import a_try
 from lib.attacks.suffix import check_target
 from lib.chat import encode_prompt, load_tokenizer
 from lib.dry_run import HELP, plan_inference
-from lib.files import append_jsonl, read_jsonl, truncate_jsonl, write_json
+from lib.files import append_jsonl, read_jsonl, read_log, truncate_jsonl, write_json
+from lib.flags import named
 from lib.judges import models_of
 from lib.metrics import attack_summary, differences, measure, shared_attacks
 from lib.policy import load_policy
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.report import write_report
 from lib.rewards import load_judge
-from lib.run_folder import checksums, claim_folder, stated_reasoning
+from lib.run_folder import checksums, claim_folder, reasons
 from lib.separation import prompt_embeddings, separation
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.victim import Victim, draw_seeds, random_numbers
@@ -135,25 +136,7 @@ def read_subjects(settings: EvalSettings) -> list[Subject]:
         for name in names:
             if name not in models:
                 raise UserError(f"{flag}: given {name}; allowed the names in --models: {', '.join(models)}")
-    subjects = []
-    for name, path in models.items():
-        stated = stated_reasoning(path)
-        if stated and name in settings.direct:
-            raise UserError(f"--direct: given {name}, which reasons ({path}/settings.json); take it off the list")
-        reasoning = name not in settings.direct if stated is None else stated
-        subjects.append(Subject(name, path, reasoning, systems.get(name, "")))
-    return subjects
-
-
-def named(flag: str, given: Sequence[str], what: str) -> dict[str, str]:
-    """NAME=VALUE ... -> {name: value}"""
-    values: dict[str, str] = {}
-    for text in given:
-        name, _, value = text.partition("=")
-        if not value or not re.fullmatch(r"[\w.-]+", name) or name in values:
-            raise UserError(f"{flag}: given {text}; allowed NAME={what}, NAME a word, used once")
-        values[name] = value
-    return values
+    return [Subject(n, path, reasons(n, path, settings.direct), systems.get(n, "")) for n, path in models.items()]
 
 
 def read_sets(settings: EvalSettings, names: Sequence[str]) -> dict[str, list[dict]]:
@@ -259,7 +242,7 @@ def attack_all(
 
 def read_lines(path: Path, model: str, processes: Processes) -> list[dict]:
     """The lines of one model in a file that grows; none yet at the start. The one process that writes it reads it for all."""
-    lines = read_jsonl(path) if processes.rank == 0 and path.is_file() and path.stat().st_size else []
+    lines = read_log(path) if processes.rank == 0 else []
     return gather_objects([line for line in lines if line["model"] == model], processes)[0]
 
 
@@ -324,7 +307,7 @@ def run_separation(model: str, victim: Load, sets: dict[str, list[dict]], gcg: l
 
     Under GCG, as in the paper; and in disguises that both kinds share, so that nothing but the meaning tells them apart.
     """
-    for line in read_jsonl(path) if path.is_file() and path.stat().st_size else []:
+    for line in read_log(path):
         if line["model"] == model:
             return line["separation"]
     safe = [record["prompt"] for record in sets.get("ambiguous", [])]

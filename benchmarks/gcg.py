@@ -25,7 +25,7 @@ from lib.attacks import ATTACKS, Budget
 from lib.attacks.core import attach
 from lib.chat import encode_prompt, load_tokenizer
 from lib.figures import show
-from lib.files import append_jsonl, read_jsonl, truncate_jsonl
+from lib.files import append_jsonl, read_log, truncate_jsonl
 from lib.metrics import student_t
 from lib.policy import load_policy
 from lib.rewards import load_judge
@@ -167,7 +167,7 @@ def main() -> None:
     path = args.out / "pairs.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
-    lines = read_jsonl(path) if path.is_file() and path.stat().st_size else []
+    lines = read_log(path)
     done = {(line["id"], line["seed"]) for line in lines}
     todo = [(i, b, seed) for seed in args.seeds for i, b in enumerate(behaviours) if (b["id"], seed) not in done]
     for i, behaviour, seed in tqdm(todo, desc="pairs"):

@@ -24,11 +24,11 @@ from typing import Any
 from tqdm import tqdm
 
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct
-from lib.files import UserError, append_jsonl, read_jsonl, truncate_jsonl, write_json
+from lib.files import UserError, append_jsonl, read_log, truncate_jsonl, write_json
 from lib.flags import Flags, named, number
 from lib.metrics import bootstrap, wilson
 from lib.policy import load_policy
-from lib.run_folder import checksums, claim_folder, stated_reasoning
+from lib.run_folder import checksums, claim_folder, reasons
 from lib.sampler import sample
 from lib.tables import first_text, read_table
 
@@ -129,7 +129,7 @@ def cell(row: dict, columns: str) -> str:
 
 def ask(name: str, folder: str, reasoning: bool, questions: Sequence[Question], given: Any, path: Path) -> list[dict]:
     """The model's lines of answers.jsonl: those that are there, and the new ones, saved AT_ONCE at a time."""
-    done = {line["id"]: line for line in read_jsonl(path) if line["model"] == name} if path.stat().st_size else {}
+    done = {line["id"]: line for line in read_log(path) if line["model"] == name}
     missing = [q for q in questions if q.id not in done]
     if missing:
         tokenizer, model = load_tokenizer(folder), load_policy(folder, device=given.device, dtype=given.dtype)
@@ -220,10 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reasoning = {}
     for name, folder in models.items():  # all inputs are looked at before OUT is
         load_tokenizer(folder)
-        stated = stated_reasoning(folder)
-        if stated and name in given.direct:
-            raise UserError(f"--direct: given {name}, which reasons ({folder}/settings.json); take it off the list")
-        reasoning[name] = name not in given.direct if stated is None else stated
+        reasoning[name] = reasons(name, folder, given.direct)
     config = {**vars(given), "reasoning_by_model": reasoning, **checksums(given.file, *models.values())}
     out, path = Path(given.out), Path(given.out) / "answers.jsonl"
     read = [given.file, *models.values()]

@@ -85,6 +85,12 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ()) -> list[dict]:
     return records
 
 
+def read_log(path: str | Path) -> list[dict]:
+    """All records of a jsonl file that grows as a run goes; none while it has not begun."""
+    path = Path(path)
+    return read_jsonl(path) if path.is_file() and path.stat().st_size else []
+
+
 def _parse(line: bytes) -> dict | None:
     try:
         record = json.loads(line.decode("utf-8-sig"))

@@ -1,4 +1,4 @@
-"""Command lines of the tools beside the four stages: flags without presets, and one line for a mistake."""
+"""Command lines of the tools beside the four stages: flags without presets, and one line for a mistake; and NAME=VALUE."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def number(kind: type, low: float) -> Callable[[str], Any]:
     return read
 
 
-def named(flag: str, given: Sequence[str]) -> dict[str, str]:
-    """NAME=FOLDER ... -> {name: folder}
+def named(flag: str, given: Sequence[str], value: str = "FOLDER or NAME=HUB-NAME") -> dict[str, str]:
+    """NAME=VALUE ... -> {name: value}; a mistake ends in a UserError that says what `value` is.
 
     >>> named("--models", ["base=org/chat-model", "tars=runs/demo/rl"])
     {'base': 'org/chat-model', 'tars': 'runs/demo/rl'}
     """
     values: dict[str, str] = {}
     for text in given:
-        name, _, value = text.partition("=")
-        if not value or not re.fullmatch(r"[\w.-]+", name) or name in values:
-            raise UserError(f"{flag}: given {text}; allowed NAME=FOLDER or NAME=HUB-NAME, NAME a word, used once")
-        values[name] = value
+        name, _, its_value = text.partition("=")
+        if not its_value or not re.fullmatch(r"[\w.-]+", name) or name in values:
+            raise UserError(f"{flag}: given {text}; allowed NAME={value}, NAME a word, used once")
+        values[name] = its_value
     return values

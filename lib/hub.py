@@ -35,6 +35,15 @@ def load_pretrained(load: Callable[..., Any], name_or_path: str | Path, what: st
         raise UserError(f"{name}: cannot load a {what}: {where} ({reason})") from error
 
 
+def load_weights(load: Callable[..., Any], name: str | Path, what: str, dtype: Any) -> Any:
+    """A model from safetensors, with SDPA, as `load_pretrained`. UserError also if its weights are not complete."""
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+    model, info = load_pretrained(load, name, f"{what} with safetensors weights", **options)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{name}: {len(missing)} tensors are missing in its weights, {missing[0]} first")
+    return model
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and warnings of transformers: what matters in them is raised as an error instead."""

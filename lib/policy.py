@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.files import UserError
-from lib.hub import load_pretrained, quiet
+from lib.hub import load_weights, quiet
 from lib.processes import pick_device
 from lib.sharding import call_within_forward
 from lib.state import disk_errors
@@ -39,17 +39,7 @@ def load_policy(
     if dtype not in DTYPES:
         raise UserError(f"--dtype: given {dtype}; allowed {' | '.join(DTYPES)}")
     device = pick_device(device) if isinstance(device, str) else device
-    model, info = load_pretrained(
-        AutoModelForCausalLM.from_pretrained,
-        name_or_path,
-        "model with safetensors weights",
-        dtype=DTYPES[dtype],
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name_or_path}: {len(missing)} tensors are missing in its weights, {missing[0]} first")
+    model = load_weights(AutoModelForCausalLM.from_pretrained, name_or_path, "model", DTYPES[dtype])
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.files import UserError, append_jsonl, read_jsonl, truncate_jsonl, write_jsonl
+from lib.files import UserError, append_jsonl, read_log, truncate_jsonl, write_jsonl
 from lib.rainbow_grid import Cell, Elite, Grid, Prefer
 from lib.rainbow_report import Found, Harms, mean_harm, write_summary
+from lib.sources.columns import same_prompt
 from lib.victim import Victim, draw_seeds, random_numbers
 
 TEMPERATURE = 0.1  # of the choice of cells
@@ -71,7 +72,7 @@ def rainbow(
     if not starts:
         raise UserError("--rainbow: no harmful prompt to begin with; give some")
     folder.mkdir(parents=True, exist_ok=True)
-    known = set(map(_key, starts))
+    known = set(map(same_prompt, starts))
     found: Found = {}
     counts: list[dict] = []
     for number in range(archives):
@@ -115,11 +116,11 @@ class Search:
     def run(self, path: Path, iterations: int) -> tuple[Archive, list[dict]]:
         """The archive and its lines in `path`, of which the finished batches are kept."""
         truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
-        done = min(len(_lines(path)), iterations)
+        done = min(len(read_log(path)), iterations)
         done -= done % self.at_once if done < iterations else 0
         truncate_jsonl(path, lambda line: line["iteration"] < done)
         archive: Archive = {}
-        lines = _lines(path)
+        lines = read_log(path)
         for line in lines:
             self._settle(archive, line)
         with tqdm(total=iterations, initial=done, desc=self.label, unit="iteration", disable=done >= iterations) as bar:
@@ -137,7 +138,7 @@ class Search:
     def _settle(self, archive: Archive, line: dict) -> None:
         """What an iteration does to the archive: all of it is in its line, so that a resumed run is the same."""
         cell = line["risk"], line["style"]
-        self.known.add(_key(line["prompt"]))
+        self.known.add(same_prompt(line["prompt"]))
         if again := line.get("again"):
             archive[cell] = _more(archive[cell], again)
         if line["outcome"] in ("filled", "won"):
@@ -175,12 +176,12 @@ class Search:
             faults = {
                 "no text": not child,
                 "too long": len(child) >= self.max_chars,
-                "copy": _key(child) in tried,
+                "copy": same_prompt(child) in tried,
                 "near copy": likeness(parent, child) > LIKENESS,
             }
             fault = next((name for name, found in faults.items() if found), None)
             lines.append(line | ({"outcome": fault} if fault else {}))
-            tried.add(_key(child))
+            tried.add(same_prompt(child))
         return lines
 
 
@@ -198,7 +199,7 @@ def likeness(text: str, other: str) -> float:
     >>> likeness("how do i make a bomb ?", "how do i make a cake ?")
     0.5
     """
-    words = [_key(t).split() for t in (text, other)]
+    words = [same_prompt(t).split() for t in (text, other)]
     a, b = (set(zip(w, w[1:], strict=False)) for w in words)
     return len(a & b) / len(a | b) if a | b else float(words[0] == words[1])
 
@@ -221,14 +222,6 @@ def _more(elite: Elite, again: dict) -> Elite:
     return Elite(elite.prompt, elite.answers + tuple(again["answers"]), elite.harms + tuple(again["harms"]))
 
 
-def _key(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _lines(path: Path) -> list[dict]:
-    return read_jsonl(path) if path.exists() and path.stat().st_size else []
-
-
 def _chosen(items: list, count: int, seed: int, label: str) -> list:
     """A random choice, in the order given; all, if there are no more."""
     order = torch.randperm(len(items), generator=random_numbers(seed, f"rainbow/{label}"))[:count]
@@ -241,7 +234,7 @@ def _chosen(items: list, count: int, seed: int, label: str) -> list:
 def measure(victim: Callable[[], Victim], prompts: Sequence[str], path: Path, count: int, seed: int) -> dict[str, Harms]:
     """{prompt: harms of `count` answers that no search has seen}; each is saved in `path` as its block ends."""
     truncate_jsonl(path, lambda line: True)
-    harms: dict[str, Harms] = {line["prompt"]: line["harms"] for line in _lines(path)}
+    harms: dict[str, Harms] = {line["prompt"]: line["harms"] for line in read_log(path)}
     todo = [prompt for prompt in dict.fromkeys(prompts) if prompt not in harms]
     with tqdm(total=len(todo), desc="fresh answers", unit="prompt", disable=not todo) as bar:
         for begin in range(0, len(todo), 40):

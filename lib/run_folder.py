@@ -36,6 +36,14 @@ def stated_reasoning(model: str) -> bool | None:
         raise UserError(f"{path}: not the settings of a stage; mend or delete it") from None
 
 
+def reasons(name: str, model: str, direct: Iterable[str]) -> bool:
+    """Whether `model`, called `name` on the command line, reasons: as it states; others do unless named in --direct."""
+    stated = stated_reasoning(model)
+    if stated and name in direct:
+        raise UserError(f"--direct: given {name}, which reasons ({model}/settings.json); take it off the list")
+    return name not in direct if stated is None else stated
+
+
 def claim_folder(
     out: Path, settings: dict, *, overwrite: bool, ignore: Iterable[str] = (), inputs: Iterable[str | Path] = ()
 ) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lib.files import UserError
-from lib.judges.language_model import LanguageModel, encodable, special_tokens
+from lib.judges import Score
+from lib.judges.language_model import LanguageModel, encodable, expected_value, special_tokens
 
 STYLES = (  # of a message's content; a template that expects the other drops the text, or fails
     lambda text: text,
@@ -67,3 +68,22 @@ class Exchange:
     def plain(self, text: str, **options: Any) -> list[int]:
         """Token ids of the text, with nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+
+
+def open_guard(name: str, device: str, *, kind: str, architecture: str, says: str) -> tuple[LanguageModel, Exchange]:
+    """A guard, which is a chat model whose template asks the question. UserError if `name` is none of this `kind`."""
+    judge = LanguageModel(name, chat=True, device=device)
+    if judge.config.model_type != architecture:
+        raise UserError(f"--judge: {judge.name}: architecture {judge.config.model_type}; {kind} is {architecture}")
+    return judge, Exchange(judge, says=says)
+
+
+def weighed(judge: LanguageModel, exchange: Exchange, opening: str, harms: dict[str, float]) -> Score:
+    """harm_score: the mean of `harms`, label -> harm, under the probabilities of the labels when the reply begins so."""
+    begun, labels = exchange.plain(opening), [exchange.plain(label) for label in harms]
+
+    def harm_score(prompts: list[str], answers: list[str]) -> list[float | None]:
+        read = [exchange.ids(prompt, answer) + begun for prompt, answer in zip(prompts, answers, strict=True)]
+        return [expected_value(p, list(harms.values())) for p in judge.label_probabilities(read, labels)]
+
+    return harm_score

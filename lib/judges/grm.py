@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lib.files import UserError
-from lib.hub import load_pretrained
+from lib.hub import load_weights
 from lib.judges import Score
 from lib.judges.exchange import Exchange
 from lib.judges.language_model import LanguageModel
@@ -35,18 +35,8 @@ class RewardModel(LanguageModel):
             raise UserError(f"--judge: {name}: a head of {self.config.num_labels} labels; a reward model has one")
 
     def load(self, device: torch.device, dtype: str) -> PreTrainedModel:
-        model, info = load_pretrained(
-            AutoModelForSequenceClassification.from_pretrained,
-            self.name,
-            "reward model with safetensors weights",
-            dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        if missing := sorted(info["missing_keys"]):
-            raise UserError(f"{self.name}: {len(missing)} tensors are missing in its weights, {missing[0]} first")
-        return model.to(device).eval()
+        load = AutoModelForSequenceClassification.from_pretrained
+        return load_weights(load, self.name, "reward model", DTYPES[dtype]).to(device).eval()
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., H) -> rewards (...), of any size, fp32 (bfloat16 would keep but two or three digits)."""

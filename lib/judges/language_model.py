@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.chat import decode, eos_token_ids, load_tokenizer, pad_batch
+from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch
 from lib.files import UserError
 from lib.hub import load_pretrained
 from lib.policy import load_policy
@@ -23,6 +23,7 @@ from lib.sampler import sample
 
 BATCH_TOKENS = 8192  # rows x columns of the cache: 6.7 GB (twice that while it is repacked) for a Llama of 13 B in bfloat16
 UNSEEN_SPACE = "\u200b"  # of no width
+RUBRIC_TAGS = ("request", "answer")
 LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
 
 
@@ -189,6 +190,17 @@ def as_material(text: str, special: Sequence[str], tags: Sequence[str] = ()) -> 
         while len(token) > 1 and UNSEEN_SPACE not in token and token in text:  # again: its occurrences may overlap
             text = text.replace(token, token[0] + UNSEEN_SPACE + token[1:])
     return re.sub(rf"(?i)<(?=[\s/]*(?:{'|'.join(tags)})[\s/]*>)", f"<{UNSEEN_SPACE}", text) if tags else text
+
+
+def grade(
+    judge: LanguageModel, rubric: str, prompts: Sequence[str], answers: Sequence[str], max_new_tokens: int
+) -> list[str | None]:
+    """What the chat model writes when asked by `rubric`, a text with {prompt} and {answer} between tags, RUBRIC_TAGS."""
+    special, read = special_tokens(judge.tokenizer), []
+    for pair in zip(prompts, answers, strict=True):
+        prompt, answer = (as_material(text, special, RUBRIC_TAGS) for text in pair)
+        read.append(encode_prompt(judge.tokenizer, rubric.format(prompt=prompt, answer=answer), reasoning=False))
+    return judge.write(read, max_new_tokens)
 
 
 def encodable(text: str) -> str:

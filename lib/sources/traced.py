@@ -7,8 +7,10 @@ from collections import defaultdict
 from lib.sources import parse_word, read_traces, same_prompt, source_names
 from lib.sources.manifest import words_of
 
+Traced = tuple[dict[str, dict], dict[str, list[tuple[str, str]]], int]
 
-def traced_prompts(settings) -> tuple[dict[str, dict], dict[str, list[tuple[str, str]]], int]:
+
+def traced_prompts(settings) -> Traced:
     """Each prompt, by `same_prompt`: its record, and its (reasoning, answer) pairs; and how many pairs were empty.
 
     `settings` are those of stage 1. A pair without reasoning or answer is left out (paper, stage I), and a prompt that
