@@ -80,7 +80,9 @@ class EvalSettings:
     systems: list[str] = setting([], "system prompts, each NAME=TEXT; others have none of their own")
     max_batch_tokens: int = setting(16384, "rows x tokens of a batch: lower it when out of memory", low=1)
     attacks: list[str] = setting(["gcg"], "beside direct requests and disguises (README)", choices=("all", *ATTACKS))
-    behaviours: int = setting(24, "direct requests that they attack, the first ones; 0: no attacks. Paper: 400", low=0)
+    behaviours: int = setting(
+        24, "direct requests they attack, the first (with a target, if need be); 0: none. Paper: 400", low=0
+    )
     budgets: list[str] = setting(
         ["0.2", "0.4"],
         "shares of a search's steps after which it is tried, beside 0 and 1; GCG stops there if a greedy answer does harm",
@@ -139,9 +141,9 @@ def read_subjects(settings: EvalSettings) -> list[Subject]:
     return [Subject(n, path, reasons(n, path, settings.direct), systems.get(n, "")) for n, path in models.items()]
 
 
-def read_sets(settings: EvalSettings, names: Sequence[str]) -> dict[str, list[dict]]:
-    """Set -> records, of the sets that stage 1 wrote. The first of the direct ones are attacked: they get a "twin", a request
-    that deserves an answer, where stage 1 gave none."""
+def read_sets(settings: EvalSettings, names: Sequence[str]) -> tuple[dict[str, list[dict]], list[dict]]:
+    """The sets that stage 1 wrote, name -> records; and those of the direct ones that are attacked: the first ones, with a target
+    if an attack needs one. They get a "twin", a request that deserves an answer, where stage 1 gave none."""
     needs = ("id", "prompt", "kind", "category")
     paths = {name: Path(settings.data) / file for name, file in FILES.items()}
     sets = {name: read_jsonl(path, needs) for name, path in paths.items() if name == "direct" or path.exists()}
@@ -150,11 +152,18 @@ def read_sets(settings: EvalSettings, names: Sequence[str]) -> dict[str, list[di
     if settings.limit:
         sets = {name: records[: settings.limit] for name, records in sets.items()}
     benign = sets.get("harmless") or sets["ambiguous"]
-    for i, behaviour in enumerate(sets["direct"][: settings.behaviours]):
-        if any(ATTACKS[name].target for name in names):
-            check_target(behaviour)
+    able = [record for record in sets["direct"] if record.get("target") or not aiming(names)]
+    if settings.behaviours and not able:
+        check_target(sets["direct"][0])  # which says what to do
+    behaviours = able[: settings.behaviours]
+    for i, behaviour in enumerate(behaviours):
         behaviour.setdefault("twin", benign[i % len(benign)]["prompt"])
-    return sets
+    return sets, behaviours
+
+
+def aiming(names: Sequence[str]) -> bool:
+    """Whether one of these attacks needs a target."""
+    return any(ATTACKS[name].target for name in names)
 
 
 def read_attacks(settings: EvalSettings) -> list[str]:
@@ -247,11 +256,11 @@ def read_lines(path: Path, model: str, processes: Processes) -> list[dict]:
 
 
 def plan(
-    model: str, sets: dict[str, list[dict]], attempts: dict[str, dict[str, list[dict]]], settings
+    model: str, sets: dict[str, list[dict]], attacked: list[dict], attempts: dict[str, dict[str, list[dict]]], settings
 ) -> dict[Block, list[Asked]]:
     """All that a model is sent, in blocks. `attempts` is of all models: {model: {attack: lines of attacks.jsonl}}."""
     blocks = {(name, -1): [(record, a_try(-1, record["prompt"])) for record in records] for name, records in sets.items()}
-    attacked, budget = sets["direct"][: settings.behaviours], settings.budget()
+    budget = settings.budget()
     if attacked:
         blocks["no_suffix", -1] = [(record, a_try(-1, record["prompt"])) for record in attacked]
     for name, lines in attempts[model].items():
@@ -342,8 +351,8 @@ def main() -> None:
         writer = [settings.attacker] if settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names) else []
         paths, beside = [subject.path for subject in subjects], [*models_of(settings.judge), *writer]
         return plan_inference(settings.dry_run, paths, settings.max_batch_tokens, settings.dtype, beside)
-    sets, judge = read_sets(settings, names), load_judge(settings.judge)
-    out, behaviours = Path(settings.out), sets["direct"][: settings.behaviours]
+    (sets, behaviours), judge = read_sets(settings, names), load_judge(settings.judge)
+    out = Path(settings.out)
     for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
         encode_prompt(load_tokenizer(subject.path), "Hello", reasoning=subject.reasoning, system=subject.system)
     if behaviours and settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names):
@@ -359,6 +368,8 @@ def main() -> None:
         print(f"read {prompts} prompts from {settings.data}")
         tried = ", ".join(names) if behaviours else "nothing"
         print(f"will ask {len(subjects)} models, and attack {len(behaviours)} prompts by {tried}")
+        if behaviours and aiming(names) and (without := sum(not record.get("target") for record in sets["direct"])):
+            print(f"{without} direct requests have no target (stage 1, --targets): they are asked, and not attacked")
         print(f"will write to {out}; about a minute for a sandbox model, hours for a real one: see the bars")
 
     seconds, names = dict.fromkeys((subject.name for subject in subjects), 0.0), names if behaviours else []
@@ -366,7 +377,7 @@ def main() -> None:
     apart = {}
     for subject in subjects:  # judge
         started, victim = time.perf_counter(), cache(lambda s=subject: load_victim(s, settings, judge, processes))
-        blocks = plan(subject.name, sets, attempts, settings)
+        blocks = plan(subject.name, sets, behaviours, attempts, settings)
         run_answers(subject.name, victim, blocks, settings.seed, completions_path, processes)
         if leader:
             gcg = attempts[subject.name].get("gcg", [])

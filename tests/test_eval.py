@@ -419,14 +419,27 @@ def test_a_judge_out_of_range_stops(score):
         victim.ask([{"prompt": "w1"}], ["w1"], [""], [0])
 
 
-def test_missing_target_names_the_behaviour(given, tmp_path, monkeypatch):
+def test_without_any_target_the_first_behaviour_is_named(given, tmp_path, monkeypatch):
     other = tmp_path / "given"
     shutil.copytree(given, other)
     records = read_jsonl(other / "data/eval_harmful.jsonl")
-    write_jsonl(other / "data/eval_harmful.jsonl", [records[0], {**records[1], "target": ""}, *records[2:]])
-    with pytest.raises(stage.UserError, match="behaviour harmful-1: attacks need a target"):
+    write_jsonl(other / "data/eval_harmful.jsonl", [{**record, "target": ""} for record in records])
+    with pytest.raises(stage.UserError, match=f"behaviour {records[0]['id']}: attacks need a target"):
         run(other, tmp_path / "eval", monkeypatch)
     assert not (tmp_path / "eval").exists()
+
+
+def test_requests_without_a_target_are_asked_and_passed_over_by_attacks_that_need_one(given, tmp_path, monkeypatch, capsys):
+    other, out = tmp_path / "given", tmp_path / "eval"
+    shutil.copytree(given, other)
+    records = read_jsonl(other / "data/eval_harmful.jsonl")
+    write_jsonl(other / "data/eval_harmful.jsonl", [{**records[0], "target": ""}, *records[1:]])
+    run(other, out, monkeypatch)
+    assert "1 direct requests have no target" in capsys.readouterr().out
+    lines = read_jsonl(out / "completions.jsonl")
+    assert records[0]["id"] in {line["id"] for line in lines if line["set"] == "direct"}
+    attacked = {line["id"] for line in lines if line["set"] in ("gcg", "no_suffix")}
+    assert attacked and attacked <= {record["id"] for record in records[1:]}
 
 
 def test_a_model_trained_anew_is_not_taken_for_the_old_one(given, finished, tmp_path, monkeypatch):
