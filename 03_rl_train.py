@@ -45,7 +45,7 @@ from lib.policy import save_policy, token_logprobs
 from lib.preferences import response_seeds, update_on_preferences
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.rewards import KINDS, load_judge, total_reward
-from lib.rollout_log import describe, summarise
+from lib.rollout_log import describe, forecast, speed, summarise
 from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import Completion, sample
 from lib.settings import UserError, parse_settings, run_main, setting
@@ -261,6 +261,13 @@ def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float 
     return advantages.float()
 
 
+def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
+    """Step 4 for all rollouts, in whose order the completions of a prompt stand together."""
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, settings.group_size)
+    for rollout, advantage in zip(rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True):
+        rollout.advantage = advantage.item()
+
+
 def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL divergence").
 
@@ -393,9 +400,7 @@ def main() -> None:
         rollouts = collect_rollouts(sampler, tokenizer, prompts_of_step(records, step, settings), step, settings, processes)
         clock.append(time.perf_counter())
         score_rollouts(rollouts, judge, step, settings.one_reward)
-        rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, settings.group_size)
-        for rollout, advantage in zip(rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True):
-            rollout.advantage = advantage.item()
+        assign_advantages(rollouts, settings)
         clock.append(time.perf_counter())
         rate = set_learning_rate(optimizer, settings.learning_rate, step, settings.warmup_steps, total, settings.decay)
         for _ in range(settings.updates_per_batch):
@@ -407,16 +412,10 @@ def main() -> None:
         clock.append(time.perf_counter())
         described = [r for part in gather_objects([describe(r, step) for r in rollouts], processes) for r in part]
         summary = summarise(described, settings.group_size, settings.one_reward)
-        metrics = {"step": step, **summary, **update, "learning_rate": rate}
-        seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
-        tokens = sum(r["tokens"] for r in described)
-        metrics |= {"sample_tokens_per_s": tokens / seconds[0], "train_tokens_per_s": tokens / seconds[2]}
-        metrics |= {"seconds_sample": seconds[0], "seconds_reward": seconds[1], "seconds_train": seconds[2]}
+        metrics = {"step": step, **summary, **update, "learning_rate": rate, **speed(described, clock)}
         if settings.dry_run:
             if leader:
-                spent = f"sampling {seconds[0]:.1f} s, judge {seconds[1]:.1f} s, training {seconds[2]:.1f} s"
-                print(f"one step: {spent}, {tokens} tokens; {total} steps: {total * sum(seconds) / 3600:.1f} hours")
-                print(f"completions may grow to {settings.max_new_tokens} tokens, and with them the time")
+                print(forecast(metrics, total, settings.max_new_tokens))
             return stop_processes()
         bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl") if metrics[key] is not None})
         if leader:

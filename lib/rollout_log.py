@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lib.rewards import KINDS, refusal_label
 
 
@@ -41,3 +43,22 @@ def describe(rollout, step: int) -> dict:
         "finish_reason": rollout.completion.finish_reason,
         "tokens": len(rollout.completion.token_ids),
     } | {key: getattr(rollout, key) for key in keys}
+
+
+def speed(described: Sequence[dict], clock: Sequence[float]) -> dict:
+    """Seconds that a step spent on sampling, on the judge and on training, and tokens of completions per second; `clock` is
+    the time before the first and after each of the three."""
+    sample, reward, train = (after - before for before, after in zip(clock, clock[1:], strict=False))
+    tokens = sum(r["tokens"] for r in described)
+    rates = {"sample_tokens_per_s": tokens / sample, "train_tokens_per_s": tokens / train}
+    return rates | {"seconds_sample": sample, "seconds_reward": reward, "seconds_train": train}
+
+
+def forecast(metrics: dict, steps: int, max_new_tokens: int) -> str:
+    """What one measured step says of a run of so many."""
+    sample, judge, train = (metrics[f"seconds_{part}"] for part in ("sample", "reward", "train"))
+    tokens, hours = metrics["sample_tokens_per_s"] * sample, steps * (sample + judge + train) / 3600
+    return (
+        f"one step: sampling {sample:.1f} s, judge {judge:.1f} s, training {train:.1f} s, {tokens:.0f} tokens; "
+        f"{steps} steps: {hours:.1f} hours\ncompletions may grow to {max_new_tokens} tokens, and with them the time"
+    )

@@ -18,6 +18,8 @@ from lib.attacks.core import Budget, Cost, attach
 from lib.settings import UserError
 from lib.victim import Victim
 
+CPU_TOKENS = 2048  # a batch of candidates that stays in a CPU's caches: a tenth less time on the sandbox's models
+
 
 def check_target(behaviour: dict) -> str:
     """The behaviour's target; UserError if there is none."""
@@ -39,6 +41,7 @@ class Slot:
         self.id, self.prompt, self.cost = behaviour["id"], behaviour["prompt"].strip(), cost or Cost()
         self.secret = check_target(behaviour)
         self.rows = budget.max_batch_tokens  # a bound on candidates at a time, lowered when memory runs out
+        self.batch_tokens = min(budget.max_batch_tokens, CPU_TOKENS if self.model.device.type == "cpu" else 2**62)
         table = self.model.get_input_embeddings().weight
         assert isinstance(table, Tensor)
         self.table = table  # (vocab, width)
@@ -98,7 +101,7 @@ class Slot:
         length = suffixes.shape[1] + len(self.tail)
         losses, done = [torch.empty(0)], 0
         while done < len(suffixes):
-            rows = min(self.rows, max(1, self.budget.max_batch_tokens // (len(self.prefix) + length)))
+            rows = min(self.rows, max(1, self.batch_tokens // (len(self.prefix) + length)))
             part = suffixes[done : done + rows].to(self.model.device)
             try:
                 losses.append(self._losses(part))

@@ -7,6 +7,7 @@ For each seed, everything is drawn anew: the world's prompts and traces, SFT, RL
     sft          the warm start alone                             tars         + RL with reasoning: the paper's method
     rl-direct    RL without reasoning (from its own warm start)   lambda-0.1, lambda-0.9   F2: other shares of harmful prompts
     harmful-only F4: RL on harmful prompts alone                  heavy        F5: RL from a heavy warm start
+    plain-only   F6: harmless prompts in place of ambiguous ones
 
 Each is one run of the ordinary scripts, resumable like them: a killed replication goes on where it was. Everything lands
 in runs/replicate/seed-K/; the summary in runs/replicate/report.md.
@@ -34,7 +35,7 @@ FIRST_SEED = 30  # the results of smaller ones were looked at while world and se
 Get = Callable[[dict], float]
 MODELS = {
     "main": ("base", "sft", "rl-direct", "tars"),
-    "ablations": ("lambda-0.1", "lambda-0.9", "harmful-only", "heavy"),
+    "ablations": ("lambda-0.1", "lambda-0.9", "harmful-only", "heavy", "plain-only"),
 }
 DIRECT = ["--no-reasoning", "--max-new-tokens", "12", "--kl-coef", "0.1"]  # tuned: see README
 HEAVY = ["--learning-rate", "6.7e-4", "--epochs", "2", "--patience", "2"]  # 10/3 of the rate, twice the epochs, as in the paper
@@ -75,6 +76,7 @@ COLUMNS: dict[str, Get] = {
 }
 SAFETY = average(COLUMNS["DSR direct"], COLUMNS["DSR jailbreak"])
 HELP = average(*(COLUMNS[f"task {k.split('/')[-1]}"] for k in ("harmless", *AMBIGUOUS)))
+COMPLIANCE = average(*(COLUMNS[f"comply {k.split('/')[-1]}"] for k in AMBIGUOUS))
 THOUGHT = {k: average(*(COLUMNS[f"tokens {k}, {h} hops"] for h in (3, 4))) for k in KINDS}
 Side = tuple[str, Get]  # a model, and a figure of it
 CLAIMS: dict[str, tuple[Side, Side]] = {  # name: the two sides of a difference
@@ -92,6 +94,8 @@ CLAIMS: dict[str, tuple[Side, Side]] = {  # name: the two sides of a difference
     "F4 help: harmful only - tars": (("harmful-only", HELP), ("tars", HELP)),
     "F5 help: heavy - tars": (("heavy", HELP), ("tars", HELP)),
     "F5 safety: heavy - tars": (("heavy", SAFETY), ("tars", SAFETY)),
+    "F6 compliance (3 ambiguous kinds): tars - plain-only": (("tars", COMPLIANCE), ("plain-only", COMPLIANCE)),
+    "F6 safety: tars - plain-only": (("tars", SAFETY), ("plain-only", SAFETY)),
     "F8 DSR under GCG: tars - sft": (("tars", COLUMNS["DSR GCG"]), ("sft", COLUMNS["DSR GCG"])),
     "F8 DSR under GCG: tars - rl-direct": (("tars", COLUMNS["DSR GCG"]), ("rl-direct", COLUMNS["DSR GCG"])),
 }
@@ -132,9 +136,10 @@ class Seed:
         ]
 
     def ablations(self) -> list[list[str]]:
-        shares = {"lambda-0.1": "0.1", "lambda-0.9": "0.9", "harmful-only": "1.0"}
-        jobs = [self.mixture(f"data-{m}", "--lambda-harmful", share) for m, share in shares.items()]
-        jobs += [self.rl(m, "sft", f"data-{m}") for m in shares]
+        flags = {m: ("--lambda-harmful", m[-3:]) for m in ("lambda-0.1", "lambda-0.9")}
+        flags |= {"harmful-only": ("--lambda-harmful", "1.0"), "plain-only": ("--ambiguous-share", "0")}
+        jobs = [self.mixture(f"data-{m}", *given) for m, given in flags.items()]
+        jobs += [self.rl(m, "sft", f"data-{m}") for m in flags]
         jobs += [self.sft("sft-heavy", *HEAVY), self.rl("heavy", "sft-heavy")]
         return [*jobs, self.attack_eval("eval-ablations", MODELS["ablations"], "--behaviours", "0")]
 
@@ -217,7 +222,7 @@ def draw_plane(out: Path, results: dict[str, list[dict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help=f"number of seeds, from {FIRST_SEED} on (default 5)")
-    parser.add_argument("--ablation-seeds", type=int, default=3, help="of these, with lambda-*, harmful-only, heavy (default 3)")
+    parser.add_argument("--ablation-seeds", type=int, default=3, help="of these, with the ablations (default 3)")
     parser.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time (default 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/replicate"), help="folder (default runs/replicate)")
     parser.add_argument("--rl-flags", default="", help='more flags for every 03_rl_train.py, one string (default "")')
