@@ -214,7 +214,7 @@ def draw_plane(out: Path, results: dict[str, list[dict]]) -> str:
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
     axes.set(xlabel="task score, mean of harmless, toy, decoy, verb", ylabel="DSR, mean of direct and held-out disguises")
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left")
+    axes.legend(loc="lower center")
     figure.savefig(out / "plane.png", dpi=120)
     return "\n![safety against help, a dot a seed](plane.png)\n"
 
