@@ -5,7 +5,7 @@ GRPO by hand. For every step:
     1. take `prompts_per_step` prompts, each process its share
     2. sample a group of G completions each                      -> collect_rollouts
     3. reward  r_f * r_s on harmful prompts, r_f * r_n on others -> score_rollouts        (paper, equations 1 and 2)
-    4. advantage = (r - mean of its group) / (std + eps)         -> group_advantages
+    4. advantage = (r - mean of its group) / (std + eps)         -> group_advantages, assign_advantages
     5. one policy-gradient update with a KL term                 -> grpo_loss, update_policy
     6. log, write a readable sample of rollouts, checkpoint
 
@@ -56,9 +56,9 @@ from lib.training import (
     even_rounds,
     finite_or_stop,
     load_model,
-    masked_batch,
     micro_batches,
     precision,
+    rollout_batch,
     set_learning_rate,
 )
 
@@ -321,9 +321,7 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
     for indices in even_rounds(batches, policy, processes):
         batch = [rollouts[i] for i in indices] or rollouts[-1:]  # nothing left: any one, at weight 0
         lengths = [len(r.completion.token_ids) for r in batch]
-        rows = [r.prompt_ids + r.completion.token_ids for r in batch]
-        masks = [[False] * len(r.prompt_ids) + [True] * n for r, n in zip(batch, lengths, strict=True)]
-        ids, attention_mask, mask = masked_batch(rows, masks, pad_id, device_of(policy))  # (B, T) each
+        ids, attention_mask, mask = rollout_batch(batch, pad_id, device_of(policy))  # (B, T) each
         with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(
                 policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from lib.attacks import ATTACKS, CONTROL, Budget, steps_of
 from lib.attacks.attacker import load_attacker
 from lib.attacks.core import a_try
-from lib.attacks.suffix import check_target
+from lib.attacks.suffix import target_of
 from lib.chat import encode_prompt, load_tokenizer
 from lib.dry_run import HELP, plan_inference
 from lib.files import append_jsonl, read_jsonl, read_log, truncate_jsonl, write_json
@@ -152,9 +152,9 @@ def read_sets(settings: EvalSettings, names: Sequence[str]) -> tuple[dict[str, l
     if settings.limit:
         sets = {name: records[: settings.limit] for name, records in sets.items()}
     benign = sets.get("harmless") or sets["ambiguous"]
-    able = [record for record in sets["direct"] if record.get("target") or not aiming(names)]
+    able = [record for record in sets["direct"] if target_of(record) or not aiming(names)]
     if settings.behaviours and not able:
-        check_target(sets["direct"][0])  # which says what to do
+        raise UserError(f"{paths['direct']}: attacks need a target, no request has one: stage 1 --targets, or --behaviours 0")
     behaviours = able[: settings.behaviours]
     for i, behaviour in enumerate(behaviours):
         behaviour.setdefault("twin", benign[i % len(benign)]["prompt"])
@@ -347,15 +347,16 @@ def main() -> None:
     processes = start_processes(settings.device, timeout_s=7 * 24 * 3600)  # a universal suffix is searched by one alone
     leader = processes.rank == 0
     subjects, names = read_subjects(settings), read_attacks(settings)
+    hired = settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names)  # a model writes for them
     if settings.dry_run:
-        writer = [settings.attacker] if settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names) else []
+        writer = [settings.attacker] if hired else []
         paths, beside = [subject.path for subject in subjects], [*models_of(settings.judge), *writer]
         return plan_inference(settings.dry_run, paths, settings.max_batch_tokens, settings.dtype, beside)
     (sets, behaviours), judge = read_sets(settings, names), load_judge(settings.judge)
     out = Path(settings.out)
     for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
         encode_prompt(load_tokenizer(subject.path), "Hello", reasoning=subject.reasoning, system=subject.system)
-    if behaviours and settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names):
+    if behaviours and hired:
         load_tokenizer(settings.attacker)
     inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]
     config = {**asdict(settings), **checksums(*inputs)}
@@ -368,7 +369,7 @@ def main() -> None:
         print(f"read {prompts} prompts from {settings.data}")
         tried = ", ".join(names) if behaviours else "nothing"
         print(f"will ask {len(subjects)} models, and attack {len(behaviours)} prompts by {tried}")
-        if behaviours and aiming(names) and (without := sum(not record.get("target") for record in sets["direct"])):
+        if behaviours and aiming(names) and (without := sum(not target_of(record) for record in sets["direct"])):
             print(f"{without} direct requests have no target (stage 1, --targets): they are asked, and not attacked")
         print(f"will write to {out}; about a minute for a sandbox model, hours for a real one: see the bars")
 

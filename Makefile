@@ -1,7 +1,7 @@
 # make demo        the whole recipe on the sandbox, in minutes: three models, their evaluation, figures
 # make test        lint, formatting, types, tests
-# make replicate   the demo's comparison over several seeds, about an hour
-# make frontier    the paper's Figure 2 over lambda, methods and seeds, hours; FLAGS=--equal-tokens for more
+# make replicate   the demo's comparison over several seeds, about 40 minutes
+# make frontier    the paper's Figure 2 over lambda, methods and seeds, an hour and a half; FLAGS=--equal-tokens for more
 # make clean       delete runs/ and the virtual environment
 #
 # Needs Python >= 3.10. All is installed into .venv; a step that was done is not done again, and each stage goes on

@@ -28,7 +28,7 @@ from torch import Tensor
 from lib.policy import token_logprobs
 from lib.processes import Processes, gather_objects
 from lib.sharding import backward, device_of, sum_and_clip
-from lib.training import even_rounds, masked_batch, micro_batches, precision
+from lib.training import even_rounds, micro_batches, precision, rollout_batch
 
 TIE = 1e-6  # rewards nearer than this say nothing
 
@@ -102,9 +102,7 @@ def update_on_preferences(
         batch = [pairs[i] for i in indices] or [(0, 0)]  # nothing left: any one, at weight 0
         rows = [rollouts[chosen] for chosen, _ in batch] + [rollouts[rejected] for _, rejected in batch]
         lengths = [len(r.completion.token_ids) for r in rows]
-        texts = [r.prompt_ids + r.completion.token_ids for r in rows]
-        masks = [[False] * len(r.prompt_ids) + [True] * n for r, n in zip(rows, lengths, strict=True)]
-        ids, attention_mask, mask = masked_batch(texts, masks, pad_id, device_of(policy))  # (2P, T) each
+        ids, attention_mask, mask = rollout_batch(rows, pad_id, device_of(policy))  # (2P, T) each
         with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(policy, ids, attention_mask, mask, with_entropy=True)  # (2P, T) each
         with torch.no_grad():

@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no prompt: give one behind the run, or on stdin")
     tokenizer = load_tokenizer(given.run)
     model = load_policy(given.run, device=given.device, dtype=given.dtype)
-    reasoning = reasons(given.run, tokenizer) if given.reasoning is None else given.reasoning
+    reasoning = thinks_first(given.run, tokenizer) if given.reasoning is None else given.reasoning
     chat = Chat(model, tokenizer, reasoning, given.temperature, given.max_new_tokens, given.seed, given.system)
     if not alone:
         return converse(chat)
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def reasons(run: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def thinks_first(run: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model thinks first: as its settings.json says; without one, if its chat template opens <think>."""
     stated = stated_reasoning(run)
     opening = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)

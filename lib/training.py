@@ -64,6 +64,13 @@ def masked_batch(
     return ids.to(device), attention_mask.to(device), mask.bool().to(device)
 
 
+def rollout_batch(rollouts: Sequence[Any], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`masked_batch` of prompts with their completions, which are what is learned."""
+    rows = [r.prompt_ids + r.completion.token_ids for r in rollouts]
+    masks = [[False] * len(r.prompt_ids) + [True] * len(r.completion.token_ids) for r in rollouts]
+    return masked_batch(rows, masks, pad_id, device)
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The order in which epoch `epoch` visits `count` items: a function of (seed, epoch) alone."""
     return random.Random(f"{seed}/{epoch}").sample(range(count), count)

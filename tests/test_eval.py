@@ -424,7 +424,7 @@ def test_without_any_target_the_first_behaviour_is_named(given, tmp_path, monkey
     shutil.copytree(given, other)
     records = read_jsonl(other / "data/eval_harmful.jsonl")
     write_jsonl(other / "data/eval_harmful.jsonl", [{**record, "target": ""} for record in records])
-    with pytest.raises(stage.UserError, match=f"behaviour {records[0]['id']}: attacks need a target"):
+    with pytest.raises(stage.UserError, match="eval_harmful.jsonl: attacks need a target, no request has one"):
         run(other, tmp_path / "eval", monkeypatch)
     assert not (tmp_path / "eval").exists()
 
@@ -433,13 +433,15 @@ def test_requests_without_a_target_are_asked_and_passed_over_by_attacks_that_nee
     other, out = tmp_path / "given", tmp_path / "eval"
     shutil.copytree(given, other)
     records = read_jsonl(other / "data/eval_harmful.jsonl")
-    write_jsonl(other / "data/eval_harmful.jsonl", [{**records[0], "target": ""}, *records[1:]])
+    write_jsonl(other / "data/eval_harmful.jsonl", [{**records[0], "target": " "}, *records[1:]])
     run(other, out, monkeypatch)
     assert "1 direct requests have no target" in capsys.readouterr().out
     lines = read_jsonl(out / "completions.jsonl")
     assert records[0]["id"] in {line["id"] for line in lines if line["set"] == "direct"}
     attacked = {line["id"] for line in lines if line["set"] in ("gcg", "no_suffix")}
-    assert attacked and attacked <= {record["id"] for record in records[1:]}
+    assert attacked == {record["id"] for record in records[1:3]}
+    run(other, tmp_path / "pap", monkeypatch, "--attacks", "pap")  # which needs none
+    assert {line["id"] for line in read_jsonl(tmp_path / "pap/attacks.jsonl")} == {record["id"] for record in records[:2]}
 
 
 def test_a_model_trained_anew_is_not_taken_for_the_old_one(given, finished, tmp_path, monkeypatch):

@@ -69,7 +69,9 @@ def test_the_authors_prompts_and_public_evaluation_sets(tmp_path, monkeypatch):
     sets = build(monkeypatch, tmp_path / "out", *words)
     assert {r["kind"] for r in sets["rl"]} == {"harmful", "harmless"}
     assert all(len(r["prompt"]) < 400 for r in sets["rl"])
-    assert all(r["target"] for r in sets["eval_harmful"])
+    harmbench = ["harmbench" in r["source"] for r in sets["eval_harmful"]]
+    assert [bool(r["target"]) for r in sets["eval_harmful"]] == harmbench  # StrongREJECT comes without targets
+    assert harmbench.count(True) > 30 and harmbench.count(False) == 60
     assert {r["kind"] for r in sets["eval_ambiguous"]} == {"ambiguous"}
 
 

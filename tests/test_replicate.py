@@ -39,7 +39,8 @@ def results(safety: float) -> dict:
 
 def test_the_report_pairs_by_seed_and_an_ablation_may_have_fewer(tmp_path: Path):
     runs = {model: [results(0.1 * i) for i in range(3)] for model in replicate.MODELS["main"]}
-    runs |= {model: [results(0.1 * i + 0.5) for i in range(2)] for model in replicate.MODELS["ablations"]}
+    later = (*replicate.MODELS["ablations"], *replicate.MODELS["ambiguity"])
+    runs |= {model: [results(0.1 * i + 0.5) for i in range(2)] for model in later}
     text = replicate.report(runs)
     assert "tars (3 seeds)" in text and "heavy (2 seeds)" in text
     assert "| F4 help: harmful only - tars | +0.50 [+0.50, +0.50] | +0.50, +0.50 |" in text

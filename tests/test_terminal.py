@@ -16,7 +16,7 @@ from lib.files import UserError, write_json
 from lib.sampler import sample
 from lib.sandbox import world
 from lib.stream import encode_chat, parts, stream, texts
-from lib.terminal import DIM, PLAIN, Chat, converse, main, reasons, reply
+from lib.terminal import DIM, PLAIN, Chat, converse, main, reply, thinks_first
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ '<end> ' if m.role == 'assistant' else '' }}{% endfor %}"
@@ -196,11 +196,11 @@ def test_an_answer_that_was_cut_says_why_and_a_full_context_is_one_line(chat, mo
 
 
 def test_whether_a_model_reasons(word_tokenizer, tmp_path):
-    assert not reasons("org/name", word_tokenizer)
+    assert not thinks_first("org/name", word_tokenizer)
     word_tokenizer.chat_template += "{{ '<think>\\n' if add_generation_prompt else '' }}"
-    assert reasons("org/name", word_tokenizer)
+    assert thinks_first("org/name", word_tokenizer)
     write_json(tmp_path / "settings.json", {"reasoning": False})
-    assert not reasons(str(tmp_path), word_tokenizer)
+    assert not thinks_first(str(tmp_path), word_tokenizer)
 
 
 # ---- the command -------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Attack:
     asks: bool = False
     attacker: bool = False  # somebody has to write its words
     reasoners_only: bool = False
-    target: bool = True  # every behaviour has to have one
+    target: bool = True  # a behaviour without one is passed over
     at_once: int = 1  # behaviours that it handles together; a kill costs at most so many (0: all)
 
 

@@ -21,10 +21,14 @@ from lib.victim import Victim
 CPU_TOKENS = 2048  # a batch of candidates that stays in a CPU's caches: a tenth less time on the sandbox's models
 
 
+def target_of(behaviour: dict) -> str:
+    """The behaviour's target; "" if there is none."""
+    return (behaviour.get("target") or "").strip()
+
+
 def check_target(behaviour: dict) -> str:
     """The behaviour's target; UserError if there is none."""
-    target = (behaviour.get("target") or "").strip()
-    if not target:
+    if not (target := target_of(behaviour)):
         raise UserError(f"behaviour {behaviour['id']}: attacks need a target; add one, or set --behaviours 0")
     return target
 
@@ -41,7 +45,8 @@ class Slot:
         self.id, self.prompt, self.cost = behaviour["id"], behaviour["prompt"].strip(), cost or Cost()
         self.secret = check_target(behaviour)
         self.rows = budget.max_batch_tokens  # a bound on candidates at a time, lowered when memory runs out
-        self.batch_tokens = min(budget.max_batch_tokens, CPU_TOKENS if self.model.device.type == "cpu" else 2**62)
+        on_cpu, limit = self.model.device.type == "cpu", budget.max_batch_tokens
+        self.batch_tokens = min(limit, CPU_TOKENS) if on_cpu else limit
         table = self.model.get_input_embeddings().weight
         assert isinstance(table, Tensor)
         self.table = table  # (vocab, width)

@@ -15,11 +15,13 @@ MIXTURE = dict(
     files=[f"{DATA}/tars/train_lambda_0.5.parquet"],
     eval_files=[
         f"{DATA}/harmbench/harmbench_behaviors_text_val.csv",
+        f"harmful={DATA}/tars/test.parquet",  # StrongREJECT's small set; without targets
         f"{DATA}/xstest/xstest_v2_completions_gpt4.csv",
     ],
     targets=f"{DATA}/harmbench/harmbench_targets_text_val.json",
     licences=[
         "train_lambda_0.5.parquet=mixed sources, research use",
+        "test.parquet=mixed sources, research use",
         "harmbench_behaviors_text_val.csv=MIT",
         "harmbench_targets_text_val.json=MIT",
         "xstest_v2_completions_gpt4.csv=CC-BY-4.0",
@@ -37,11 +39,11 @@ MIXTURE = dict(
         "*=ambiguous",
     ],
     ambiguous_share=0.0,
-    rl_prompts=24,
+    rl_prompts=30,
     sft_prompts=16,
     traces_per_prompt=2,
-    max_chars=250,
-    eval_prompts=8,
+    max_chars=150,  # short prompts: on a CPU a step's time goes into reading them
+    eval_prompts=250,
     trace_model=MODEL,
     trace_max_new_tokens=56,
 )
@@ -65,8 +67,8 @@ RL = dict(
     group_size=6,
     temperature=1.0,
     max_new_tokens=64,
-    learning_rate=1e-5,
-    epochs=1.0,
+    learning_rate=5e-5,  # the paper's 1e-6 has hundreds of steps to add up in; here there are 20
+    epochs=2.0,
     max_batch_tokens=1024,
     save_every=2,
     rollouts_every=1,
@@ -77,6 +79,7 @@ EVAL = {
     "judge": "standin",
     "max_new_tokens": 112,
     "answer_tokens": 64,
+    "limit": 8,  # 0: all, see README
     "behaviours": 1,
     "attacker": MODEL,
     "attacker_tokens": 48,

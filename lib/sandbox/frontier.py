@@ -1,6 +1,6 @@
 """The paper's Figure 2 on the sandbox: safety against help over lambda, each method from the same pi_SFT.
 
-    python -m lib.sandbox.frontier            # `make frontier`: hours on 2 CPU cores; --quick to see that it runs
+    python -m lib.sandbox.frontier            # `make frontier`: 90 minutes on 2 CPU cores; --quick: a trial
 
 For each seed and each lambda, the share of harmful prompts in the mixture (paper, "Comparisons", findings F1, F2, F10):
 

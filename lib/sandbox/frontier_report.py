@@ -20,6 +20,7 @@ from lib.sandbox.replicate import Get, average, cell
 REFERENCES = {"base": "base", "pi_SFT": "sft"}  # point: its model's name in eval-references
 Point = tuple[str, float | None]  # method, lambda
 Rows = dict[Point, list[dict[str, float]]]  # for each seed, its figures
+Figures = dict[str, Interval | None]
 KINDS = ("harmful", "harmless", "ambiguous")
 
 
@@ -115,18 +116,21 @@ def by_method(rows: Rows) -> dict[str, list[Point]]:
     return {method: found[method] for method in dict.fromkeys(method for method, _ in rows)}
 
 
-def areas(rows: Rows) -> dict[str, list[float]]:
-    """Frontier area in the plane of DSR and task score: {method: [of each seed]}"""
+HELP = {"frontier area": "task score", "frontier area, compliance": "compliance"}  # the other axis beside DSR
+
+
+def areas(rows: Rows, help_: str = "task score") -> dict[str, list[float]]:
+    """Frontier area in the plane of DSR and task score, or compliance (the paper's axis): {method: [of each seed]}"""
     seeds = range(len(next(iter(rows.values()))))
     curves = by_method(rows)
-    at = lambda point, i: (rows[point][i]["DSR"], rows[point][i]["task score"])  # noqa: E731
+    at = lambda point, i: (rows[point][i]["DSR"], rows[point][i][help_])  # noqa: E731
     return {method: [dominated_area(at(p, i) for p in points) for i in seeds] for method, points in curves.items()}
 
 
-def differences(rows: Rows, ours: str = "tars") -> dict[str, dict[str, Interval | None]]:
+def differences(rows: Rows, ours: str = "tars") -> dict[str, Figures]:
     """`ours` minus each other method, {method: {figure: interval}}. Paired: by seed, and at equal lambda, then averaged over
     lambdas. A method without lambda is the same one at each."""
-    curves, area = by_method(rows), areas(rows)
+    curves, area = by_method(rows), {name: areas(rows, help_) for name, help_ in HELP.items()}
     found = {}
     for other in [m for m in curves if m != ours] if ours in curves else []:
         pairs = [(p, (other, p[1]) if (other, p[1]) in rows else (other, None)) for p in curves[ours]]
@@ -139,8 +143,8 @@ def differences(rows: Rows, ours: str = "tars") -> dict[str, dict[str, Interval 
             )
             for figure in ("DSR", "compliance", "task score")
         }
-        gaps = [a - b for a, b in zip(area[ours], area[other], strict=True)]
-        found[other]["frontier area"] = over_seeds(gaps)
+        for name, of in area.items():
+            found[other][name] = over_seeds([a - b for a, b in zip(of[ours], of[other], strict=True)])
     return found
 
 
@@ -162,7 +166,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)] + [""]
 
 
-def report(points: list[dict], area: dict[str, Interval | None], gaps: dict[str, dict], pictures: Iterable[str]) -> str:
+def report(points: list[dict], area: dict[str, Figures], gaps: dict[str, Figures], pictures: Iterable[str]) -> str:
     """Markdown: every point, the areas, the differences."""
     n = points[0]["DSR"]["n"]
     many = f"Mean over {n} seeds [95 % interval, Student's t]"
@@ -176,8 +180,9 @@ def report(points: list[dict], area: dict[str, Interval | None], gaps: dict[str,
     lines += [line for name in pictures for line in (f"![{CAPTIONS[name]}]({name}.png)", "")]
     cells = ([p["method"], "-" if p["lambda"] is None else f"{p['lambda']:g}", *(shown(p[c]) for c in COLUMNS)] for p in points)
     lines += table(["method", "lambda", *COLUMNS], cells)
-    lines += ["## Frontier area", "", "Share of the unit square of DSR and task score that a method's points dominate.", ""]
-    lines += table(["method", "area"], [[method, shown(ci)] for method, ci in area.items()])
+    lines += ["## Frontier area", "", "Share of the unit square that a method's points dominate. One side is DSR, the other:", ""]
+    cells = ([method, *(shown(area[name][method]) for name in HELP)] for method in area["frontier area"])
+    lines += table(["method", *HELP.values()], cells)
     if gaps:
         lines += ["## tars minus each other", "", "Paired by seed, at equal lambda, averaged over lambdas.", ""]
         names = list(next(iter(gaps.values())))
@@ -239,14 +244,14 @@ def write_rows(out: Path, rows: Rows) -> str:
     ]
     if not all(p["DSR"] and p["task score"] for p in points):
         raise UserError("an evaluation lacks DSR or task score: delete the eval- folders, and run the same command again")
-    area = {method: over_seeds(values) for method, values in areas(rows).items()}
+    area = {name: {m: over_seeds(values) for m, values in areas(rows, help_).items()} for name, help_ in HELP.items()}
     gaps = differences(rows)
     names = list(by_method(rows))
     panels: dict[str, list[str]] = {"frontier": [m for m in names if not m.endswith("-long")]}
     if any(m.endswith("-long") for m in names):
         panels["frontier_tokens"] = [m for m in names if m in ("tars", *REFERENCES) or m.endswith("-long")]
     pictures = [name for name, chosen in panels.items() if save_figure(out / f"{name}.png", points, chosen)]
-    write_json(out / "frontier.json", {"points": points, "frontier_area": area, "tars_minus": gaps})
+    write_json(out / "frontier.json", {"points": points, **area, "tars_minus": gaps})
     text = report(points, area, gaps, pictures)
     write_text(out / "frontier.md", text)
     return text

@@ -1,6 +1,6 @@
 """Run the four chapters for several seeds on the sandbox, with the paper's main comparisons, and tabulate them.
 
-    python -m lib.sandbox.replicate           # `make replicate`: about an hour on 2 CPU cores; --seeds 2 for a first look
+    python -m lib.sandbox.replicate           # `make replicate`: about 40 minutes on 2 CPU cores; --seeds 2 for a first look
 
 For each seed, everything is drawn anew: the world's prompts and traces, SFT, RL, evaluation prompts and attacks. The models:
 
@@ -35,7 +35,8 @@ FIRST_SEED = 30  # the results of smaller ones were looked at while world and se
 Get = Callable[[dict], float]
 MODELS = {
     "main": ("base", "sft", "rl-direct", "tars"),
-    "ablations": ("lambda-0.1", "lambda-0.9", "harmful-only", "heavy", "plain-only"),
+    "ablations": ("lambda-0.1", "lambda-0.9", "harmful-only", "heavy"),
+    "ambiguity": ("plain-only",),
 }
 DIRECT = ["--no-reasoning", "--max-new-tokens", "12", "--kl-coef", "0.1"]  # tuned: see README
 HEAVY = ["--learning-rate", "6.7e-4", "--epochs", "2", "--patience", "2"]  # 10/3 of the rate, twice the epochs, as in the paper
@@ -141,7 +142,7 @@ class Seed:
         jobs = [self.mixture(f"data-{m}", *given) for m, given in flags.items()]
         jobs += [self.rl(m, "sft", f"data-{m}") for m in flags]
         jobs += [self.sft("sft-heavy", *HEAVY), self.rl("heavy", "sft-heavy")]
-        return [*jobs, self.attack_eval("eval-ablations", MODELS["ablations"], "--behaviours", "0")]
+        return jobs + [self.attack_eval(f"eval-{m}", MODELS[m], "--behaviours", "0") for m in ("ablations", "ambiguity")]
 
 
 def run_all(jobs: list[list[str]], log: Path, threads: int, bar: tqdm, after: Future | None = None) -> None:
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/replicate"), help="folder (default runs/replicate)")
     parser.add_argument("--rl-flags", default="", help='more flags for every 03_rl_train.py, one string (default "")')
     args = parser.parse_args()
-    counts = {"main": args.seeds, "ablations": min(args.seeds, args.ablation_seeds)}
+    counts = {"main": args.seeds} | dict.fromkeys(("ablations", "ambiguity"), min(args.seeds, args.ablation_seeds))
     if min(counts.values()) < 2 or args.jobs < 1:
         raise UserError(f"--seeds {args.seeds}, --ablation-seeds {args.ablation_seeds}, --jobs {args.jobs}: at least 2, 2, 1")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
