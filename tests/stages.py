@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import time
@@ -154,6 +155,7 @@ def launch(stage: str, words: list[str], log: Path, rank: int = 0, size: int = 1
 
 def _child(stage: str, words: list[str], log: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell started in the background ignore it
     null, file = os.open(os.devnull, os.O_WRONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(null, 1)
     os.dup2(file, 2)
