@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from lib.files import UserError
 from lib.judges import Score
-from lib.judges.language_model import LanguageModel, encodable, expected_value, special_tokens
+from lib.judges.language_model import LanguageModel, encodable, expected_value
 
 STYLES = (  # of a message's content; a template that expects the other drops the text, or fails
     lambda text: text,
@@ -34,7 +34,7 @@ class Exchange:
     def __init__(self, judge: LanguageModel, *, says: str = "", add_special_tokens: bool = False, **options: Any) -> None:
         self.tokenizer, self.options = judge.tokenizer, options
         self.before = list(self.tokenizer("")["input_ids"]) if add_special_tokens else []
-        self.special = special_tokens(self.tokenizer)
+        self.special = judge.special
         for self.style in STYLES:
             try:
                 text = self.text("QUESTION", "REPLY")

@@ -50,6 +50,10 @@ class LanguageModel:
             device = torch.device("cuda", torch.cuda.current_device())  # that of this process among torchrun's
         return self.load(device, "bfloat16" if device.type == "cuda" else "float32")
 
+    @cached_property
+    def special(self) -> list[str]:
+        return special_tokens(self.tokenizer)
+
     def load(self, device: torch.device, dtype: str) -> PreTrainedModel:
         return load_policy(self.name, device=device, dtype=dtype)
 
@@ -196,9 +200,9 @@ def grade(
     judge: LanguageModel, rubric: str, prompts: Sequence[str], answers: Sequence[str], max_new_tokens: int
 ) -> list[str | None]:
     """What the chat model writes when asked by `rubric`, a text with {prompt} and {answer} between tags, RUBRIC_TAGS."""
-    special, read = special_tokens(judge.tokenizer), []
+    read = []
     for pair in zip(prompts, answers, strict=True):
-        prompt, answer = (as_material(text, special, RUBRIC_TAGS) for text in pair)
+        prompt, answer = (as_material(text, judge.special, RUBRIC_TAGS) for text in pair)
         read.append(encode_prompt(judge.tokenizer, rubric.format(prompt=prompt, answer=answer), reasoning=False))
     return judge.write(read, max_new_tokens)
 

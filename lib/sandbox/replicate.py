@@ -137,8 +137,8 @@ class Seed:
         ]
 
     def ablations(self) -> list[list[str]]:
-        flags = {m: ("--lambda-harmful", m[-3:]) for m in ("lambda-0.1", "lambda-0.9")}
-        flags |= {"harmful-only": ("--lambda-harmful", "1.0"), "plain-only": ("--ambiguous-share", "0")}
+        shares = {"lambda-0.1": "0.1", "lambda-0.9": "0.9", "harmful-only": "1.0"}
+        flags = {m: ("--lambda-harmful", share) for m, share in shares.items()} | {"plain-only": ("--ambiguous-share", "0")}
         jobs = [self.mixture(f"data-{m}", *given) for m, given in flags.items()]
         jobs += [self.rl(m, "sft", f"data-{m}") for m in flags]
         jobs += [self.sft("sft-heavy", *HEAVY), self.rl("heavy", "sft-heavy")]
