@@ -37,7 +37,7 @@ from lib.attacks.core import a_try
 from lib.attacks.suffix import target_of
 from lib.chat import encode_prompt, load_tokenizer
 from lib.dry_run import HELP, plan_inference
-from lib.files import append_jsonl, read_jsonl, read_log, truncate_jsonl, write_json
+from lib.files import append_jsonl, read_jsonl, read_log, resume_log, write_json
 from lib.flags import named
 from lib.judges import models_of
 from lib.metrics import attack_summary, differences, measure, shared_attacks
@@ -208,7 +208,7 @@ def run_attack(
     if len(done) < len(behaviours) and len(done) % at_once:  # a kill fell into a part: all of that is done again
         done = done[: len(done) // at_once * at_once]
         if leader:
-            truncate_jsonl(path, lambda line: (line["model"], line["attack"]) != (model, name) or line in done)
+            resume_log(path, lambda line: (line["model"], line["attack"]) != (model, name) or line in done)
     todo = range(len(done), len(behaviours), at_once)
     steps = 1 if attack.asks or name == CONTROL else steps_of(name, budget)
     total = steps * (len(behaviours) - len(done) if attack.at_once else len(todo))
@@ -294,7 +294,7 @@ def run_answers(model: str, victim: Load, blocks: dict[Block, list[Asked]], seed
     counts = Counter(block_of(line) for line in read_lines(path, model, processes))
     finished = {block for block, count in counts.items() if count == len(blocks[block])}
     if leader:
-        truncate_jsonl(path, lambda line: line["model"] != model or block_of(line) in finished)
+        resume_log(path, lambda line: line["model"] != model or block_of(line) in finished)
     for block, asked in tqdm(blocks.items(), desc=f"{model}: answers", unit="set", disable=not leader):
         if block in finished:
             continue
@@ -364,7 +364,7 @@ def main() -> None:
     if leader:
         claim_folder(out, config, overwrite=settings.overwrite, ignore=("max_batch_tokens", "device"))
         for path in (attacks_path, completions_path, separation_path):
-            truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
+            resume_log(path)  # drops the half line that a kill may have left
         prompts = ", ".join(f"{len(records)} {name}" for name, records in sets.items())
         print(f"read {prompts} prompts from {settings.data}")
         tried = ", ".join(names) if behaviours else "nothing"

@@ -25,7 +25,7 @@ from lib.attacks import ATTACKS, Budget
 from lib.attacks.core import attach
 from lib.chat import encode_prompt, load_tokenizer
 from lib.figures import show
-from lib.files import append_jsonl, read_log, truncate_jsonl
+from lib.files import append_jsonl, resume_log
 from lib.metrics import student_t
 from lib.policy import load_policy
 from lib.rewards import load_judge
@@ -166,8 +166,7 @@ def main() -> None:
     victim = Victim("victim", model, tokenizer, False, load_judge("sandbox"), max_new_tokens=1, temperature=0.0)
     path = args.out / "pairs.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
-    truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
-    lines = read_log(path)
+    lines = resume_log(path)
     done = {(line["id"], line["seed"]) for line in lines}
     todo = [(i, b, seed) for seed in args.seeds for i, b in enumerate(behaviours) if (b["id"], seed) not in done]
     for i, behaviour, seed in tqdm(todo, desc="pairs"):

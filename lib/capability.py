@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct
-from lib.files import UserError, append_jsonl, read_log, truncate_jsonl, write_json
+from lib.files import UserError, append_jsonl, resume_log, write_json
 from lib.flags import Flags, named, number
 from lib.metrics import bootstrap, wilson
 from lib.policy import load_policy
@@ -129,7 +129,7 @@ def cell(row: dict, columns: str) -> str:
 
 def ask(name: str, folder: str, reasoning: bool, questions: Sequence[Question], given: Any, path: Path) -> list[dict]:
     """The model's lines of answers.jsonl: those that are there, and the new ones, saved AT_ONCE at a time."""
-    done = {line["id"]: line for line in read_log(path) if line["model"] == name}
+    done = {line["id"]: line for line in resume_log(path) if line["model"] == name}
     missing = [q for q in questions if q.id not in done]
     if missing:
         tokenizer, model = load_tokenizer(folder), load_policy(folder, device=given.device, dtype=given.dtype)
@@ -225,8 +225,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, path = Path(given.out), Path(given.out) / "answers.jsonl"
     read = [given.file, *models.values()]
     claim_folder(out, config, overwrite=given.overwrite, ignore=("max_batch_tokens", "device"), inputs=read)
-    truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
-    path.touch()
     print(f"{len(questions)} questions from {given.file} for {', '.join(models)}; writing to {out}")
     answers = {name: ask(name, folder, reasoning[name], questions, given, path) for name, folder in models.items()}
     figures = {name: {"reasoning": reasoning[name], **measure(lines)} for name, lines in answers.items()}

@@ -50,7 +50,7 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
 
 
 def append_jsonl(path: str | Path, record: dict) -> None:
-    """Add one line in a single write. `truncate_jsonl` mends what a kill in its midst would leave."""
+    """Add one line in a single write. `resume_log` mends what a kill in its midst would leave."""
     with Path(path).open("ab") as file:
         file.write(_line(record).encode("utf-8", errors="backslashreplace"))
 
@@ -99,22 +99,24 @@ def _parse(line: bytes) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
-def truncate_jsonl(path: str | Path, keep: Callable[[dict], bool]) -> None:
-    """Keep the whole, valid lines whose record satisfies `keep`, byte for byte. No file: nothing to do.
+def resume_log(path: str | Path, keep: Callable[[dict], bool] = lambda record: True) -> list[dict]:
+    """The records of a log that a run goes on with; none while it has not begun.
 
-    A resumed run calls it to drop what was logged after its checkpoint, and the half line that a kill may
-    have left.
+    The file keeps, byte for byte, the whole lines whose record satisfies `keep`: a resumed run drops what was
+    logged after its checkpoint, and the half line that a kill may have left.
     """
     path = Path(path)
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_bytes().splitlines(keepends=True):
         record = _parse(line) if line.endswith(b"\n") else None
         if record is not None and keep(record):
             kept.append(line)
+            records.append(record)
     with atomic(path) as temporary:
         temporary.write_bytes(b"".join(kept))
+    return records
 
 
 def sha256_file(path: str | Path) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.files import UserError, append_jsonl, read_log, truncate_jsonl, write_jsonl
+from lib.files import UserError, append_jsonl, resume_log, write_jsonl
 from lib.rainbow_grid import Cell, Elite, Grid, Prefer
 from lib.rainbow_report import Found, Harms, mean_harm, write_summary
 from lib.sources.columns import same_prompt
@@ -115,12 +115,10 @@ class Search:
 
     def run(self, path: Path, iterations: int) -> tuple[Archive, list[dict]]:
         """The archive and its lines in `path`, of which the finished batches are kept."""
-        truncate_jsonl(path, lambda line: True)  # drops the half line that a kill may have left
-        done = min(len(read_log(path)), iterations)
+        done = min(len(resume_log(path)), iterations)
         done -= done % self.at_once if done < iterations else 0
-        truncate_jsonl(path, lambda line: line["iteration"] < done)
+        lines = resume_log(path, lambda line: line["iteration"] < done)
         archive: Archive = {}
-        lines = read_log(path)
         for line in lines:
             self._settle(archive, line)
         with tqdm(total=iterations, initial=done, desc=self.label, unit="iteration", disable=done >= iterations) as bar:
@@ -233,8 +231,7 @@ def _chosen(items: list, count: int, seed: int, label: str) -> list:
 
 def measure(victim: Callable[[], Victim], prompts: Sequence[str], path: Path, count: int, seed: int) -> dict[str, Harms]:
     """{prompt: harms of `count` answers that no search has seen}; each is saved in `path` as its block ends."""
-    truncate_jsonl(path, lambda line: True)
-    harms: dict[str, Harms] = {line["prompt"]: line["harms"] for line in read_log(path)}
+    harms: dict[str, Harms] = {line["prompt"]: line["harms"] for line in resume_log(path)}
     todo = [prompt for prompt in dict.fromkeys(prompts) if prompt not in harms]
     with tqdm(total=len(todo), desc="fresh answers", unit="prompt", disable=not todo) as bar:
         for begin in range(0, len(todo), 40):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.files import UserError, atomic, truncate_jsonl
+from lib.files import UserError, atomic, resume_log
 from lib.processes import Processes, gather_objects
 from lib.sharding import full_optimizer, full_weights, set_optimizer, set_weights
 
@@ -51,8 +51,8 @@ def load_progress(
         set_weights(model, weights, processes)
         set_optimizer(model, optimizer, optimizer_state, processes)
     for log in logs:
-        if leader and (out / log).exists():
-            truncate_jsonl(out / log, lambda record: record["step"] < plain["step"])
+        if leader:
+            resume_log(out / log, lambda record: record["step"] < plain["step"])
     return {**state, **plain}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lib.chat import decode, encode_example, encode_prompt, eos_token_ids, load_tokenizer
-from lib.files import UserError, append_jsonl, read_log, truncate_jsonl
+from lib.files import UserError, append_jsonl, resume_log
 from lib.policy import load_policy
 from lib.sampler import sample
 
@@ -61,9 +61,7 @@ class TraceWriter:
 
 def write_all(writer: TraceWriter, records: list[dict], count: int, seed: int, progress: Path) -> list[list[tuple[str, str]]]:
     """`count` traces for each record's prompt. What is finished stays in `progress`, for a resumed run."""
-    truncate_jsonl(progress, lambda line: True)  # a line that a kill cut off goes
-    finished = read_log(progress)
-    traces = {line["id"]: line["traces"] for line in finished}
+    traces = {line["id"]: line["traces"] for line in resume_log(progress)}
     missing = [record for record in records if record["id"] not in traces]
     with tqdm(total=len(records), initial=len(traces), desc="traces", unit="prompt") as bar:
         for start in range(0, len(missing), PROMPTS_AT_ONCE):

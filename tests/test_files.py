@@ -11,8 +11,8 @@ from lib.files import (
     atomic,
     git_revision,
     read_jsonl,
+    resume_log,
     sha256_file,
-    truncate_jsonl,
     write_json,
     write_jsonl,
     write_text,
@@ -78,14 +78,15 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_truncate_drops_unwanted_malformed_and_half_written_lines(tmp_path):
+def test_a_resumed_log_drops_unwanted_malformed_and_half_written_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"step": 0,  "odd spacing":1}\n{"step": 1}\nnonsense\n{"step": 5}\n{"step": 1}')
-    truncate_jsonl(path, lambda record: record["step"] < 3)
+    assert [r["step"] for r in resume_log(path, lambda record: record["step"] < 3)] == [0, 1]
     assert path.read_bytes() == b'{"step": 0,  "odd spacing":1}\n{"step": 1}\n'
     append_jsonl(path, {"step": 2})
     assert [r["step"] for r in read_jsonl(path)] == [0, 1, 2]
-    truncate_jsonl(tmp_path / "none.jsonl", lambda record: True)
+    assert resume_log(path) == read_jsonl(path)
+    assert resume_log(tmp_path / "none.jsonl") == []
     assert not (tmp_path / "none.jsonl").exists()
 
 

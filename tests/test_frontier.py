@@ -219,7 +219,7 @@ def rows() -> frontier_report.Rows:
 
 
 def test_differences_are_paired_by_seed_and_lambda():
-    found = frontier_report.differences(rows())
+    found = frontier_report.differences(rows(), frontier_report.areas(rows()))
     assert list(found) == ["base", "rl-direct", "rl-direct-long"]
     dsr = found["rl-direct"]["DSR"]
     half = 4.303 * 0.1 / math.sqrt(3)  # Student's t of three seeds: mean 0.2, standard deviation 0.1
@@ -229,7 +229,7 @@ def test_differences_are_paired_by_seed_and_lambda():
     assert found["base"]["DSR"]["each"] == [0.6, 0.7, 0.8]  # the same base at either lambda
     assert found["rl-direct"]["frontier area"]["each"] == pytest.approx([0.08, 0.16, 0.24])  # 0.8 x the gain in DSR
     without = {point: runs for point, runs in rows().items() if point[0] != "tars"}
-    assert frontier_report.differences(without) == {}
+    assert frontier_report.differences(without, frontier_report.areas(without)) == {}
 
 
 def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_is_none():

@@ -44,9 +44,8 @@ class Slot:
         self.victim, self.model, self.tokenizer, self.budget = victim, victim.model, victim.tokenizer, budget
         self.id, self.prompt, self.cost = behaviour["id"], behaviour["prompt"].strip(), cost or Cost()
         self.secret = check_target(behaviour)
-        self.rows = budget.max_batch_tokens  # a bound on candidates at a time, lowered when memory runs out
-        on_cpu, limit = self.model.device.type == "cpu", budget.max_batch_tokens
-        self.batch_tokens = min(limit, CPU_TOKENS) if on_cpu else limit
+        on_cpu = self.model.device.type == "cpu"
+        self.batch_tokens = min(budget.max_batch_tokens, CPU_TOKENS) if on_cpu else budget.max_batch_tokens
         table = self.model.get_input_embeddings().weight
         assert isinstance(table, Tensor)
         self.table = table  # (vocab, width)
@@ -106,15 +105,15 @@ class Slot:
         length = suffixes.shape[1] + len(self.tail)
         losses, done = [torch.empty(0)], 0
         while done < len(suffixes):
-            rows = min(self.rows, max(1, self.batch_tokens // (len(self.prefix) + length)))
+            rows = max(1, self.batch_tokens // (len(self.prefix) + length))
             part = suffixes[done : done + rows].to(self.model.device)
             try:
                 losses.append(self._losses(part))
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
-                self.rows = len(part) // 2
-                tqdm.write(f"out of memory with {len(part)} candidates at a time: from now on {self.rows}")
+                self.batch_tokens = len(part) // 2 * (len(self.prefix) + length)
+                tqdm.write(f"out of memory with {len(part)} candidates at a time: from now on {len(part) // 2}")
                 continue
             done += len(part)
         self._count(len(suffixes), length)

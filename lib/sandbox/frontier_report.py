@@ -21,6 +21,7 @@ REFERENCES = {"base": "base", "pi_SFT": "sft"}  # point: its model's name in eva
 Point = tuple[str, float | None]  # method, lambda
 Rows = dict[Point, list[dict[str, float]]]  # for each seed, its figures
 Figures = dict[str, Interval | None]
+Areas = dict[str, dict[str, list[float]]]  # of each plane, for each method, one a seed
 KINDS = ("harmful", "harmless", "ambiguous")
 
 
@@ -119,19 +120,20 @@ def by_method(rows: Rows) -> dict[str, list[Point]]:
 HELP = {"frontier area": "task score", "frontier area, compliance": "compliance"}  # the other axis beside DSR
 
 
-def areas(rows: Rows, help_: str = "task score") -> dict[str, list[float]]:
-    """Frontier area in the plane of DSR and task score, or compliance (the paper's axis): {method: [of each seed]}"""
-    seeds = range(len(next(iter(rows.values()))))
-    curves = by_method(rows)
-    at = lambda point, i: (rows[point][i]["DSR"], rows[point][i][help_])  # noqa: E731
-    return {method: [dominated_area(at(p, i) for p in points) for i in seeds] for method, points in curves.items()}
+def areas(rows: Rows) -> Areas:
+    """Frontier areas in the planes of DSR and task score, and of DSR and compliance (the paper's axis)."""
+    seeds, curves = range(len(next(iter(rows.values())))), by_method(rows)
+    at = lambda point, i, help_: (rows[point][i]["DSR"], rows[point][i][help_])  # noqa: E731
+    return {
+        name: {method: [dominated_area(at(p, i, help_) for p in points) for i in seeds] for method, points in curves.items()}
+        for name, help_ in HELP.items()
+    }
 
 
-def differences(rows: Rows, ours: str = "tars") -> dict[str, Figures]:
+def differences(rows: Rows, area: Areas, ours: str = "tars") -> dict[str, Figures]:
     """`ours` minus each other method, {method: {figure: interval}}. Paired: by seed, and at equal lambda, then averaged over
     lambdas. A method without lambda is the same one at each."""
-    curves, area = by_method(rows), {name: areas(rows, help_) for name, help_ in HELP.items()}
-    found = {}
+    curves, found = by_method(rows), {}
     for other in [m for m in curves if m != ours] if ours in curves else []:
         pairs = [(p, (other, p[1]) if (other, p[1]) in rows else (other, None)) for p in curves[ours]]
         found[other] = {
@@ -244,8 +246,9 @@ def write_rows(out: Path, rows: Rows) -> str:
     ]
     if not all(p["DSR"] and p["task score"] for p in points):
         raise UserError("an evaluation lacks DSR or task score: delete the eval- folders, and run the same command again")
-    area = {name: {m: over_seeds(values) for m, values in areas(rows, help_).items()} for name, help_ in HELP.items()}
-    gaps = differences(rows)
+    of_seeds = areas(rows)
+    area = {name: {m: over_seeds(values) for m, values in methods.items()} for name, methods in of_seeds.items()}
+    gaps = differences(rows, of_seeds)
     names = list(by_method(rows))
     panels: dict[str, list[str]] = {"frontier": [m for m in names if not m.endswith("-long")]}
     if any(m.endswith("-long") for m in names):
