@@ -132,7 +132,7 @@ def memory(shape: Shape, need: Need) -> dict[str, float]:
     ends = 2 * shape.vocabulary * shape.hidden  # embeddings and head
     # weights of this layer, the next and both ends; their gradients, and these in fp32 to be summed
     gathered = low * (2 * layer + ends) + (low + 4) * (layer + ends) if need.shard else 0
-    update = 4 * shape.parameters * held * (2 if need.processes > 1 and not need.shard else 1)  # AdamW's temporaries, the sum
+    update = 4 * shape.parameters * held  # AdamW's temporaries
     whole = low * shape.parameters if need.shard else 0
     sizes["sampling"] = fixed + sizes["casts"] + sizes["KV cache"] + whole if need.sample_tokens else 0
     sizes["training"] = fixed + max(sizes["casts"] + sizes["activations"] + sizes["logits"] + gathered, update)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -91,22 +90,17 @@ def sum_gradients(model: torch.nn.Module, processes: Processes) -> None:
 
     What DistributedDataParallel does, by hand: that sums in every backward pass, so all processes would need equally
     many micro-batches, and takes the mean, which is not that of completions of different lengths. Here it is one sum an
-    update. (The gradients of a sharded model are summed already, see lib.sharding.) One buffer per dtype, so a handful of
-    messages and not one per parameter. If each process scales its loss by the count over all of them, the sum is the
-    gradient of the mean.
+    update, in place, so that it takes no memory. (The gradients of a sharded model are summed already, see
+    lib.sharding.) If each process scales its loss by the count over all of them, the sum is the gradient of the mean.
     """
     if processes.size == 1:
         return
-    trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: str(p.dtype))
-    for _, group in itertools.groupby(trained, key=lambda p: p.dtype):
-        parameters = list(group)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        buffer = torch.cat([gradient.flatten() for gradient in gradients])
-        with lost_process():
-            dist.all_reduce(buffer)
-        sums = buffer.split([p.numel() for p in parameters])
-        for parameter, summed in zip(parameters, sums, strict=True):
-            parameter.grad = summed.view_as(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            with lost_process():
+                dist.all_reduce(parameter.grad)
 
 
 def gather_objects(obj: Any, processes: Processes) -> list[Any]:
