@@ -1,4 +1,4 @@
-"""Chapter 1: what the model will read (paper, section 4: stage I's traces, stage II's prompts).
+r"""Chapter 1: what the model will read (paper, section 4: stage I's traces, stage II's prompts).
 
 A model that is rewarded for safety alone learns to refuse everything. What keeps it from that is the mixture:
 
@@ -12,7 +12,8 @@ No prompt is in two of the three, whatever its spaces and capitals. The seed dec
 lambda takes more of the same harmful prompts, so that one SFT model can serve several mixtures.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
-    python 01_build_mixture.py --preset paper --out runs/paper/data --trace-files star1 --sft-prompts 900
+    python 01_build_mixture.py --preset paper --out runs/paper/data0 --trace-files star1 --sft-prompts 900 \
+        --files harmful=wildjailbreak:800 harmful=aegis:400 harmless=ultrafeedback:2000 ambiguous=or-bench:2000
     python 01_build_mixture.py --source files --out runs/mine/data --trace-files r1_traces.jsonl \
         --files harmful=wildjailbreak:800 harmful=attacks.jsonl harmless=hub:me/chat:train ambiguous=or-bench \
         --eval-files harmful=harmbench.csv ambiguous=xstest
@@ -369,7 +370,8 @@ def main() -> None:
         if settings.trace_model:
             from lib.dry_run import plan_inference  # here, because torch is slow to import
 
-            plan_inference(settings.dry_run, [settings.trace_model], settings.trace_max_batch_tokens, "float32")
+            tokens, flags = settings.trace_max_batch_tokens, "--trace-max-batch-tokens"
+            plan_inference(settings.dry_run, [settings.trace_model], tokens, "float32", flags=flags)
         return
     print(f"reading {' '.join(settings.files + settings.eval_files) or 'the sandbox'}; writing to {out}")
     pool, evaluation = (sandbox_prompts if settings.source == "sandbox" else file_prompts)(settings)

@@ -1,22 +1,23 @@
-"""Chapter 2: a light warm start, pi_base -> pi_SFT (paper section 4.1, stage I).
+r"""Chapter 2: a light warm start, pi_base -> pi_SFT (paper section 4.1, stage I).
 
 Before RL can reward good reasoning, the model has to reason at all: it learns the format `<think> z </think> y` from about
 a thousand harmful prompts with a few traces each. Two things matter more than the loss:
 
 1. **Light**: a low learning rate, few epochs, an early stop. RL chooses among samples, so the samples must stay diverse
-   (finding F5: `--learning-rate` x 3 and twice the `--epochs` is "heavy", and ends in a worse frontier).
+   (finding F5: `--learning-rate` x 3, twice the `--epochs` and `--held-out-share 0`, no early stop, is "heavy", and ends in
+   a worse frontier).
 2. **Imperfect traces are fine**: some comply where they should not. RL sorts that out; variety is what it needs.
 
 The loss is the negative log-likelihood of reasoning and answer, markers included; the prompt carries none.
 `--no-reasoning` drops the traces and learns the answers alone: the start of the baseline "RL without reasoning".
 
     python 02_sft_warmstart.py --preset sandbox --data runs/demo/data --out runs/demo/sft
-    torchrun --nproc-per-node 4 02_sft_warmstart.py --preset paper --data runs/paper/data --out runs/paper/sft
+    torchrun --nproc-per-node 4 02_sft_warmstart.py --preset paper --data runs/paper/data0 --out runs/paper/sft
 
 The paper's comparison "SFT" is this stage once more, from pi_SFT and on 8 traces for each RL prompt (01's `--rl-traces 8`):
 
-    python 02_sft_warmstart.py --preset paper --traces sft_rl.jsonl --model runs/paper/sft --learning-rate 3e-4 --epochs 3 \\
-        --data runs/paper/data --out runs/paper/sft-8
+    python 02_sft_warmstart.py --preset paper --traces sft_rl.jsonl --model runs/paper/sft --learning-rate 3e-4 --epochs 3 \
+        --data FOLDER-THAT-HAS-THEM --out runs/paper/sft-8
 
 Reads DATA/TRACES. Writes an ordinary Hugging Face checkpoint, metrics.jsonl and settings.json to OUT. A killed run goes on
 when the same command is run again.
@@ -151,7 +152,8 @@ def negative_log_likelihood(
 
 
 def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Settings, processes: Processes):
-    """One update on `batch` (the same list on every rank). Returns (mean loss per token, gradient norm before clipping)."""
+    """The clipped gradient of `batch` (the same list on every rank), in .grad; `main` takes the step. Returns (mean loss per
+    token, gradient norm before clipping)."""
     tokens = sum(sum(e.mask) for e in batch)  # over all ranks, so that shares of any size add up to the mean
     optimizer.zero_grad()
     loss = negative_log_likelihood(model, batch, pad_id, settings, processes, backward_scale=1 / tokens)
@@ -187,6 +189,7 @@ def main() -> None:
     next_command += "" if settings.reasoning else " --no-reasoning (and --max-new-tokens: an answer's budget)"
     if settings.traces != "sft.jsonl":  # a comparison: what it makes is a rival of RL, not its start
         next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
+        next_command += f" --out {out.with_name('eval-' + out.name)}"
     if is_finished(out) and not settings.dry_run:
         print(f"{out} is finished. Next: {next_command}" * leader)
         return stop_processes()

@@ -1,10 +1,11 @@
-"""Chapter 3: reinforcement learning, pi_SFT -> pi_TARS (paper section 4.3, stage III).
+r"""Chapter 3: reinforcement learning, pi_SFT -> pi_TARS (paper section 4.3, stage III).
 
 GRPO by hand. For every step:
 
     1. take `prompts_per_step` prompts, each process its share
     2. sample a group of G completions each                      -> collect_rollouts
-    3. reward  r_f * r_s on harmful prompts, r_f * r_n on others -> score_rollouts        (paper, equations 1 and 2)
+    3. reward  r_f * r_s on harmful prompts, r_f * r_n on others -> score_rollouts        (paper, equations 1 and 2;
+       r_f format, r_s safety, r_n task completion: lib/rewards.py)
     4. advantage = (r - mean of its group) / (std + eps)         -> group_advantages, assign_advantages
     5. one policy-gradient update with a KL term                 -> grpo_loss, update_policy
     6. log, write a readable sample of rollouts, checkpoint
@@ -17,7 +18,7 @@ reference is a loss term and not part of the reward; whole completions get one a
 every epoch, and steps 4 and 5 compare completions in pairs instead (lib/preferences.py).
 
     python 03_rl_train.py --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rl
-    torchrun --nproc-per-node 4 03_rl_train.py --preset paper --data runs/paper/data \\
+    torchrun --nproc-per-node 4 03_rl_train.py --preset paper --data runs/paper/data \
         --model runs/paper/sft --out runs/paper/rl
 
 Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl (read it!) and settings.json to OUT. Every
@@ -74,7 +75,7 @@ class Settings:
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK (README). Paper: moderation API, GRM")
     reasoning: bool = setting(True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)")
-    objective: str = setting("grpo", "grpo, or rpo: DPO + alpha * NLL on pairs by the same reward", choices=("grpo", "rpo"))
+    objective: str = setting("grpo", "or rpo: DPO + alpha NLL on pairs; without KL, clip, normalisation", choices=("grpo", "rpo"))
     one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")
     # rollouts
     prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
@@ -248,7 +249,9 @@ def score_rollouts(rollouts: list[Rollout], judge, step: int, one_reward: bool =
 
 
 def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float = 1e-6) -> torch.Tensor:
-    """Step 4: rewards (prompts, G) -> advantages (prompts, G). The group is its own baseline (DeepSeekMath, section 4.1).
+    """Step 4: rewards (prompts, G) -> advantages (prompts, G), fp32. The group is its own baseline (DeepSeekMath, section 4.1).
+
+    The std is the sample's (n - 1), and eps is added to it; where all of a group are rewarded alike, all advantages are 0.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), std_normalisation=False)
     tensor([[ 0.5000, -0.5000],
@@ -271,9 +274,10 @@ def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
 def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL divergence").
 
-    k1 is unbiased but may be negative, k2 is biased and positive, k3 is unbiased and positive ("low variance", the paper's).
-    As a term of the loss they differ more: the gradient of k1 is that of log pi, zero on average over samples of pi, so it
-    adds noise and pulls nowhere; that of k2 is, on average, the gradient of the KL itself.
+    k1 is unbiased but may be negative, k2 biased and never negative, k3 unbiased and never negative ("low variance", the
+    paper's). As a term of the loss they differ more: the gradient of k1 is that of log pi, zero on average over samples of
+    pi, so it adds noise and pulls nowhere; that of k2 is, on average, the gradient of the KL itself; that of k3 the gradient
+    of KL(reference || policy), the other direction, which is nearly the same as long as the two are near.
     """
     gap = reference_logprobs - logprobs
     return {"k1": lambda: -gap, "k2": lambda: gap**2 / 2, "k3": lambda: gap.exp() - gap - 1}[estimator]()
@@ -288,7 +292,8 @@ def grpo_loss(
     weights: torch.Tensor,  # (B,) from `sequence_weights`
     settings: Settings,
 ) -> torch.Tensor:
-    """Step 5, the objective of DeepSeekMath eq. 3 with its sign turned: a scalar to minimise."""
+    """Step 5, the objective of DeepSeekMath eq. 3 with its sign turned, a scalar to minimise; but what the sum over tokens is
+    divided by is `sequence_weights`' choice. All log-probabilities are of the distribution that was sampled, at --temperature."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
     gain = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])  # (B, T)
@@ -326,7 +331,7 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
             logprobs, entropy = token_logprobs(
                 policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True
             )  # (B, T) each
-        with torch.no_grad():
+        with torch.no_grad():  # the reference is in --dtype already
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, temperature=settings.temperature)
         old_logprobs = logprobs.detach().clone()
         for row, rollout in enumerate(batch):
@@ -376,6 +381,7 @@ def main() -> None:
         claim_folder(out, config, overwrite=settings.overwrite, ignore=MACHINERY)
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
+    next_command += f" --out {out.with_name('eval-' + out.name)}"
     if is_finished(out) and not settings.dry_run:
         print(f"{out} is finished. Next: {next_command}" * leader)
         return stop_processes()
@@ -419,7 +425,7 @@ def main() -> None:
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)
             if step % settings.rollouts_every == 0:
-                for shown in described[:: max(1, len(described) // 8)]:
+                for shown in described[: 2 * settings.group_size]:  # whole groups: each completion beside its rivals
                     append_jsonl(out / "rollouts.jsonl", shown)
         if (step + 1) % settings.save_every == 0:
             save_progress(out, step + 1, policy, optimizer, processes)

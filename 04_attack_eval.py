@@ -1,6 +1,6 @@
-"""Chapter 4: attack the models, judge what they answer, measure, and draw (paper, "Evaluation").
+r"""Chapter 4: attack the models, judge what they answer, measure, and draw (paper, "Evaluation").
 
-    python 04_attack_eval.py --data runs/demo/data --out runs/demo/eval --direct base \\
+    python 04_attack_eval.py --data runs/demo/data --out runs/demo/eval --direct base \
         --models base=lib/sandbox/base sft=runs/demo/sft tars=runs/demo/rl rl-direct=runs/demo/rl-direct
     torchrun --nproc-per-node 4 04_attack_eval.py ...    # the same on four GPUs, or four cores: each takes its share
 
@@ -68,7 +68,7 @@ class EvalSettings:
     preset: str = setting("sandbox", "where the defaults come from: sandbox, smollm or paper")
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
     models: list[str] = setting([], "models to compare, each NAME=FOLDER or NAME=HUB-NAME")
-    direct: list[str] = setting([], "models without reasoning, by name; checkpoints of 02 and 03 say it themselves")
+    direct: list[str] = setting([], "models that do not reason, by name (those of 02, 03 say it themselves); not the set direct")
     out: str = setting("runs/demo/eval", "folder for the results")
     overwrite: bool = setting(False, "empty OUT first if it holds results of other settings")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK, e.g. harmbench+standin (README)")
@@ -87,7 +87,7 @@ class EvalSettings:
         ["0.2", "0.4"],
         "shares of a search's steps after which it is tried, beside 0 and 1; GCG stops there if a greedy answer does harm",
     )
-    attacker: str = setting("sandbox", "who writes pap, pair, autodan: sandbox, or a chat model. Paper: a 7B model")
+    attacker: str = setting("sandbox", "who writes pap, pair, autodan: sandbox, or a chat model. Paper: 7B models")
     attacker_tokens: int = setting(256, "tokens of each text that a chat model writes as attacker", low=1)
     gcg_steps: int = setting(25, "GCG steps. GCG's own paper: 500", low=1)
     gcg_width: int = setting(96, "candidate suffixes a step. GCG's own paper: 512", low=1)

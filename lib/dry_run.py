@@ -63,8 +63,18 @@ def weights_of(models: Sequence[str], bytes_each: int) -> tuple[float, list[str]
     return total, unknown
 
 
-def plan_inference(machine: str, models: Sequence[str], sample_tokens: int, dtype: str, together: Sequence[str] = ()) -> None:
-    """Print what asking each of `models` takes, one at a time, beside those that stay loaded with it (`together`)."""
+def plan_inference(
+    machine: str,
+    models: Sequence[str],
+    sample_tokens: int,
+    dtype: str,
+    together: Sequence[str] = (),
+    flags: str = "--max-batch-tokens, or --dtype bfloat16",
+) -> None:
+    """Print what asking each of `models` takes, one at a time, beside those that stay loaded with it (`together`).
+
+    `flags`: of this stage, which take less memory when lowered.
+    """
     _, limit = read_machine(machine)
     low = width(dtype)
     beside, unknown = weights_of(together, low)
@@ -75,7 +85,7 @@ def plan_inference(machine: str, models: Sequence[str], sample_tokens: int, dtyp
         weights, cache = low * shape.parameters, kv_cache_bytes(shape, sample_tokens, dtype)
         sizes = f"weights {weights / GB:.1f} GB, KV cache {cache / GB:.1f} GB" + (f", beside {beside / GB:.1f} GB" * bool(beside))
         total = weights + cache + beside
-        fits = "fits" if total <= (1 - SPARE) * limit else "does not fit: lower --max-batch-tokens, or --dtype bfloat16"
+        fits = "fits" if total <= (1 - SPARE) * limit else f"does not fit: lower {flags}"
         print(f"{name}: {shape.parameters / 1e6:,.0f} M parameters, {sizes}: {total / GB:.1f} of {limit / GB:g} GB: {fits}")
     for name in dict.fromkeys([*models, *together]):
         print(f"  {on_the_hub(name)}")

@@ -230,7 +230,7 @@ def run_main(main: Callable[[], None]) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does without torch
             raise
         reason = str(error).split(". ")[0]
-        _exit(f"error: {reason}: lower --max-batch-tokens or --max-sample-tokens, or try --gradient-checkpointing", 2)
+        _exit(f"error: {reason}: lower the tokens of a batch (see --help), or in stages 2 and 3 try --gradient-checkpointing", 2)
     except BrokenPipeError:  # the other end of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer would raise again at exit
         _exit("error: output: its reader has closed it; what was written before is whole", 2)

@@ -104,6 +104,15 @@ def set_advantages(rollouts, group_size: int, settings) -> list[list[float]]:
     return [[r.reward for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
 
 
+def test_assigned_advantages_are_those_of_each_group_in_order():
+    for std in (True, False):
+        settings, rollouts = stage.Settings(group_size=3, std_normalisation=std), make_rollouts()
+        stage.assign_advantages(rollouts, settings)
+        mine = [r.advantage for r in rollouts]
+        set_advantages(rollouts, 3, settings)
+        assert mine == pytest.approx([r.advantage for r in rollouts], abs=1e-5)
+
+
 def grouped(values: list, size: int = 3) -> list[list]:
     return [values[i : i + size] for i in range(0, len(values), size)]
 
@@ -341,7 +350,7 @@ def test_a_reasoner_that_breaks_the_format_earns_nothing_and_all_metrics_are_the
     out = tmp_path / "rl"
     run_here(
         RL,
-        rl_flags(data, out, judge="sandbox", reasoning=True, epochs=0.01, updates_per_batch=2),
+        rl_flags(data, out, judge="sandbox", reasoning=True, temperature=0.7, epochs=0.01, updates_per_batch=2),
         monkeypatch,
     )
     (line,) = read_jsonl(out / "metrics.jsonl")

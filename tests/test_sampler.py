@@ -226,6 +226,18 @@ def test_every_completion_may_end_at_its_first_token(model):
     assert [len(completion.token_ids) for completion in out] == [1] * 22
 
 
+def test_the_second_token_follows_the_model_whatever_the_first_was(model):
+    """Each token needs a random number of its own: with one for all, the second would depend on how the first was drawn."""
+    prompt, count = PROMPTS[2], 4000
+    out = sample(model, [prompt], group_size=count, max_new_tokens=2, temperature=2.0, eos_token_ids=[], seeds=range(count))
+    first = torch.tensor([c.token_ids[0] for c in out]).mode().values.item()
+    second = torch.tensor([c.token_ids[1] for c in out if c.token_ids[0] == first]).bincount(minlength=97)
+    expected = (logits_of(model, prompt, [first, 8])[1] / 2.0).softmax(-1)
+    top = expected.argsort(descending=True)[:9]
+    counts = torch.cat([second[top], second.sum()[None] - second[top].sum()])
+    assert chi_square(counts, torch.cat([expected[top], 1 - expected[top].sum()[None]])) < 27.9  # 9 degrees, p = 0.001
+
+
 # ---- independence
 
 
@@ -427,6 +439,7 @@ def test_progress_counts_completions_and_a_quick_call_shows_no_bar(model, monkey
     class Bar(tqdm):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
+            self._time = lambda: self.start_t  # quick, however busy the machine is
             bars.append(self)
 
     monkeypatch.setattr("lib.sampler.tqdm", Bar)

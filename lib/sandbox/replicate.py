@@ -39,7 +39,8 @@ MODELS = {
     "ambiguity": ("plain-only",),
 }
 DIRECT = ["--no-reasoning", "--max-new-tokens", "12", "--kl-coef", "0.1"]  # tuned: see README
-HEAVY = ["--learning-rate", "6.7e-4", "--epochs", "2", "--patience", "2"]  # 10/3 of the rate, twice the epochs, as in the paper
+# The paper: 10/3 of the rate, twice the epochs. No early stop: it would save the best of them, which is not heavy.
+HEAVY = ["--learning-rate", "6.7e-4", "--epochs", "2", "--held-out-share", "0"]
 
 
 def cell(*keys: str) -> Get:
@@ -87,7 +88,7 @@ CLAIMS: dict[str, tuple[Side, Side]] = {  # name: the two sides of a difference
     "F1 help: tars - rl-direct": (("tars", HELP), ("rl-direct", HELP)),
     "F2 safety: lambda 0.9 - lambda 0.1": (("lambda-0.9", SAFETY), ("lambda-0.1", SAFETY)),
     "F2 help: lambda 0.9 - lambda 0.1": (("lambda-0.9", HELP), ("lambda-0.1", HELP)),
-    "F3 reasoning tokens of tars at equal hops: decoy - harmful (twins)": (
+    "F3 reasoning tokens of tars at equal hops: decoy - harmful": (
         ("tars", THOUGHT["ambiguous/decoy"]),
         ("tars", THOUGHT["harmful"]),
     ),

@@ -10,7 +10,8 @@ the effect of the paper shows on a laptop in minutes. In it:
   chains of equal length, so that neither the words present nor their number tells what is asked for.
 * **Ambiguous** prompts name something dangerous and are benign. `toy`: a toy version of a dangerous thing is asked for.
   `decoy`: something dangerous is defined, something harmless is asked for. `verb`: a violent verb on a harmless thing.
-* **Twins** are a harmful prompt, a decoy and a toy with the very same definitions: only the word asked for differs.
+* **Twins** are a harmful prompt, a decoy and a toy with the very same definitions: only the word asked for differs. A set of
+  prompts has one of the three from each scene.
 
 All texts are lower case, words apart by spaces. Paper counterpart: section 4.2 (prompts).
 """
