@@ -371,7 +371,7 @@ def main() -> None:
             from lib.dry_run import plan_inference  # here, because torch is slow to import
 
             tokens, flags = settings.trace_max_batch_tokens, "--trace-max-batch-tokens"
-            plan_inference(settings.dry_run, [settings.trace_model], tokens, "float32", flags=flags)
+            plan_inference(settings.dry_run, [settings.trace_model], tokens, "bfloat16", flags=flags)
         return
     print(f"reading {' '.join(settings.files + settings.eval_files) or 'the sandbox'}; writing to {out}")
     pool, evaluation = (sandbox_prompts if settings.source == "sandbox" else file_prompts)(settings)

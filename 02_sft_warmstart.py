@@ -94,7 +94,7 @@ class Settings:
 
 
 # Settings that say how to compute, not what: a run may go on with others.
-MACHINERY = ("save_every", "shard", "offload", "max_batch_tokens", "gradient_checkpointing")
+MACHINERY = ("device", "save_every", "shard", "offload", "max_batch_tokens", "gradient_checkpointing")
 ASSUMED_TOKENS = 2048  # of the longest trace, for a plan before there are any
 
 
@@ -168,10 +168,10 @@ def held_out_loss(model, examples: list[Example], pad_id: int, settings: Setting
 
 def main() -> None:
     settings = parse_settings(Settings, "sft")
-    processes = start_processes(settings.device)
-    out, leader = Path(settings.out), processes.rank == 0
     if settings.dry_run not in ("", "here"):
         return plan(settings.dry_run, settings.model, partial(settings.need, ASSUMED_TOKENS), [], disk=8)
+    processes = start_processes(settings.device)
+    out, leader = Path(settings.out), processes.rank == 0
     check_shards(settings.shard, settings.offload, processes)
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)

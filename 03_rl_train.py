@@ -129,6 +129,7 @@ class Settings:
 
 # Settings that say how to compute, not what: a run may go on with others.
 MACHINERY = (
+    "device",
     "save_every",
     "rollouts_every",
     "shard",
@@ -331,7 +332,7 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
             logprobs, entropy = token_logprobs(
                 policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True
             )  # (B, T) each
-        with torch.no_grad():  # the reference is in --dtype already
+        with torch.no_grad(), precision(device_of(policy), settings.dtype):
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, temperature=settings.temperature)
         old_logprobs = logprobs.detach().clone()
         for row, rollout in enumerate(batch):
@@ -357,11 +358,11 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
 
 def main() -> None:
     settings = parse_settings(Settings, "rl")
-    processes = start_processes(settings.device)
-    out, leader = Path(settings.out), processes.rank == 0
     if settings.dry_run not in ("", "here"):
         longest = settings.max_prompt_tokens + settings.max_new_tokens
         return plan(settings.dry_run, settings.model, partial(settings.need, longest), models_of(settings.judge), disk=6)
+    processes = start_processes(settings.device)
+    out, leader = Path(settings.out), processes.rank == 0
     check_shards(settings.shard, settings.offload, processes)
     if processes.size > settings.prompts_per_step:
         raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
@@ -370,9 +371,11 @@ def main() -> None:
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     device = pick_device(settings.device, processes.local_rank)
     policy = load_model(settings, device, processes)
-    reference = load_model(settings, device, processes, dtype=settings.dtype, trained=False)
+    reference = load_model(settings, device, processes, trained=False)
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, not when the longest rollouts come
+        for score in (judge.harm_score, judge.task_score):  # loads its models: they take memory, too
+            score([records[0]["prompt"]], ["no"])
         prompt_tokens = max(len(record["prompt_ids"]) for record in records)
         need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
         rehearse(policy, reference, need, prompt_tokens, processes)
@@ -413,6 +416,7 @@ def main() -> None:
             finite_or_stop("gradient norm", update["grad_norm"], step, out)
             if update.get("pairs") != 0:  # without a pair there is nothing to learn, see update_on_preferences
                 optimizer.step()
+        optimizer.zero_grad()  # not only before the next gradient: sampling needs the memory
         clock.append(time.perf_counter())
         described = [r for part in gather_objects([describe(r, step) for r in rollouts], processes) for r in part]
         summary = summarise(described, settings.group_size, settings.one_reward)

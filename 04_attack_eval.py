@@ -147,6 +147,9 @@ def read_sets(settings: EvalSettings, names: Sequence[str]) -> tuple[dict[str, l
     needs = ("id", "prompt", "kind", "category")
     paths = {name: Path(settings.data) / file for name, file in FILES.items()}
     sets = {name: read_jsonl(path, needs) for name, path in paths.items() if name == "direct" or path.exists()}
+    for name, record, key in ((name, r, key) for name, records in sets.items() for r in records for key in needs[1:]):
+        if not isinstance(record[key], str):
+            raise UserError(f"{paths[name]}: {record['id']}: {key} is {record[key]!r}; allowed: some text")
     if not {"harmless", "ambiguous"} & sets.keys():
         raise UserError(f"{paths['harmless']}: no such file, nor {paths['ambiguous'].name}: a defence must be used, too")
     if settings.limit:
@@ -344,16 +347,15 @@ def block_of(line: dict) -> Block:
 
 def main() -> None:
     settings = parse_settings(EvalSettings, "eval")
-    processes = start_processes(settings.device, timeout_s=7 * 24 * 3600)  # a universal suffix is searched by one alone
-    leader = processes.rank == 0
     subjects, names = read_subjects(settings), read_attacks(settings)
     hired = settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names)  # a model writes for them
     if settings.dry_run:
         writer = [settings.attacker] if hired else []
         paths, beside = [subject.path for subject in subjects], [*models_of(settings.judge), *writer]
         return plan_inference(settings.dry_run, paths, settings.max_batch_tokens, settings.dtype, beside)
+    processes = start_processes(settings.device, timeout_s=7 * 24 * 3600)  # a universal suffix is searched by one alone
     (sets, behaviours), judge = read_sets(settings, names), load_judge(settings.judge)
-    out = Path(settings.out)
+    out, leader = Path(settings.out), processes.rank == 0
     for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
         encode_prompt(load_tokenizer(subject.path), "Hello", reasoning=subject.reasoning, system=subject.system)
     if behaviours and hired:

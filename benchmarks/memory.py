@@ -31,6 +31,7 @@ from lib.policy import load_policy
 from lib.processes import start_processes
 from lib.sampler import Completion, sample
 from lib.settings import UserError, run_main
+from lib.training import halve_linear_layers
 
 PROMPT = 16  # tokens
 # glibc keeps freed blocks below 32 MB, in fragments that other sizes cannot use: up to twice the memory in use is resident.
@@ -90,7 +91,9 @@ def measure(case: Case, folder: str) -> dict:
     torch.nn.Linear(8, 8)(torch.ones(8)).sum().backward()  # what torch loads when it is first used
     before = resident("VmRSS")
     policy = load_policy(folder, device="cpu", gradient_checkpointing=case.checkpointing)
-    reference = load_policy(folder, device="cpu", dtype=case.dtype).requires_grad_(False)
+    reference = load_policy(folder, device="cpu").requires_grad_(False)
+    if case.dtype == "bfloat16":
+        halve_linear_layers(reference)
     shape, vocabulary = shape_of_model(policy), policy.config.vocab_size
     new = case.longest - PROMPT
     need = stage.Need(case.batch_tokens, case.longest, case.sample_tokens, True, case.dtype, case.checkpointing)
@@ -98,16 +101,17 @@ def measure(case: Case, folder: str) -> dict:
     optimizer = torch.optim.AdamW(policy.parameters())
 
     prompts = torch.randint(vocabulary, (case.sample_tokens // case.longest, PROMPT)).tolist()
-    with stage.precision(torch.device("cpu"), case.dtype):
-        sample(policy, prompts, max_new_tokens=new, eos_token_ids=[-1], max_batch_tokens=case.sample_tokens)
     rollouts = []
     for _ in range(2 * case.batch_tokens // case.longest):  # two micro-batches: the second meets the first's gradients
         done = Completion(torch.randint(vocabulary, (new,)).tolist(), [0.0] * new, "length")
         parsed = Parsed("", "", False)
         rollouts.append(stage.Rollout({}, prompts[0], done, "", parsed, 0, advantage=1.0))
-    for _ in range(2):  # the second update meets AdamW's moments
+    for _ in range(2):  # the second step meets AdamW's moments
+        with stage.precision(torch.device("cpu"), case.dtype):
+            sample(policy, prompts, max_new_tokens=new, eos_token_ids=[-1], max_batch_tokens=case.sample_tokens)
         stage.update_policy(policy, reference, optimizer, rollouts, 0, settings, processes)
         optimizer.step()
+        optimizer.zero_grad()
     return {"formula": memory(shape, need)["peak"], "measured": resident("VmHWM") - before, "parameters": shape.parameters}
 
 

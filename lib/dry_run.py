@@ -85,7 +85,10 @@ def plan_inference(
         weights, cache = low * shape.parameters, kv_cache_bytes(shape, sample_tokens, dtype)
         sizes = f"weights {weights / GB:.1f} GB, KV cache {cache / GB:.1f} GB" + (f", beside {beside / GB:.1f} GB" * bool(beside))
         total = weights + cache + beside
-        fits = "fits" if total <= (1 - SPARE) * limit else f"does not fit: lower {flags}"
+        room = (1 - SPARE) * limit
+        smaller = "take smaller judges and attackers, put judges elsewhere (NAME@cuda:1)" if beside else "take a smaller model"
+        change = f"lower {flags}" if weights + beside < room else f"{smaller} or larger GPUs"
+        fits = "fits" if total <= room else f"does not fit: {change}"
         print(f"{name}: {shape.parameters / 1e6:,.0f} M parameters, {sizes}: {total / GB:.1f} of {limit / GB:g} GB: {fits}")
     for name in dict.fromkeys([*models, *together]):
         print(f"  {on_the_hub(name)}")
@@ -118,15 +121,17 @@ def rehearse(
     moments = torch.empty(8 * own, dtype=torch.uint8, device="cpu" if need.offload else device)
     if need.sample_tokens:
         with gathered(policy):
-            torch.empty(kv_cache_bytes(shape, need.sample_tokens, need.dtype), dtype=torch.uint8, device=device)
-    ids = torch.full((max(1, need.batch_tokens // need.longest), need.longest), 1, device=device)
+            casts = 2 * shape.parameters if need.dtype == "bfloat16" and not need.shard else 0
+            torch.empty(kv_cache_bytes(shape, need.sample_tokens, need.dtype) + casts, dtype=torch.uint8, device=device)
+    rows = max(1, -(-need.batch_tokens // need.longest))  # of the largest batch: one of the longest might leave some room
+    ids = torch.full((rows, max(prompt_tokens + 1, need.batch_tokens // rows)), 1, device=device)
     everything = torch.ones_like(ids, dtype=torch.bool)
     completion = everything.clone()
     completion[:, : max(1, prompt_tokens)] = False
     with precision(device, need.dtype):
         logprobs, _ = token_logprobs(policy, ids, everything, completion, with_entropy=True)
     if reference is not None:
-        with torch.no_grad():
+        with torch.no_grad(), precision(device, need.dtype):
             token_logprobs(reference, ids, everything, completion)
     backward(0.0 * logprobs.sum(), policy, processes)
     policy.zero_grad(set_to_none=True)

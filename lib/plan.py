@@ -4,14 +4,14 @@ Sizes follow from the model's shape. P parameters, N processes; with `--shard` w
 
     weights*    4 P    fp32, whatever is computed in: an update of 1e-6 is lost in bfloat16
     gradients*  4 P    AdamW*  8 P: two moments in fp32
-    reference*  4 P, in bfloat16 2 P
+    reference*  4 P, in bfloat16 2 P, and without --shard 2 more for each weight of the embeddings
     casts       2 P    in bfloat16: autocast keeps a copy of each weight while it computes
     activations        what the backward pass needs of every token of a micro-batch, see `activation_bytes`
     logits             of `CHUNK` tokens at a time, four copies: logits, log-probabilities, and two of the entropy
     KV cache           2 x layers x key-value width, a column, and one layer more while it is repacked
 
-Sampling and training do not coincide, so the peak is the larger of the two. Fragmentation and the CUDA context come on top:
-`SPARE` of the GPU is left for them.
+Sampling and training do not coincide (and while it samples there are no gradients), so the peak is the larger of the two.
+Fragmentation and the CUDA context come on top: `SPARE` of the GPU is left for them.
 """
 
 from __future__ import annotations
@@ -116,11 +116,12 @@ def memory(shape: Shape, need: Need) -> dict[str, float]:
     part = need.processes if need.shard else 1
     low = width(need.dtype)
     held = 0 if need.offload else 1 / part
+    kept = 2 * shape.vocabulary * shape.hidden if need.dtype == "bfloat16" and not need.shard else 0  # embeddings in fp32
     sizes = {
         "weights": 4 * shape.parameters * held,
         "gradients": 4 * shape.parameters * held,
         "AdamW": 8 * shape.parameters * held,
-        "reference": low * shape.parameters * held if need.reference else 0,
+        "reference": (low * shape.parameters + kept) * held if need.reference else 0,
         "casts": 2 * shape.parameters if need.dtype == "bfloat16" and not need.shard else 0,
         "activations": activation_bytes(shape, need),
         "logits": 4 * 4 * min(CHUNK, need.batch_tokens) * shape.vocabulary,
@@ -134,7 +135,7 @@ def memory(shape: Shape, need: Need) -> dict[str, float]:
     gathered = low * (2 * layer + ends) + (low + 4) * (layer + ends) if need.shard else 0
     update = 4 * shape.parameters * held  # AdamW's temporaries
     whole = low * shape.parameters if need.shard else 0
-    sizes["sampling"] = fixed + sizes["casts"] + sizes["KV cache"] + whole if need.sample_tokens else 0
+    sizes["sampling"] = fixed - sizes["gradients"] + sizes["casts"] + sizes["KV cache"] + whole if need.sample_tokens else 0
     sizes["training"] = fixed + max(sizes["casts"] + sizes["activations"] + sizes["logits"] + gathered, update)
     return sizes | {"peak": max(sizes["sampling"], sizes["training"])}
 

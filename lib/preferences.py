@@ -105,7 +105,7 @@ def update_on_preferences(
         ids, attention_mask, mask = rollout_batch(rows, pad_id, device_of(policy))  # (2P, T) each
         with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(policy, ids, attention_mask, mask, with_entropy=True)  # (2P, T) each
-        with torch.no_grad():
+        with torch.no_grad(), precision(device_of(policy), settings.dtype):
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask)
         chosen, rejected = logprobs.sum(1).chunk(2)
         chosen_lengths = torch.tensor(lengths[: len(batch)], device=ids.device)

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,7 +66,7 @@ def start_processes(device: str, timeout_s: float = 7200) -> Processes:
         backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
         with lost_process():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        atexit.register(stop_processes)  # gloo's threads abort an interpreter that exits, on an error, while they run
+        atexit.register(_leave_on_error)
     return processes
 
 
@@ -80,9 +81,18 @@ def share(items: Sequence[T], processes: Processes) -> Sequence[T]:
 
 
 def stop_processes() -> None:
-    """Leave the group that `start_processes` joined, if any."""
+    """Leave the group that `start_processes` joined, if any. With nccl all must do so: they wait for each other."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _leave_on_error() -> None:
+    """At the exit of a process that is still in the group: an error, of which its message tells. The others must hear of it."""
+    if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # destroy_process_group would wait for the others, which wait for this process
+    stop_processes()  # gloo's threads abort an interpreter that exits while they run
 
 
 def sum_gradients(model: torch.nn.Module, processes: Processes) -> None:

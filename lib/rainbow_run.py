@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from lib.chat import load_tokenizer
-from lib.policy import load_policy
+from lib.policy import dtype_to_infer, load_policy
 from lib.rainbow import rainbow
 from lib.rainbow_grid import Comparison, by_score, load_grid
 from lib.rewards import load_judge
@@ -20,17 +20,18 @@ def search(settings, harmful: list[dict]) -> list[dict]:
     `settings` are stage 1's. Written to OUT/rainbow as it goes; a search that was stopped goes on.
     """
     limits = {"max_new_tokens": settings.rainbow_tokens, "max_batch_tokens": settings.rainbow_max_batch_tokens}
+    dtype = dtype_to_infer(settings.device)
     judge, tokenizer = load_judge(settings.rainbow_judge), load_tokenizer(settings.rainbow)
 
     @cache
     def victim() -> Victim:
-        model = load_policy(settings.rainbow, device=settings.device).requires_grad_(False)
+        model = load_policy(settings.rainbow, device=settings.device, dtype=dtype).requires_grad_(False)
         reasoning = stated_reasoning(settings.rainbow) is not False
         return Victim("rainbow", model, tokenizer, reasoning, judge, temperature=0.6, **limits)
 
     return rainbow(
         victim,
-        load_grid(settings.rainbow_attacker, device=settings.device, dtype="float32", **limits),
+        load_grid(settings.rainbow_attacker, device=settings.device, dtype=dtype, **limits),
         Comparison(settings.rainbow_compare) if settings.rainbow_compare else by_score,
         [record["prompt"] for record in harmful],
         Path(settings.out) / "rainbow",

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from lib.files import UserError, git_revision, sha256_file, write_json
 from lib.settings import shown
@@ -60,8 +61,8 @@ def claim_folder(
         raise UserError(f"--out: given {out}, a file; allowed a folder, new or of an earlier run")
     if path.exists():
         before = _read_settings(path)
-        skip = {*ignore, "overwrite"}
-        differing = [k for k in {**before, **settings} if k not in skip and before.get(k) != settings.get(k)]
+        skip = {*ignore, "overwrite", "out"}
+        differing = [k for k in {**before, **settings} if k not in skip and _plain(before.get(k)) != _plain(settings.get(k))]
         if not differing:
             return
         if read := _within(out, [*(k.removeprefix(SUM) for k in settings if k.startswith(SUM)), *inputs]):
@@ -76,6 +77,11 @@ def claim_folder(
         raise UserError(f"{out} has files but no settings.json, so it is no run of ours: give another --out")
     versions = {name: version(name) for name in PACKAGES}
     write_json(path, {**settings, "git_revision": git_revision(), "versions": versions})
+
+
+def _plain(value: Any) -> Any:
+    """Without what makes no difference between paths: runs/a/ is runs/a."""
+    return os.path.normpath(value) if isinstance(value, str) and "/" in value else value
 
 
 def _within(out: Path, inputs: Iterable[str | Path]) -> str | None:

@@ -17,16 +17,28 @@ from lib.settings import UserError
 from lib.sharding import is_sharded, shard
 
 
-def load_model(
-    settings: Any, device: torch.device, processes: Processes, *, dtype: str = "float32", trained: bool = True
-) -> PreTrainedModel:
+def load_model(settings: Any, device: torch.device, processes: Processes, *, trained: bool = True) -> PreTrainedModel:
     """`settings.model` for a stage that trains: the policy, or a frozen reference. `settings` are those of stage 2 or 3. With
     `shard` it is read on the CPU, and this process's part of it stays: load one after the other."""
     checkpointing = trained and settings.gradient_checkpointing
+    dtype = settings.dtype if settings.shard and not trained else "float32"
     at_first = "cpu" if settings.shard else device
     model = load_policy(settings.model, device=at_first, dtype=dtype, gradient_checkpointing=checkpointing)
     model.requires_grad_(trained)
-    return shard(model, device, processes, dtype=settings.dtype, offload=settings.offload) if settings.shard else model
+    if settings.shard:
+        return shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
+    if settings.dtype == "bfloat16" and not trained:
+        halve_linear_layers(model)
+    return model
+
+
+def halve_linear_layers(model: torch.nn.Module) -> None:
+    """Keep in bfloat16 what autocast would cast anyway: a frozen reference takes half as much, and computes to the bit what the
+    policy of equal weights does, so KL begins at 0. (All in bfloat16, the sums between layers are rounded, too.)"""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:  # a tied head stays as it is
+            module.to(torch.bfloat16)
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

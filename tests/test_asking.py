@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_attacks import BEHAVIOURS, BUDGET, attack, generator, make_model, make_tokenizer, plain_loss, victim_of  # noqa: E402
@@ -137,6 +138,22 @@ def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer):
     losses = autodan.target_losses(victim_of(model, tokenizer), texts, "w15 w16", budget, cost)
     expected = [plain_loss(model, tokenizer, {"prompt": text, "target": "w15 w16"}, "", True) for text in texts]
     assert losses == pytest.approx(expected, abs=1e-4) and cost.queries == 3
+
+
+def test_out_of_memory_asks_for_half_as_many_losses_at_a_time(model, tokenizer, monkeypatch):
+    texts, victim = [f"w{i}" for i in range(1, 8)], victim_of(model, tokenizer)
+    expected = autodan.target_losses(victim, texts, "w15 w16", SMALL, Cost())
+    rows, forward = [], type(model).forward
+
+    def small(self, input_ids=None, **options):
+        rows.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", small)
+    assert autodan.target_losses(victim, texts, "w15 w16", SMALL, Cost()) == pytest.approx(expected, abs=1e-5)
+    assert rows == [7, 3, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_autodan_lowers_the_loss_and_keeps_the_request(model, tokenizer):

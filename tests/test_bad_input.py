@@ -224,6 +224,9 @@ def test_model_to_evaluate_that_is_none(data, tmp_path, fails):
     (tmp_path / "model").mkdir()
     words = f"--data {tmp_path} --out {tmp_path}/eval --models it={tmp_path}/model"
     fails(EVAL, words.split(), tmp_path / "model", "cannot load")
+    with (tmp_path / "eval_ambiguous.jsonl").open("a") as file:
+        file.write('{"id": 7, "prompt": "how ?", "kind": "ambiguous", "category": null}\n')
+    fails(EVAL, words.split(), "eval_ambiguous.jsonl: 7: category is None; allowed: some text")
 
 
 # ---- output folders --------------------------------------------------------------------------------------------------

@@ -343,6 +343,39 @@ def test_two_processes_sum_and_gather_and_notice_that_one_was_killed():
     assert "Traceback" not in survivor
 
 
+FAILING = """
+import time
+import torch.distributed as dist
+from lib.processes import start_processes
+from lib.settings import UserError, run_main
+
+def main():
+    start_processes("cpu", timeout_s=60)
+    dist.get_backend_config = lambda: "cpu:gloo,cuda:nccl"
+    dist.destroy_process_group = lambda: time.sleep(600)  # as nccl's does, which waits for the others
+    raise UserError("told before it leaves")
+
+run_main(main)
+"""
+
+
+def test_a_failing_process_on_gpus_leaves_without_waiting_for_the_others():
+    port = 20_000 + (os.getpid() + 7) % 20_000
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING],
+            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for r in (0, 1)
+    ]
+    for rank in ranks:
+        assert "error: told before it leaves" in rank.communicate(timeout=120)[1] and rank.returncode == 1
+
+
 def test_one_process_needs_no_torchrun(monkeypatch, tiny_model):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     processes = start_processes("cpu")

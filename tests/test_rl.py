@@ -32,13 +32,14 @@ from stages import (
 
 from lib.chat import Parsed, load_tokenizer
 from lib.files import read_jsonl
-from lib.policy import load_policy
+from lib.policy import load_policy, token_logprobs
 from lib.processes import Processes
 from lib.rewards import Judge
 from lib.rollout_log import summarise
 from lib.sampler import Completion
 from lib.sandbox import world
 from lib.settings import UserError
+from lib.training import load_model, rollout_batch
 
 stage = importlib.import_module(RL)
 ALONE = Processes(0, 1, 0)
@@ -216,6 +217,20 @@ def test_kl_metric_is_the_mean_over_tokens(tiny_model, reference):
 
 
 # ---- the parts of a step ---------------------------------------------------------------------------------------------
+
+
+def test_a_reference_in_bfloat16_begins_as_the_policy_to_the_bit(data):
+    settings = stage.Settings(model=str(world.BASE), dtype="bfloat16")
+    device = torch.device("cpu")
+    policy = load_model(settings, device, ALONE)
+    reference = load_model(settings, device, ALONE, trained=False)
+    size = lambda model: sum(p.numel() * p.element_size() for p in model.parameters())  # noqa: E731
+    assert size(reference) < 0.7 * size(policy)
+    rollouts = [r for r in make_rollouts() if r.advantage is not None]
+    ids, attention_mask, mask = rollout_batch(rollouts, 0, device)
+    with torch.no_grad(), stage.precision(device, "bfloat16"):
+        one, other = (token_logprobs(model, ids, attention_mask, mask) for model in (policy, reference))
+    assert torch.equal(one, other) and one.any()
 
 
 def test_advantages_are_centred_and_of_unit_deviation_and_zero_where_all_rewards_agree():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -224,6 +225,23 @@ def test_an_eos_at_the_last_allowed_token_counts_as_eos(model):
 def test_every_completion_may_end_at_its_first_token(model):
     out = sample(model, PROMPTS, group_size=2, max_new_tokens=5, eos_token_ids=range(97), max_batch_tokens=90)
     assert [len(completion.token_ids) for completion in out] == [1] * 22
+
+
+def test_autocast_casts_a_weight_once_and_not_for_every_token(model):
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            matrix = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() == 2 and args[0].is_leaf
+            self.count += matrix and "_to_copy" in str(function) and isinstance(args[0], torch.nn.Parameter)
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for tokens in (2, 12):
+        with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+            sample(model, PROMPTS[:2], max_new_tokens=tokens, eos_token_ids=[])
+        counts.append(casts.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_the_second_token_follows_the_model_whatever_the_first_was(model):

@@ -213,6 +213,14 @@ def test_claim_a_folder_of_another_run(tmp_path):
     assert json.loads((tmp_path / "x" / "settings.json").read_text())["batch_size"] == 9
 
 
+def test_another_spelling_of_a_path_or_another_place_of_the_folder_is_the_same_run(tmp_path):
+    claim_folder(tmp_path / "x", {"out": f"{tmp_path}/x/", "data": "runs/data/", "model": "me/model"}, overwrite=False)
+    (tmp_path / "x").rename(tmp_path / "y")
+    claim_folder(tmp_path / "y", {"out": f"{tmp_path}/y", "data": "./runs/data", "model": "me/model"}, overwrite=False)
+    with pytest.raises(UserError, match="--data"):
+        claim_folder(tmp_path / "y", {"out": f"{tmp_path}/y", "data": "runs/other", "model": "me/model"}, overwrite=False)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_run_is_neither_used_nor_emptied(tmp_path, overwrite):
     (tmp_path / "photos").mkdir()

@@ -58,18 +58,26 @@ def autodan(
 
 @torch.no_grad()
 def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Budget, cost: Cost) -> list[float]:
-    """Mean negative log-likelihood of the target behind each text. Texts of different length: padded on the left."""
+    """Mean negative log-likelihood of the target behind each text. Texts of different length: padded on the left.
+    Out of memory, half as many at a time."""
     target_ids = victim.tokenizer.encode(target, add_special_tokens=False)
     rows = [victim.encode(text) + target_ids for text in texts]
     losses: list[float] = []
     size = max(1, budget.max_batch_tokens // max(map(len, rows)))
-    for begin in range(0, len(rows), size):
-        ids, mask = pad_batch(rows[begin : begin + size], 0, side="left")  # (n, T)
+    while len(losses) < len(rows):
+        ids, mask = pad_batch(rows[len(losses) : len(losses) + size], 0, side="left")  # (n, T)
         ids, mask = ids.to(victim.model.device), mask.to(victim.model.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = victim.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=len(target_ids) + 1)
-        logits = out.logits[:, :-1].float()  # (n, target, vocab)
-        losses += F.cross_entropy(logits.transpose(1, 2), ids[:, -len(target_ids) :], reduction="none").mean(1).tolist()
+        try:
+            out = victim.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=len(target_ids) + 1)
+            logits = out.logits[:, :-1].float()  # (n, target, vocab)
+            part = F.cross_entropy(logits.transpose(1, 2), ids[:, -len(target_ids) :], reduction="none").mean(1)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = max(1, min(size, len(ids)) // 2)
+            continue
+        losses += part.tolist()
     cost.queries += len(rows)
     cost.forward_tokens += sum(map(len, rows))
     return losses
@@ -115,9 +123,13 @@ def word_scores(people: list[Individual], losses: list[float], old: dict[str, fl
 def swap_words(person: Individual, scores: dict[str, float], rng: random.Random) -> Individual:
     """A few words around the request give way to words of higher score."""
 
+    highest = max(scores.values(), default=-math.inf)
+
     def swapped(word: str) -> str:
-        better = [w for w, score in scores.items() if score > scores.get(word, -math.inf)]
-        return rng.choice(better) if better and rng.random() < WORD_SWAP else word
+        own = scores.get(word, -math.inf)
+        if own >= highest or rng.random() >= WORD_SWAP:
+            return word
+        return rng.choice([other for other, score in scores.items() if score > own])
 
     def around(sentences: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(" ".join(map(swapped, sentence.split())) for sentence in sentences)

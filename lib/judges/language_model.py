@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch
 from lib.files import UserError
 from lib.hub import load_pretrained
+from lib.plan import kv_cache_bytes, shape_of_model
 from lib.policy import load_policy
 from lib.processes import pick_device
 from lib.sampler import sample
 
-BATCH_TOKENS = 8192  # rows x columns of the cache: 6.7 GB (twice that while it is repacked) for a Llama of 13 B in bfloat16
+BATCH_TOKENS = 8192  # rows x columns of a pass; on a GPU, of one that reads
+CACHE_BYTES = 6.7e9  # on a GPU, of one that writes: 8 thousand tokens of a Llama of 13 B, 110 thousand of a Qwen2.5 of 7 B
 UNSEEN_SPACE = "\u200b"  # of no width
 RUBRIC_TAGS = ("request", "answer")
 LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
@@ -49,6 +51,12 @@ class LanguageModel:
         if device.type == "cuda" and not self.device:
             device = torch.device("cuda", torch.cuda.current_device())  # that of this process among torchrun's
         return self.load(device, "bfloat16" if device.type == "cuda" else "float32")
+
+    @property
+    def cache_tokens(self) -> int:
+        if self.model.device.type == "cpu":
+            return BATCH_TOKENS
+        return int(CACHE_BYTES / kv_cache_bytes(shape_of_model(self.model), 1, "bfloat16"))
 
     @cached_property
     def special(self) -> list[str]:
@@ -80,7 +88,7 @@ class LanguageModel:
                 max_new_tokens=max_new_tokens,
                 temperature=0.0,
                 eos_token_ids=stop_ids(self.model, self.tokenizer),
-                max_batch_tokens=max(BATCH_TOKENS, longest),
+                max_batch_tokens=max(self.cache_tokens, longest),
                 progress=True,
             )
         except (ValueError, FloatingPointError) as error:
