@@ -384,12 +384,12 @@ def test_resume_state_that_is_damaged(data, tmp_path, fails, monkeypatch):
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 NAN_JUDGE = """
-calls = 0
+calls = 0  # the first is the rehearsal's
 
 def harm_score(prompts, answers):
     global calls
     calls += 1
-    return [float("nan") if calls == 3 else 0.5 for _ in answers]
+    return [float("nan") if calls == 4 else 0.5 for _ in answers]
 
 def task_score(prompts, answers):
     return [i / len(answers) for i, _ in enumerate(answers)]

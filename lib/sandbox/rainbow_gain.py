@@ -1,6 +1,6 @@
 """What the rainbow archive buys: RL on the mixture with prompts found by rainbow teaming against RL without (paper, appendix E).
 
-    python -m lib.sandbox.rainbow_gain        # about 35 minutes on 2 CPU cores, 4 seeds; --seeds 2 for a first look
+    python -m lib.sandbox.rainbow_gain        # half an hour on 2 CPU cores; --seeds 2 for a first look
 
 For each seed, from one pi_SFT: stage 1 with `--rainbow` searches for prompts that pi_SFT answers harmfully, and puts them
 in the place of 0.4 of the harmful RL prompts (the paper: 800 of 2000); stage 3 trains `plain` without and `with` with them;
@@ -83,7 +83,7 @@ def report(seeds: Sequence[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=4, help="number of seeds (default 4); of one there is no interval")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds (default 8); of one there is no interval")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help=f"the first of them (default {FIRST_SEED})")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time (default: one a core)")
     parser.add_argument("--out", type=Path, default=Path("runs/rainbow"), help="folder (default runs/rainbow)")
