@@ -375,7 +375,7 @@ def main() -> None:
     records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, not when the longest rollouts come
         for score in (judge.harm_score, judge.task_score):  # loads its models: they take memory, too
-            score([records[0]["prompt"]], ["no"])
+            score([records[0]["prompt"]], [f"no {time.time_ns()}"])  # which no cache of verdicts knows
         prompt_tokens = max(len(record["prompt_ids"]) for record in records)
         need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
         rehearse(policy, reference, need, prompt_tokens, processes)

@@ -1,6 +1,6 @@
 # make demo        the whole recipe on the sandbox, in minutes: three models, their evaluation, figures
 # make test        lint, formatting, types, tests
-# make replicate   the demo's comparison over several seeds, about 40 minutes
+# make replicate   the demo's comparison over several seeds, about half an hour
 # make frontier    the paper's Figure 2 over lambda, methods and seeds, an hour and a half; FLAGS=--equal-tokens for more
 # make clean       delete runs/ and the virtual environment
 #

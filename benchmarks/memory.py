@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory --model smollm2
 
-Each case is a process of its own: it loads policy and reference, samples, and makes one update on sequences of random
-tokens with stage 3's own functions. Measured is the largest resident set since the models began to load, less what the
-interpreter and its libraries held before. The random models have proportions that SmolLM2 has not: wide and shallow, one
+Each case is a process of its own: it loads policy and reference, makes an update on sequences of random tokens, samples, and
+makes another, with stage 3's own functions. Measured is the process's largest resident set, less what the interpreter and its
+libraries held before the models were loaded. The random models have proportions that SmolLM2 has not: wide and shallow, one
 token in the vocabulary for twenty of SmolLM2's, no grouped heads.
 """
 
@@ -53,10 +53,8 @@ class Case:
 CASES = [
     Case("given", 512, 128, 512),
     Case("given", 2048, 256, 2048),
-    Case("given", 4096, 512, 4096),
-    Case("given", 4096, 512, 4096, checkpointing=True),
-    Case("given", 512, 256, 32768),
-    Case("shallow", 8192, 256, 8192),
+    Case("given", 512, 128, 16384),
+    Case("shallow", 4096, 256, 4096),
     Case("deep", 8192, 256, 8192),
     Case("deep", 8192, 256, 8192, checkpointing=True),
     Case("deep", 8192, 256, 8192, dtype="bfloat16"),
@@ -64,7 +62,7 @@ CASES = [
 
 
 def random_model(name: str) -> PreTrainedModel:
-    """shallow: 2 wide layers, 49 M parameters; deep: 16 narrow ones with grouped heads, 5 M."""
+    """shallow: 2 wide layers, 50 M parameters; deep: 16 narrow ones with grouped heads, 5 M."""
     if name == "shallow":
         wide = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16)
         return LlamaForCausalLM(LlamaConfig(vocab_size=8000, num_key_value_heads=16, **wide))
@@ -106,9 +104,10 @@ def measure(case: Case, folder: str) -> dict:
         done = Completion(torch.randint(vocabulary, (new,)).tolist(), [0.0] * new, "length")
         parsed = Parsed("", "", False)
         rollouts.append(stage.Rollout({}, prompts[0], done, "", parsed, 0, advantage=1.0))
-    for _ in range(2):  # the second step meets AdamW's moments
+    for step in range(2):
         with stage.precision(torch.device("cpu"), case.dtype):
-            sample(policy, prompts, max_new_tokens=new, eos_token_ids=[-1], max_batch_tokens=case.sample_tokens)
+            if step:  # beside AdamW's moments
+                sample(policy, prompts, max_new_tokens=new, eos_token_ids=[-1], max_batch_tokens=case.sample_tokens)
         stage.update_policy(policy, reference, optimizer, rollouts, 0, settings, processes)
         optimizer.step()
         optimizer.zero_grad()

@@ -87,7 +87,8 @@ def plan_inference(
         total = weights + cache + beside
         room = (1 - SPARE) * limit
         smaller = "take smaller judges and attackers, put judges elsewhere (NAME@cuda:1)" if beside else "take a smaller model"
-        change = f"lower {flags}" if weights + beside < room else f"{smaller} or larger GPUs"
+        halved = (weights + beside) / 2 if low == 4 and "--dtype" in flags else weights + beside
+        change = f"lower {flags}" if halved < room else f"{smaller} or larger GPUs"
         fits = "fits" if total <= room else f"does not fit: {change}"
         print(f"{name}: {shape.parameters / 1e6:,.0f} M parameters, {sizes}: {total / GB:.1f} of {limit / GB:g} GB: {fits}")
     for name in dict.fromkeys([*models, *together]):
@@ -123,8 +124,11 @@ def rehearse(
         with gathered(policy):
             casts = 2 * shape.parameters if need.dtype == "bfloat16" and not need.shard else 0
             torch.empty(kv_cache_bytes(shape, need.sample_tokens, need.dtype) + casts, dtype=torch.uint8, device=device)
-    rows = max(1, -(-need.batch_tokens // need.longest))  # of the largest batch: one of the longest might leave some room
-    ids = torch.full((rows, max(prompt_tokens + 1, need.batch_tokens // rows)), 1, device=device)
+    rows = max(1, -(-need.batch_tokens // need.longest))  # of the largest batch: the longest sequences might leave some room
+    columns = need.batch_tokens // rows
+    if columns <= prompt_tokens:
+        rows, columns = max(1, need.batch_tokens // need.longest), need.longest
+    ids = torch.full((rows, columns), 1, device=device)
     everything = torch.ones_like(ids, dtype=torch.bool)
     completion = everything.clone()
     completion[:, : max(1, prompt_tokens)] = False

@@ -23,7 +23,7 @@ def checksums(*paths: str | Path) -> dict[str, str]:
     Among a run's settings, they keep it from going on with other inputs than it began with.
     """
     files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p]) if f.is_file()]
-    return {f"{SUM}{file}": sha256_file(file)[:32] for file in files}
+    return {f"{SUM}{os.path.normpath(file)}": sha256_file(file)[:32] for file in files}
 
 
 def stated_reasoning(model: str) -> bool | None:
@@ -81,6 +81,8 @@ def claim_folder(
 
 def _plain(value: Any) -> Any:
     """Without what makes no difference between paths: runs/a/ is runs/a."""
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
     return os.path.normpath(value) if isinstance(value, str) and "/" in value else value
 
 

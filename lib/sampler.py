@@ -52,7 +52,7 @@ class Completion:
     finish_reason: str  # "eos" or "length"
 
 
-@torch.no_grad()  # and not inference_mode, in which autocast would cast all weights anew for every token
+@torch.no_grad()  # and not inference_mode, in which autocast would cast trainable weights anew for every token
 def sample(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],

@@ -29,6 +29,7 @@ from stages import (
     same_run,
     wait_for_lines,
 )
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib.chat import Parsed, load_tokenizer
 from lib.files import read_jsonl
@@ -219,13 +220,19 @@ def test_kl_metric_is_the_mean_over_tokens(tiny_model, reference):
 # ---- the parts of a step ---------------------------------------------------------------------------------------------
 
 
-def test_a_reference_in_bfloat16_begins_as_the_policy_to_the_bit(data):
-    settings = stage.Settings(model=str(world.BASE), dtype="bfloat16")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reference_in_bfloat16_begins_as_the_policy_to_the_bit(tmp_path, tied):
+    path = world.BASE
+    if tied:
+        path, sizes = tmp_path, dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        heads = dict(num_attention_heads=2, num_key_value_heads=2)
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=97, tie_word_embeddings=True, **sizes, **heads)).save_pretrained(path)
+    settings = stage.Settings(model=str(path), dtype="bfloat16")
     device = torch.device("cpu")
     policy = load_model(settings, device, ALONE)
     reference = load_model(settings, device, ALONE, trained=False)
     size = lambda model: sum(p.numel() * p.element_size() for p in model.parameters())  # noqa: E731
-    assert size(reference) < 0.7 * size(policy)
+    assert size(reference) < 0.75 * size(policy)
     rollouts = [r for r in make_rollouts() if r.advantage is not None]
     ids, attention_mask, mask = rollout_batch(rollouts, 0, device)
     with torch.no_grad(), stage.precision(device, "bfloat16"):

@@ -22,8 +22,8 @@ from lib.policy import load_policy
 from lib.processes import pick_device
 from lib.sampler import sample
 
-BATCH_TOKENS = 8192  # rows x columns of a pass; on a GPU, of one that reads
-CACHE_BYTES = 6.7e9  # on a GPU, of one that writes: 8 thousand tokens of a Llama of 13 B, 110 thousand of a Qwen2.5 of 7 B
+BATCH_TOKENS = 8192  # rows x columns of a pass; on a CUDA GPU, of one that reads
+CACHE_BYTES = 6.7e9  # there, of one that writes: 8 thousand tokens of a Llama of 13 B, 110 thousand of a Qwen2.5 of 7 B
 UNSEEN_SPACE = "\u200b"  # of no width
 RUBRIC_TAGS = ("request", "answer")
 LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
@@ -54,7 +54,7 @@ class LanguageModel:
 
     @property
     def cache_tokens(self) -> int:
-        if self.model.device.type == "cpu":
+        if self.model.device.type != "cuda":
             return BATCH_TOKENS
         return int(CACHE_BYTES / kv_cache_bytes(shape_of_model(self.model), 1, "bfloat16"))
 

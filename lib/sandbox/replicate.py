@@ -1,6 +1,6 @@
 """Run the four chapters for several seeds on the sandbox, with the paper's main comparisons, and tabulate them.
 
-    python -m lib.sandbox.replicate           # `make replicate`: about 40 minutes on 2 CPU cores; --seeds 2 for a first look
+    python -m lib.sandbox.replicate           # `make replicate`: about half an hour on 2 CPU cores; --seeds 2 for a first look
 
 For each seed, everything is drawn anew: the world's prompts and traces, SFT, RL, evaluation prompts and attacks. The models:
 
