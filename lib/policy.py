@@ -22,9 +22,10 @@ CHUNK = 2048  # tokens whose logits exist at a time
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
 
-def dtype_to_infer(device: str) -> str:
+def dtype_to_infer(device: str | torch.device) -> str:
     """What a model that only reads and writes computes in: bfloat16 on a GPU, where it takes half the room and time."""
-    return "bfloat16" if pick_device(device).type == "cuda" else "float32"
+    device = pick_device(device) if isinstance(device, str) else device
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def load_policy(

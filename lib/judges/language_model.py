@@ -18,7 +18,7 @@ from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, pad_b
 from lib.files import UserError
 from lib.hub import load_pretrained
 from lib.plan import kv_cache_bytes, shape_of_model
-from lib.policy import load_policy
+from lib.policy import dtype_to_infer, load_policy
 from lib.processes import pick_device
 from lib.sampler import sample
 
@@ -50,7 +50,7 @@ class LanguageModel:
         device = self.device or pick_device("auto")
         if device.type == "cuda" and not self.device:
             device = torch.device("cuda", torch.cuda.current_device())  # that of this process among torchrun's
-        return self.load(device, "bfloat16" if device.type == "cuda" else "float32")
+        return self.load(device, dtype_to_infer(device))
 
     @property
     def cache_tokens(self) -> int:
