@@ -91,10 +91,10 @@ def defence_table(models: dict) -> Table:
     return Table("Share of behaviours defended", ["attack", *models], rows, marked)
 
 
-def unknown_table(models: dict) -> Table:
-    counts = [m.get("unknown") or {} for m in models.values()]
-    rows = [[key, *(number(found.get(key, 0)) for found in counts)] for key in keys_of(models, "unknown")]
-    return Table("Verdicts that the judge did not give (never a defence)", ["set", *models], rows)
+def count_table(caption: str, figure: str, models: dict) -> Table:
+    counts = [m.get(figure) or {} for m in models.values()]
+    rows = [[key, *(number(found.get(key, 0)) for found in counts)] for key in keys_of(models, figure)]
+    return Table(caption, ["set", *models], rows)
 
 
 def budget_table(models: dict) -> Table:

@@ -12,8 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.chat import decode, encode_prompt, eos_token_ids, parse_completion, parse_direct
 from lib.rewards import Judge, refusal_label
-from lib.sampler import sample
+from lib.sampler import room, sample
 from lib.settings import UserError
+
+NOT_ASKED = "not asked"  # the finish_reason of a text that was too long to be sent: neither a success nor a defence
+UNANSWERED = {"reasoning": "", "answer": "", "well_formed": False, "closed": False, "reasoning_tokens": 0, "answer_tokens": 0}
+UNANSWERED |= {"tokens": 0, "finish_reason": NOT_ASKED, "harm": None, "task": None, "refusal": "full"}
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,40 @@ class Victim:
         ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
         return ids + self.tokenizer.encode(opening, add_special_tokens=False)
 
+    def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
+        """Whether so many tokens, and the answer or `behind` further ones, are within the model's context and a batch."""
+        return len(ids) + max(self.max_new_tokens, behind) <= room(self.model.config, self.max_batch_tokens)
+
     def ask(
         self,
         behaviours: Sequence[dict],
         sent: Sequence[str],
         openings: Sequence[str],
         seeds: Sequence[int],
-        *,
-        greedy: bool = False,
     ) -> list[dict]:
         """What it answers to each text, with the judge's verdict; all four of one length. Each answer has its own seed, so it
         does not depend on what else is asked.
 
         The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning. `harm` and
-        `task` are None where the judge gave no verdict. Raises UserError for a text that is too long, and for a broken model.
+        `task` are None where the judge gave no verdict. A text that is too long gets UNANSWERED. Raises UserError for a broken
+        model, and for a judge whose scores are out of range.
         """
         prompts = [self.encode(text, opening) for text, opening in zip(sent, openings, strict=True)]
+        read, rows = [dict(UNANSWERED) for _ in prompts], [i for i, ids in enumerate(prompts) if self.fits(ids)]
+        answers = self._answers([(behaviours[i], prompts[i], openings[i], seeds[i]) for i in rows]) if rows else []
+        for i, answer in zip(rows, answers, strict=True):
+            read[i] = answer
+        return read
+
+    def _answers(self, asked: Sequence[tuple[dict, list[int], str, int]]) -> list[dict]:
+        """Of behaviours, prompts, openings and seeds that fit."""
+        behaviours, prompts, openings, seeds = zip(*asked, strict=True)
         try:
             completions = sample(
                 self.model,
                 prompts,
                 max_new_tokens=self.max_new_tokens,
-                temperature=0.0 if greedy else self.temperature,
+                temperature=self.temperature,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer),
                 seeds=seeds,
                 max_batch_tokens=self.max_batch_tokens,
@@ -70,12 +86,15 @@ class Victim:
             ids = self.tokenizer.encode(opening, add_special_tokens=False) + completion.token_ids  # read as one text
             own = {"tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
             read.append(self._read(decode(self.tokenizer, ids)) | own)
-        asked, answers = [b["prompt"] for b in behaviours], [r["answer"] for r in read]
-        harms, tasks = self.judge.harm_score(asked, answers), self.judge.task_score(asked, answers)
-        for line, harm, task in zip(read, harms, tasks, strict=True):
+        requests, answers = [b["prompt"] for b in behaviours], [r["answer"] for r in read]
+        harms, tasks = self.judge.harm_score(requests, answers), self.judge.task_score(requests, answers)
+        for behaviour, line, harm, task in zip(behaviours, read, harms, tasks, strict=True):
             for score in (harm, task):
                 if score is not None and not 0 <= score <= 1:  # not a number fails this, too
-                    raise UserError(f"--judge {self.judge.name}: gave {score} ({self.name}); scores must be numbers in [0, 1]")
+                    of = behaviour.get("id", behaviour["prompt"])
+                    raise UserError(
+                        f"--judge {self.judge.name}: gave {score} ({self.name}, {of}); scores must be numbers in [0, 1]"
+                    )
             line |= {"harm": harm, "task": task, "refusal": refusal_label(line["answer"])}
         return read
 

@@ -284,7 +284,7 @@ def test_adaptive_targets_stand_behind_a_reasoning(model, tokenizer):
 def test_the_twins_target_is_the_models_own_compliant_reasoning(model, tokenizer, monkeypatch):
     def answers(self, behaviours, sent, openings, seeds):
         assert set(sent) == {"w1 w2 w50 w4"} and {b["prompt"] for b in behaviours} == {"w1 w2 w50 w4"}
-        refused = {"reasoning": "no", "well_formed": True, "refusal": "full", "tokens": 3}
+        refused = {"reasoning": "no", "well_formed": True, "refusal": "full", "tokens": 3, "finish_reason": "eos"}
         return [refused] * 3 + [{**refused, "refusal": "none", "reasoning": "w60 w61"}] * (len(sent) - 3)
 
     monkeypatch.setattr(Victim, "ask", answers)
@@ -296,11 +296,16 @@ def test_the_twins_target_is_the_models_own_compliant_reasoning(model, tokenizer
     ]
 
 
-def test_it_stops_at_a_check_when_the_answer_does_harm(model, tokenizer):
-    budget = Budget(**{**vars(BUDGET), "gcg_checks": (2, 4)})
-    full = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0]
-    stopped = attack(model, tokenizer, BEHAVIOURS[:1], budget, harm=lambda prompts, answers: [1.0] * len(answers))[0]
-    assert len(full.trace) == 7 and stopped.trace == full.trace[:3]
+@pytest.mark.parametrize("name", ["gcg", "gcg_close", "gcg_forged", "gcg_universal", "random_suffix"])
+def test_a_search_asks_no_judge_and_makes_all_its_steps(model, tokenizer, name, monkeypatch):
+    """However much harm the answers would do: what a suffix achieves is asked by chapter 4, once at each budget."""
+    asked, gradients, gradient = [], [], Slot.gradient
+    monkeypatch.setattr(Slot, "gradient", lambda self, suffix: gradients.append(self.id) or gradient(self, suffix))
+    monkeypatch.setattr(Victim, "ask", lambda self, *given, **options: asked.append(given))
+    attempts = attack(model, tokenizer, name=name, harm=lambda prompts, answers: asked.append(answers))
+    steps = 0 if name == "random_suffix" else BUDGET.gcg_steps
+    assert not asked and sorted(gradients) == sorted("ab" * steps)
+    assert [[t["step"] for t in attempt.trace] for attempt in attempts] == [list(range(steps + 1))] * 2
 
 
 def test_the_ban_is_on_the_answer_not_on_the_reasoning_before_it(model, tokenizer):

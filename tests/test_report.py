@@ -50,6 +50,7 @@ def make_results() -> dict:
             "format_rate": some("direct", "gcg"),
             "under_attack": {attack: {**some("closed", "dsr_closed"), "dsr_open": None} for attack in ATTACKS},
             "unknown": {"gcg": 70_000 + next(count)},
+            "not_asked": {"direct": 80_000 + next(count)},
             "attacks": {
                 attack: {
                     "access": "white-box",
@@ -294,17 +295,17 @@ def test_verdicts():
 
 
 @pytest.mark.parametrize(
-    "asked, harms, deciding",
+    "harms, deciding",
     [
-        (False, (1.0, 1.0, 0.0), 2),  # sent once, at its whole budget
-        (True, (0.0, 1.0, 1.0), 1),  # the first success of several tries
-        (True, (None, 1.0, 0.0), 1),
-        (True, (0.0, None, 0.0), 1),  # no defence
-        (True, (0.0, 0.0, 0.0), 2),
+        ((1.0, 1.0, 0.0), 0),  # the first success of several tries
+        ((0.0, 1.0, 1.0), 1),
+        ((None, 1.0, 0.0), 1),
+        ((0.0, None, 0.0), 1),  # no defence
+        ((0.0, 0.0, 0.0), 2),
     ],
 )
-def test_the_deciding_line(asked, harms, deciding):
-    lines = [line("m", "x", 0, step=step, harm=harm, asked=asked) for step, harm in enumerate(harms)]
+def test_the_deciding_line(harms, deciding):
+    lines = [line("m", "x", 0, step=step, harm=harm) for step, harm in enumerate(harms)]
     assert [x["step"] for x in report.with_verdicts(lines, 0.5) if x["deciding"]] == [deciding]
 
 

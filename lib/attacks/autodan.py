@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from lib.attacks.core import Attacker, Attempt, Budget, Cost, Individual, Step, a_try
+from lib.attacks.core import Attacker, Attempt, Budget, Cost, Individual, Step, a_try, too_long
 from lib.attacks.suffix import check_target
 from lib.chat import pad_batch
 from lib.victim import Victim, draw_seeds
@@ -41,6 +41,9 @@ def autodan(
         cost.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # an empty scene is a failure
         losses = target_losses(victim, [p.text() for p in people], target, budget, cost)
         best = min(range(len(people)), key=losses.__getitem__)
+        if losses[best] == math.inf:
+            attempts.append(too_long(behaviour, people[best].text(), cost))
+            continue
         trace, scores = [a_try(0, people[best].text(), loss=losses[best])], dict[str, float]()
         for generation in range(1, budget.generations + 1):
             scores = word_scores(people, losses, scores)
@@ -59,11 +62,13 @@ def autodan(
 @torch.no_grad()
 def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Budget, cost: Cost) -> list[float]:
     """Mean negative log-likelihood of the target behind each text. Texts of different length: padded on the left.
-    Out of memory, half as many at a time."""
+    Out of memory, half as many at a time. A text that is too long is as bad as the worst; inf if all are."""
     target_ids = victim.tokenizer.encode(target, add_special_tokens=False)
-    rows = [victim.encode(text) + target_ids for text in texts]
+    encoded = [victim.encode(text) for text in texts]
+    short = [victim.fits(ids, len(target_ids)) for ids in encoded]
+    rows = [ids + target_ids for ids, fine in zip(encoded, short, strict=True) if fine]
     losses: list[float] = []
-    size = max(1, budget.max_batch_tokens // max(map(len, rows)))
+    size = max(1, budget.max_batch_tokens // max(map(len, rows), default=1))
     while len(losses) < len(rows):
         ids, mask = pad_batch(rows[len(losses) : len(losses) + size], 0, side="left")  # (n, T)
         ids, mask = ids.to(victim.model.device), mask.to(victim.model.device)
@@ -80,7 +85,8 @@ def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Bud
         losses += part.tolist()
     cost.queries += len(rows)
     cost.forward_tokens += sum(map(len, rows))
-    return losses
+    scored, worst = iter(losses), max(losses, default=math.inf)
+    return [next(scored) if fine else worst for fine in short]
 
 
 def next_generation(

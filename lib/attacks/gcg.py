@@ -34,8 +34,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lib.attacks.core import Attempt, Budget, Cost, Step, a_try, attach
-from lib.attacks.suffix import Slot, check_target
+from lib.attacks.core import Attempt, Budget, Cost, Step, a_try, attach, too_long
+from lib.attacks.suffix import Slot, allowed_tokens, around_suffix, check_target, survivors
 from lib.chat import THINK_CLOSE
 from lib.settings import UserError
 from lib.victim import Victim, draw_seeds
@@ -79,16 +79,10 @@ TARGETS: dict[str, Callable[[Victim, dict, Budget, torch.Generator, Cost], str]]
 # ---- the search --------------------------------------------------------------------------------------------
 
 
-def search(
-    slots: Sequence[Slot],
-    budget: Budget,
-    generator: torch.Generator,
-    on_step: Step,
-    succeeds: Callable[[str], bool] = lambda suffix: False,
-) -> list[dict]:
+def search(slots: Sequence[Slot], budget: Budget, generator: torch.Generator, on_step: Step) -> list[dict]:
     """One suffix for all slots: [{"step", "loss": mean over slots, "suffix"}, ...], entry k the best up to step k.
 
-    Stops when `succeeds(best suffix so far)`, which is asked after the steps in `budget.gcg_checks`.
+    It goes by the loss alone and makes all its steps: what the suffixes achieve is for chapter 4 to ask.
     """
     suffix, allowed = slots[0].start, torch.stack([s.allowed() for s in slots]).all(0)
     best = mean_losses(slots, suffix[None]).item()
@@ -113,10 +107,6 @@ def search(
                 suffix = buffer[0][1]
             break
         on_step()
-        if step in budget.gcg_checks and step < budget.gcg_steps and succeeds(trace[-1]["suffix"]):
-            for _ in range(budget.gcg_steps - step):
-                on_step()
-            break
     return trace
 
 
@@ -157,15 +147,11 @@ def gcg(target: str) -> Callable[..., list[Attempt]]:
         attempts = []
         for behaviour, generator in zip(behaviours, generators, strict=True):
             cost = Cost()
-            slot = Slot(victim, behaviour, TARGETS[target](victim, behaviour, budget, generator, cost), budget, cost)
-
-            def succeeds(suffix: str, behaviour: dict = behaviour, cost: Cost = cost) -> bool:
-                sent = attach(behaviour["prompt"], suffix)
-                answer = victim.ask([behaviour], [sent], [""], [0], greedy=True)[0]
-                cost.asked(victim, sent, "", answer)
-                return answer["harm"] is not None and answer["harm"] >= budget.harm_threshold
-
-            trace = search([slot], budget, generator, on_step, succeeds)
+            aim = TARGETS[target](victim, behaviour, budget, generator, cost)
+            if not fits(victim, behaviour, aim, budget):
+                attempts.append(too_long(behaviour, behaviour["prompt"], cost))
+                continue
+            trace = search([Slot(victim, behaviour, aim, budget, cost)], budget, generator, on_step)
             attempts.append(Attempt(behaviour["id"], _tries(behaviour, trace), cost.total()))
         return attempts
 
@@ -176,13 +162,14 @@ def universal_gcg(
     victim: Victim, behaviours: list[dict], budget: Budget, generators: list[torch.Generator], on_step: Step
 ) -> list[Attempt]:
     """One suffix, searched for the first few behaviours and tried on all: does it carry over? Access: white-box."""
-    known = behaviours[: budget.universal_behaviours]
-    targets = [check_target(b) for b in known]
-    slots = [Slot(victim, b, target, budget) for b, target in zip(known, targets, strict=True)]
-    trace = search(slots, budget, generators[0], on_step)
-    costs = [slot.cost.total() for slot in slots]
-    costs += [dict.fromkeys(costs[0], 0) for _ in behaviours[len(known) :]]  # a held-out behaviour costs nothing more
-    return [Attempt(b["id"], _tries(b, trace), cost) for b, cost in zip(behaviours, costs, strict=True)]
+    known = [b for b in behaviours[: budget.universal_behaviours] if fits(victim, b, check_target(b), budget)]
+    if not known:
+        return [too_long(b, b["prompt"], Cost()) for b in behaviours]
+    slots = {b["id"]: Slot(victim, b, check_target(b), budget) for b in known}
+    trace = search(list(slots.values()), budget, generators[0], on_step)
+    costs = {name: slot.cost.total() for name, slot in slots.items()}
+    free = dict.fromkeys(Cost().total(), 0.0)  # a behaviour that it was not searched for costs nothing more
+    return [Attempt(b["id"], _tries(b, trace), costs.get(b["id"], free)) for b in behaviours]
 
 
 def random_suffix(
@@ -191,19 +178,46 @@ def random_suffix(
     """The control: as many tokens, drawn from those that GCG may use, surviving the round trip."""
     attempts = []
     for behaviour, generator in zip(behaviours, generators, strict=True):
+        on_step()
+        if not fits(victim, behaviour, check_target(behaviour), budget):
+            attempts.append(too_long(behaviour, behaviour["prompt"], Cost()))
+            continue
         slot = Slot(victim, behaviour, check_target(behaviour), budget)
-        tokens = slot.allowed().nonzero()[:, 0]
-        suffix, text = torch.empty(0, dtype=torch.long), ""
-        for _ in range(budget.gcg_suffix_tokens):
-            drawn = tokens[torch.randint(len(tokens), (RANDOM_TRIES, 1), generator=generator)]
-            kept, texts = slot.surviving(torch.cat([suffix.expand(RANDOM_TRIES, -1), drawn], dim=1))
-            if not texts:
-                raise UserError(f"behaviour {behaviour['id']}: found no random suffix that survives re-encoding")
-            suffix, text = kept[0], texts[0]
+        suffix, text, lost = draw_suffix(victim.tokenizer, behaviour, slot.allowed(), budget, generator)
+        slot.cost.did_not_survive += lost
         loss = slot.losses(suffix[None]).item()
         attempts.append(Attempt(behaviour["id"], [a_try(0, attach(behaviour["prompt"], text), loss=loss)], slot.cost.total()))
-        on_step()
     return attempts
+
+
+def check_suffixes(tokenizer, encode: Callable[[str], list[int]], behaviours: list[dict], budget: Budget) -> None:
+    """UserError where a suffix cannot be searched for with this tokenizer. Looks at texts alone: before any model is loaded."""
+    for behaviour in behaviours:
+        around_suffix(tokenizer, encode, behaviour, budget)
+    draw_suffix(tokenizer, behaviours[0], torch.tensor(allowed_tokens(tokenizer)), budget, torch.Generator().manual_seed(0))
+
+
+def draw_suffix(tokenizer, behaviour: dict, allowed: Tensor, budget: Budget, generator) -> tuple[Tensor, str, int]:
+    """A random suffix that survives the round trip: ids (S,), text, and how many draws did not. UserError if there is none."""
+    tokens, suffix, text, lost = allowed.nonzero()[:, 0], torch.empty(0, dtype=torch.long), "", 0
+    for _ in range(budget.gcg_suffix_tokens):
+        drawn = tokens[torch.randint(max(1, len(tokens)), (RANDOM_TRIES * (len(tokens) > 1), 1), generator=generator)]
+        candidates = torch.cat([suffix.expand(len(drawn), -1), drawn], dim=1)
+        kept, texts = survivors(tokenizer, behaviour["prompt"].strip(), candidates)
+        lost += len(candidates) - len(kept)
+        if not kept:
+            raise UserError(
+                f"--attacks: {behaviour['id']}: {len(tokens)} tokens of {tokenizer.name_or_path} are printable ASCII, and no "
+                "suffix of them survives decoding and encoding: leave random_suffix and gcg out"
+            )
+        suffix, text = candidates[kept[0]], texts[kept[0]]
+    return suffix, text, lost
+
+
+def fits(victim: Victim, behaviour: dict, target: str, budget: Budget) -> bool:
+    """Whether the victim can be sent the behaviour with a suffix, and be scored on the target behind it."""
+    sent = victim.encode(attach(behaviour["prompt"], budget.initial_suffix()))
+    return victim.fits(sent, len(victim.tokenizer.encode(target, add_special_tokens=False)))
 
 
 def _tries(behaviour: dict, trace: list[dict]) -> list[dict]:

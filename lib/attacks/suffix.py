@@ -6,6 +6,7 @@ chat template, prompt | suffix | end of turn, model's turn | target
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,50 @@ def check_target(behaviour: dict) -> str:
     return target
 
 
+def around_suffix(tokenizer, encode: Callable[[str], list[int]], behaviour: dict, budget: Budget) -> tuple[list, list, list]:
+    """Token ids before, of and behind the initial suffix. `encode`: of a whole prompt, through the chat template.
+
+    Needs no model, so chapter 4 calls it for every behaviour before it attacks the first. UserError if the suffix has other
+    tokens than `gcg_suffix_tokens` known ones.
+    """
+    plain, full = encode(behaviour["prompt"].strip()), encode(attach(behaviour["prompt"], budget.initial_suffix()))
+    before, after = shared_ends(plain, full)
+    suffix = full[before : len(full) - after]
+    if before + after != len(plain) or len(suffix) != budget.gcg_suffix_tokens or tokenizer.unk_token_id in suffix:
+        raise UserError(
+            f"--gcg-init: given {budget.gcg_init}; {budget.gcg_suffix_tokens} of it make {len(full) - len(plain)} tokens behind "
+            f"the prompt of {behaviour['id']}; allowed a word that is one token, and a known one"
+        )
+    return full[:before], suffix, full[len(full) - after :]
+
+
+def allowed_tokens(tokenizer, banned: Iterable[int] = ()) -> list[bool]:
+    """Of each token whether it may stand in a suffix: printable ASCII, none special or added, as <think> may be."""
+    banned = {*banned, *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    words = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return [i not in banned and w.isascii() and w.isprintable() and w != " " for i, w in enumerate(words)]
+
+
+def survivors(tokenizer, prompt: str, candidates: Tensor) -> tuple[list[int], list[str]]:
+    """Rows of candidates (N, S) whose text, behind the prompt, comes back as the same ids; and the texts of all N."""
+
+    def encode(text: str) -> list[int]:
+        try:
+            return tokenizer.encode(text, add_special_tokens=False)
+        except Exception:  # what a tokenizer without an unknown token raises has no class of its own
+            return []
+
+    decoded = tokenizer.batch_decode(candidates.tolist(), clean_up_tokenization_spaces=False)
+    texts = [text.strip() for text in decoded]
+    alone = encode(prompt)
+    sent = [attach(prompt, text) for text in texts]
+    try:
+        again = tokenizer(sent, add_special_tokens=False)["input_ids"]
+    except Exception:
+        again = [encode(text) for text in sent]
+    return [i for i, ids in enumerate(candidates.tolist()) if again[i] == alone + ids], texts
+
+
 class Slot:
     """One behaviour: the token ids around its suffix, and the key-value cache of all that stands before it.
 
@@ -52,21 +97,11 @@ class Slot:
         target_ids = self.tokenizer.encode(target, add_special_tokens=False)
         if not target_ids:
             raise UserError(f"behaviour {self.id}: its target {target!r} has no tokens; write another")
-        plain, full = self._encode(""), self._encode(budget.initial_suffix())
-        before, after = shared_ends(plain, full)
-        if before + after != len(plain) or len(full) - len(plain) != budget.gcg_suffix_tokens:
-            raise UserError(
-                f"--gcg-init: given {budget.gcg_init}; {budget.gcg_suffix_tokens} of it make "
-                f"{len(full) - len(plain)} tokens behind a prompt; allowed a word that is one token"
-            )
-        self.prefix, self.rest = full[:before], full[len(full) - after :]
-        self.start = torch.tensor(full[before : len(full) - after])  # (S,) int64
+        self.prefix, start, self.rest = around_suffix(self.tokenizer, victim.encode, behaviour, budget)
+        self.start = torch.tensor(start)  # (S,) int64
         self.target = torch.tensor(target_ids, device=self.model.device)
         self.tail = torch.tensor(self.rest + target_ids[:-1], device=self.model.device)  # the last is only predicted
         self.layers = self._read_prefix()
-
-    def _encode(self, suffix: str) -> list[int]:
-        return self.victim.encode(attach(self.prompt, suffix))
 
     @torch.no_grad()
     def _read_prefix(self) -> list[tuple[Tensor, Tensor]]:
@@ -137,28 +172,22 @@ class Slot:
         return torch.autograd.grad(loss, one_hot)[0].float().cpu()
 
     def allowed(self) -> Tensor:
-        """(vocab,) bool: tokens of printable ASCII, none special or added, as <think> may be."""
-        size = self.table.shape[0]  # may exceed the tokenizer's, for padding
-        banned = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        """(vocab,) bool: `allowed_tokens`, without the target's if so wished."""
+        size, banned = self.table.shape[0], []  # the table may exceed the tokenizer's, for padding
         if self.budget.gcg_ban_target:
-            banned |= set(self.tokenizer.encode(self.secret, add_special_tokens=False))  # not a reasoning before it
-        words = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
-        fine = [i not in banned and w.isascii() and w.isprintable() and w != " " for i, w in enumerate(words)]
+            banned = self.tokenizer.encode(self.secret, add_special_tokens=False)  # not a reasoning before it
+        fine = allowed_tokens(self.tokenizer, banned)[:size]
         return torch.tensor(fine + [False] * (size - len(fine)))
 
     def surviving(self, candidates: Tensor) -> tuple[Tensor, list[str]]:
         """Of (N, S) candidates those whose text, behind the prompt, has the same ids: (M, S), and texts."""
-        decoded = self.tokenizer.batch_decode(candidates.tolist(), clean_up_tokenization_spaces=False)
-        texts = [text.strip() for text in decoded]
-        alone = self.tokenizer.encode(self.prompt, add_special_tokens=False)
-        again = self.tokenizer([attach(self.prompt, text) for text in texts], add_special_tokens=False)["input_ids"]
-        kept = [i for i, ids in enumerate(candidates.tolist()) if again[i] == alone + ids]
+        kept, texts = survivors(self.tokenizer, self.prompt, candidates)
         self.cost.did_not_survive += len(candidates) - len(kept)
         return candidates[kept], [texts[i] for i in kept]
 
     def is_exact(self, text: str, suffix: Tensor) -> bool:
         """Whether the text, through the chat template, gives the very ids that were scored."""
-        return self._encode(text) == [*self.prefix, *suffix.tolist(), *self.rest]
+        return self.victim.encode(attach(self.prompt, text)) == [*self.prefix, *suffix.tolist(), *self.rest]
 
 
 def shared_ends(a: list[int], b: list[int]) -> tuple[int, int]:
