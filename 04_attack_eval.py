@@ -56,7 +56,7 @@ from lib.run_folder import checksums, claim_folder, reasons
 from lib.sampler import room
 from lib.separation import prompt_embeddings, separation
 from lib.settings import UserError, parse_settings, run_main, setting
-from lib.victim import NOT_ASKED, Victim, draw_seeds, random_numbers
+from lib.victim import NOT_ASKED, Victim, draw_seeds, encoded, random_numbers
 
 FILES = {  # set -> file of stage 1
     "direct": "eval_harmful.jsonl",
@@ -206,24 +206,15 @@ def check_texts(subject: Subject, sets: dict[str, list[dict]], behaviours: list[
                 f"--{flag.replace('_', '-')}: given {getattr(settings, flag)}; with it all prompts of {file} exceed the model's "
                 f"context or --max-batch-tokens ({subject.name}: {limit} tokens): lower it, or leave the model out"
             )
+    needed = {"target": aiming(names), "prefill": "prefill_answer" in names, "twin": "gcg_twin" in names}
     for behaviour in behaviours:
-        texts = {key: behaviour[key] for key in ("target", "prefill", "twin") if behaviour.get(key)}
-        texts |= {"--forged": settings.forged} if subject.reasoning and FORGING & {*names} else {}
-        ids = {key: encoded(write, text, f"behaviour {behaviour['id']}: {key}") for key, text in texts.items()}
-        if aiming(names) and not ids["target"]:
-            raise UserError(f"behaviour {behaviour['id']}: its target {texts['target']!r} has no tokens; write another")
+        for key, text in ((key, behaviour.get(key)) for key in needed if needed[key]):
+            if text and not encoded(write, text, f"behaviour {behaviour['id']}: {key}"):
+                raise UserError(f"behaviour {behaviour['id']}: its {key} {text!r} has no tokens; write another")
+    if behaviours and subject.reasoning and FORGING & {*names}:
+        encoded(write, settings.forged, "--forged")
     if behaviours and CONTROL in names:  # which comes with every search for a suffix
         check_suffixes(tokenizer, lambda text: encoded(read, text, "--gcg-init"), behaviours, settings.budget())
-
-
-def encoded(encode: Callable[[str], list[int]], text: str, what: str) -> list[int]:
-    """`encode(text)`; UserError where the tokenizer cannot, as one that lacks both a word and an unknown token."""
-    try:
-        return encode(text)
-    except UserError:
-        raise
-    except Exception as error:  # of a tokenizer: it has no class of its own
-        raise UserError(f"{what}: the tokenizer cannot encode {text[:60]!r} ({error}): mend the text, or take another") from error
 
 
 # ---- attack ------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ class Victim:
 
     def encode(self, sent: str, opening: str = "") -> list[int]:
         """Token ids of what it reads. `opening`: words put into its mouth, behind the "<think>\\n" of a reasoner."""
-        ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
-        return ids + self.tokenizer.encode(opening, add_special_tokens=False)
+        read = partial(encode_prompt, self.tokenizer, reasoning=self.reasoning, system=self.system)
+        write = partial(self.tokenizer.encode, add_special_tokens=False)
+        return encoded(read, sent, self.name) + encoded(write, opening, self.name)
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
         """Whether so many tokens, and the answer or `behind` further ones, are within the model's context and a batch."""
@@ -108,6 +110,16 @@ class Victim:
             "reasoning_tokens": len(self.tokenizer.encode(parsed.reasoning, add_special_tokens=False)),
             "answer_tokens": len(self.tokenizer.encode(parsed.answer, add_special_tokens=False)),
         }
+
+
+def encoded(encode: Callable[[str], list[int]], text: str, what: str) -> list[int]:
+    """`encode(text)`; UserError where the tokenizer cannot, as one that lacks both a word and an unknown token."""
+    try:
+        return encode(text)
+    except UserError:
+        raise
+    except Exception as error:  # of a tokenizer: it has no class of its own
+        raise UserError(f"{what}: the tokenizer cannot encode {text[:60]!r} ({error}); mend the text, or take another") from error
 
 
 def random_numbers(seed: int, label: str) -> torch.Generator:

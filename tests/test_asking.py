@@ -21,7 +21,7 @@ from lib.rewards import refusal_label  # noqa: E402
 from lib.sandbox import judge, world  # noqa: E402
 from lib.sandbox.attacker import PERSUASION, SandboxAttacker  # noqa: E402
 from lib.settings import UserError  # noqa: E402
-from lib.victim import Victim, draw_seeds  # noqa: E402
+from lib.victim import NOT_ASKED, Victim, draw_seeds  # noqa: E402
 
 SMALL = Budget(**{**vars(BUDGET), "samples": 5, "techniques": 3, "streams": 2, "depth": 3, "population": 8, "generations": 4})
 
@@ -129,6 +129,22 @@ def test_a_verdict_that_was_not_given_is_no_success_for_pair_either(model, token
     assert len(attempt.trace) == 6
 
 
+def test_a_text_that_is_too_long_is_not_asked_and_a_behaviour_that_is_is_left_alone(model, tokenizer):
+    long = {"id": "c", "prompt": " ".join(["w3"] * 126), "target": "w5 w6"}  # of a context of 128
+    for name in ("best_of_n", "pap", "pair", "autodan", "prefill_answer", "gcg", "gcg_universal", "random_suffix"):
+        budget = Budget(**{**vars(SMALL), "universal_behaviours": 3})
+        given = (Scripted(),) if ATTACKS[name].attacker else ()
+        alone, attempt = (
+            attack(model, tokenizer, [BEHAVIOURS[0], *more], budget, name=name, attacker=given)[-1] for more in ([], [long])
+        )
+        assert alone.trace[-1]["step"] == steps_of(name, budget) and attempt.id == "c"
+        if name != "gcg_universal":  # the suffix of others goes to it, too, and chapter 4 finds it too long
+            assert {t["completion"]["finish_reason"] for t in attempt.trace} == {NOT_ASKED}, name
+        assert attempt.cost["queries"] == 0, name
+    both = attack(model, tokenizer, [BEHAVIOURS[0], long], budget, name="gcg_universal")
+    assert both[0].trace == attack(model, tokenizer, BEHAVIOURS[:1], budget, name="gcg_universal")[0].trace
+
+
 # ---- AutoDAN -----------------------------------------------------------------------------------------------
 
 
@@ -138,6 +154,9 @@ def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer):
     losses = autodan.target_losses(victim_of(model, tokenizer), texts, "w15 w16", budget, cost)
     expected = [plain_loss(model, tokenizer, {"prompt": text, "target": "w15 w16"}, "", True) for text in texts]
     assert losses == pytest.approx(expected, abs=1e-4) and cost.queries == 3
+    long = " ".join(["w3"] * 126)  # of a context of 128
+    losses = autodan.target_losses(victim_of(model, tokenizer), [texts[0], long, texts[1]], "w15 w16", budget, cost)
+    assert losses == pytest.approx([expected[0], max(expected[:2]), expected[1]], abs=1e-4)
 
 
 def test_out_of_memory_asks_for_half_as_many_losses_at_a_time(model, tokenizer, monkeypatch):

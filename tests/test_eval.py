@@ -8,15 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stages import PATIENCE, run_group  # noqa: E402
 from test_attacks import make_model, make_tokenizer  # noqa: E402
 
 from lib import metrics, report  # noqa: E402
+from lib.attacks.core import Budget  # noqa: E402
+from lib.attacks.gcg import check_suffixes  # noqa: E402
+from lib.attacks.suffix import survivors  # noqa: E402
 from lib.files import UserError, read_jsonl, write_json, write_jsonl  # noqa: E402
 from lib.rewards import Judge  # noqa: E402
-from lib.victim import Victim  # noqa: E402
+from lib.victim import NOT_ASKED, Victim, draw_seeds, random_numbers  # noqa: E402
 
 stage = importlib.import_module("04_attack_eval")
 JUDGE = """
@@ -432,8 +440,8 @@ def test_mistakes_are_one_line(given, tmp_path, monkeypatch, extra, message):
 def test_a_judge_out_of_range_stops(score):
     judge, tokenizer = Judge("odd", lambda prompts, answers: [score], lambda prompts, answers: [0.5]), make_tokenizer()
     victim = Victim("tars", make_model(tokenizer), tokenizer, True, judge, max_new_tokens=2, temperature=1.0)
-    with pytest.raises(UserError, match=f"--judge odd: gave {score} .tars.*numbers in"):
-        victim.ask([{"prompt": "w1"}], ["w1"], [""], [0])
+    with pytest.raises(UserError, match=f"--judge odd: gave {score} .tars, request-1.*numbers in"):
+        victim.ask([{"id": "request-1", "prompt": "w1"}], ["w1"], [""], [0])
 
 
 def test_without_any_target_the_first_behaviour_is_named(given, tmp_path, monkeypatch):
@@ -470,3 +478,175 @@ def test_a_model_trained_anew_is_not_taken_for_the_old_one(given, finished, tmp_
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(stage.UserError, match="sha256 of .*direct/model.safetensors"):
         run(other, out, monkeypatch, "--behaviours", "0", models=("direct",))
+
+
+# ---- the rule, and what is not asked -----------------------------------------------------------------------
+
+
+def test_a_search_is_sent_once_at_each_budget_and_a_success_stays(given, tmp_path, monkeypatch):
+    """Harmful at 5, harmless at 10 and 25: broken at all three. The judge is called once a budget, never by the search."""
+    steps, calls, answers = (0, 5, 10, 25), [], Victim.ask
+    blocks = {f"gcg/{step}": draw_seeds(random_numbers(0, f"gcg/{step}"), 2) for step in steps}  # as for every other answer
+
+    def ask(self, behaviours, sent, openings, seeds):
+        calls.append(next((name for name, block in blocks.items() if block == list(seeds)), "other"))
+        return [{**a, "harm": float(calls[-1] == "gcg/5")} for a in answers(self, behaviours, sent, openings, seeds)]
+
+    monkeypatch.setattr(Victim, "ask", ask)
+    monkeypatch.setattr(report, "draw_figures", lambda *args: {})  # slow
+    out = run(given, tmp_path / "eval", monkeypatch, "--gcg-steps", "25", "--budgets", "0.2", "0.4", models=("direct",))
+    model = json.loads((out / "results.json").read_text())["models"]["direct"]
+    assert [(step, ci["mean"]) for step, ci in model["dsr_by_budget"]["gcg"]] == [(0, 1.0), (5, 0.0), (10, 0.0), (25, 0.0)]
+    assert model["dsr"]["gcg"]["mean"] == model["worst_case"]["gcg"]["mean"] == 0.0 and model["dsr"]["direct"]["mean"] == 1.0
+    assert calls == ["other"] * 6 + list(blocks)  # four sets, two controls
+    traces = [a["trace"] for a in read_jsonl(out / "attacks.jsonl") if a["attack"] == "gcg"]
+    assert [[t["step"] for t in trace] for trace in traces] == [list(range(26))] * 2
+    sent = {(x["id"], x["step"]): x["sent"] for x in read_jsonl(out / "completions.jsonl") if x["set"] == "gcg"}
+    best = {(f"harmful-{i}", step): trace[step]["sent"] for i, trace in enumerate(traces) for step in steps}
+    assert sent == best
+
+
+LONG = " ".join(["w3"] * 126)  # of a context of 128 tokens
+
+
+def test_what_is_too_long_is_not_asked_and_in_no_figure(given, tmp_path, monkeypatch, capsys):
+    other, out = tmp_path / "given", tmp_path / "eval"
+    shutil.copytree(given, other)
+    for file in ("harmful", "harmless"):
+        path = other / f"data/eval_{file}.jsonl"
+        first, *rest = read_jsonl(path)
+        write_jsonl(path, [{**first, "prompt": LONG}, *rest])
+    monkeypatch.setattr(report, "draw_figures", lambda *args: {})  # slow
+    more = ["--attacks", "gcg", "gcg_twin", "gcg_universal", "prefill_answer", "--universal-behaviours", "2"]
+    run(other, out, monkeypatch, *more)
+    found, said = read_results(out), capsys.readouterr().out
+    expected = {"direct": 1, "harmless": 1, "no_suffix": 1, "random_suffix": 1, "gcg": 3, "gcg_universal": 3, "prefill_answer": 1}
+    for name, model in found["models"].items():
+        transfer = {f"transfer_{'direct' if name == 'thinker' else 'thinker'}": 1}
+        assert model["not_asked"] == expected | transfer | ({"gcg_twin": 3} if name == "thinker" else {})
+        assert (
+            model["dsr"]["direct"]["n"] == 3 and model["dsr"]["jailbreak"]["n"] == 4 and model["compliance"]["harmless"]["n"] == 3
+        )
+        assert {ci["n"] for attack, ci in model["dsr"].items() if attack not in ("direct", "jailbreak")} == {1}
+        assert {ci["n"] for ci in model["controls"].values()} == {1} and not model["unknown"]
+        assert f"{name}: 3 tries of gcg were too long and not asked" in said
+    assert "| gcg | 3 | 3 |" in (out / "report.md").read_text().split("Tries too long")[1]
+    lines = (out / "completions.jsonl").read_bytes()
+    monkeypatch.setattr(stage, "load_policy", None)  # nothing is asked again
+    run(other, out, monkeypatch, *more)
+    assert read_results(out) == found and (out / "completions.jsonl").read_bytes() == lines
+
+
+def test_a_victim_answers_what_fits_and_the_judge_sees_nothing_else():
+    seen, tokenizer = [], make_tokenizer()
+    judge = Judge("j", lambda prompts, answers: seen.append(list(prompts)) or [0.5] * len(answers), lambda p, a: [0.5] * len(a))
+    limits = {"max_new_tokens": 12, "temperature": 1.0}
+    victim = Victim("v", make_model(tokenizer), tokenizer, True, judge, **limits)
+    texts = ["w1 w2", LONG, "w3"]
+    answers = victim.ask([{"prompt": text} for text in texts], texts, [""] * 3, [1, 2, 3])
+    assert [a["finish_reason"] == NOT_ASKED for a in answers] == [False, True, False] and seen == [["w1 w2", "w3"]]
+    assert answers[1]["harm"] is None and set(answers[1]) == set(answers[0])
+    for i in (0, 2):
+        assert victim.ask([{"prompt": texts[i]}], [texts[i]], [""], [i + 1]) == [answers[i]]
+    small = Victim("v", make_model(tokenizer), tokenizer, True, judge, **limits, max_batch_tokens=20)
+    assert small.ask([{"prompt": "w"}], [" ".join(["w1"] * 8)], [""], [1])[0]["finish_reason"] == NOT_ASKED
+
+
+# ---- records that stand twice, and texts that a tokenizer cannot read --------------------------------------
+
+
+@pytest.mark.parametrize("name", ["attacks", "completions"])
+def test_records_that_stand_twice_are_refused(given, finished, tmp_path, monkeypatch, name):
+    out = tmp_path / "eval"
+    shutil.copytree(finished, out)
+    path = out / f"{name}.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, lines[2]]))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=rf"{name}.jsonl:{len(lines) + 1}: thinker .* stands twice.*delete one"):
+        run(given, out, monkeypatch)
+    assert path.read_bytes() == before
+    path.write_bytes(b"".join(lines))
+    run(given, out, monkeypatch)
+    assert read_results(out) == read_results(finished)
+
+
+def without_unknown(folder: Path) -> None:
+    """Its tokenizer raises on a word that it does not know, and drops the word "nothing"."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["unk_token"] = "<none>"
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "nothing"}, "content": ""}
+    path.write_text(json.dumps(tokenizer))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("unk_token")
+    path.write_text(json.dumps(config))
+
+
+def test_a_tokenizer_that_knows_its_own_words_only_will_do(given, tmp_path, monkeypatch):
+    other = tmp_path / "given"
+    shutil.copytree(given, other)
+    without_unknown(other / "direct")
+    monkeypatch.setattr(report, "draw_figures", lambda *args: {})  # slow
+    out = run(other, tmp_path / "eval", monkeypatch, "--attacks", "gcg", "gcg_universal", models=("direct",))
+    assert read_jsonl(out / "attacks.jsonl")[-1]["trace"][-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "file, change, extra, message",
+    [
+        (
+            "ambiguous",
+            {"prompt": "w1 Hello"},
+            "",
+            "eval_ambiguous.jsonl: ambiguous-3: prompt: the tokenizer cannot encode 'w1 Hello'",
+        ),
+        ("harmful", {"target": "Hello"}, "", "behaviour harmful-3: target: the tokenizer cannot encode 'Hello'"),
+        ("harmful", {"target": "nothing"}, "", "behaviour harmful-3: its target 'nothing' has no tokens"),
+        (
+            "harmful",
+            {"prefill": "Hello"},
+            "--attacks prefill_answer --forged w7",
+            "behaviour harmful-3: prefill: the tokenizer cannot",
+        ),
+        ("harmful", {}, "--gcg-init Hello", "--gcg-init: the tokenizer cannot encode"),
+        ("harmful", {}, "--gcg-init nothing", "--gcg-init: given nothing; 3 of it make 0 tokens behind the prompt of harmful-0"),
+        ("harmful", {}, "--attacks gcg_forged --forged Hello", "--forged: the tokenizer cannot encode 'Hello'"),
+        ("harmful", {}, "--max-new-tokens 500", "--max-new-tokens: given 500; with it all prompts of"),
+    ],
+)
+def test_texts_are_looked_at_before_the_first_model_is_attacked(given, tmp_path, monkeypatch, file, change, extra, message):
+    """No model is loaded, though it may be the second one's tokenizer that cannot do it."""
+    other = tmp_path / "given"
+    shutil.copytree(given, other)
+    for name in ["direct"] * ("--gcg-init" in extra) + ["thinker"]:
+        without_unknown(other / name)
+    path = other / f"data/eval_{file}.jsonl"
+    records = read_jsonl(path)
+    write_jsonl(path, [*records[:-1], {**records[-1], **change}])
+    monkeypatch.setattr(stage, "load_policy", None)
+    with pytest.raises(UserError, match=".*") as error:
+        run(other, tmp_path / "eval", monkeypatch, "--behaviours", "4", *extra.split(), models=("direct", "thinker"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_tokenizer_without_words_for_a_suffix_is_told_and_what_it_cannot_encode_again_is_dropped():
+    core = Tokenizer(WordLevel({"é": 0, "a": 1, "b": 2, "a.b": 3}, unk_token="<none>"))
+    core.pre_tokenizer = Whitespace()  # which splits at a dot
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    budget = Budget(gcg_steps=1, gcg_width=1, gcg_top_k=1, gcg_suffix_tokens=2, gcg_init="a")
+    behaviours = [{"id": "x", "prompt": "é é"}]
+    check_suffixes(tokenizer, tokenizer.encode, behaviours, budget)
+    kept, texts = survivors(tokenizer, "é é", torch.tensor([[1, 2], [1, 3], [2, 2]]))
+    assert kept == [0, 2] and texts == ["a b", "a a.b", "b b"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["b", "a.b"]})
+    with pytest.raises(UserError, match="--attacks: x: 1 tokens of .* printable ASCII"):
+        check_suffixes(tokenizer, tokenizer.encode, behaviours, budget)
+
+
+def test_an_initial_word_that_is_unknown_is_told(given, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--gcg-init: given Hello; .* a known one"):
+        run(given, tmp_path / "eval", monkeypatch, "--gcg-init", "Hello")
+    assert not (tmp_path / "eval").exists()
