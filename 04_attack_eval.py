@@ -47,13 +47,13 @@ from lib.files import append_jsonl, read_jsonl, read_log, resume_log, write_json
 from lib.flags import named
 from lib.hub import load_pretrained
 from lib.judges import models_of
+from lib.kv_cache import context_of
 from lib.metrics import attack_summary, differences, measure, shared_attacks
 from lib.policy import load_policy
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.report import write_report
 from lib.rewards import load_judge
 from lib.run_folder import checksums, claim_folder, reasons
-from lib.sampler import room
 from lib.separation import prompt_embeddings, separation
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.victim import NOT_ASKED, Victim, draw_seeds, encoded, random_numbers
@@ -195,7 +195,7 @@ def check_texts(subject: Subject, sets: dict[str, list[dict]], behaviours: list[
     """
     tokenizer = load_tokenizer(subject.path)
     config = load_pretrained(AutoConfig.from_pretrained, subject.path, "model's configuration")
-    limit, flag = room(config, settings.max_batch_tokens), "max_new_tokens" if subject.reasoning else "answer_tokens"
+    limit, flag = min(context_of(config), settings.max_batch_tokens), "max_new_tokens" if subject.reasoning else "answer_tokens"
     read = partial(encode_prompt, tokenizer, reasoning=subject.reasoning, system=subject.system)
     write = partial(tokenizer.encode, add_special_tokens=False)
     for name, records in sets.items():

@@ -8,12 +8,13 @@ A layer's keys and values have the shape (rows, kv_heads, columns, head_dim). Ro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
@@ -100,3 +101,8 @@ def layer_types(model: PreTrainedModel) -> Sequence[str]:
     windowed = getattr(config, "sliding_window", None) is not None
     every = ["sliding_attention" if windowed else "full_attention"]
     return getattr(config, "layer_types", None) or every
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """Tokens that a prompt and its completion may have together; sys.maxsize where nothing bounds them."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

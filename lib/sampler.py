@@ -36,11 +36,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lib.draw import draw, uniform
-from lib.kv_cache import attention_mask, copy_last_row, layer_types, pack_rows
+from lib.kv_cache import attention_mask, context_of, copy_last_row, layer_types, pack_rows
 
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
@@ -98,12 +98,6 @@ def sample(
     return batch.completions()
 
 
-def room(config: PretrainedConfig, max_batch_tokens: int | None = None) -> int:
-    """Tokens that a prompt and its completion may have together: the model's context, or the budget of a batch if less."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    return min(context, max_batch_tokens or sys.maxsize)
-
-
 def _check(model, prompts, group_size, max_new_tokens, temperature, top_p, max_batch_tokens) -> None:
     if group_size < 1 or max_new_tokens < 1:
         raise ValueError(f"group_size {group_size} and max_new_tokens {max_new_tokens} must be at least 1")
@@ -111,7 +105,7 @@ def _check(model, prompts, group_size, max_new_tokens, temperature, top_p, max_b
         raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
     if not set(layer_types(model)) <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"only key-value attention can be sampled from, not {set(layer_types(model))}")
-    context = room(model.config)
+    context = context_of(model.config)
     for i, prompt in enumerate(prompts):
         sizes = f"prompt {i}: {len(prompt)} tokens + max_new_tokens {max_new_tokens}"
         if len(prompt) == 0:

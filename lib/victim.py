@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.chat import decode, encode_prompt, eos_token_ids, parse_completion, parse_direct
+from lib.kv_cache import context_of
 from lib.rewards import Judge, refusal_label
-from lib.sampler import room, sample
+from lib.sampler import sample
 from lib.settings import UserError
 
 NOT_ASKED = "not asked"  # the finish_reason of a text that was too long to be sent: neither a success nor a defence
@@ -44,7 +46,8 @@ class Victim:
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
         """Whether so many tokens, and the answer or `behind` further ones, are within the model's context and a batch."""
-        return len(ids) + max(self.max_new_tokens, behind) <= room(self.model.config, self.max_batch_tokens)
+        room = min(context_of(self.model.config), self.max_batch_tokens or sys.maxsize)
+        return len(ids) + max(self.max_new_tokens, behind) <= room
 
     def ask(
         self,
