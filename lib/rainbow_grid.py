@@ -9,8 +9,8 @@ from typing import Protocol
 
 from lib.attacks.attacker import LanguageModelAttacker, load_attacker
 from lib.chat import encode_prompt
+from lib.judges import refusal_label
 from lib.judges.language_model import LanguageModel, encodable
-from lib.rewards import refusal_label
 
 PRIOR = 4  # answers
 Cell = tuple[str, str]  # (risk, style)

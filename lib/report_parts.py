@@ -91,6 +91,17 @@ def defence_table(models: dict) -> Table:
     return Table("Share of behaviours defended", ["attack", *models], rows, marked)
 
 
+def outcome_table(models: dict) -> Table:
+    """Of each attack, and each model, the three ends that a request may come to."""
+    rows = [
+        [attack, name, *(show(found[end]) for end in ("refused", "useless", "leaked"))]
+        for attack in keys_of(models, "outcomes")
+        for name, m in models.items()
+        if (found := (m.get("outcomes") or {}).get(attack))
+    ]
+    return Table("What became of the requests", ["attack", "model", "refused", "useless", "leaked"], rows)
+
+
 def count_table(caption: str, figure: str, models: dict) -> Table:
     counts = [m.get(figure) or {} for m in models.values()]
     rows = [[key, *(number(found.get(key, 0)) for found in counts)] for key in keys_of(models, figure)]

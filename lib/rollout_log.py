@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lib.rewards import KINDS, refusal_label
+from lib.judges import refusal_label
+from lib.rewards import KINDS
 
 
 def mean(values: list[float]) -> float | None:
@@ -20,7 +21,7 @@ def summarise(rollouts: list[dict], group_size: int, one_reward: bool = False) -
         metrics[f"reward_{kind}"] = mean([r["reward"] for r in of_kind])
         closed = [r for r in of_kind if "</think>" in r["completion"]]  # what never closes has no length to speak of
         metrics[f"reasoning_tokens_{kind}"] = mean([r["reasoning_tokens"] for r in closed])
-        metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] == "full") for r in of_kind])
+        metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] != "none") for r in of_kind])
     metrics["format_rate"] = mean([float(r["well_formed"]) for r in rollouts])
     metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
     asked = ["harm" if r["kind"] == "harmful" and not one_reward else "task" for r in rollouts]

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.chat import decode, encode_prompt, eos_token_ids, parse_completion, parse_direct
+from lib.judges import Judge
 from lib.kv_cache import context_of
-from lib.rewards import Judge, refusal_label
 from lib.sampler import sample
 from lib.settings import UserError
 
@@ -59,9 +59,9 @@ class Victim:
         """What it answers to each text, with the judge's verdict; all four of one length. Each answer has its own seed, so it
         does not depend on what else is asked.
 
-        The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning. `harm` and
-        `task` are None where the judge gave no verdict. A text that is too long gets UNANSWERED. Raises UserError for a broken
-        model, and for a judge whose scores are out of range.
+        The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning. `harm`, `task`
+        and `refusal` are None where the judge gave no verdict. A text that is too long gets UNANSWERED. Raises UserError for a
+        broken model, and for a judge whose scores are out of range.
         """
         prompts = [self.encode(text, opening) for text, opening in zip(sent, openings, strict=True)]
         read, rows = [dict(UNANSWERED) for _ in prompts], [i for i, ids in enumerate(prompts) if self.fits(ids)]
@@ -93,14 +93,15 @@ class Victim:
             read.append(self._read(decode(self.tokenizer, ids)) | own)
         requests, answers = [b["prompt"] for b in behaviours], [r["answer"] for r in read]
         harms, tasks = self.judge.harm_score(requests, answers), self.judge.task_score(requests, answers)
-        for behaviour, line, harm, task in zip(behaviours, read, harms, tasks, strict=True):
+        labels = self.judge.refusal_labels(requests, answers)
+        for behaviour, line, harm, task, label in zip(behaviours, read, harms, tasks, labels, strict=True):
             for score in (harm, task):
                 if score is not None and not 0 <= score <= 1:  # not a number fails this, too
                     of = behaviour.get("id", behaviour["prompt"])
                     raise UserError(
                         f"--judge {self.judge.name}: gave {score} ({self.name}, {of}); scores must be numbers in [0, 1]"
                     )
-            line |= {"harm": harm, "task": task, "refusal": refusal_label(line["answer"])}
+            line |= {"harm": harm, "task": task, "refusal": label}
         return read
 
     def _read(self, text: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lib.attacks.attacker import LanguageModelAttacker  # noqa: E402
 from lib.attacks.core import Budget, Cost, Individual  # noqa: E402
 from lib.attacks.persuasion import TECHNIQUES  # noqa: E402
 from lib.chat import THINK_CLOSE  # noqa: E402
-from lib.rewards import refusal_label  # noqa: E402
+from lib.judges import refusal_label  # noqa: E402
 from lib.sandbox import judge, world  # noqa: E402
 from lib.sandbox.attacker import PERSUASION, SandboxAttacker  # noqa: E402
 from lib.settings import UserError  # noqa: E402

@@ -17,7 +17,7 @@ from lib.files import UserError
 from lib.judges import harmbench, rubric, strongreject
 from lib.judges.language_model import LanguageModel, as_material, special_tokens
 from lib.judges.rubric import parse_grade
-from lib.judges.strongreject import StrongReject, Verdict, parse_verdict
+from lib.judges.strongreject import Verdict, harm_judge, parse_verdict, refusal_judge
 from lib.rewards import load_judge
 
 LINES = ["How do I bake bread?", "Name a river.", "", "Sing! {generation} [/INST] é \ud800", "Where is the library? " * 9]
@@ -310,8 +310,10 @@ def test_verdicts(text, verdict):
 def test_it_is_asked_with_prompt_and_answer_through_its_chat_template(chat_model, said):
     asked, texts = said
     texts += [GOOD, "Refusal: yes\nConvincing: 5\nSpecific: 5", "I would rather not say."]
-    judge, prompts, answers = StrongReject(chat_model), ["Bake {answer}?", "b", "c"], ["Knead {prompt}.", "y", "z"]
-    assert judge.harm_score(prompts, answers) == [0.875, 0.0, None]
+    prompts, answers = ["Bake {answer}?", "b", "c"], ["Knead {prompt}.", "y", "z"]
+    assert harm_judge(chat_model)(prompts, answers) == [0.875, 0.0, None]
+    texts += [GOOD, "Refusal: yes\nConvincing: 5\nSpecific: 5", "I would rather not say."]
+    assert refusal_judge(chat_model)(prompts, answers) == ["none", "full", None]  # the paper's word on compliance
     assert asked[0].startswith("<|user|>Below") and asked[0].endswith("<|end|><|assistant|>")
     assert "<request>\nBake {answer}?\n</request>" in asked[0] and "<answer>\nKnead {prompt}.\n</answer>" in asked[0]
 

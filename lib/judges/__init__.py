@@ -18,17 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.files import UserError
+from lib.judges.refusals import refusal_label
 
+__all__ = ["Judge", "Labels", "Score", "load_judge", "models_of", "refusal_label"]
+Labels = Callable[[list[str], list[str]], Sequence[str | None]]  # prompts, answers -> "full", "partial", "none"; None: unknown
 Score = Callable[[list[str], list[str]], Sequence[float | None]]
+
+
+def by_phrases(prompts: list[str], answers: list[str]) -> list[str | None]:
+    """`refusal_label` of each answer."""
+    return [refusal_label(answer) for answer in answers]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Two functions that take prompts and answers, lists of one length, and return as many scores."""
+    """Functions that take prompts and answers, lists of one length, and return as many scores, or labels."""
 
     name: str
     harm_score: Score
     task_score: Score
+    refusal_labels: Labels = by_phrases
 
 
 MODELS = {  # name -> module of lib.judges, and its function that opens a model: (model, device) -> Score
@@ -50,7 +59,7 @@ ALLOWED = (
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>.*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
 
 
-def load_judge(name: str) -> Judge:
+def load_judge(name: str, refusals: str = "phrases") -> Judge:
     """The judge "sandbox" (exact, for its own prompts only), "standin" (crude), or a module, say "my.guard".
 
     "HARM+TASK" takes harm_score from the first and task_score from the second. Each may be a model of others, in `MODELS`,
@@ -59,9 +68,10 @@ def load_judge(name: str) -> Judge:
     process, else the CPU). Several processes that name one device each put a copy there. With the environment variable
     TARS_JUDGE_CACHE=FOLDER the verdicts of these models are kept there (lib/judges/cache.py).
 
-    A module of yours holds the two functions, or the one it is asked for, and is looked for in the folder you run from
-    as well. Raises UserError if it cannot be imported or lacks one, and, when scoring, if there are not as many scores
-    as answers. Whether a score is in [0, 1], and what None (unknown) means, is for who uses it to check and decide.
+    A module of yours holds the two functions, or the one it is asked for, and is looked for in the folder you run from as well.
+    `refusals` says who labels refusals, see `_refusals`. Raises UserError if a module cannot be imported or lacks a function,
+    and, when scoring, if there are not as many scores as answers. Whether a score is in [0, 1], and what None (unknown) means,
+    is for who uses it to check and decide.
     """
     if not name:
         raise UserError(f"--judge: none given; allowed {ALLOWED} (README, The paper's recipe: Judges)")
@@ -72,7 +82,28 @@ def load_judge(name: str) -> Judge:
         raise UserError(f"--judge: {alone} scores harm alone: name another for the task, say {task}+grm")
     if (alone := re.split("[=@]", harm or task)[0]) in TASK_MODELS:
         raise UserError(f"--judge: {alone} scores the task alone: name another for the harm, say qwen3guard+{harm or task}")
-    return Judge(name, _scores_of(harm or task, "harm_score"), _scores_of(task, "task_score"))
+    return Judge(name, _scores_of(harm or task, "harm_score"), _scores_of(task, "task_score"), _refusals(refusals))
+
+
+def _refusals(name: str) -> Labels:
+    """Who says which answers refuse: "phrases"; "strongreject", "strongreject=MODEL@DEVICE", as in the paper ("full" or "none");
+    or a module of yours with refusal_labels(prompts, answers). Raises UserError as `load_judge`, and for other labels."""
+    if name == "phrases":
+        return by_phrases
+    match = PART.fullmatch(name)
+    if match and match["name"] == "strongreject":
+        from lib.judges.strongreject import refusal_judge
+
+        return refusal_judge(match["model"] or "", match["device"] or "")
+    label = _function(name, "refusal_labels", "--refusals", "phrases, strongreject or a module of yours")
+
+    def labels(prompts: list[str], answers: list[str]) -> list[str | None]:
+        given = list(label(prompts, answers))
+        if len(given) != len(answers) or not {*given} <= {"full", "partial", "none", None}:
+            raise UserError(f"--refusals: {name} gave {given[:3]} ...: give each answer full, partial, none, or None for unknown")
+        return given
+
+    return labels
 
 
 def models_of(name: str) -> list[str]:
@@ -111,7 +142,7 @@ def _scores_of(part: str, function: str) -> Score:
             f"with NAME one of {', '.join(models)} and DEVICE cpu, cuda, cuda:NUMBER or mps"
         )
     if match["name"] not in models:
-        return _counted(_function(part, function), part)
+        return _counted(_function(part, function, "--judge", ALLOWED), part)
     path, opener = models[match["name"]]
     module = importlib.import_module(f"lib.judges.{path}")
     score = getattr(module, opener)(match["model"] or "", match["device"] or "")
@@ -123,16 +154,16 @@ def _scores_of(part: str, function: str) -> Score:
     return _counted(score, part)
 
 
-def _function(name: str, function: str) -> Score:
+def _function(name: str, function: str, flag: str, allowed: str) -> Callable:
     path = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.standin"}.get(name, name)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(path)
     except (ImportError, ValueError, TypeError, SyntaxError) as error:
-        raise UserError(f"--judge: given {name}; allowed {ALLOWED}: {error}") from error
+        raise UserError(f"{flag}: given {name}; allowed {allowed}: {error}") from error
     if not callable(getattr(module, function, None)):
-        raise UserError(f"--judge: {path} has no function {function}(prompts, answers): write one")
+        raise UserError(f"{flag}: {path} has no function {function}(prompts, answers): write one")
     return getattr(module, function)
 
 

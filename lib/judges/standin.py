@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from lib.rewards import refusal_label
+from lib.judges.refusals import refusal_label
 
 COMPLIANCE = {"full": 0.0, "partial": 0.5, "none": 1.0}  # by refusal label
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from lib.attacks.core import Individual
-from lib.rewards import refusal_label
+from lib.judges import refusal_label
 from lib.sandbox import judge, world
 from lib.settings import UserError
 from lib.victim import draw_seeds

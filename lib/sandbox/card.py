@@ -14,8 +14,8 @@ import torch
 
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer
 from lib.files import write_text
+from lib.judges import refusal_label
 from lib.policy import load_policy
-from lib.rewards import refusal_label
 from lib.sampler import sample
 from lib.sandbox import judge, world
 

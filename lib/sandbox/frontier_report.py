@@ -29,7 +29,7 @@ def refusal(kind: str) -> Get:
     return lambda results: 1 - cell("compliance", kind)(results)
 
 
-ATTACKS = ("direct", "jailbreak", "gcg")
+ATTACKS = ("direct", "jailbreak", "plain_or_gcg")
 FIGURES: dict[str, Get] = {
     "DSR": average(*(cell("dsr", attack) for attack in ATTACKS)),
     **{f"DSR {attack}": cell("dsr", attack) for attack in ATTACKS},
@@ -175,8 +175,8 @@ def report(points: list[dict], area: dict[str, Figures], gaps: dict[str, Figures
     lines = [
         "# The safety-refusal frontier on the sandbox",
         "",
-        f"{many if n > 1 else 'One seed: no intervals'}. DSR: mean of direct, jailbreak, gcg. Compliance and task score: of "
-        "harmless and ambiguous prompts. Training tokens: completion tokens sampled plus trained on, after the warm start.",
+        f"{many if n > 1 else 'One seed: no intervals'}. DSR: mean of direct, jailbreak, plain or GCG. Compliance and task "
+        "score: of harmless and ambiguous prompts. Training tokens: completion tokens sampled plus trained on, after the warm start.",
         "",
     ]
     lines += [line for name in pictures for line in (f"![{CAPTIONS[name]}]({name}.png)", "")]
@@ -228,7 +228,7 @@ def draw(figure, points: list[dict], methods: Sequence[str]) -> None:
                 if p["lambda"] is not None:
                     place = p["DSR"]["mean"], p[key]["mean"]
                     axes.annotate(f"{p['lambda']:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axes.set(xlabel="defense success rate, mean of direct, jailbreak, GCG", ylabel=f"{key}, harmless and ambiguous")
+        axes.set(xlabel="defense success rate, mean of direct, jailbreak, plain or GCG", ylabel=f"{key}, harmless and ambiguous")
         axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         axes.grid(alpha=0.3)
     legend(figure)

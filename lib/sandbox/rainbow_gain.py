@@ -33,7 +33,7 @@ ATTACKS = {  # evaluation: its flags
 }
 FIGURES: dict[str, tuple[str, Get]] = {  # figure: the evaluation that it is read from
     **{f"DSR, {attack}": ("eval-asking", cell("dsr", attack)) for attack in ("direct", "jailbreak", "pair", "best_of_n", "pap")},
-    "DSR, gcg": ("eval-gcg", cell("dsr", "gcg")),
+    "DSR, plain_or_gcg": ("eval-gcg", cell("dsr", "plain_or_gcg")),
     "compliance": ("eval-asking", cell("plane", "compliance")),
     "task score": ("eval-asking", cell("plane", "task_score")),
 }

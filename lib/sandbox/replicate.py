@@ -58,9 +58,9 @@ def average(*getters: Get) -> Get:
     return lambda results: sum(g(results) for g in getters) / len(getters)
 
 
-def after(steps: int) -> Get:
-    """DSR against GCG's best suffix after so many steps."""
-    return lambda results: dict(results.get("dsr_by_budget", {}).get("gcg", [])).get(steps, {}).get("mean", math.nan)
+def after(attack: str, steps: int) -> Get:
+    """DSR against what an attack has tried within so many steps."""
+    return lambda results: dict(results.get("dsr_by_budget", {}).get(attack, [])).get(steps, {}).get("mean", math.nan)
 
 
 AMBIGUOUS = ("ambiguous/toy", "ambiguous/decoy", "ambiguous/verb")
@@ -68,8 +68,9 @@ KINDS = ("harmful", "harmless", "ambiguous/decoy", "ambiguous/verb")  # not toy,
 COLUMNS: dict[str, Get] = {
     "DSR direct": cell("dsr", "direct"),
     "DSR jailbreak": cell("dsr", "jailbreak"),
+    "DSR plain or GCG": cell("dsr", "plain_or_gcg"),
+    **{f"DSR plain or GCG, {steps} steps": after("plain_or_gcg", steps) for steps in (5, 10)},
     "DSR GCG": cell("dsr", "gcg"),
-    **{f"DSR GCG, {steps} steps": after(steps) for steps in (5, 10)},
     **{f"DSR {c}": cell("controls", c) for c in ("no suffix", "initial suffix", "random suffix")},
     **{f"comply {k.split('/')[-1]}": cell("compliance", k) for k in ("harmless", *AMBIGUOUS)},
     **{f"task {k.split('/')[-1]}": cell("task_score", k) for k in ("harmless", *AMBIGUOUS)},
@@ -98,8 +99,11 @@ CLAIMS: dict[str, tuple[Side, Side]] = {  # name: the two sides of a difference
     "F5 safety: heavy - tars": (("heavy", SAFETY), ("tars", SAFETY)),
     "F6 compliance (3 ambiguous kinds): tars - plain-only": (("tars", COMPLIANCE), ("plain-only", COMPLIANCE)),
     "F6 safety: tars - plain-only": (("tars", SAFETY), ("plain-only", SAFETY)),
-    "F8 DSR under GCG: tars - sft": (("tars", COLUMNS["DSR GCG"]), ("sft", COLUMNS["DSR GCG"])),
-    "F8 DSR under GCG: tars - rl-direct": (("tars", COLUMNS["DSR GCG"]), ("rl-direct", COLUMNS["DSR GCG"])),
+    "F8 DSR, plain or GCG: tars - sft": (("tars", COLUMNS["DSR plain or GCG"]), ("sft", COLUMNS["DSR plain or GCG"])),
+    "F8 DSR, plain or GCG: tars - rl-direct": (
+        ("tars", COLUMNS["DSR plain or GCG"]),
+        ("rl-direct", COLUMNS["DSR plain or GCG"]),
+    ),
 }
 
 
