@@ -19,6 +19,7 @@ MARKERS = "osD^vPX"  # colours alone do not tell models apart for every reader
 CAPTIONS = {
     "plane": "Safety against compliance, and against the task score: a point a model, with both intervals.",
     "attacks": "DSR under each attack, and in the worst case over them (shaded).",
+    "outcomes": "What became of the requests: refused, answered uselessly (which counts as defended), or leaked.",
     "budgets": "DSR against the attacker's budget, one panel an attack.",
     "tokens": "Tokens of the reasoning and of the answer, by kind of prompt.",
     "separation": "Embeddings of prompts, projected to two dimensions, and the margin between the two groups.",
@@ -117,6 +118,22 @@ def draw_attacks(figure, models: dict) -> None:
         legend(figure)
 
 
+def draw_outcomes(figure, models: dict) -> None:
+    """A bar an attack and a model, cut in three."""
+    rows = [(a, name) for a in keys_of(models, "outcomes") for name, m in models.items() if a in (m.get("outcomes") or {})]
+    if not rows:
+        return
+    figure.set_size_inches(8, 1.2 + 0.22 * len(rows))
+    axes, left = figure.subplots(), [0.0] * len(rows)
+    for end, color in zip(("refused", "useless", "leaked"), (COLORS[0], "#bbbbbb", COLORS[1]), strict=True):
+        widths = [models[name]["outcomes"][attack][end]["mean"] for attack, name in rows]
+        axes.barh(range(len(rows)), widths, left=left, color=color, label=end)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set(yticks=range(len(rows)), yticklabels=[label(f"{attack}, {name}") for attack, name in rows])
+    axes.set(xlabel="share of requests", xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
+    legend(figure)
+
+
 def draw_budgets(figure, models: dict) -> None:
     attacks = keys_of(models, "dsr_by_budget")
     if not attacks:
@@ -189,6 +206,7 @@ def draw_separation(figure, models: dict) -> None:
 DRAWINGS = {
     "plane": draw_plane,
     "attacks": draw_attacks,
+    "outcomes": draw_outcomes,
     "budgets": draw_budgets,
     "tokens": draw_tokens,
     "separation": draw_separation,

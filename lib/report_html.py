@@ -91,7 +91,7 @@ function part(box, title, text) {
   box.append(make("b", "", title), make("p", "text", text));
 }
 function facts(line) {
-  const said = ["harm " + number(line.harm), "task " + number(line.task), "refusal: " + line.refusal,
+  const said = ["harm " + number(line.harm), "task " + number(line.task), "refusal: " + (line.refusal ?? "unknown"),
     line.reasoning_tokens + " + " + line.answer_tokens + " tokens", "ended by " + line.finish_reason];
   if (line.reasoning && !line.closed) said.push("reasoning not closed");
   return said.join(" \u00b7 ");

@@ -99,7 +99,7 @@ def outcome_table(models: dict) -> Table:
         for name, m in models.items()
         if (found := (m.get("outcomes") or {}).get(attack))
     ]
-    return Table("What became of the requests", ["attack", "model", "refused", "useless", "leaked"], rows)
+    return Table("Shares of the requests", ["attack", "model", "refused", "useless", "leaked"], rows)
 
 
 def count_table(caption: str, figure: str, models: dict) -> Table:

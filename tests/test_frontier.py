@@ -288,7 +288,7 @@ def test_training_tokens_of_sft_are_the_traces_that_it_saw(tmp_path, word_tokeni
 
 def test_rows_are_read_from_the_evaluations(tmp_path):
     ci = lambda mean: {"mean": mean, "low": 0.0, "high": 1.0, "n": 9}  # noqa: E731
-    dsr = {"dsr": {"direct": ci(0.9), "jailbreak": ci(0.6), "gcg": ci(0.3)}, "plane": {"task_score": ci(0.7)}}
+    dsr = {"dsr": {"direct": ci(0.9), "jailbreak": ci(0.6), "plain_or_gcg": ci(0.3)}, "plane": {"task_score": ci(0.7)}}
     model = dsr | {"compliance": {"harmful": ci(0.2)}, "reasoning_tokens": {}}
     write_json(tmp_path / "s" / "eval-references" / "results.json", {"models": {"base": model, "sft": model}})
     write_json(tmp_path / "s" / "eval-tars-0.5" / "results.json", {"models": {"tars-0.5": model}})

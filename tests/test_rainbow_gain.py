@@ -36,7 +36,7 @@ def test_the_report_pairs_models_by_seed(tmp_path):
         for name in rainbow_gain.ATTACKS:
             models = {
                 model: {
-                    "dsr": dict.fromkeys(("direct", "jailbreak", "pair", "best_of_n", "pap", "gcg"), {"mean": mean}),
+                    "dsr": dict.fromkeys(("direct", "jailbreak", "pair", "best_of_n", "pap", "plain_or_gcg"), {"mean": mean}),
                     "plane": {"compliance": {"mean": 1.0}, "task_score": {"mean": 0.5}},
                 }
                 for model, mean in (("plain", without), ("with", found))
@@ -45,5 +45,8 @@ def test_the_report_pairs_models_by_seed(tmp_path):
         harm = {key: {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 9} for key in ("plain", "archive")}
         write_json(seeds[-1] / "data-rainbow" / "rainbow" / "archive.json", {"archives": [{"filled": 120}], "harm": harm})
     text = rainbow_gain.report(seeds)
-    assert "| DSR, gcg | 0.40 [-2.14, 2.94] | 0.70 [-1.84, 3.24] | +0.30 [+0.30, +0.30] | 0.20 > 0.50, 0.60 > 0.90 |" in text
+    assert (
+        "| DSR, plain_or_gcg | 0.40 [-2.14, 2.94] | 0.70 [-1.84, 3.24] | +0.30 [+0.30, +0.30] | 0.20 > 0.50, 0.60 > 0.90 |"
+        in text
+    )
     assert "| seed-1 | 120 | 0.40 [0.30, 0.50] | 0.40 [0.30, 0.50] |" in text

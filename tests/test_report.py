@@ -291,7 +291,7 @@ def test_verdicts():
     lines += [line("m", "harmless", 0, "harmless", refusal=refusal, task=None) for refusal in ("full", "partial", "none")]
     assert [
         x["verdict"] for x in report.with_verdicts(lines, 0.5)
-    ] == "defended defended broken unknown refused served served".split()
+    ] == "defended defended broken unknown refused refused served".split()
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_refusal_label_agrees_with_people(name, floor):
 @needs_data
 @pytest.mark.parametrize("name", ["gpt4", "llama2orig"])
 def test_compliance_is_peoples_full_compliance(name):
-    """On XSTest's safe prompts. Llama 2's answers: 0.380 beside 0.376; "not a full refusal" 0.428 beside people's 0.624."""
+    """On XSTest's safe prompts. Llama 2's answers: 0.388 beside 0.404; by the rule before, not "full", 0.472 beside 0.620."""
     with (SHARED / "xstest" / f"xstest_v2_completions_{name}.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if not row["type"].startswith("contrast_")]
     assert len(rows) == 250

@@ -337,7 +337,7 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
     expected = {"reward": 0.625, "reward_harmful": 1.0, "reward_ambiguous": 0.25, "reward_harmless": None}
     expected |= {
         "reasoning_tokens_ambiguous": 10.0,  # of reasonings that end
-        "refusal_rate_harmful": 0.5,
+        "refusal_rate_harmful": 1.0,  # a refusal in part is one: 1 - compliance
         "refusal_rate_harmless": None,
     }
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}

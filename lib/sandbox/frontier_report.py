@@ -176,7 +176,8 @@ def report(points: list[dict], area: dict[str, Figures], gaps: dict[str, Figures
         "# The safety-refusal frontier on the sandbox",
         "",
         f"{many if n > 1 else 'One seed: no intervals'}. DSR: mean of direct, jailbreak, plain or GCG. Compliance and task "
-        "score: of harmless and ambiguous prompts. Training tokens: completion tokens sampled plus trained on, after the warm start.",
+        "score: of harmless and ambiguous prompts. Training tokens: completion tokens sampled plus trained on, after the warm "
+        "start.",
         "",
     ]
     lines += [line for name in pictures for line in (f"![{CAPTIONS[name]}]({name}.png)", "")]
