@@ -39,11 +39,14 @@ def make_results() -> dict:
     models = {
         name: {
             "reasoning": name == "tars",
-            "dsr": some("direct", "jailbreak", *ATTACKS),
+            "dsr": some("direct", "jailbreak", "plain_or_gcg", *ATTACKS),
+            "outcomes": {attack: some("refused", "useless", "leaked") for attack in ("direct", *ATTACKS)},
             "worst_case": some("gcg", "all"),
             "dsr_by_budget": {attack: [[step, some("x")["x"]] for step in (0, 5, 25)] for attack in ATTACKS},
             "controls": some("no suffix", "random suffix"),
             "compliance": some(*kinds),
+            "partial": some(*kinds),
+            "unknown_refusals": {"harmless": 60_000 + next(count)},
             "task_score": some(*kinds[1:]),
             "reasoning_tokens": some(*kinds, "harmful/3 hops", scale=0.3),
             "answer_tokens": some(*kinds, scale=0.3),
@@ -176,7 +179,7 @@ def full(tmp_path_factory) -> tuple[Path, str, str]:
 def test_all_sections_and_figures(full):
     out, markdown, page = full
     titles = re.findall("^## (.*)", markdown, re.MULTILINE)
-    assert len(titles) == 12 and titles[-1] == "Completions side by side"
+    assert len(titles) == 13 and titles[-1] == "Completions side by side"
     assert re.findall("<h2>(.*?)</h2>", page.replace("&#x27;", "'"))[:-1] == titles[:-1]
     for name, caption in figures.CAPTIONS.items():
         png = (out / f"{name}.png").read_bytes()
@@ -252,6 +255,7 @@ def test_what_is_absent_is_left_out(tmp_path, plain):
         "separation",
         "costs",
         "did not give",
+        "What became of",
         "![",
         "<img",
     ):
