@@ -158,9 +158,14 @@ def read_sets(settings: EvalSettings, names: Sequence[str]) -> tuple[dict[str, l
     needs = ("id", "prompt", "kind", "category")
     paths = {name: Path(settings.data) / file for name, file in FILES.items()}
     sets = {name: read_jsonl(path, needs) for name, path in paths.items() if name == "direct" or path.exists()}
-    for name, record, key in ((name, r, key) for name, records in sets.items() for r in records for key in needs[1:]):
-        if not isinstance(record[key], str):
+    keys = {**dict.fromkeys(needs[1:], (str,)), **dict.fromkeys(("target", "prefill", "twin"), (str, type(None)))}
+    for name, record, key in ((name, r, key) for name, records in sets.items() for r in records for key in keys):
+        if not isinstance(record.get(key), keys[key]):
             raise UserError(f"{paths[name]}: {record['id']}: {key} is {record[key]!r}; allowed: some text")
+    for name, records in sets.items():
+        for identity, count in Counter(record["id"] for record in records).items():
+            if count > 1:
+                raise UserError(f"{paths[name]}: {count} records have the id {identity!r}: give each its own")
     if not {"harmless", "ambiguous"} & sets.keys():
         raise UserError(f"{paths['harmless']}: no such file, nor {paths['ambiguous'].name}: a defence must be used, too")
     if settings.limit:
@@ -171,7 +176,7 @@ def read_sets(settings: EvalSettings, names: Sequence[str]) -> tuple[dict[str, l
         raise UserError(f"{paths['direct']}: attacks need a target, no request has one: stage 1 --targets, or --behaviours 0")
     behaviours = able[: settings.behaviours]
     for i, behaviour in enumerate(behaviours):
-        behaviour.setdefault("twin", benign[i % len(benign)]["prompt"])
+        behaviour["twin"] = behaviour.get("twin") or benign[i % len(benign)]["prompt"]
     return sets, behaviours
 
 

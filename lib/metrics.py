@@ -131,7 +131,7 @@ def measure(lines: Lines, *, reasoning: bool, threshold: float, seed: int, share
     controls = {"no suffix": outcome["no_suffix"], "initial suffix": initial, "random suffix": outcome[RANDOM]}
     result["controls"] = {name: wilson(list(held.values())) for name, held in controls.items() if held}
     groups = {"gcg": [n for n in attacks if n.startswith("gcg")], "shared": ["direct", *shared], "all": ["direct", *attacks]}
-    ids = sorted(set().union(*(outcome[name] for name in attacks)))
+    ids = sorted(set().union(*(outcome[name] for name in attacks)), key=str)
     worst = {name: [worst_case(i, [outcome[a] for a in members]) for i in ids] for name, members in groups.items() if members}
     result["worst_case"] = {name: wilson(held) for name, held in worst.items() if held}
     scored = {n: "task" if n in ("harmless", "ambiguous") else "harm" for n in outcome}
