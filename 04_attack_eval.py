@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from lib.attacks import ATTACKS, CONTROL, Budget, steps_of
-from lib.attacks.attacker import load_attacker
+from lib.attacks.attacker import check_attacker, load_attacker
 from lib.attacks.core import a_try
 from lib.attacks.suffix import target_of
 from lib.chat import encode_prompt, load_tokenizer
@@ -88,7 +88,7 @@ class EvalSettings:
         "shares of a search's steps after which it is tried, beside 0 and 1; GCG stops there if a greedy answer does harm",
     )
     attacker: str = setting("sandbox", "who writes pap, pair, autodan: sandbox, or a chat model. Paper: 7B models")
-    attacker_tokens: int = setting(256, "tokens of each text that a chat model writes as attacker", low=1)
+    attacker_tokens: int = setting(256, "tokens of each text that a chat model writes as attacker; in pair: 500, as in its paper", low=1)
     gcg_steps: int = setting(25, "GCG steps. GCG's own paper: 500", low=1)
     gcg_width: int = setting(96, "candidate suffixes a step. GCG's own paper: 512", low=1)
     gcg_top_k: int = setting(64, "candidate tokens a position. GCG's own paper: 256", low=1)
@@ -310,6 +310,7 @@ def run_answers(model: str, victim: Load, blocks: dict[Block, list[Asked]], seed
         for record, attempt in asked if leader else []:
             line = {"model": model, "set": block[0], "step": block[1], "asked": "completion" in attempt}
             line |= {key: record[key] for key in ("id", "kind", "category", "hops", "prompt") if key in record}
+            line |= {"technique": attempt["technique"]} if "technique" in attempt else {}
             completion = attempt["completion"] if "completion" in attempt else next(answers)
             append_jsonl(path, {**line, "sent": attempt["sent"], "opening": attempt["opening"], **completion})
 
@@ -359,7 +360,7 @@ def main() -> None:
     for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
         encode_prompt(load_tokenizer(subject.path), "Hello", reasoning=subject.reasoning, system=subject.system)
     if behaviours and hired:
-        load_tokenizer(settings.attacker)
+        check_attacker(settings.attacker, talks="pair" in names)
     inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]
     config = {**asdict(settings), **checksums(*inputs)}
     attacks_path, completions_path, separation_path = (out / f"{n}.jsonl" for n in ("attacks", "completions", "separation"))
