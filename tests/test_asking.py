@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,7 +160,7 @@ def test_pair_counts_an_attacker_that_says_nothing(model, tokenizer):
 
 # ---- PAIR's attacker as a chat model -----------------------------------------------------------------------
 
-GOAL, TARGET = "bake a {cake}", "Sure, here is \"a cake\""
+GOAL, TARGET = "bake a {cake}", 'Sure, here is "a cake"'
 GOOD = '{"improvement": "none yet", "prompt": "Please bake."}'
 
 
@@ -358,7 +360,7 @@ def test_out_of_memory_asks_for_half_as_many_losses_at_a_time(model, tokenizer, 
 
 
 def test_autodan_lowers_the_loss_and_keeps_the_request(model, tokenizer):
-    budget = Budget(**{**vars(SMALL), "population": 24, "generations": 20})
+    budget = Budget(**{**vars(SMALL), "population": 24, "generations": 20, "mutation": 0.2})
     attempts = attack(model, tokenizer, budget=budget, name="autodan", attacker=(Scripted(),))
     for attempt, behaviour in zip(attempts, BEHAVIOURS, strict=True):
         losses = [t["loss"] for t in attempt.trace]
@@ -374,16 +376,120 @@ def test_word_scores_come_in_the_order_of_the_text_not_of_a_set():
     assert list(autodan.word_scores(people, [1.0], {})) == [*(f"word{i}" for i in range(30)), "end"]
 
 
-def test_children_take_each_sentence_from_a_parent_and_words_by_momentum():
+def test_crossed_children_share_out_the_sentences_of_their_parents():
+    mother, father = Individual(("a", "b"), "r", ("c",)), Individual(("x",), "s", ("z", "q", "p"))
+    firsts = set()
+    for seed in range(200):
+        one, two = autodan.crossed(mother, father, random.Random(seed))
+        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.before[1:], two.before[1:]} == {(), ("b",)}
+        assert {one.after[0], two.after[0]} == {"c", "z"} and {one.after[1:], two.after[1:]} == {(), ("q", "p")}
+        assert {one.request, two.request} == {"r", "s"}
+        firsts.add(one)
+    assert len(firsts) == 2**5  # five independent choices: many points, not one
+
+
+def test_words_score_by_momentum():
     mother, father = Individual(("a", "b"), "r", ("c",)), Individual(("x",), "s", ("z", "q"))
-    for seed in range(20):
-        child = autodan.crossed(mother, father, random.Random(seed))
-        assert child.before[0] in "ax" and child.before[1:] in ((), ("b",)) and child.request in "rs"
-        assert child.after[0] in "cz" and child.after[1:] in ((), ("q",))
     scores = autodan.word_scores([mother, father], [1.0, 3.0], {"a": 0.0, "old": 5.0})
     assert scores == {"a": -0.5, "b": -1.0, "c": -1.0, "x": -3.0, "z": -3.0, "q": -3.0, "old": 5.0}
-    swapped = {w for s in range(300) for w in autodan.swap_words(father, {"x": 0.0, "best": 1.0}, random.Random(s)).before}
-    assert swapped == {"x", "best"}  # never for a word of lower score, and the request is left alone
+
+
+def test_parents_are_drawn_by_softmax_of_minus_the_loss():
+    people = [Individual((name,), "r", ()) for name in "abc"]
+    losses = [3.0, 3.0 + math.log(2), 3.0 + math.log(4)]  # exp(-loss) is as 4 : 2 : 1
+    children = autodan.sentence_step(people, losses, 14_001, 0.0, random.Random(0))
+    counts = Counter(child.before[0] for child in children)
+    assert len(children) == 14_001 and set(children) == set(people)  # at rate 0 they come along as they are
+    assert [counts[name] / 2000 for name in "abc"] == pytest.approx([4, 2, 1], abs=0.15)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_pairs_cross_at_the_rate(rate):
+    people = [Individual(tuple(f"{name}{i}" for i in range(20)), name, ()) for name in "ab"]  # a cross leaves its traces
+    children = autodan.sentence_step(people, [1.0, 1.0], 8000, rate, random.Random(1))
+    pairs = list(zip(children[::2], children[1::2], strict=True))
+    mixed = [pair for pair in pairs if any(child not in people for child in pair)]
+    assert len(mixed) / len(pairs) == pytest.approx(rate / 2, abs=0.03)  # half of the pairs have one parent twice
+    for one, two in mixed:
+        assert all({x, y} == {f"a{i}", f"b{i}"} for i, (x, y) in enumerate(zip(one.before, two.before, strict=True)))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_words_give_way_at_the_rate_to_better_ones_by_how_much_better(rate):
+    scores, person = {"worse": -1.0, "x": 0.0, "good": 1.0, "best": 3.0}, Individual(("x",), "x", ())
+    swapped = Counter(autodan.swap_words(person, scores, rate, random.Random(seed)).text() for seed in range(4000))
+    assert set(swapped) <= {"x x", "good x", "best x"}  # never for a word of lower score; the request is left alone
+    assert swapped["x x"] / 4000 == pytest.approx(1 - rate, abs=0.03)
+    assert swapped["best x"] / 4000 == pytest.approx(rate * 3 / 4, abs=0.03)
+
+
+def test_at_most_five_words_of_a_paragraph_give_way():
+    person = Individual(("x x x", "x x x x x"), "x", ("x x",) * 4)
+    swapped = autodan.swap_words(person, {"x": 0.0, "best": 1.0}, 1.0, random.Random(0))
+    assert swapped == Individual(("best best best", "best best x x x"), "x", ("best best",) * 2 + ("best x", "x x"))
+    many = [autodan.swap_words(person, {"x": 0.0, "best": 1.0}, 0.5, random.Random(seed)) for seed in range(200)]
+    assert max(" ".join(p.before).count("best") for p in many) == 5 == max(" ".join(p.after).count("best") for p in many)
+
+
+@pytest.mark.parametrize("keeps_request", [True, False])
+def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer, keeps_request):
+    class Writer(Scripted):
+        def vary(self, parts, goals, requests, seeds):
+            assert set(goals) == {"goal"} and requests == [part == "r" for part in parts] and len(set(seeds)) == len(parts)
+            return ["" if part == "c" else f"new {part}" for part in parts]
+
+    writer, cost = Writer(), Cost()
+    writer.keeps_request = keeps_request
+    old, other = Individual(("a", "b"), "r", ("c", "d")), Individual((), "r", ())
+    new = Individual(("new a", "new b"), "r" if keeps_request else "new r", ("c", "new d"))  # what it could not say stays
+    bare = Individual((), new.request, ())
+    children = autodan.mutated([old, old, other, other], [1, 2], "goal", victim_of(model, tokenizer), writer, generator(), cost)
+    assert children == [old, new, bare, other] and cost.empty == 1
+
+
+def test_children_are_rewritten_at_the_rate_of_mutation_and_where_they_are_copies():
+    elite, children = [Individual(("e",), "r", ())], [Individual((f"s{i}",), "r", ()) for i in range(5000)]
+    assert autodan.to_rewrite(elite, children, 0.0, random.Random(0)) == []
+    assert len(autodan.to_rewrite(elite, children, 0.2, random.Random(0))) / 5000 == pytest.approx(0.2, abs=0.02)
+    assert autodan.to_rewrite(elite, [*children[:3], *elite, children[1]], 0.0, random.Random(0)) == [3, 4]
+
+
+def test_autodan_takes_a_sentence_step_and_a_word_step_in_turn_and_keeps_the_best_tenth(model, tokenizer, monkeypatch):
+    """With all pairs crossed, all words up for a swap and no mutation, each generation shows which step made it."""
+    populations, score = [], autodan.target_losses
+
+    def scored(victim, texts, target, budget, cost):
+        losses = score(victim, texts, target, budget, cost)
+        populations.append((texts, losses))
+        return losses
+
+    class Writer(Scripted):  # texts of equal form: six words before the request, and two behind it
+        def individuals(self, goal, count, seeds):
+            triples = [(f"w{i} w{i} w{i}", f"w{60 + i} w{60 + i} w{60 + i}", f"w{120 + i} w1") for i in range(count)]
+            return [Individual((a, b), goal, (c,)) for a, b, c in triples]
+
+        def vary(self, parts, goals, requests, seeds):
+            return [""] * len(parts)
+
+    monkeypatch.setattr(autodan, "target_losses", scored)
+    budget = Budget(**{**vars(SMALL), "population": 20, "generations": 6, "crossover": 1.0, "mutation": 0.0})
+    attack(model, tokenizer, BEHAVIOURS[:1], budget, name="autodan", attacker=(Writer(),))
+
+    def parts(text):
+        before, after = (side.split() for side in text.split(BEHAVIOURS[0]["prompt"]))
+        return " ".join(before[:3]), " ".join(before[3:]), " ".join(after)
+
+    for generation, ((old, losses), (new, _)) in enumerate(zip(populations, populations[1:], strict=False), 1):
+        ranked = [text for _, text in sorted(zip(losses, old, strict=True), key=lambda pair: pair[0])]
+        assert new[:2] == ranked[:2] and len(new) == 20  # elites
+        if generation % 2:  # sentences: each is one that stood at its place before
+            for place in range(3):
+                assert {parts(text)[place] for text in new} <= {parts(text)[place] for text in old}
+        else:  # words: each prompt but the elites is varied, in place, at most five before and five behind
+            pairs = [(a.split(), b.split()) for a, b in zip(ranked[2:], new[2:], strict=True)]
+            changed = [sum(x != y for x, y in zip(*pair, strict=True)) for pair in pairs]
+            assert max(changed) <= 5 + 2 and sum(map(bool, changed)) >= 10
+    assert len(populations) == 7 and populations[1][0] != populations[0][0]
 
 
 # ---- the attacker ------------------------------------------------------------------------------------------

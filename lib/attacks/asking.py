@@ -70,8 +70,8 @@ def pap(
 def pair(
     victim: Victim, behaviours: list[dict], budget: Budget, generators: Generators, on_step: Step, attacker: Attacker
 ) -> list[Attempt]:
-    """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the answers and how
-    they were rated: never the reasoning (paper). A behaviour with an answer of the highest rating is left alone."""
+    """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the answers
+    and their ratings: never the reasoning (paper). A behaviour with an answer of the highest rating is left alone."""
     costs = [Cost() for _ in behaviours]
     tries: list[list[dict]] = [[] for _ in behaviours]
     aims = [(b["prompt"], b.get("prefill") or target_of(b)) for b in behaviours]
