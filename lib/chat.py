@@ -98,8 +98,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning:
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> list[int]:
     """Token ids of a conversation's generation prompt; of one question, those of `encode_prompt`.
 
-    `messages` are {"role", "content"}: maybe a system prompt, then user and assistant in turn, a user's last. Raises
-    UserError if the template refuses, as some do to a system prompt, or leaves that out.
+    `messages` are {"role", "content"}: maybe a system prompt, then user and assistant in turn, a user's last.
+    Raises UserError if the template refuses, as some do to a system prompt, or leaves that out.
     """
     try:
         text = template_text(tokenizer, messages, reasoning=reasoning)

@@ -70,8 +70,8 @@ def pap(
 def pair(
     victim: Victim, behaviours: list[dict], budget: Budget, generators: Generators, on_step: Step, attacker: Attacker
 ) -> list[Attempt]:
-    """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the answers
-    and their ratings: never the reasoning (paper). A behaviour with an answer of the highest rating is left alone."""
+    """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the
+    answers and their ratings: never the reasoning (paper). After a rating of 10 a behaviour is left alone."""
     costs = [Cost() for _ in behaviours]
     tries: list[list[dict]] = [[] for _ in behaviours]
     aims = [(b["prompt"], b.get("prefill") or target_of(b)) for b in behaviours]
@@ -81,10 +81,12 @@ def pair(
         talks = [(i, talk) for i in open_ones for talk in streams[i]]
         seeds = [seed for i in open_ones for seed in draw_seeds(generators[i], budget.streams)]
         new: list[list[tuple[Conversation, dict, dict]]] = [[] for _ in behaviours]
-        for (i, talk), written in zip(talks, attacker.refine([talk for _, talk in talks], seeds), strict=True):
+        replies = attacker.refine([talk for _, talk in talks], seeds)
+        for (i, talk), written in zip(talks, replies, strict=True):
             costs[i].written(victim, [f"{written['improvement']} {written['prompt']}".strip()])
             if written["prompt"]:
-                new[i].append((talk, written, a_try(turn * budget.streams + talk.stream + 1, written["prompt"])))
+                step = turn * budget.streams + talk.stream + 1
+                new[i].append((talk, written, a_try(step, written["prompt"])))
         ask_all(victim, behaviours, [[attempt for *_, attempt in found] for found in new], generators, costs)
         for i in open_ones:
             for talk, written, attempt in new[i]:

@@ -1,15 +1,15 @@
 """AutoDAN: a genetic search for a prompt that reads like language (Liu et al. 2023; paper, "Evaluation").
 
-GCG's suffixes look like noise. AutoDAN varies whole sentences around a request instead, and lets those multiply that
-make the target likely. It needs the target's loss, not its gradient: access "score". The best tenth of the prompts stay
-as they are. The others are replaced, by two steps in turn:
+GCG's suffixes look like noise. AutoDAN varies whole sentences around a request instead, and lets those multiply
+that make the target likely. It needs the target's loss, not its gradient: access "score". The best tenth of the
+prompts stay as they are. The others are replaced, by two steps in turn:
 
-    sentences   parents are drawn by softmax(-loss); pairs of them cross: each child takes some sentences of both
-    words       a word's score is the mean of -loss over the prompts that hold it, averaged with its earlier score
+    sentences   parents are drawn by softmax(-loss); pairs cross: each child takes some sentences of both
+    words       a word's score is the mean of -loss over the prompts that hold it, averaged with its earlier one
                 (momentum); in every prompt a few words give way to words of higher score
 
-After both, a few prompts are rewritten as a whole (mutation). `--crossover` is the share of pairs that cross, and of
-words that are up for a change; `--mutation` that of rewritten prompts. What differs from the original:
+After both, a few prompts are rewritten as a whole (mutation). `--crossover` is the share of pairs that cross, and
+of words that are up for a change; `--mutation` that of rewritten prompts. What differs from the original:
 
 - No thesaurus: a word gives way to a better one of the population, not to a synonym.
 - The first prompts are written by the attacker; there they are people's jailbreaks, which we do not copy.
@@ -99,16 +99,16 @@ def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Bud
 def sentence_step(
     people: list[Individual], losses: list[float], count: int, crossover: float, rng: random.Random
 ) -> list[Individual]:
-    """`count` children of parents drawn by softmax(-loss). A pair crosses at that rate; else it comes along as it is."""
+    """`count` children of parents drawn by softmax(-loss). A pair crosses at that rate; else it stays as it is."""
     weights = [math.exp(min(losses) - loss) for loss in losses]
     parents = rng.choices(people, weights, k=count + count % 2)
     pairs = zip(parents[::2], parents[1::2], strict=True)
-    children = [child for pair in pairs for child in (crossed(*pair, rng) if rng.random() < crossover else pair)]
-    return children[:count]
+    crossing = (crossed(*pair, rng) if rng.random() < crossover else pair for pair in pairs)
+    return [child for pair in crossing for child in pair][:count]
 
 
 def crossed(mother: Individual, father: Individual, rng: random.Random) -> tuple[Individual, Individual]:
-    """Multi-point crossover. At each place chance says which child has the mother's sentence, and the other has the
+    """Multi-point crossover. At each place chance says which child has the mother's sentence; the other has the
     father's. What only the longer of the two has goes to one child as a whole."""
 
     def dealt(a: tuple, b: tuple) -> tuple[tuple, tuple]:
@@ -134,7 +134,7 @@ def word_scores(people: list[Individual], losses: list[float], old: dict[str, fl
 
 
 def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: random.Random) -> Individual:
-    """Words give way to better ones, drawn by how much better; at most SWAPS before the request and SWAPS behind it."""
+    """Words give way to better ones, drawn by how much better; at most SWAPS before the request, SWAPS behind."""
     lowest = min(scores.values(), default=0.0)
 
     def paragraph(sentences: tuple[str, ...]) -> tuple[str, ...]:
@@ -157,8 +157,8 @@ def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: r
 def to_rewrite(elite: list[Individual], children: list[Individual], rate: float, rng: random.Random) -> list[int]:
     """Which children to rewrite: some at random, and all that are there already.
 
-    The original has no such guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places, and at its
-    rate of 0.01 hardly anything new would come in.
+    The original has no such guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places, and
+    at its rate of 0.01 hardly anything new would come in.
     """
     kept, chosen = set(elite), []
     for i, child in enumerate(children):

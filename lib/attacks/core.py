@@ -99,8 +99,8 @@ class Individual:
 class Conversation:
     """One of PAIR's streams, as its attacker sees it: never the victim's reasoning.
 
-    exchanges: the last ones, oldest first, each {"improvement", "prompt": what the attacker wrote, "answer": the
-    victim's, "rating": of that, from 1 (refused) to 10 (fulfilled)}.
+    exchanges: the last ones, oldest first, each {"improvement", "prompt": what the attacker wrote, "answer":
+    the victim's, "rating": of that, from 1 (refused) to 10 (fulfilled)}.
     """
 
     goal: str
@@ -127,7 +127,7 @@ class Attacker(Protocol):
         ...
 
     def refine(self, conversations: Sequence[Conversation], seeds: Sequence[int]) -> list[dict[str, str]]:
-        """The next turn of each conversation (PAIR): {"improvement": what to change and why, "prompt": to send}."""
+        """The next turn of each conversation (PAIR): {"improvement": what it changes, "prompt": what to send}."""
         ...
 
     def individuals(self, goal: str, count: int, seeds: Sequence[int]) -> list[Individual]:
