@@ -95,6 +95,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning:
     return _encode_turn(tokenizer, prompt, reasoning, system) + (_encode(tokenizer, THINK_OPEN) if reasoning else [])
 
 
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> list[int]:
+    """Token ids of a conversation's generation prompt; of one question, those of `encode_prompt`.
+
+    `messages` are {"role", "content"}: maybe a system prompt, then user and assistant in turn, a user's last.
+    Raises UserError if the template refuses, as some do to a system prompt, or leaves that out.
+    """
+    try:
+        text = template_text(tokenizer, messages, reasoning=reasoning)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the model's chat template says: {' '.join(str(error).split())}") from error
+    if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
+        raise UserError("the model's chat template drops system prompts")
+    return _encode(tokenizer, text) + (_encode(tokenizer, THINK_OPEN) if reasoning else [])
+
+
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, prompt: str, reasoning: str | None, answer: str
 ) -> tuple[list[int], list[bool]]:

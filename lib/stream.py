@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import jinja2
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from lib.chat import THINK_OPEN, decode, template_text
+from lib.chat import THINK_OPEN, decode
 from lib.draw import draw, uniform
 from lib.files import UserError
 
 Part = tuple[bool, str]  # whether it is reasoning, and the text
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> list[int]:
-    """Token ids of a conversation's generation prompt; of one question, those of `lib.chat.encode_prompt`.
-
-    Raises UserError if the template refuses, as some do to a system prompt.
-    """
-    try:
-        text = template_text(tokenizer, messages, reasoning=reasoning)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template says: {' '.join(str(error).split())}") from error
-    pieces = [text] + [THINK_OPEN] * reasoning  # tokenised apart: lib/chat.py
-    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
 @torch.inference_mode()

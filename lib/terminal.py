@@ -21,12 +21,12 @@ from typing import TextIO
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.chat import THINK_OPEN, decode, eos_token_ids, load_tokenizer, parse_completion, parse_direct
+from lib.chat import THINK_OPEN, decode, encode_chat, eos_token_ids, load_tokenizer, parse_completion, parse_direct
 from lib.files import UserError
 from lib.flags import Flags, number
 from lib.policy import load_policy
 from lib.run_folder import stated_reasoning
-from lib.stream import Part, encode_chat, parts, stream, texts
+from lib.stream import Part, parts, stream, texts
 from lib.visible import UNSEEN
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"

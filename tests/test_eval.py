@@ -24,6 +24,7 @@ from lib.attacks.gcg import check_suffixes  # noqa: E402
 from lib.attacks.suffix import survivors  # noqa: E402
 from lib.files import UserError, read_jsonl, write_json, write_jsonl  # noqa: E402
 from lib.rewards import Judge  # noqa: E402
+from lib.sandbox.attacker import SandboxAttacker  # noqa: E402
 from lib.victim import NOT_ASKED, Victim, draw_seeds, random_numbers  # noqa: E402
 
 stage = importlib.import_module("04_attack_eval")
@@ -516,6 +517,12 @@ def test_requests_without_a_target_are_asked_and_passed_over_by_attacks_that_nee
     assert attacked == {record["id"] for record in records[1:3]}
     run(other, tmp_path / "pap", monkeypatch, "--attacks", "pap")  # which needs none
     assert {line["id"] for line in read_jsonl(tmp_path / "pap/attacks.jsonl")} == {record["id"] for record in records[:2]}
+    used = {}
+    for line in read_jsonl(tmp_path / "pap/completions.jsonl"):
+        assert ("technique" in line) == (line["set"] == "pap")
+        if line["set"] == "pap":
+            used.setdefault((line["model"], line["id"]), []).append(line["technique"])
+    assert all(len(set(names)) == len(names) and {*names} <= {*SandboxAttacker.techniques} for names in used.values())
 
 
 def test_a_model_trained_anew_is_not_taken_for_the_old_one(given, finished, tmp_path, monkeypatch):

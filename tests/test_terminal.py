@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib import terminal as module
-from lib.chat import encode_prompt, load_tokenizer
+from lib.chat import encode_chat, encode_prompt, load_tokenizer
 from lib.files import UserError, write_json
 from lib.sampler import sample
 from lib.sandbox import world
-from lib.stream import encode_chat, parts, stream, texts
+from lib.stream import parts, stream, texts
 from lib.terminal import DIM, PLAIN, Chat, converse, main, reply, thinks_first
 
 TEMPLATE = (

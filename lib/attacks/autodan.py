@@ -1,21 +1,27 @@
 """AutoDAN: a genetic search for a prompt that reads like language (Liu et al. 2023; paper, "Evaluation").
 
-GCG's suffixes look like noise. AutoDAN varies whole sentences around a request instead, and lets those multiply that make
-the target likely. It needs the target's loss, not its gradient: access "score". Its hierarchy:
+GCG's suffixes look like noise. AutoDAN varies whole sentences around a request instead, and lets those multiply
+that make the target likely. It needs the target's loss, not its gradient: access "score". The best tenth of the
+prompts stay as they are. The others are replaced, by two steps in turn:
 
-    sentences   parents are drawn by fitness; children take each sentence from one of them, and some are rephrased
-    words       every word has a score, the mean fitness of the prompts that hold it, averaged with its earlier score
-                (momentum); children swap some words for ones of higher score
+    sentences   parents are drawn by softmax(-loss); pairs cross: each child takes some sentences of both
+    words       a word's score is the mean of -loss over the prompts that hold it, averaged with its earlier one
+                (momentum); in every prompt a few words give way to words of higher score
 
-Here the words to swap in come from the population itself (the original: a thesaurus), and the first prompts are written by
-the attacker (the original: people's jailbreaks, which we do not copy).
+After both, a few prompts are rewritten as a whole (mutation). `--crossover` is the share of pairs that cross, and
+of words that are up for a change; `--mutation` that of rewritten prompts. What differs from the original:
+
+- No thesaurus: a word gives way to a better one of the population, not to a synonym.
+- The first prompts are written by the attacker; there they are people's jailbreaks, which we do not copy.
+- The steps take turns; in the original code, four on words follow each one on sentences.
+- Parents may swap at every sentence; there at five points at most.
+- A prompt that is there already is rewritten, too (`to_rewrite`).
 """
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,7 +33,7 @@ from lib.attacks.suffix import check_target
 from lib.chat import pad_batch
 from lib.victim import Victim, draw_seeds
 
-ELITE_SHARE, CROSSOVER, REPHRASE, WORD_SWAP = 0.1, 0.5, 0.2, 0.05  # AutoDAN: elites 0.1, crossover 0.5, mutation 0.01
+ELITE_SHARE, SWAPS = 0.1, 5  # of the population; of words in a paragraph. Both its own paper's
 
 
 def autodan(
@@ -46,9 +52,16 @@ def autodan(
             continue
         trace, scores = [a_try(0, people[best].text(), loss=losses[best])], dict[str, float]()
         for generation in range(1, budget.generations + 1):
-            scores = word_scores(people, losses, scores)
-            people = next_generation(people, losses, scores, rng)
-            people = rephrase(people, goal, victim, attacker, generator, rng, cost)
+            order = sorted(range(len(people)), key=losses.__getitem__)
+            elite = [people[i] for i in order[: max(1, round(ELITE_SHARE * len(people)))]]
+            if generation % 2:
+                children = sentence_step(people, losses, len(people) - len(elite), budget.crossover, rng)
+            else:
+                scores = word_scores(people, losses, scores)
+                rest = [people[i] for i in order[len(elite) :]]
+                children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
+            chosen = to_rewrite(elite, children, budget.mutation, rng)
+            people = elite + mutated(children, chosen, goal, victim, attacker, generator, cost)
             losses = target_losses(victim, [p.text() for p in people], target, budget, cost)
             best = min(range(len(people)), key=losses.__getitem__)
             trace.append({**trace[-1], "step": generation})
@@ -89,31 +102,31 @@ def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Bud
     return [next(scored) if fine else worst for fine in short]
 
 
-def next_generation(
-    people: list[Individual], losses: list[float], scores: dict[str, float], rng: random.Random
+def sentence_step(
+    people: list[Individual], losses: list[float], count: int, crossover: float, rng: random.Random
 ) -> list[Individual]:
-    """The fittest stay as they are; the rest are children of parents drawn by softmax(-loss / spread)."""
-    order = sorted(range(len(people)), key=losses.__getitem__)
-    elite = [people[i] for i in order[: max(1, round(ELITE_SHARE * len(people)))]]
-    spread = statistics.pstdev(losses) or 1.0  # losses that differ little must still make a difference
-    weights = [math.exp((min(losses) - loss) / spread) for loss in losses]
-    children: list[Individual] = []
-    while len(children) < len(people) - len(elite):
-        mother, father = rng.choices(people, weights, k=2)
-        children.append(swap_words(crossed(mother, father, rng), scores, rng))
-    return elite + children
+    """`count` children of parents drawn by softmax(-loss). A pair crosses at that rate; else it stays as it is."""
+    weights = [math.exp(min(losses) - loss) for loss in losses]
+    parents = rng.choices(people, weights, k=count + count % 2)
+    pairs = zip(parents[::2], parents[1::2], strict=True)
+    crossing = (crossed(*pair, rng) if rng.random() < crossover else pair for pair in pairs)
+    return [child for pair in crossing for child in pair][:count]
 
 
-def crossed(mother: Individual, father: Individual, rng: random.Random) -> Individual:
-    """Each sentence from one of the two; sentences that only one of them has come along with half the chance."""
+def crossed(mother: Individual, father: Individual, rng: random.Random) -> tuple[Individual, Individual]:
+    """Multi-point crossover. At each place chance says which child has the mother's sentence; the other has the
+    father's. What only the longer of the two has goes to one child as a whole."""
 
-    def mixed(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
-        longer = a if len(a) > len(b) else b
-        shared = [rng.choice(pair) for pair in zip(a, b, strict=False)]
-        return (*shared, *[s for s in longer[len(shared) :] if rng.random() < CROSSOVER])
+    def dealt(a: tuple, b: tuple) -> tuple[tuple, tuple]:
+        shared = min(len(a), len(b))
+        pieces = [*zip(zip(a[:shared]), zip(b[:shared]), strict=True), (a[shared:], b[shared:])]
+        turned = [piece[::-1] if rng.random() < 0.5 else piece for piece in pieces]
+        return sum((x for x, _ in turned), ()), sum((y for _, y in turned), ())
 
-    request = rng.choice((mother.request, father.request))
-    return Individual(mixed(mother.before, father.before), request, mixed(mother.after, father.after))
+    before, after = dealt(mother.before, father.before), dealt(mother.after, father.after)
+    requests = dealt((mother.request,), (father.request,))
+    first, second = (Individual(b, r, a) for b, (r,), a in zip(before, requests, after, strict=True))
+    return first, second
 
 
 def word_scores(people: list[Individual], losses: list[float], old: dict[str, float]) -> dict[str, float]:
@@ -126,42 +139,59 @@ def word_scores(people: list[Individual], losses: list[float], old: dict[str, fl
     return {**old, **{word: (old[word] + value) / 2 if word in old else value for word, value in new.items()}}
 
 
-def swap_words(person: Individual, scores: dict[str, float], rng: random.Random) -> Individual:
-    """A few words around the request give way to words of higher score."""
+def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: random.Random) -> Individual:
+    """Words give way to better ones, drawn by how much better; at most SWAPS before the request, SWAPS behind."""
+    lowest = min(scores.values(), default=0.0)
 
-    highest = max(scores.values(), default=-math.inf)
+    def paragraph(sentences: tuple[str, ...]) -> tuple[str, ...]:
+        written, room = [], SWAPS
+        for sentence in sentences:
+            words = sentence.split()
+            for i, word in enumerate(words):
+                if room and rng.random() < rate:
+                    own = scores.get(word, lowest)
+                    better = {other: score - own for other, score in scores.items() if score > own}
+                    if better:
+                        words[i] = rng.choices(list(better), list(better.values()))[0]
+                        room -= 1
+            written.append(" ".join(words))
+        return tuple(written)
 
-    def swapped(word: str) -> str:
-        own = scores.get(word, -math.inf)
-        if own >= highest or rng.random() >= WORD_SWAP:
-            return word
-        return rng.choice([other for other, score in scores.items() if score > own])
-
-    def around(sentences: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(" ".join(map(swapped, sentence.split())) for sentence in sentences)
-
-    return replace(person, before=around(person.before), after=around(person.after))
+    return replace(person, before=paragraph(person.before), after=paragraph(person.after))
 
 
-def rephrase(
-    people: list[Individual], goal: str, victim: Victim, attacker: Attacker, generator, rng: random.Random, cost: Cost
+def to_rewrite(elite: list[Individual], children: list[Individual], rate: float, rng: random.Random) -> list[int]:
+    """Which children to rewrite: some at random, and all that are there already.
+
+    The original has no such guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places, and
+    at its rate of 0.01 hardly anything new would come in.
+    """
+    kept, chosen = set(elite), []
+    for i, child in enumerate(children):
+        if rng.random() < rate or child in kept:
+            chosen.append(i)
+        kept.add(child)
+    return chosen
+
+
+def mutated(
+    children: list[Individual], chosen: list[int], goal: str, victim: Victim, attacker: Attacker, generator, cost: Cost
 ) -> list[Individual]:
-    """Mutation: in some children, one part is said otherwise by the attacker: a sentence, or the request if it is one that
-    does so. In all that are there already: else the fittest would soon be the whole population."""
-    kept, people = max(1, round(ELITE_SHARE * len(people))), list(people)
-    parts = [[*p.before, *p.after] + ([] if attacker.keeps_request else [p.request]) for p in people]
-    chosen = [i for i in range(kept, len(people)) if parts[i] and (rng.random() < REPHRASE or people[i] in people[:i])]
-    places = [rng.randrange(len(parts[i])) for i in chosen]
-    requests = [place == len(people[i].before) + len(people[i].after) for i, place in zip(chosen, places, strict=True)]
-    seeds = draw_seeds(generator, len(chosen))
-    texts = attacker.vary(
-        [parts[i][place] for i, place in zip(chosen, places, strict=True)], [goal] * len(chosen), requests, seeds
-    )
+    """The chosen ones are said otherwise: each sentence, and the request if the attacker is one that does so."""
+    children, keeps = list(children), attacker.keeps_request
+    parts = [(*children[i].before, *([] if keeps else [children[i].request]), *children[i].after) for i in chosen]
+    flat = [
+        (part, not keeps and k == len(children[i].before))
+        for i, own in zip(chosen, parts, strict=True)
+        for k, part in enumerate(own)
+    ]
+    seeds = draw_seeds(generator, len(flat))
+    texts = attacker.vary([part for part, _ in flat], [goal] * len(flat), [is_request for _, is_request in flat], seeds)
     cost.written(victim, texts)
-    for i, place, text in zip(chosen, places, texts, strict=True):
-        if text:
-            before, after = len(people[i].before), len(people[i].before) + len(people[i].after)
-            parts[i][place] = text
-            request = text if place == after else people[i].request
-            people[i] = Individual(tuple(parts[i][:before]), request, tuple(parts[i][before:after]))
-    return people
+    said = iter([text or part for text, (part, _) in zip(texts, flat, strict=True)])  # what it could not say stays
+    for i in chosen:
+        child = children[i]
+        before = tuple(next(said) for _ in child.before)
+        request = child.request if keeps else next(said)
+        children[i] = Individual(before, request, tuple(next(said) for _ in child.after))
+    return children

@@ -83,6 +83,7 @@ EVAL = {
     "behaviours": 1,
     "attacker": MODEL,
     "attacker_tokens": 48,
+    "mutation": 0.2,  # AutoDAN's 0.01 is for 256 prompts; of 24, it would hardly ever rewrite one
     "gcg_steps": 10,
     "gcg_width": 32,
     "gcg_top_k": 256,
