@@ -48,8 +48,9 @@ class Victim:
         """What it answers to each text, with the judge's verdict; all four of one length. Each answer has its own seed, so it
         does not depend on what else is asked.
 
-        The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning. `harm` and
-        `task` are None where the judge gave no verdict. Raises UserError for a text that is too long, and for a broken model.
+        The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning; and apart, if
+        it asks for `contexts`, the text that the behaviour is about. `harm` and `task` are None where it gave no verdict.
+        Raises UserError for a text that is too long, and for a broken model.
         """
         prompts = [self.encode(text, opening) for text, opening in zip(sent, openings, strict=True)]
         try:
@@ -71,11 +72,14 @@ class Victim:
             own = {"tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
             read.append(self._read(decode(self.tokenizer, ids)) | own)
         asked, answers = [b["prompt"] for b in behaviours], [r["answer"] for r in read]
-        harms, tasks = self.judge.harm_score(asked, answers), self.judge.task_score(asked, answers)
-        for line, harm, task in zip(read, harms, tasks, strict=True):
+        contexts = [b.get("context", "") for b in behaviours]
+        harms = self.judge.harm_score(asked, answers, *([contexts] if any(contexts) else []))
+        tasks = self.judge.task_score(asked, answers)
+        for behaviour, line, harm, task in zip(behaviours, read, harms, tasks, strict=True):
             for score in (harm, task):
                 if score is not None and not 0 <= score <= 1:  # not a number fails this, too
-                    raise UserError(f"--judge {self.judge.name}: gave {score} ({self.name}); scores must be numbers in [0, 1]")
+                    where = ", ".join(filter(None, (self.name, behaviour.get("id"))))
+                    raise UserError(f"--judge {self.judge.name}: gave {score} ({where}); scores must be numbers in [0, 1]")
             line |= {"harm": harm, "task": task, "refusal": refusal_label(line["answer"])}
         return read
 
