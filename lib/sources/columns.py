@@ -12,13 +12,13 @@ from typing import Protocol
 from tqdm import tqdm
 
 from lib.files import UserError
+from lib.sources.readers import COPYRIGHT, say_left_out
 from lib.sources.words import SETS, Given
 from lib.tables import JSON, columns_of, first_text, other_turns, with_context
 
 # What stage 4 reads of a request beside those that every record has: how deep it is disguised (a number), how a compliant
 # answer would begin if the attacker writes that, and a request that deserves an answer.
 OPTIONAL = ("hops", "prefill", "twin")
-COPYRIGHT = "copyright behaviours (hashes of the text decide these, no judge)"
 PromptRecord = tuple[str, dict]  # (set, record)
 TraceRecord = tuple[dict, tuple[str, str]]  # (record, (reasoning, answer))
 
@@ -117,12 +117,6 @@ def own_fields(row: dict, given: Given, columns: Columns, where: str) -> dict:
     if str(kept.get("hops", "")).isdecimal():
         kept["hops"] = int(kept["hops"])  # a csv knows no numbers
     return kept
-
-
-def say_left_out(source: str, left: Counter[str]) -> None:
-    """One line, if anything was."""
-    if left:
-        print(f"{source}: left out {', '.join(f'{count} {what}' for what, count in left.items())}")
 
 
 def kind_of(row: dict, columns: Columns, where: str) -> str:

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from lib.files import UserError
 from lib.sources import readers
-from lib.sources.columns import say_left_out
-from lib.sources.readers import Found
+from lib.sources.readers import Found, say_left_out
 from lib.tables import columns_of, other_turns
 
 

@@ -6,10 +6,12 @@ Columns and filters are named beside the source's place and licence in `known.SO
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
-from lib.sources.columns import COPYRIGHT
 from lib.tables import first_text
+
+COPYRIGHT = "copyright behaviours (hashes of the text decide these, no judge)"
 
 
 class Found(NamedTuple):
@@ -98,3 +100,9 @@ def star1(row: dict) -> Found:
 
 def rainbow(row: dict) -> Found:
     return Found("harmful", first_text(row, "prompt"), first_text(row, "category,risk"), first_text(row, "id"))
+
+
+def say_left_out(source: str, left: Counter[str]) -> None:
+    """One line on what of a source is not read, if anything."""
+    if left:
+        print(f"{source}: left out {', '.join(f'{count} {what}' for what, count in left.items())}")
