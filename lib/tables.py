@@ -76,10 +76,10 @@ def _read_csv(path: Path) -> list[dict]:
         try:
             for row in reader:
                 if None in row:
-                    raise ValueError(f"more cells than the header has, {len(reader.fieldnames or [])}")
+                    raise ValueError(f"line {reader.line_num}: more cells than the header has, {len(reader.fieldnames or [])}")
                 rows.append(row)
-        except (csv.Error, ValueError) as error:
-            raise ValueError(f"line {reader.line_num}: {error}") from None
+        except csv.Error as error:
+            raise ValueError(f"the record that begins in line {reader.line_num + 1}: {error}") from None
     return rows
 
 

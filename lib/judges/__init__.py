@@ -144,10 +144,8 @@ def _function(name: str, function: str) -> Score:
 
 
 def _counted(score: Score, name: str) -> Score:
-    asks = "contexts" in inspect.signature(score).parameters
-
     def counted(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list[float | None]:
-        told = {"contexts": contexts} if asks and contexts else {}
+        told = {"contexts": contexts} if contexts and "contexts" in inspect.signature(score).parameters else {}
         scores = [None if s is None else float(s) for s in score(prompts, answers, **told)]
         if len(scores) != len(answers):
             raise UserError(f"--judge: {name} gave {len(scores)} scores for {len(answers)} answers: give one each")
