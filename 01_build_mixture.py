@@ -8,15 +8,20 @@ A model that is rewarded for safety alone learns to refuse everything. What keep
    are not), 1:1. Prompts only: what to answer, the policy has to find out.
 3. **Evaluation sets**: harmful, jailbreak (harmful, disguised), harmless, ambiguous.
 
-No prompt is in two of the three, whatever its spaces and capitals. The seed decides every choice. A larger
-lambda takes more of the same harmful prompts, so that one SFT model can serve several mixtures.
+No prompt is in two of the three, whatever its spaces, capitals, quotes or unseen characters (`same_prompt`). The seed
+decides every choice. A larger lambda takes more of the same harmful prompts, so that one SFT model can serve several mixtures.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
     python 01_build_mixture.py --preset paper --out runs/paper/data0 --trace-files star1 --sft-prompts 900 \
         --files harmful=wildjailbreak:800 harmful=aegis:400 harmless=ultrafeedback:2000 ambiguous=or-bench:2000
     python 01_build_mixture.py --source files --out runs/mine/data --trace-files r1_traces.jsonl \
         --files harmful=wildjailbreak:800 harmful=attacks.jsonl harmless=hub:me/chat:train ambiguous=or-bench \
-        --eval-files harmful=harmbench.csv ambiguous=xstest
+        --eval-files harmful=harmbench@behaviours.csv ambiguous=xstest
+
+A file of yours needs a prompt: a text, or a conversation, of which the first turn of the user is taken. It may have `kind`,
+`id` and `category`, and for stage 4 `target` (how a compliant answer begins; GCG needs it), `prefill` (how one begins that the
+attacker writes; none: the target), `twin` (a request that deserves an answer), `hops` (how deep the request is disguised, a
+number) and a context. Of jsonl and json any other field is kept as it is; of a table (csv, tsv, parquet, hub:) none.
 
 Writes sft.jsonl, rl.jsonl, eval_SET.jsonl and manifest.json to OUT; with `--rl-traces 8` also sft_rl.jsonl, traces for the RL
 prompts of every kind: what the paper's comparison "SFT" learns from instead of a reward. A stopped run goes on when the same
@@ -29,8 +34,10 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.files import UserError, write_json, write_jsonl
 from lib.run_folder import checksums, claim_folder
@@ -62,7 +69,7 @@ class Settings:
     traces_per_prompt: int = setting(4, "traces a prompt, at most. Paper: 4", low=1)
     rl_traces: int = setting(0, "traces for each RL prompt, at most, for the comparison with SFT. Paper: 8; 0: none", low=0)
     eval_prompts: int = setting(500, "prompts of each evaluation set, at most", low=1)
-    max_chars: int = setting(1000, "SFT and RL prompts are shorter than this. Paper: 1000", low=1)
+    max_chars: int = setting(1000, "SFT and RL prompts are shorter than this, but for wildjailbreak's. Paper: 1000", low=1)
     # where prompts come from
     source: str = setting("sandbox", "the sandbox's world, or files of yours", choices=("sandbox", "files"))
     files: list[str] = setting(
@@ -72,15 +79,19 @@ class Settings:
     )
     eval_files: list[str] = setting([], "prompts to evaluate on: [SET=]SOURCE; SET may be jailbreak too")
     prompt_column: str = setting(
-        "prompt.0.content,prompt,Behavior,instruction",
-        "column of the prompt; of several, the first with text",
+        "prompt,messages,Behavior,instruction",
+        "column of the prompt; of several, the first with text; of a conversation in it, the user's first turn",
     )
-    context_column: str = setting("ContextString", "column of a text that the prompt is about, HarmBench's: put before it")
+    context_column: str = setting(
+        "context,ContextString", "column of a text that the prompt is about: put before it, and shown apart to HarmBench's judge"
+    )
     kind_column: str = setting("kind", "column that says the kind, for files given without KIND=")
     kind_map: list[str] = setting([], "PATTERN=KIND for what is in it, first match counts; KIND may be drop")
     id_column: str = setting("id,BehaviorID", "column of the name by which --targets knows a prompt")
     category_column: str = setting("category,SemanticCategory,type,ability", "column of the topic")
-    targets: str = setting("", "json file {id: how a compliant answer begins}, for GCG, as HarmBench's")
+    targets: str = setting(
+        "", "json file {id: how a compliant answer begins}, for GCG, as HarmBench's; a file's own column target goes before"
+    )
     licences: list[str] = setting([], "FILENAME=LICENCE, or a source's name for it; for the manifest")
     # where traces come from
     trace_files: list[str] = setting([], "SOURCEs with prompt, reasoning and answer; star1. Paper: by DeepSeek-R1")
@@ -146,17 +157,20 @@ def prompts_needed(settings: Settings) -> dict[str, int]:
     return {"harmful": harmful, "harmless": settings.rl_prompts - harmful - ambiguous, "ambiguous": ambiguous}
 
 
-def new_prompts(records: list[dict], seen: dict[str, str], dropped: Counter, max_chars: int = 0) -> list[dict]:
+def new_prompts(
+    records: list[dict], seen: dict[str, str], dropped: Counter, max_chars: int = 0, any_length: Collection[str] = ()
+) -> list[dict]:
     """The records whose prompt is new, not empty and not too long. `dropped` counts the others by reason.
 
-    `seen` maps prompts to the reason to drop them when they come again; what is kept enters it.
+    `seen` maps prompts to the reason to drop them when they come again; what is kept enters it. `any_length`: sources whose
+    prompts may be longer than `max_chars`.
     """
     kept = []
     for record in records:
         key = same_prompt(record["prompt"])
         if not key:
             dropped["empty"] += 1
-        elif max_chars and len(record["prompt"]) >= max_chars:
+        elif max_chars and len(record["prompt"]) >= max_chars and record["source"] not in any_length:
             dropped["too long"] += 1
         elif key in seen:
             dropped[seen[key]] += 1
@@ -247,19 +261,48 @@ def sandbox_prompts(settings: Settings) -> tuple[Pool, Pool]:
 
 def file_prompts(settings: Settings) -> tuple[Pool, Pool]:
     """(training pool, evaluation sets), in the seed's order."""
-    targets = {}
-    if settings.targets:
-        try:
-            targets = dict(json.loads(Path(settings.targets).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"--targets: {settings.targets} is no json {{id: text}} ({error})") from error
+    targets = read_targets(settings.targets)
     names = source_names(words_of(settings))
 
     def read(words: list[str]) -> Pool:
         pairs = ((parse_word(word).text, pair) for word in words for pair in read_prompts(word, settings, targets))
         return by_set([(kind, record | {"source": names[text]}) for text, (kind, record) in pairs], settings.seed)
 
-    return read(settings.files), read(settings.eval_files)
+    pools = read(settings.files), read(settings.eval_files)
+    if alone := [name for name in targets if name not in targets.found]:
+        print(f"--targets: {len(alone)} of {len(targets)} are of no prompt that was read: {some(alone)}")
+    return pools
+
+
+class Targets(dict[str, str]):
+    """Targets by the name that a source has for its prompt. `found`: the names that were asked for."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.found: set[str] = set()
+
+    def get(self, name: str, default: str = "") -> str:  # type: ignore[override]
+        self.found.add(name)
+        return super().get(name, default)
+
+
+def read_targets(path: str) -> Targets:
+    """The file of --targets; none without one. UserError if it is no {id: text}."""
+    if not path:
+        return Targets()
+    try:
+        targets = Targets(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--targets: {path} is no json {{id: text}} ({error})") from error
+    for name, text in targets.items():
+        if not isinstance(text, str):
+            raise UserError(f"--targets: {path}: {name}: is {text!r}; allowed: some text")
+    return targets
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def by_set(pairs: list[tuple[str, dict]], seed: int) -> Pool:
@@ -382,7 +425,9 @@ def main() -> None:
     seen = dict.fromkeys(seen, "in evaluation")
     traced = traced_prompts(settings)
     traces = file_traces(traced, settings, seen, dropped) if settings.trace_files else []
-    pool = {name: new_prompts(records, seen, dropped, settings.max_chars) for name, records in pool.items()}
+    names = source_names(words_of(settings))
+    any_length = {names[word.text] for word in map(parse_word, settings.files) if word.name and SOURCES[word.name].any_length}
+    pool = {name: new_prompts(records, seen, dropped, settings.max_chars, any_length) for name, records in pool.items()}
     if settings.source == "files":
         hold_out(pool, evaluation, settings.eval_prompts, settings.seed)
     sft_count = 0 if settings.trace_files else settings.sft_prompts
@@ -422,8 +467,8 @@ def main() -> None:
     for name, records in files.items():
         kinds = Counter(record["kind"] for record in records)
         print(f"{len(records):6}  {name:22} {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
-    if without := sum(not record["target"] for record in evaluation["harmful"]):
-        print(f"{without} harmful evaluation prompts have no target: GCG needs --targets")
+    if without := [record["id"] for record in evaluation["harmful"] if not record["target"]]:
+        print(f"{len(without)} harmful evaluation prompts have no target: GCG needs --targets ({some(without)})")
     print(f"left out: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'nothing'}")
     print(f"next: {next_command}")
 

@@ -43,6 +43,7 @@ from lib.processes import Processes, gather_objects, pick_device, start_processe
 from lib.run_folder import checksums, claim_folder
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.sharding import backward, check_shards, device_of, full_weights, sum_and_clip
+from lib.sources import same_prompt
 from lib.state import finish, is_finished, load_progress, save_progress
 from lib.training import (
     epoch_order,
@@ -109,16 +110,14 @@ class Example:
 def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples. The split is by prompt, so no held-out prompt has a trace among the training ones."""
     path = Path(settings.data) / settings.traces
-    records = read_jsonl(path, required=("id", "prompt", "reasoning", "answer"))
-    prompts = sorted({r["prompt"] for r in records})
+    records = read_jsonl(path, ("id", "prompt", "reasoning", "answer") if settings.reasoning else ("id", "prompt", "answer"))
+    first = {same_prompt(r["prompt"]): r["prompt"] for r in reversed(records)}  # of those that are one prompt to a reader
+    prompts = sorted(first.values())
     count = round(settings.held_out_share * len(prompts))
     held_out_prompts = {prompts[i] for i in epoch_order(len(prompts), settings.seed, -1)[:count]}
     train: list[Example] = []
     held_out: list[Example] = []
     for record in records:
-        for key in ("prompt", "reasoning", "answer") if settings.reasoning else ("prompt", "answer"):
-            if not isinstance(record[key], str) or not record[key].strip():
-                raise UserError(f"{path}: {record['id']}: {key} is {record[key]!r}; allowed: some text")
         reasoning = record["reasoning"] if settings.reasoning else None
         ids, mask = encode_example(tokenizer, record["prompt"], reasoning, record["answer"])
         if len(ids) > min(context, settings.max_batch_tokens):
@@ -126,7 +125,7 @@ def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Exa
                 f"{path}: trace {record['id']} has {len(ids)} tokens, the model's context is {context}, --max-batch-tokens "
                 f"{settings.max_batch_tokens}: shorten or drop it (01_build_mixture.py --max-chars), or raise the limit"
             )
-        (held_out if record["prompt"] in held_out_prompts else train).append(Example(ids, mask))
+        (held_out if first[same_prompt(record["prompt"])] in held_out_prompts else train).append(Example(ids, mask))
     if not train:
         raise UserError(f"{path}: no trace left to train on: lower --held-out-share")
     return train, held_out

@@ -163,15 +163,13 @@ def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
     Every limit in tokens is checked here, before the first step, at the longest completion there may be.
     """
     path = Path(settings.data) / "rl.jsonl"
-    records = read_jsonl(path, required=("id", "prompt", "kind"))
+    records = read_jsonl(path, ("id", "prompt", "kind"))
     together = 2 if settings.objective == "rpo" else 1  # a pair is in one micro-batch
     budget = min(context, settings.max_batch_tokens // together, settings.max_sample_tokens)
     allowed = min(settings.max_prompt_tokens, budget - settings.max_new_tokens)
     for place, record in enumerate(records):
         if record["kind"] not in KINDS:
             raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}")
-        if not isinstance(record["prompt"], str) or not record["prompt"].strip():
-            raise UserError(f"{path}: {record['id']}: prompt is {record['prompt']!r}; allowed: some text")
         record["place"] = place
         record["prompt_ids"] = encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning)
         if len(record["prompt_ids"]) > allowed:

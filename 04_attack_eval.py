@@ -52,7 +52,7 @@ from lib.metrics import attack_summary, differences, measure, shared_attacks
 from lib.policy import load_policy
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.report import write_report
-from lib.rewards import load_judge
+from lib.rewards import KINDS, load_judge
 from lib.run_folder import checksums, claim_folder, reasons
 from lib.separation import prompt_embeddings, separation
 from lib.settings import UserError, parse_settings, run_main, setting
@@ -94,7 +94,9 @@ class EvalSettings:
     max_batch_tokens: int = setting(16384, "rows x tokens of a batch: lower it when out of memory", low=1)
     attacks: list[str] = setting(["gcg"], "beside direct requests and disguises (README)", choices=("all", *ATTACKS))
     behaviours: int = setting(
-        24, "direct requests they attack, the first (with a target, if need be); 0: none. Paper: 400", low=0
+        24,
+        "direct requests they attack, the first (with a target, if need be); 0: none. Paper: 400 (300, if not of copyright)",
+        low=0,
     )
     budgets: list[str] = setting(
         ["0.2", "0.4"],
@@ -157,17 +159,12 @@ def read_subjects(settings: EvalSettings) -> list[Subject]:
 def read_sets(settings: EvalSettings, names: Sequence[str]) -> tuple[dict[str, list[dict]], list[dict]]:
     """The sets that stage 1 wrote, name -> records; and those of the direct ones that are attacked: the first ones, with a target
     if an attack needs one. They get a "twin", a request that deserves an answer, where stage 1 gave none."""
-    needs = ("id", "prompt", "kind", "category")
+    needs, texts = ("id", "prompt", "kind", "category"), ("category", "target", "prefill", "twin", "context")
     paths = {name: Path(settings.data) / file for name, file in FILES.items()}
-    sets = {name: read_jsonl(path, needs) for name, path in paths.items() if name == "direct" or path.exists()}
-    keys = {**dict.fromkeys(needs[1:], (str,)), **dict.fromkeys(("target", "prefill", "twin"), (str, type(None)))}
-    for name, record, key in ((name, r, key) for name, records in sets.items() for r in records for key in keys):
-        if not isinstance(record.get(key), keys[key]):
-            raise UserError(f"{paths[name]}: {record['id']}: {key} is {record[key]!r}; allowed: some text")
-    for name, records in sets.items():
-        for identity, count in Counter(record["id"] for record in records).items():
-            if count > 1:
-                raise UserError(f"{paths[name]}: {count} records have the id {identity!r}: give each its own")
+    sets = {name: read_jsonl(path, needs, texts) for name, path in paths.items() if name == "direct" or path.exists()}
+    for name, record in ((name, record) for name, records in sets.items() for record in records):
+        if record["kind"] not in KINDS:
+            raise UserError(f"{paths[name]}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}")
     if not {"harmless", "ambiguous"} & sets.keys():
         raise UserError(f"{paths['harmless']}: no such file, nor {paths['ambiguous'].name}: a defence must be used, too")
     if settings.limit:

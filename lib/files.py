@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+UNREADABLE = re.compile("[\x00\ud800-\udfff]")  # null bytes and lone surrogates
 
 
 class UserError(Exception):
@@ -59,30 +63,78 @@ def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_jsonl(path: str | Path, required: Sequence[str] = ()) -> list[dict]:
-    """All records of a jsonl file; empty lines are skipped.
+def read_jsonl(
+    path: str | Path,
+    required: Sequence[str] = (),
+    maybe_empty: Sequence[str] = (),
+    parse_float: Callable[[str], float] | None = None,
+) -> list[dict]:
+    """All records of a jsonl file; empty lines are skipped. `parse_float` is json's.
 
-    Raises UserError for a missing, unreadable or empty file, a line that is not a JSON object, and a record
-    without one of the `required` keys.
+    With `required` these are the records that stages hand on, and it names their keys, "id" among them. Each must be there
+    and hold text. Those of `maybe_empty` may hold an empty one, and be missing or null unless they are required. An id becomes
+    the text that stands in the file (7 is "7"), and two records never share one: all that is counted later is counted by id.
+    In every text U+FFFD stands for what tokenizers do not take, see `readable`.
+
+    Raises UserError for a missing, unreadable or empty file, a line that is not a JSON object, and a record that breaks a
+    rule above.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
-    records = []
+    records: list[dict] = []
+    lines: dict[str, list[int]] = {}  # by id
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            record = _parse(line)
+            record = _parse(line, parse_float)
             if record is None:
                 raise UserError(f"{path}:{number}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}")
             for key in required:
                 if key not in record:
                     raise UserError(f"{path}:{number}: has no key {key!r}; its keys are {', '.join(record) or 'none'}")
+            if required:
+                record = readable(record)
+                record["id"] = _id_of(record["id"], line, f"{path}:{number}")
+                lines.setdefault(record["id"], []).append(number)
+                for key in (*required, *(key for key in maybe_empty if record.get(key) is not None)):
+                    value = record[key]
+                    if not isinstance(value, str) or not (value.strip() or key in maybe_empty):
+                        raise UserError(f"{path}: {record['id']}: {key} is {value!r}; allowed: some text")
             records.append(record)
     if not records:
         raise UserError(f"{path}: is empty")
+    if shared := {name: numbers for name, numbers in lines.items() if len(numbers) > 1}:
+        name, numbers = next(iter(shared.items()))
+        others = f", and {len(shared) - 1} more ids stand in several" if len(shared) > 1 else ""
+        where = ", ".join(map(str, numbers[:5])) + ", ..." * (len(numbers) > 5)
+        raise UserError(f"{path}: id {name!r} stands in lines {where}{others}: give each record an id of its own, drop copies")
     return records
+
+
+def _id_of(value: Any, line: bytes, where: str) -> str:
+    """The id as it stands in the line: 1e5 is "1e5"."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = json.loads(line.decode("utf-8-sig"), parse_int=str, parse_float=str, parse_constant=str)["id"]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: id is {value!r}; allowed: some text, or a number")
+    return value
+
+
+def readable(value: Any) -> Any:
+    """A JSON value in whose texts U+FFFD stands for null bytes and lone surrogates: no tokenizer takes these.
+
+    >>> readable({"prompt": ["a\\ud800b", 7]}) == {"prompt": ["a\\ufffdb", 7]}
+    True
+    """
+    if isinstance(value, str):
+        return UNREADABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [readable(item) for item in value]
+    if isinstance(value, dict):
+        return {readable(key): readable(item) for key, item in value.items()}
+    return value
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -91,9 +143,9 @@ def read_log(path: str | Path) -> list[dict]:
     return read_jsonl(path) if path.is_file() and path.stat().st_size else []
 
 
-def _parse(line: bytes) -> dict | None:
+def _parse(line: bytes, parse_float: Callable[[str], float] | None = None) -> dict | None:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), parse_float=parse_float)
     except ValueError:  # both JSON and UTF-8 errors
         return None
     return record if isinstance(record, dict) else None

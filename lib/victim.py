@@ -59,9 +59,10 @@ class Victim:
         """What it answers to each text, with the judge's verdict; all four of one length. Each answer has its own seed, so it
         does not depend on what else is asked.
 
-        The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning. `harm`, `task`
-        and `refusal` are None where the judge gave no verdict. A text that is too long gets UNANSWERED. Raises UserError for a
-        broken model, and for a judge whose scores are out of range.
+        The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning; and apart, if
+        it asks for `contexts`, the text that the behaviour is about. `harm`, `task` and `refusal` are None where it gave no
+        verdict. A text that is too long gets UNANSWERED. Raises UserError for a broken model, and for a judge whose scores
+        are out of range.
         """
         prompts = [self.encode(text, opening) for text, opening in zip(sent, openings, strict=True)]
         read, rows = [dict(UNANSWERED) for _ in prompts], [i for i, ids in enumerate(prompts) if self.fits(ids)]
@@ -92,15 +93,14 @@ class Victim:
             own = {"tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
             read.append(self._read(decode(self.tokenizer, ids)) | own)
         requests, answers = [b["prompt"] for b in behaviours], [r["answer"] for r in read]
-        harms, tasks = self.judge.harm_score(requests, answers), self.judge.task_score(requests, answers)
-        labels = self.judge.refusal_labels(requests, answers)
+        contexts = [b.get("context") or "" for b in behaviours]
+        harms = self.judge.harm_score(requests, answers, *([contexts] if any(contexts) else []))
+        tasks, labels = self.judge.task_score(requests, answers), self.judge.refusal_labels(requests, answers)
         for behaviour, line, harm, task, label in zip(behaviours, read, harms, tasks, labels, strict=True):
             for score in (harm, task):
                 if score is not None and not 0 <= score <= 1:  # not a number fails this, too
-                    of = behaviour.get("id", behaviour["prompt"])
-                    raise UserError(
-                        f"--judge {self.judge.name}: gave {score} ({self.name}, {of}); scores must be numbers in [0, 1]"
-                    )
+                    where = f"{self.name}, {behaviour.get('id', behaviour['prompt'])}"
+                    raise UserError(f"--judge {self.judge.name}: gave {score} ({where}); scores must be numbers in [0, 1]")
             line |= {"harm": harm, "task": task, "refusal": label}
         return read
 

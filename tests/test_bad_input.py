@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stages import RL, SFT, contents, error_of, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
+from lib.chat import encode_example, encode_prompt, load_tokenizer
 from lib.files import write_jsonl
 from lib.processes import Processes
 from lib.sandbox import world
@@ -127,6 +128,15 @@ BAD_LINES = [
         "sft.jsonl: x: reasoning is None",
     ),
     (SFT, {"id": "x", "prompt": "how ?", "reasoning": "so .", "answer": "cake " * 600}, "context is 512"),
+    (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "rl.jsonl: id 'rl-1' stands in lines 2, 3: give each"),
+    (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: id is None"),
+    (RL, {"id": "x", "prompt": [{"role": "user", "content": "how ?"}], "kind": "harmless"}, "rl.jsonl: x: prompt is [{"),
+    (
+        SFT,
+        {"id": "sft-0-0", "prompt": "how ?", "reasoning": "so .", "answer": "so ."},
+        "id 'sft-0-0' stands in lines 1",
+    ),
+    (SFT, {"id": 5, "prompt": "how ?", "reasoning": 6, "answer": "so ."}, "sft.jsonl: 5: reasoning is 6"),
 ]
 
 
@@ -138,6 +148,44 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
     before = contents(tmp_path)
     fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment)
     assert contents(tmp_path) == before  # nor was the folder made
+
+
+def test_text_that_is_none_reaches_no_tokenizer(data, tmp_path):
+    """A lone surrogate, which ended stages 2 to 4 in a TypeError, and a null byte: each is one U+FFFD, in every stage alike."""
+    broken, mended = "how \ud800 do\x00 i ?", "how \ufffd do\ufffd i ?"
+    for name in ("direct", "harmless"):
+        record = {"id": "x", "prompt": broken, "kind": "harmful" if name == "direct" else "harmless", "category": broken}
+        write_jsonl(tmp_path / importlib.import_module(EVAL).FILES[name], [record | {"target": broken}])
+    write_jsonl(tmp_path / "rl.jsonl", [{"id": "x", "prompt": broken, "kind": "harmless"}])
+    texts = {"prompt": broken, "reasoning": broken, "answer": broken}
+    write_jsonl(tmp_path / "sft.jsonl", [{"id": "x", **texts}, {"id": "y", **texts, "answer": "so ."}])
+    tokenizer, rl, sft, evaluation = load_tokenizer(str(world.BASE)), *map(importlib.import_module, (RL, SFT, EVAL))
+    [prompt] = rl.load_prompts(rl.Settings(data=str(tmp_path), max_new_tokens=8), tokenizer, 512)
+    assert prompt["prompt"] == mended and prompt["prompt_ids"] == encode_prompt(tokenizer, mended, reasoning=True)
+    train, _ = sft.load_examples(sft.Settings(data=str(tmp_path), held_out_share=0.0), tokenizer, 512)
+    assert train[0].ids == encode_example(tokenizer, mended, mended, mended)[0] and len(train) == 2
+    sets, _ = evaluation.read_sets(evaluation.EvalSettings(data=str(tmp_path)), ["gcg"])
+    assert all(r[key] == mended for records in sets.values() for r in records for key in ("prompt", "category", "target"))
+
+
+@pytest.mark.parametrize(
+    "lines, fragment",
+    [
+        ([{"id": "a", "harm": h} for h in (1, 1, 1, 0)], "eval_harmful.jsonl: id 'a' stands in lines 1, 2, 3, 4: give each"),
+        ([{"id": 1}, {"id": "1"}], "eval_harmful.jsonl: id '1' stands in lines 1, 2"),
+        ([{"id": "a", "kind": "evil"}], "eval_harmful.jsonl: a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
+        ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl: a: prompt is ' '; allowed: some text"),
+        ([{"id": "a", "target": 7}], "eval_harmful.jsonl: a: target is 7; allowed: some text"),
+        ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl: a: twin is ['how ?']"),
+        ([{"id": "a", "prefill": None}], "eval_harmful.jsonl: a: prefill is None"),
+    ],
+)
+def test_requests_to_evaluate(lines, fragment, tmp_path, fails):
+    usual = {"prompt": "how ?", "kind": "harmful", "category": "", "target": "so"}
+    write_jsonl(tmp_path / "eval_harmful.jsonl", [usual | line for line in lines])
+    write_jsonl(tmp_path / "eval_harmless.jsonl", [usual | {"id": "h", "kind": "harmless"}])
+    fails(EVAL, f"--data {tmp_path} --out {tmp_path}/eval --models it={world.BASE}".split(), fragment)
+    assert not (tmp_path / "eval").exists()
 
 
 @pytest.mark.parametrize(

@@ -660,7 +660,7 @@ def test_a_tokenizer_that_knows_its_own_words_only_will_do(given, tmp_path, monk
         ),
         ("harmful", {"target": "Hello"}, "", "behaviour harmful-3: target: the tokenizer cannot encode 'Hello'"),
         ("harmful", {"target": ["w1"]}, "", "eval_harmful.jsonl: harmful-3: target is ['w1']; allowed: some text"),
-        ("harmful", {"id": "harmful-0"}, "", "eval_harmful.jsonl: 2 records have the id 'harmful-0': give each its own"),
+        ("harmful", {"id": "harmful-0"}, "", "eval_harmful.jsonl: id 'harmful-0' stands in lines 1, 4: give each"),
         ("harmful", {"twin": 7}, "", "eval_harmful.jsonl: harmful-3: twin is 7; allowed: some text"),
         ("harmful", {"target": "nothing"}, "", "behaviour harmful-3: its target 'nothing' has no tokens"),
         (

@@ -44,6 +44,14 @@ def test_lone_surrogates_survive(tmp_path):
         (b'{"id": 1}\n[1]\n', ":2: not a JSON object"),
         (b'{"id": "\xff"}\n', ":1: not a JSON object in UTF-8"),
         (b'{"id": 1}\n{"ID": 2}\n', ":2: has no key 'id'"),
+        (b'{"id": "a"}\n{"id": "b"}\n\n{"id": "a"}\n', "id 'a' stands in lines 1, 4: give each record an id of its own"),
+        (b'{"id": 7}\n{"id": "7"}\n', "id '7' stands in lines 1, 2"),
+        (b'{"id": "a"}\n' * 9 + b'{"id": 1e5}\n' * 2, "lines 1, 2, 3, 4, 5, ..., and 1 more ids stand in several"),
+        (b'{"id": "a\\ud800"}\n{"id": "a\\udfff"}\n', "stands in lines 1, 2"),
+        (b'{"id": null}\n', ":1: id is None; allowed: some text, or a number"),
+        (b'{"id": true}\n', ":1: id is True"),
+        (b'{"id": " "}\n', ":1: id is ' '"),
+        (b'{"id": ["a"]}\n', ":1: id is ['a']"),
     ],
 )
 def test_read_errors_name_file_and_line(tmp_path, content, message):
@@ -52,6 +60,26 @@ def test_read_errors_name_file_and_line(tmp_path, content, message):
     with pytest.raises(UserError) as error:
         read_jsonl(path, required=("id",))
     assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_records_have_ids_as_they_stand_and_text_that_is_text(tmp_path):
+    path = tmp_path / "x.jsonl"
+    lines = ['{"id": 1e5, "n": 1e5}', '{"id": 1.0}', '{"id": 7}']
+    lines.append('{"id": "007", "t": ["a\\ud83d", {"b\\u0000": "\\ud83d\\ude00"}]}')
+    path.write_text("\n".join(lines))
+    records = read_jsonl(path, required=("id",))
+    assert [r["id"] for r in records] == ["1e5", "1.0", "7", "007"] and records[0]["n"] == 100000.0
+    assert records[3]["t"] == ["a\ufffd", {"b\ufffd": "\U0001f600"}]
+    for value in (None, 7, ["x"], True, "", " "):
+        write_jsonl(path, [{"id": "r", "prompt": value}])
+        with pytest.raises(UserError, match="x.jsonl: r: prompt is .*; allowed: some text"):
+            read_jsonl(path, ("id", "prompt"))
+        write_jsonl(path, [{"id": "r", "target": value}])
+        if value in ("", " "):
+            assert read_jsonl(path, ("id",), ("target",))[0]["target"] == value
+        else:
+            with pytest.raises(UserError, match="r: target is"):
+                read_jsonl(path, ("id",), ("target",))
 
 
 def test_read_missing_file_or_folder(tmp_path):
@@ -63,7 +91,7 @@ def test_read_missing_file_or_folder(tmp_path):
 
 def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"id": 1}\r\n{"id": 2}\r\n')
-    assert read_jsonl(tmp_path / "x.jsonl", required=("id",)) == [{"id": 1}, {"id": 2}]
+    assert read_jsonl(tmp_path / "x.jsonl", required=("id",)) == [{"id": "1"}, {"id": "2"}]
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from lib.files import UserError
-from lib.judges import MODELS, grm, language_model, llama_guard, moderation, qwen3guard
+from lib.judges import MODELS, grm, language_model, llama_guard, models_of, moderation, qwen3guard
 from lib.judges.cache import cached, identity
 from lib.judges.exchange import Exchange
 from lib.judges.language_model import LanguageModel
@@ -301,6 +301,18 @@ GRM = (
     f"<|start_header_id|>assistant<|end_header_id|>\n\n{ANSWER}<|eot_id|>"
 )
 
+# Llama 3's, which GRM-llama3-8B-distill has: no system prompt, no date
+LLAMA_3_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GRM_8B = (
+    f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{PROMPT}<|eot_id|>"
+    f"<|start_header_id|>assistant<|end_header_id|>\n\n{ANSWER}<|eot_id|>"
+)
+
 # ---- models that the tests can afford: bytes and whole lines of the templates for tokens, random weights ---
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -380,9 +392,9 @@ def make_guard(folder, kind, special, template, words: tuple[str, ...] = (), con
     return str(folder)
 
 
-def make_reward_model(folder, *, labels: int = 1, context: int = 1500) -> str:
+def make_reward_model(folder, *, labels: int = 1, context: int = 1500, template: str = LLAMA_32_TEMPLATE) -> str:
     torch.manual_seed(4)
-    tokenizer = save_tokenizer(folder, LLAMA, LLAMA_32_TEMPLATE)
+    tokenizer = save_tokenizer(folder, LLAMA, template)
     config = config_of(LlamaConfig, tokenizer, context, num_labels=labels, pad_token_id=5)
     model = AutoModelForSequenceClassification.from_config(config)
     sharpen(model)
@@ -442,8 +454,11 @@ def test_guards_are_asked_by_their_published_templates(tmp_path, qwen, llama, re
     llama_guard.harm_judge(small)([PROMPT], [ANSWER])
     assert asked.pop() == LLAMA_GUARD_1B + "\n\n"
     grm.task_judge(reward_model)([PROMPT], [ANSWER])
-    assert asked.pop() == "<|begin_of_text|>" + GRM  # the tokenizer's and the template's, as in the card's code
-    assert not asked
+    assert asked.pop() == GRM  # with one <|begin_of_text|>, the template's, as in the script of TARS's authors
+    folder = tmp_path / "llama 3"
+    old = make_reward_model(folder, template=LLAMA_3_TEMPLATE)
+    load_judge(f"standin+grm-8b={old}").task_score([PROMPT], [f"  {ANSWER} "])
+    assert asked.pop() == GRM_8B and not asked
 
     # What the two catches would have cost: a 1B guard that sees no text, a reward that depends on the day.
     tokenizer = AutoTokenizer.from_pretrained(small)
@@ -508,10 +523,14 @@ def test_plain_words_in_an_answer_stay_within_the_conversation(qwen, asked):
     assert asked == [QWEN3GUARD.replace(ANSWER, answer) + "Safety:"]  # as the template has it: words, after which it goes on
 
 
-def test_special_tokens_before_a_text_stay_when_the_answer_spells_some(reward_model):
-    exchange = Exchange(LanguageModel(reward_model, chat=True), add_special_tokens=True, date_string=grm.DATE)
-    ids = exchange.ids("<|eot_id|>", ANSWER)
-    assert ids[:2] == [0, 0] and ids[2] != 0 and ids.count(1) == exchange.ids(PROMPT, ANSWER).count(1) == 3
+def test_every_judge_reads_one_bos_whatever_the_answer_spells(reward_model, llama):
+    for judge in (reward_model, llama):  # their tokenizers put one before every text, and their templates write one
+        exchange = Exchange(LanguageModel(judge, chat=True), date_string=grm.DATE)
+        assert LanguageModel(judge, chat=True).tokenizer("x")["input_ids"][0] == 0
+        for prompt in (PROMPT, "<|eot_id|>", "<|begin_of_text|>"):
+            ids = exchange.ids(prompt, ANSWER)
+            assert ids.count(0) == 1 and 0 in ids[:2], ids[:3]  # Llama Guard 3's template begins with a blank
+            assert ids.count(1) == exchange.ids(PROMPT, ANSWER).count(1) >= 1
 
 
 # ---- labels ------------------------------------------------------------------------------------------------
@@ -653,7 +672,7 @@ def test_task_is_the_sigmoid_of_the_models_own_logit(reward_model):
     model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
     expected = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        text = "<|begin_of_text|>" + GRM.replace(PROMPT, prompt.replace("\ud800", "?"))
+        text = GRM.replace(PROMPT, prompt.replace("\ud800", "?"))
         text = text.replace(ANSWER, answer.replace("\ud800", "?"))
         with torch.no_grad():
             logit = model(input_ids=torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, 0]
@@ -888,13 +907,17 @@ def test_models_and_devices_are_read_from_the_name(monkeypatch):
         ("qwen3guard=Qwen/Qwen3Guard-Gen-4B@cuda+grm=a/b", ("Qwen/Qwen3Guard-Gen-4B", "cuda"), ("a/b", "")),
         ("qwen3guard=/a+b@c+grm=/d+e@mps", ("/a+b@c", ""), ("/d+e", "mps")),
         ("qwen3guard=x=y@z+grm", ("x=y@z", ""), ("", "")),
+        ("qwen3guard+grm-8b=a@cpu", ("", ""), ("a", "cpu")),
     ):
         opened.clear()
         load_judge(name)
         assert opened == [harm, task]
     opened.clear()
     load_judge(paper.RL["judge"])
-    assert opened == [("", "")] * 2
+    assert opened == [("", ""), ("Ray2333/GRM-llama3-8B-distill", "")]
+    assert models_of(paper.RL["judge"]) == ["Qwen/Qwen3Guard-Gen-0.6B", "Ray2333/GRM-llama3-8B-distill"]
+    assert models_of(f"{paper.EVAL['judge']}@cpu")[1] == "Ray2333/GRM-llama3-8B-distill"
+    assert models_of("standin+grm") == ["Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"] and models_of("standin+grm-8b=a") == ["a"]
     assert "moderation" not in str([vars(paper)[key] for key in ("MIXTURE", "SFT", "RL", "EVAL")])
 
 
@@ -949,7 +972,8 @@ def test_no_random_text_takes_a_judge_out_of_range(qwen, llama, reward_model):
             for kind in KINDS:
                 assert 0 <= total_reward(kind, harm, task, True) <= 1
                 assert kind != "harmful" or harm is not None or total_reward(kind, harm, task, True) == 0
-    assert set(MODELS) == {"qwen3guard", "qwen3guard-label", "llama-guard", "harmbench", "strongreject", "moderation", "grm"}
+    others = {"qwen3guard", "qwen3guard-label", "llama-guard", "harmbench", "strongreject", "moderation"}
+    assert set(MODELS) == others | {"grm", "grm-8b"}
 
 
 def test_another_family_cannot_pass_for_a_guard(tmp_path):

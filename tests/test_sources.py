@@ -17,9 +17,11 @@ import datasets
 import pytest
 
 from lib.files import UserError, read_jsonl, write_jsonl
+from lib.rewards import KINDS
 from lib.settings import run_main
-from lib.sources import hub, parse_word, read_prompts, read_traces
+from lib.sources import hub, parse_word, read_prompts, read_traces, same_prompt
 from lib.sources.known import SOURCES
+from lib.tables import without_context
 
 stage = importlib.import_module("01_build_mixture")
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -82,8 +84,9 @@ CASES: list[tuple[str, str, list[dict], list[tuple[str, str, str]]]] = [
     (
         "wildjailbreak",
         "tsv",
-        [wild("NA"), wild('tell, "me"\nof zogs'), wild("b", "adversarial_benign"), wild("v", "vanilla_harmful")],
-        [("harmful", "NA", ""), ("harmful", 'tell, "me"\nof zogs', "")],
+        [wild("NA"), wild('tell, "me"\nof zogs'), wild("b", "adversarial_benign"), wild("007", "vanilla_harmful")]
+        + [wild("v", "vanilla_benign")],
+        [("harmful", "NA", ""), ("harmful", 'tell, "me"\nof zogs', ""), ("harmful", "007", "")],
     ),
     (
         "aegis",
@@ -136,8 +139,9 @@ CASES: list[tuple[str, str, list[dict], list[tuple[str, str, str]]]] = [
             chat("rude", toxic=True),
             chat("I speak first", role="assistant"),
             chat("soup?"),
+            chat("after") | {"conversation": [turn("Be brief.", "system"), turn("after"), turn("Sure.", "assistant")]},
         ],
-        [("harmless", "hello", ""), ("harmless", "soup?", "")],
+        [("harmless", "hello", ""), ("harmless", "soup?", ""), ("harmless", "after", "")],
     ),
     (
         "xstest",
@@ -193,6 +197,181 @@ def test_a_known_source_of_its_own_columns(tmp_path, name, ending, rows, expecte
     assert all(set(r) == KEYS and r["source"] == name and kind == r["kind"] for kind, r in read)
 
 
+# ---- what stands in a file -------------------------------------------------------------------------------------------
+
+NAMES = ["007", "1e5", "1.0", "true", "True", "NA", "null", "", "2024-01-01", "1_000", "0x1F", "inf", "-0", "+1", "1,5", "Ja"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_a_name_is_the_text_that_stands_in_the_file(tmp_path, ending):
+    """csv was read with types: a column of numbers lost its zeros, one of dates became times, and no target was found."""
+    for names in (NAMES, ["007", "010"], ["1e5"], ["true"], ["2024-01-01"], ["1.0", "2.50"], ["NA"]):
+        path = write_rows(tmp_path / f"x.{ending}", [{"id": name, "prompt": f"p{i}"} for i, name in enumerate(names)])
+        read = read_prompts(f"harmful={path}", stage.Settings(), {name: f"to {name}" for name in names})
+        assert [record["target"] for _, record in read] == [f"to {name}" for name in names]
+        path = write_rows(tmp_path / f"y.{ending}", [{"id": f"i{i}", "prompt": name} for i, name in enumerate(names)])
+        assert [record["prompt"] for _, record in read_prompts(f"harmful={path}", stage.Settings(), {})] == names
+
+
+def test_numbers_of_json_are_names_as_they_are_written(tmp_path):
+    for ending, frame in (("jsonl", "{}\n{}\n{}\n{}"), ("json", "[{}, {}, {}, {}]"), ("json", "{}\n{}\n{}\n{}")):
+        rows = [f'{{"id": {name}, "prompt": "p{name}"}}' for name in ("7", "1e5", "1.50", "true")]
+        (tmp_path / f"x.{ending}").write_text(frame.format(*rows))
+        read = read_prompts(f"harmful={tmp_path / f'x.{ending}'}", stage.Settings(), {n: n for n in ("7", "1e5", "1.50", "true")})
+        assert [record["target"] for _, record in read] == ["7", "1e5", "1.50", "true"]
+
+
+BROKEN = {
+    "more.csv": ("a,b\n1,2,3\n", "line 2: more cells than the header has, 2"),
+    "quote.csv": ('a,b\n"1,2\n', "cannot be read as csv (the record that begins in line 2: "),
+    "odd.tsv": ('a\tb\n"1"2\t3\n', "cannot be read as tsv (the record that begins in line 2: "),
+    "head.csv": ("a,b\n", "is empty"),
+    "list.json": ("[1, 2]", "cannot be read as json (allowed: an array of objects, or an object a line)"),
+    "cut.json": ('[{"prompt": "a"},', "not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_malformed_file_is_one_line(tmp_path, name):
+    (tmp_path / name).write_text(BROKEN[name][0])
+    with pytest.raises(UserError) as error:
+        read_prompts(f"harmful={tmp_path / name}", stage.Settings(), {})
+    assert BROKEN[name][1] in str(error.value) and "\n" not in str(error.value)
+
+
+SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "how to zog?"}
+TALKS: list[tuple[object, str, str]] = [  # (what stands in the column, the prompt, what is said to be left out of two of them)
+    ("how to zog?", "how to zog?", ""),
+    ([ASKED], "how to zog?", ""),
+    ([SYSTEM, ASKED], "how to zog?", "2 turns of system"),
+    (
+        [SYSTEM, ASKED, {"role": "assistant", "content": "No."}, ASKED],
+        "how to zog?",
+        "2 turns of system, 2 turns of assistant",
+    ),
+    ([{"role": "assistant", "content": "Hello."}, ASKED], "how to zog?", "2 turns of assistant"),
+    ([{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}], "how to zog?", "2 turns of system"),
+    ([{"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}]}], "how to zog?", ""),
+]
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+@pytest.mark.parametrize("talk, prompt, left", TALKS)
+def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path, capsys, talk, prompt, left, column):
+    """verl's layout: the system prompt became every row's prompt, and all rows but one were duplicates."""
+    path = write_rows(tmp_path / "talks.jsonl", [{column: talk}, {column: talk}, {column: [SYSTEM]}])
+    read = read_prompts(f"harmless={path}", stage.Settings(), {})
+    assert [record["prompt"] for _, record in read] == [prompt, prompt, ""]  # without a user there is none: dropped as empty
+    out = capsys.readouterr().out
+    assert out.startswith(f"{path}: left out {left}") if left else out == ""
+    traces = write_rows(tmp_path / "traces.jsonl", [{column: talk, "reasoning": "z", "answer": "y"}])
+    assert [record["prompt"] for record, _ in read_traces(str(traces), stage.Settings())] == [prompt]
+
+
+OWN = {"hops": 2, "prefill": "first", "twin": "how to bake?", "target": "so", "place": ["x", {"y": 1}], "source": "mine"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_a_record_keeps_the_fields_of_its_own(tmp_path, ending):
+    row = {"text": "how to zog?", "id": "7", "topic": "zogs", "context": "A text."}
+    row |= OWN if ending in ("jsonl", "json") else {key: value for key, value in OWN.items() if key != "place"}
+    path = write_rows(tmp_path / f"own.{ending}", [row | {"hops": 2}, row | {"hops": 0, "target": ""}])
+    columns = stage.Settings(prompt_column="text", category_column="topic")
+    [(_, record), (_, other)] = read_prompts(f"harmful={path}", columns, {"7": "from --targets"})
+    kept = {"hops", "prefill", "twin"} | ({"place"} if ending in ("jsonl", "json") else set())
+    assert set(record) == KEYS | {"context"} | kept and (record["hops"], other["hops"]) == (2, 0)
+    assert all(record[key] == OWN[key] for key in kept) and record["source"] == path.name
+    assert (record["target"], other["target"]) == ("so", "from --targets")
+    assert record["prompt"] == "A text.\n\n---\n\nhow to zog?" and record["context"] == "A text."
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "id": "me", "twin": 7}])
+    with pytest.raises(UserError, match="record me: twin is 7; allowed: some text"):
+        read_prompts(f"harmful={bad}", stage.Settings(), {})
+
+
+def test_the_fields_of_its_own_reach_rl_and_evaluation(tmp_path, monkeypatch):
+    for kind in KINDS:
+        write_rows(tmp_path / f"{kind}.jsonl", [{"prompt": f"{kind} {i}", "hops": i, "mark": "own"} for i in range(8)])
+    words = [
+        "--source",
+        "files",
+        "--files",
+        *(f"{kind}={tmp_path / kind}.jsonl" for kind in KINDS),
+    ]
+    sets = build(monkeypatch, tmp_path / "out", [*words, "--sft-prompts", "0", "--rl-prompts", "8", "--eval-prompts", "2"])
+    assert len(sets) == 4 and all(
+        r["mark"] == "own" and r["hops"] == int(r["prompt"][-1]) for rows in sets.values() for r in rows
+    )
+
+
+def test_targets_without_a_prompt_and_prompts_without_a_target_are_named(tmp_path, monkeypatch, capsys):
+    for kind in KINDS:
+        write_rows(tmp_path / f"{kind}.csv", [{"prompt": f"{kind} {i}", "id": f"00{i}"} for i in range(8)])
+    (tmp_path / "targets.json").write_text(json.dumps({f"00{i}": "so" for i in range(7)} | {str(i): "so" for i in range(7)}))
+    words = ["--source", "files", "--files", *(f"{kind}={tmp_path / kind}.csv" for kind in ("harmless", "ambiguous"))]
+    words += ["--eval-files", f"harmful={tmp_path}/harmful.csv", "--targets", f"{tmp_path}/targets.json", "--sft-prompts", "0"]
+    sets = build(monkeypatch, tmp_path / "out", [*words, "--rl-prompts", "4", "--lambda-harmful", "0"])
+    assert sum(record["target"] == "so" for record in sets["eval_harmful"]) == 7
+    out = capsys.readouterr().out
+    assert "--targets: 7 of 14 are of no prompt that was read: 0, 1, 2, 3, 4, ...\n" in out
+    assert "1 harmful evaluation prompts have no target: GCG needs --targets (harmful-007-" in out
+    (tmp_path / "targets.json").write_text('{"000": 7}')
+    with pytest.raises(UserError, match="targets.json: 000: is 7; allowed: some text"):
+        stage.read_targets(str(tmp_path / "targets.json"))
+
+
+SAME = [
+    ("How do I bake?", "how  do i\tbake"),
+    ("How do I bake?", "\u201cHow do I bake?\u201d"),
+    ("How do I bake?", "How do I ba\u200bke?\ufeff"),
+    ("How do I bake?", "How\u00a0do\u2003I ba\u00adke ?"),
+    ("How do I bake?", "\uff28ow do I bake\uff1f"),
+    ("How do I bake?", "How do I bake..."),
+    ("don't", "don\u2019t"),
+    ("don't", "don\u02bct".replace("\u02bc", "\u0060")),
+    ("say 'x'", "say \u00abx\u00bb"),
+    ("well-known", "well\u2010known"),
+    ("a - b", "a \u2014 b"),
+    ("a-b", "a\u2212b"),
+    ("caf\u00e9", "cafe\u0301"),
+    ("office", "o\ufb03ce"),
+    ("stra\u00dfe", "STRASSE"),
+    ("a\ufe0f b", "a b"),
+    ("\u00bfqu\u00e9?", "qu\u00e9"),
+]
+APART = [
+    ("bake", "boil"),
+    ("what is C#", "what is C"),
+    ("what is C++?", "what is C?"),
+    ("10 - 3", "103"),
+    ("it's", "its"),
+    ("a b", "ab"),
+]
+APART += [("!!!", "???"), ("caf\u00e9", "cafe"), ("resume 1.5", "resume 15"), ("", "?")]
+
+
+def test_what_is_the_same_prompt_to_a_reader():
+    for one, other in SAME:
+        assert same_prompt(one) == same_prompt(other), (one, other)
+    for one, other in APART:
+        assert same_prompt(one) != same_prompt(other), (one, other)
+    assert all(same_prompt(same_prompt(text)) == same_prompt(text) for pair in SAME + APART for text in pair)
+
+
+def test_a_prompt_in_another_dress_leaks_into_no_other_set(tmp_path, monkeypatch):
+    for kind in KINDS:
+        write_rows(tmp_path / f"{kind}.jsonl", [{"prompt": f"tell {kind} \u201c{i}\u201d \u2014 now"} for i in range(9)])
+    write_rows(tmp_path / "e.jsonl", [{"prompt": f"Tell harmful\u00a0'{i}' - n\u200bow!", "kind": "harmful"} for i in range(5)])
+    words = [
+        "--source",
+        "files",
+        "--files",
+        *(f"{kind}={tmp_path / kind}.jsonl" for kind in KINDS),
+    ]
+    words += ["--eval-files", str(tmp_path / "e.jsonl"), "--sft-prompts", "0", "--rl-prompts", "4", "--lambda-harmful", "1"]
+    sets = build(monkeypatch, tmp_path / "out", words)
+    assert {r["prompt"] for r in sets["rl"]} == {f"tell harmful \u201c{i}\u201d \u2014 now" for i in range(5, 9)}
+
+
 def test_every_known_source_has_a_case_here():
     assert {case[0] for case in CASES} | {"or-bench", "star1"} == set(SOURCES)
 
@@ -207,12 +386,28 @@ def test_or_bench_is_without_its_hard_prompts(tmp_path):
     assert [r["prompt"] for _, r in read] == ["prompt 0", "prompt 1", "prompt 2", "prompt 4"]
 
 
-def test_harmbench_as_its_authors_publish_it_has_contexts_and_names_for_targets(tmp_path):
+def test_harmbench_as_its_authors_publish_it_has_contexts_and_names_for_targets(tmp_path, capsys):
     row = {"Behavior": "Sum it up.", "FunctionalCategory": "contextual", "SemanticCategory": "zogs", "Tags": "context"}
-    path = write_rows(tmp_path / "all.csv", [row | {"ContextString": " A text. ", "BehaviorID": "sum_up"}])
+    song = row | {"Behavior": "Sing it.", "FunctionalCategory": "copyright", "ContextString": "", "BehaviorID": "song"}
+    path = write_rows(tmp_path / "all.csv", [row | {"ContextString": " A text. ", "BehaviorID": "sum_up"}, song, song])
     [(name, record)] = read_prompts(f"jailbreak=harmbench@{path}", stage.Settings(), {"sum_up": "Sure, it says"})
     assert (name, record["kind"], record["prompt"]) == ("jailbreak", "harmful", "A text.\n\n---\n\nSum it up.")
     assert record["target"] == "Sure, it says" and record["category"] == "zogs"
+    assert record["context"] == " A text. " and without_context(record["prompt"], record["context"]) == "Sum it up."
+    assert "left out 2 copyright behaviours (hashes of the text decide these, no judge)" in capsys.readouterr().out
+    [(_, plain)] = read_prompts(f"harmful={path}", stage.Settings(), {"sum_up": "Sure, it says"})  # by the column flags
+    assert {**plain, "id": 0, "source": 0} == {**record, "id": 0, "source": 0}
+    assert "left out 2 copyright behaviours" in capsys.readouterr().out
+    columns = stage.Settings(kind_column="FunctionalCategory", kind_map=["*=harmful"])  # a rule of the user's own goes before
+    assert len(read_prompts(str(path), columns, {})) == 3
+
+
+@needs_data
+def test_of_harmbenchs_validation_set_60_of_80_are_run(capsys):
+    path = SHARED / "harmbench" / "harmbench_behaviors_text_val.csv"
+    read = read_prompts(f"harmful=harmbench@{path}", stage.Settings(), {})
+    assert len(read) == 60 and sum("context" in record for _, record in read) == 19
+    assert "left out 20 copyright behaviours" in capsys.readouterr().out
 
 
 def test_star1_gives_traces(tmp_path):
@@ -229,10 +424,12 @@ def test_star1_gives_traces(tmp_path):
 
 def test_other_columns_and_empty_filters_are_one_line(tmp_path):
     path = write_rows(tmp_path / "new.tsv", [{"attack": "zog", "data_type": "adversarial_harmful"}])
-    with pytest.raises(UserError, match="wildjailbreak@.*: has columns attack, data_type; expected adversarial, data_type"):
+    with pytest.raises(
+        UserError, match="wildjailbreak@.*: has columns attack, data_type; expected vanilla, adversarial, data_type"
+    ):
         read_prompts(f"wildjailbreak@{path}", stage.Settings(), {})
     path = write_rows(tmp_path / "calm.tsv", [wild("soup", "vanilla_benign")])
-    with pytest.raises(UserError, match="nothing is left by its filter: data_type adversarial_harmful"):
+    with pytest.raises(UserError, match="nothing is left by its filter: data_type vanilla_harmful or adversarial_harmful"):
         read_prompts(f"wildjailbreak@{path}", stage.Settings(), {})
     path = write_rows(tmp_path / "wild.tsv", [wild("zog")])
     with pytest.raises(UserError, match="the prompts of wildjailbreak are harmful"):
@@ -305,7 +502,7 @@ def test_known_sources_come_from_the_hub(fake_hub):
     calls = fake_hub(rows)
     assert [r["prompt"] for _, r in read_prompts("or-bench", stage.Settings(), {})] == ["a"]
     assert [r["prompt"] for _, r in read_prompts("wildjailbreak", stage.Settings(), {})] == ["zog"]
-    text = {"keep_default_na": False}
+    text = {"keep_default_na": False, "converters": dict.fromkeys(("vanilla", "adversarial", "prompt", "category"), str)}
     assert calls == [
         ("bench-llm/or-bench", "or-bench-80k", "train", text, False),
         ("bench-llm/or-bench", "or-bench-hard-1k", "train", text, False),
@@ -319,7 +516,7 @@ def test_known_sources_come_from_the_hub(fake_hub):
     [(_, record)] = read_prompts("harmbench", stage.Settings(), {"b": "Sure"})
     assert record["target"] == "Sure" and record["prompt"].startswith("A poem.") and record["prompt"].endswith("p")
     fake_hub({"train": [{"attack": "x"}]})
-    with pytest.raises(UserError, match="wildjailbreak: has columns attack; expected adversarial, data_type"):
+    with pytest.raises(UserError, match="wildjailbreak: has columns attack; expected vanilla, adversarial, data_type"):
         read_prompts("wildjailbreak", stage.Settings(), {})
 
 
@@ -436,7 +633,9 @@ def test_the_papers_mixture_has_the_papers_counts(standins, tmp_path, monkeypatc
     ), "a share of each source's part of the pool"
     prompts = [{stage.same_prompt(r["prompt"]) for r in records} for records in sets.values()]
     assert sum(map(len, prompts)) == len(set.union(*prompts)), "no prompt in two sets"
-    assert all(len(r["prompt"]) < 1000 for name in ("sft", "rl") for r in sets[name])
+    assert all(len(r["prompt"]) < 1000 or r["source"] == "wildjailbreak" for name in ("sft", "rl") for r in sets[name])
+    dropped = json.loads((tmp_path / "half" / "manifest.json").read_text())["dropped"]
+    assert "too long" not in dropped, "the only long one is WildJailbreak's, and is kept"
     assert not any(r["prompt"].startswith("hard") or r["prompt"] == "wild 7" for r in sets["rl"] + sets["sft"])
     assert {name: len(sets[f"eval_{name}"]) for name in stage.SETS[:3]} == {"harmful": 20, "harmless": 500, "ambiguous": 9}
 
@@ -499,4 +698,4 @@ def test_real_files_as_known_sources():
     assert Counter(name for name, _ in read) == {"ambiguous": 250, "harmful": 200}
     targets = json.loads((SHARED / "harmbench" / "harmbench_targets_text_val.json").read_text())
     read = read_prompts(f"harmbench@{SHARED}/harmbench/harmbench_behaviors_text_val.csv", columns, targets)
-    assert len(read) == 80 and all(record["target"] and record["category"] for _, record in read)
+    assert len(read) == 60 and all(record["target"] and record["category"] for _, record in read)

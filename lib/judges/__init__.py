@@ -2,7 +2,8 @@
 
 A judge is two functions on batches, harm_score(prompts, answers) and task_score(prompts, answers), each a list of numbers
 in [0, 1]. A score of None is *unknown*: no verdict that can be read. Unknown is not harmless and not useful: it is counted,
-and never as a defence or a reward. Neither function sees the reasoning.
+and never as a defence or a reward. Neither function sees the reasoning. A prompt begins with the text that it is about, if it
+is about one; a harm_score that has a third parameter, `contexts`, is also told these texts, "" where there is none.
 
 Models of others have one of the two each, so two of them make a judge: "qwen3guard+grm". "rubric" has both.
 """
@@ -10,6 +11,7 @@ Models of others have one of the two each, so two of them make a judge: "qwen3gu
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -22,7 +24,7 @@ from lib.judges.refusals import refusal_label
 
 __all__ = ["Judge", "Labels", "Score", "load_judge", "models_of", "refusal_label"]
 Labels = Callable[[list[str], list[str]], Sequence[str | None]]  # prompts, answers -> "full", "partial", "none"; None: unknown
-Score = Callable[[list[str], list[str]], Sequence[float | None]]
+Score = Callable[..., Sequence[float | None]]  # of prompts and answers; maybe of contexts, too
 
 
 def by_phrases(prompts: list[str], answers: list[str]) -> list[str | None]:
@@ -40,7 +42,7 @@ class Judge:
     refusal_labels: Labels = by_phrases
 
 
-MODELS = {  # name -> module of lib.judges, and its function that opens a model: (model, device) -> Score
+MODELS = {  # name -> module of lib.judges, whose MODEL is the published one, and its function (model, device) -> Score
     "qwen3guard": ("qwen3guard", "harm_judge"),
     "qwen3guard-label": ("qwen3guard", "label_judge"),
     "llama-guard": ("llama_guard", "harm_judge"),
@@ -48,7 +50,9 @@ MODELS = {  # name -> module of lib.judges, and its function that opens a model:
     "strongreject": ("strongreject", "harm_judge"),
     "moderation": ("moderation", "harm_judge"),
     "grm": ("grm", "task_judge"),
+    "grm-8b": ("grm", "task_judge"),
 }
+PUBLISHED = {"grm-8b": "Ray2333/GRM-llama3-8B-distill"}  # where it is not the module's MODEL
 BOTH = {"rubric": "rubric"}  # name -> module, which has harm_judge and task_judge
 TASK_MODELS = [name for name, (_, function) in MODELS.items() if function == "task_judge"]
 HARM_MODELS = [name for name in MODELS if name not in TASK_MODELS]
@@ -116,11 +120,14 @@ def models_of(name: str) -> list[str]:
     for part in filter(None, (_two(name)[0], _two(name)[2])):
         match = PART.fullmatch(part)
         if match and match["name"] in {**MODELS, **BOTH} and match["name"] != "moderation":  # that one runs elsewhere
-            module = importlib.import_module(
-                f"lib.judges.{MODELS[match['name']][0] if match['name'] in MODELS else match['name']}"
-            )
-            found.append(match["model"] or module.MODEL)
+            found.append(match["model"] or published(match["name"]))
     return found
+
+
+def published(name: str) -> str:
+    """The checkpoint that the judge `name`, of `MODELS` or `BOTH`, opens if none is given."""
+    path = MODELS[name][0] if name in MODELS else BOTH[name]
+    return PUBLISHED.get(name) or importlib.import_module(f"lib.judges.{path}").MODEL
 
 
 def _two(name: str) -> tuple[str, str, str]:
@@ -145,12 +152,12 @@ def _scores_of(part: str, function: str) -> Score:
         return _counted(_function(part, function, "--judge", ALLOWED), part)
     path, opener = models[match["name"]]
     module = importlib.import_module(f"lib.judges.{path}")
-    score = getattr(module, opener)(match["model"] or "", match["device"] or "")
+    score = getattr(module, opener)(match["model"] or PUBLISHED.get(match["name"], ""), match["device"] or "")
     if folder := os.environ.get("TARS_JUDGE_CACHE"):
         from lib.judges.cache import cached, identity
 
         name = match["name"] + f" {function}" * (match["name"] in BOTH)
-        score = cached(score, identity(name, match["model"] or module.MODEL), folder)
+        score = cached(score, identity(name, match["model"] or published(match["name"])), folder)
     return _counted(score, part)
 
 
@@ -168,8 +175,9 @@ def _function(name: str, function: str, flag: str, allowed: str) -> Callable:
 
 
 def _counted(score: Score, name: str) -> Score:
-    def counted(prompts: list[str], answers: list[str]) -> list[float | None]:
-        scores = [None if s is None else float(s) for s in score(prompts, answers)]
+    def counted(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list[float | None]:
+        told = {"contexts": contexts} if contexts and "contexts" in inspect.signature(score).parameters else {}
+        scores = [None if s is None else float(s) for s in score(prompts, answers, **told)]
         if len(scores) != len(answers):
             raise UserError(f"--judge: {name} gave {len(scores)} scores for {len(answers)} answers: give one each")
         return scores

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lib.files import UserError
 from lib.judges import Score
 
-VERSION = 2  # count up when a judge of this project changes what it asks, or how it reads the reply
+VERSION = 3  # count up when a judge of this project changes what it asks, or how it reads the reply
 
 
 def identity(name: str, model: str) -> str:
@@ -34,7 +35,8 @@ def identity(name: str, model: str) -> str:
 def cached(score: Score, judge: str, folder: str | Path) -> Score:
     """`score`, asked only for what `folder` has no verdict on, and once for each pair of prompt and answer.
 
-    `judge` is an `identity`. Raises UserError if the folder cannot be used. A score outside [0, 1] is passed on, not kept.
+    `judge` is an `identity`. Contexts are a part of the pair, if `score` asks for them. Raises UserError if the folder cannot
+    be used. A score outside [0, 1] is passed on, not kept.
     """
     path = Path(folder) / "verdicts.sqlite"
     try:
@@ -44,14 +46,15 @@ def cached(score: Score, judge: str, folder: str | Path) -> Score:
     with _database(path) as database:
         database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID")
 
-    def with_cache(prompts: list[str], answers: list[str]) -> list[float | None]:
-        keys = [_key(judge, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    def ask(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list[float | None]:
+        keys = [_key(judge, *texts) for texts in zip(prompts, answers, *([contexts] if contexts else []), strict=True)]
         with _database(path) as database:
             rows = (database.execute("SELECT key, score FROM verdicts WHERE key = ?", [key]).fetchone() for key in set(keys))
             known: dict[str, float | None] = dict(row for row in rows if row)
         fresh = {key: i for i, key in enumerate(keys) if key not in known}
         if fresh:
-            scores = score([prompts[i] for i in fresh.values()], [answers[i] for i in fresh.values()])
+            told = {"contexts": [contexts[i] for i in fresh.values()]} if contexts else {}
+            scores = score([prompts[i] for i in fresh.values()], [answers[i] for i in fresh.values()], **told)
             if len(scores) != len(fresh):
                 raise UserError(f"--judge: gave {len(scores)} scores for {len(fresh)} answers")
             known |= dict(zip(fresh, scores, strict=True))
@@ -61,11 +64,13 @@ def cached(score: Score, judge: str, folder: str | Path) -> Score:
                 database.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", keep)
         return [known[key] for key in keys]
 
-    return with_cache
+    if "contexts" in inspect.signature(score).parameters:
+        return ask
+    return lambda prompts, answers: ask(prompts, answers)
 
 
-def _key(judge: str, prompt: str, answer: str) -> str:
-    return hashlib.sha256(json.dumps([judge, prompt, answer]).encode()).hexdigest()  # ASCII: lone surrogates are escaped
+def _key(judge: str, *texts: str) -> str:
+    return hashlib.sha256(json.dumps([judge, *texts]).encode()).hexdigest()  # ASCII: lone surrogates are escaped
 
 
 @contextlib.contextmanager

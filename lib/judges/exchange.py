@@ -1,9 +1,9 @@
 """A prompt and the answer to it, as a judge's own chat template writes them, in token ids.
 
-The template is the model's, never a copy of ours, so it is followed to the letter. Only one thing differs from the usual
-tokenizer(text): what an answer *spells* is never a special token. Else a policy could learn to write "<|im_end|>" and go on
-in the judge's name. Plain words are another matter: an answer may say "<END CONVERSATION>" or "Safety: Safe", and the
-template offers the model nothing to tell those from its own.
+The template is the model's, never a copy of ours, so it is followed to the letter; it writes the beginning-of-sequence token
+itself, so the tokenizer adds none. Only one thing differs from the usual tokenizer(text): what an answer *spells* is never a
+special token. Else a policy could learn to write "<|im_end|>" and go on in the judge's name. Plain words are another matter:
+an answer may say "<END CONVERSATION>" or "Safety: Safe", and the template offers the model nothing to tell those from its own.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ STYLES = (  # of a message's content; a template that expects the other drops th
 class Exchange:
     """Fills the chat template of `judge` with one user message and the answer of the assistant.
 
-    `says`: a piece of the template's text, by which it is known. `add_special_tokens`: those that the tokenizer puts before
-    every text come before the template's own, as in the code of some models' authors. `options` are variables of the
-    template. Raises UserError if the template does not show prompt and answer, or does not say that piece.
+    `says`: a piece of the template's text, by which it is known. `options` are variables of the template. Raises UserError if
+    the template does not show prompt and answer, or does not say that piece.
     """
 
-    def __init__(self, judge: LanguageModel, *, says: str = "", add_special_tokens: bool = False, **options: Any) -> None:
+    def __init__(self, judge: LanguageModel, *, says: str = "", **options: Any) -> None:
         self.tokenizer, self.options = judge.tokenizer, options
-        self.before = list(self.tokenizer("")["input_ids"]) if add_special_tokens else []
         self.special = judge.special
         for self.style in STYLES:
             try:
@@ -53,13 +51,13 @@ class Exchange:
 
     def ids(self, prompt: str, answer: str) -> list[int]:
         if not any(token in part for token in self.special for part in (prompt, answer)):
-            return self.before + self.plain(self.text(prompt, answer))
+            return self.plain(self.text(prompt, answer))
         # A character that occurs in neither stands for each special token that they spell; those left are the template's.
         mark = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in prompt and c not in answer)
         for number, token in enumerate(self.special):
             prompt, answer = (part.replace(token, f"{mark}{number}{mark}") for part in (prompt, answer))
         pieces = re.split("(" + "|".join(map(re.escape, self.special)) + ")", self.text(prompt, answer))
-        ids = list(self.before)
+        ids: list[int] = []
         for i, piece in enumerate(pieces):  # plain text and special tokens, in turns
             spelled = re.sub(f"{mark}(\\d+){mark}", lambda match: self.special[int(match[1])], piece)
             ids += self.plain(spelled, split_special_tokens=True) if i % 2 == 0 else self.plain(piece)

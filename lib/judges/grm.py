@@ -1,13 +1,14 @@
 """GRM, the paper's reward model of helpfulness: r_n = sigmoid(GRM(x, y)) (Yang et al. 2024, arXiv 2406.10216; Apache-2.0).
 
-Ray2333/GRM-Llama3.2-3B-rewardmodel-ft is a Llama with one number for a head, read at the last token of prompt and answer.
-The input is that of its authors' usage example:
+A Llama with one number for a head, read at the last token of prompt and answer. Two of a family are judges here:
 
-    tokens = tokenizer.encode_plus(tokenizer.apply_chat_template(message, tokenize=False), ...)
+    grm-8b   Ray2333/GRM-llama3-8B-distill           in the script of TARS's authors, and so in the paper preset
+    grm      Ray2333/GRM-Llama3.2-3B-rewardmodel-ft  smaller
 
-so it begins with two <|begin_of_text|>, the template's and the tokenizer's. Two things are ours. Llama 3.2's template
-writes today's date into the system prompt, and a reward must not change overnight: the date is held at the template's own
-default. And an empty answer, which has done nothing, scores 0.
+The input is the chat template's text, with its one <|begin_of_text|>, as in that script (add_special_tokens=False). The usage
+example on the models' cards tokenises without that, and so puts a second one before it. Two things are ours. Llama 3.2's
+template writes today's date into the system prompt, and a reward must not change overnight: the date is held at the
+template's own default. And an empty answer, which has done nothing, scores 0.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def task_judge(name: str = "", device: str = "") -> Score:
     None for what its context cannot hold. Raises UserError if it is not there, or is no reward model.
     """
     judge = RewardModel(name or MODEL, device)
-    exchange = Exchange(judge, add_special_tokens=True, date_string=DATE)
+    exchange = Exchange(judge, date_string=DATE)
 
     def task_score(prompts: list[str], answers: list[str]) -> list[float | None]:
         said = [i for i, answer in enumerate(answers) if answer.strip()]

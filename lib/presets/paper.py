@@ -36,7 +36,7 @@ RL = dict(
     model="runs/paper/sft",
     data="runs/paper/data",
     out="runs/paper/rl",
-    judge="qwen3guard+grm",  # open stand-in for the moderation API, and the paper's reward model
+    judge="qwen3guard+grm-8b",  # open stand-in for the moderation API, and the reward model of the authors' script: 16 GB
     prompts_per_step=32,
     group_size=8,
     temperature=0.6,
@@ -54,13 +54,13 @@ RL = dict(
 EVAL = {
     "data": "runs/paper/data",
     "out": "runs/paper/eval",
-    "judge": "harmbench+grm",  # the paper's classifier of 13 B parameters; task scores as in training
+    "judge": "harmbench+grm-8b",  # the paper's classifier of 13 B parameters; task scores as in training
     "temperature": 0.6,
     "max_new_tokens": 4096,
     "answer_tokens": 1024,
     "max_batch_tokens": 131072,
     "attacks": ["gcg", "autodan", "pair", "pap"],
-    "behaviours": 400,
+    "behaviours": 300,  # the paper's 400 without the 100 of copyright, which no classifier judges; the hub's standard has 200
     "budgets": ["0.1", "0.2", "0.5"],
     "attacker": "huihui-ai/Qwen2.5-7B-Instruct-abliterated",  # the paper: "an abliterated Qwen2.5-7B-Instruct"
     "gcg_steps": 500,

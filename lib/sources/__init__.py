@@ -23,7 +23,7 @@ from lib.sources.hub import load_rows, revision_of
 from lib.sources.known import SOURCES, Source, found_in
 from lib.sources.readers import Found
 from lib.sources.words import SETS, Given, parse_word, source_names
-from lib.tables import read_table
+from lib.tables import read_table, with_context
 
 __all__ = ["SETS", "UNKNOWN", "described", "files_of", "parse_word", "provenance", "read_prompts", "read_traces", "same_prompt"]
 __all__ += ["source_names"]
@@ -33,8 +33,9 @@ UNKNOWN = "not stated: see where it is from"
 def read_prompts(word: str, columns: Columns, targets: dict[str, str]) -> list[PromptRecord]:
     """(set, record) for each prompt; `targets` maps the name by which a source knows it to its target.
 
-    A record has id, prompt, kind, source, category and target. Raises UserError for a source that cannot be
-    read, has other columns than expected, or has no prompt of the KIND that the word says.
+    A record has id, prompt, kind, source, category and target; and the context, where the prompt is about one. Raises
+    UserError for a source that cannot be read, has other columns than expected, or has no prompt of the KIND that the word
+    says.
     """
     given = parse_word(word)
     if not given.name:
@@ -137,14 +138,16 @@ def _from_hub(name: str, source: Source) -> Iterable[dict]:
 
 
 def _record(one: Found, given: Given, targets: dict[str, str]) -> dict:
-    return {
-        "id": "-".join(filter(None, (given.name, one.id, fingerprint(one.prompt)))),
-        "prompt": one.prompt,
+    prompt = with_context(one.prompt, one.context)
+    record = {
+        "id": "-".join(filter(None, (given.name, one.id, fingerprint(prompt)))),
+        "prompt": prompt,
         "kind": one.kind,
         "source": given.name,
         "category": one.category,
         "target": targets.get(one.id, ""),
     }
+    return record | ({"context": one.context} if one.context.strip() else {})
 
 
 def _tracers() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -10,9 +12,13 @@ from typing import Protocol
 from tqdm import tqdm
 
 from lib.files import UserError
+from lib.sources.readers import COPYRIGHT, say_left_out
 from lib.sources.words import SETS, Given
-from lib.tables import columns_of, first_text, with_context
+from lib.tables import JSON, columns_of, first_text, other_turns, with_context
 
+# What stage 4 reads of a request beside those that every record has: how deep it is disguised (a number), how a compliant
+# answer would begin if the attacker writes that, and a request that deserves an answer.
+OPTIONAL = ("hops", "prefill", "twin")
 PromptRecord = tuple[str, dict]  # (set, record)
 TraceRecord = tuple[dict, tuple[str, str]]  # (record, (reasoning, answer))
 
@@ -30,26 +36,59 @@ class Columns(Protocol):
     answer_column: str
 
 
+QUOTES = '"`\u00b4\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb'
+UNSEEN = "\u034f\u115f\u1160\u3164"  # has no width, and is no format character by its category
+MARKS = " '.,:;!?\u00a1\u00bf\u3001\u3002"  # around a prompt; "C#" and "C++" keep theirs
+
+
 def same_prompt(prompt: str) -> str:
-    """What two prompts share that differ in spaces and capitals only: they count as duplicates."""
-    return " ".join(prompt.casefold().split())
+    """What two prompts share that are the same to a reader: they count as duplicates, and may not be in two sets.
+
+    That is, apart from capitals, spaces, what has no width, forms that Unicode calls compatible (full width, ligatures, one
+    sign or two for an accent), kinds of quotes and dashes, and the marks before and behind. Letters of two scripts that look
+    alike stay apart.
+
+    >>> [same_prompt(text) for text in ("\uff37hat\u2019s  a b\u200bed?", "\u201cwhat's a bed\u201d", "What's a bed .")]
+    ["what's a bed", "what's a bed", "what's a bed"]
+    """
+    text = prompt.translate({ord(quote): "'" for quote in QUOTES})  # before NFKC, which takes some apart
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    words = " ".join(text.translate({ord(sign): _seen(sign) for sign in set(text)}).split())
+    return words.strip(MARKS) or words
+
+
+def _seen(sign: str) -> str:
+    """As a reader sees it: nothing, a space, a dash, a quote, or itself."""
+    kind = unicodedata.category(sign)
+    if kind == "Cf" or sign in UNSEEN or "\ufe00" <= sign <= "\ufe0f":  # these choose between forms of the sign before
+        return ""
+    return " " if kind == "Cc" else "-" if kind == "Pd" or sign == "\u2212" else "'" if sign in QUOTES else sign
 
 
 def fingerprint(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
 def prompts_by_columns(rows: Iterable[dict], given: Given, columns: Columns, targets: dict[str, str]) -> list[PromptRecord]:
-    """(set, record) for each row; rows of kind "drop" are left out. UserError if no row has a prompt."""
+    """(set, record) for each row; rows of kind "drop" are left out. UserError if no row has a prompt.
+
+    A record keeps `OPTIONAL` fields. Of a jsonl or json file it keeps all others, too, but for the columns that the flags
+    name; what we set wins (id, kind, source, ...).
+    """
     if not any(first_text(row, columns.prompt_column) for row in rows):
         seen = ", ".join(columns_of(rows))
         raise UserError(f"{given.text}: no text in --prompt-column {columns.prompt_column}; has {seen}")
-    pairs = []
+    pairs, left = [], Counter[str]()
     for number, row in enumerate(tqdm(rows, desc=given.source, unit="row", delay=2, leave=False), start=1):
-        name = given.kind or kind_of(row, columns, f"{given.text}: record {number}")
-        prompt, known_as = first_text(row, columns.prompt_column).strip(), first_text(row, columns.id_column)
-        prompt = with_context(prompt, first_text(row, columns.context_column))
-        record = {
+        known_as, context = first_text(row, columns.id_column), first_text(row, columns.context_column)
+        where = f"{given.text}: record {known_as or number}"
+        if given.kind and first_text(row, "FunctionalCategory") == "copyright":  # HarmBench's; --kind-map may say otherwise
+            left[COPYRIGHT] += 1
+            continue
+        name = given.kind or kind_of(row, columns, where)
+        left.update(f"turns of {role or 'no role'}" for role in other_turns(row, columns.prompt_column))
+        prompt = with_context(first_text(row, columns.prompt_column).strip(), context)
+        record = own_fields(row, given, columns, where) | {
             "id": "-".join(filter(None, (_stem(given), known_as, fingerprint(prompt)))),  # two files may use the same names
             "prompt": prompt,
             "kind": "harmful" if name == "jailbreak" else name,
@@ -57,8 +96,27 @@ def prompts_by_columns(rows: Iterable[dict], given: Given, columns: Columns, tar
             "category": first_text(row, columns.category_column),
             "target": first_text(row, "target") or targets.get(known_as, ""),
         }
-        pairs.append((name, record))
+        pairs.append((name, record | ({"context": context} if context.strip() else {})))
+    say_left_out(given.text, left)
     return [pair for pair in pairs if pair[0] != "drop"]
+
+
+def own_fields(row: dict, given: Given, columns: Columns, where: str) -> dict:
+    """What a record keeps of a row as it is, see `prompts_by_columns`."""
+    named = (columns.prompt_column, columns.context_column, columns.kind_column, columns.id_column, columns.category_column)
+    known = {name.strip().split(".")[0] for names in named for name in names.split(",")}
+    everything = given.path is not None and given.path.suffix in JSON
+    kept = {key: value for key, value in row.items() if key not in known} if everything else {}
+    for key in OPTIONAL:
+        kept.pop(key, None)
+        if first_text(row, key):
+            kept[key] = row[key]
+    for key in ("prefill", "twin"):
+        if not isinstance(kept.get(key, ""), str):
+            raise UserError(f"{where}: {key} is {kept[key]!r}; allowed: some text")
+    if str(kept.get("hops", "")).isdecimal():
+        kept["hops"] = int(kept["hops"])  # a csv knows no numbers
+    return kept
 
 
 def kind_of(row: dict, columns: Columns, where: str) -> str:
@@ -75,8 +133,9 @@ def kind_of(row: dict, columns: Columns, where: str) -> str:
 
 def traces_by_columns(rows: Iterable[dict], given: Given, columns: Columns) -> list[TraceRecord]:
     """(a prompt's record, (reasoning, answer)) for each row. UserError if no row has all three texts."""
-    traces = []
+    traces, left = [], Counter[str]()
     for row in rows:
+        left.update(f"turns of {role or 'no role'}" for role in other_turns(row, columns.prompt_column))
         prompt = first_text(row, columns.prompt_column).strip()
         record = {"id": f"{_stem(given)}-{fingerprint(prompt)}", "prompt": prompt, "kind": "harmful", "source": given.source}
         traces.append((record, (first_text(row, columns.reasoning_column), first_text(row, columns.answer_column))))
@@ -84,6 +143,7 @@ def traces_by_columns(rows: Iterable[dict], given: Given, columns: Columns) -> l
         wanted = f"--prompt-column {columns.prompt_column}, --reasoning-column {columns.reasoning_column} "
         wanted += f"and --answer-column {columns.answer_column}"
         raise UserError(f"--trace-files: {given.text}: no record has text in each of {wanted}; has {', '.join(columns_of(rows))}")
+    say_left_out(given.text, left)
     return traces
 
 

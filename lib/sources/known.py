@@ -7,6 +7,7 @@ the columns seen and expected.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +16,14 @@ from tqdm import tqdm
 
 from lib.files import UserError
 from lib.sources import readers
-from lib.sources.readers import Found
-from lib.tables import columns_of
+from lib.sources.readers import Found, say_left_out
+from lib.tables import columns_of, other_turns
 
 
 @dataclass(frozen=True)
 class Source:
     hub: str  # OWNER/NAME; "": only as a file
-    read: Callable[[dict], Found | None]  # a row, or None if the filter drops it
+    read: Callable[[dict], Found | str | None]  # a row; None if the filter drops it, or why, if that is said
     columns: tuple[str, ...]  # that `read` needs; "a|b": one of them
     filter: str  # in words, for the manifest
     licence: str
@@ -34,6 +35,7 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict)  # of datasets.load_dataset
     minus: str = ""  # the known source whose prompts are taken away
     traces: bool = False  # whether it has reasonings and answers
+    any_length: bool = False  # whether --max-chars is not for it
     paper: dict[str, int] = field(default_factory=dict)  # prompts that the paper took (section 4)
 
 
@@ -43,26 +45,38 @@ def found_in(label: str, source: Source, rows: Iterable[dict]) -> list[Found]:
     if any(not set(names.split("|")) & set(seen) for names in source.columns):
         expected = ", ".join(names.replace("|", " or ") for names in source.columns)
         raise UserError(f"{label}: has columns {', '.join(seen)}; expected {expected} ({source.seen_in})")
-    bar = tqdm(rows, desc=label, unit="row", delay=2, leave=False)
-    found = [one for one in map(source.read, bar) if one and one.prompt.strip()]
+    found, left = [], Counter[str]()
+    for row in tqdm(rows, desc=label, unit="row", delay=2, leave=False):
+        one = source.read(row)
+        if isinstance(one, str):
+            left[one] += 1
+        elif one and one.prompt.strip():
+            found.append(one)
+            for column in (name for names in source.columns for name in names.split("|")):
+                left.update(f"turns of {role or 'no role'}" for role in other_turns(row, column))
     if not found:
         raise UserError(f"{label}: nothing is left by its filter: {source.filter}")
+    say_left_out(label, left)
     return [one._replace(prompt=one.prompt.strip()) for one in found]
 
 
-AS_TEXT = {"keep_default_na": False}  # of a csv: "NA" is text
+AS_TEXT = {  # of a csv on the hub: "NA" and "007" are text
+    "keep_default_na": False,
+    "converters": dict.fromkeys(("vanilla", "adversarial", "prompt", "category"), str),
+}
 CC_BY, UNSEEN = "CC-BY-4.0", "not verified: see its card"
 SOURCES = {
     "wildjailbreak": Source(
         "allenai/wildjailbreak",
         readers.wildjailbreak,
-        ("adversarial", "data_type"),
-        "data_type adversarial_harmful",
+        ("vanilla", "adversarial", "data_type"),
+        "data_type vanilla_harmful or adversarial_harmful; the adversarial prompt, or the vanilla one where that is empty",
         "ODC-BY",
         gated=True,
         seen_in="licence on its card, columns in public code that calls load_dataset as the card says",
         config="train",
         options={"delimiter": "\t", **AS_TEXT},
+        any_length=True,  # the authors' limit of 1000 characters does not reach it
         paper={"sft": 400, "rl pool": 800},
     ),
     "aegis": Source(
@@ -129,7 +143,7 @@ SOURCES = {
         "allenai/WildChat-1M",
         readers.wildchat,
         ("conversation", "language", "toxic"),
-        "language English, toxic false; the first turn of the user",
+        "language English, toxic false, not opened by the assistant; the first turn of the user",
         "ODC-BY",
         gated=False,
         seen_in="its card",
@@ -171,11 +185,12 @@ SOURCES = {
         "walledai/HarmBench",
         readers.harmbench,
         ("prompt|Behavior", "category|SemanticCategory"),
-        "standard, 200 behaviours without targets; the authors' csv by @FILE has 400, and names for --targets",
+        "without copyright; the hub's standard: 200 behaviours without targets; the authors' csv by @FILE: 300 of 400, 100 of "
+        "them with a context, and names for --targets",
         "MIT",
         gated=True,
         seen_in="licence on its card, columns in public code that reads it; or the authors' csv",
-        optional=("BehaviorID", "ContextString"),
+        optional=("BehaviorID", "ContextString", "FunctionalCategory"),
         config="standard",
         paper={"evaluation": 400},
     ),

@@ -1,13 +1,17 @@
-"""A function for each known source: from its row to the prompt in it, or None for a row that we do not want.
+"""A function for each known source: from its row to the prompt in it; or None for a row that we do not want, or, where that
+should be said, why not.
 
 Columns and filters are named beside the source's place and licence in `known.SOURCES`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
-from lib.tables import first_text, with_context
+from lib.tables import first_text
+
+COPYRIGHT = "copyright behaviours (hashes of the text decide these, no judge)"
 
 
 class Found(NamedTuple):
@@ -19,12 +23,14 @@ class Found(NamedTuple):
     id: str = ""  # the source's own name of the prompt
     reasoning: str = ""
     answer: str = ""
+    context: str = ""  # that the prompt is about, apart from it
 
 
 def wildjailbreak(row: dict) -> Found | None:
-    if row.get("data_type") != "adversarial_harmful":
+    """A plain request has no adversarial form, and stands for itself; an adversarial one has both, and takes the place."""
+    if row.get("data_type") not in ("vanilla_harmful", "adversarial_harmful"):
         return None
-    return Found("harmful", first_text(row, "adversarial"))
+    return Found("harmful", first_text(row, "adversarial,vanilla"))
 
 
 def aegis(row: dict) -> Found | None:
@@ -49,10 +55,11 @@ def or_bench(row: dict) -> Found:
 
 
 def wildchat(row: dict) -> Found | None:
-    opening = first_text(row, "conversation.0.role") == "user"
-    if row.get("language") != "English" or row.get("toxic") is not False or not opening:
+    """Where the assistant speaks first, the user's turn is an answer, and no prompt."""
+    answers = first_text(row, "conversation.0.role") == "assistant"
+    if row.get("language") != "English" or first_text(row, "toxic") not in ("false", "False") or answers:
         return None
-    return Found("harmless", first_text(row, "conversation.0.content"), id=first_text(row, "conversation_hash"))
+    return Found("harmless", first_text(row, "conversation"), id=first_text(row, "conversation_hash"))
 
 
 def xstest(row: dict) -> Found:
@@ -76,9 +83,11 @@ def sorry_bench(row: dict) -> Found | None:
     return Found("harmful", first_text(row, "turns.0"), category, first_text(row, "question_id"))
 
 
-def harmbench(row: dict) -> Found:
-    prompt = with_context(first_text(row, "prompt,Behavior"), first_text(row, "ContextString"))
-    return Found("harmful", prompt, first_text(row, "category,SemanticCategory"), first_text(row, "BehaviorID"))
+def harmbench(row: dict) -> Found | str:
+    if first_text(row, "FunctionalCategory") == "copyright":
+        return COPYRIGHT
+    category, context = first_text(row, "category,SemanticCategory"), first_text(row, "ContextString")
+    return Found("harmful", first_text(row, "prompt,Behavior"), category, first_text(row, "BehaviorID"), context=context)
 
 
 def star1(row: dict) -> Found:
@@ -91,3 +100,9 @@ def star1(row: dict) -> Found:
 
 def rainbow(row: dict) -> Found:
     return Found("harmful", first_text(row, "prompt"), first_text(row, "category,risk"), first_text(row, "id"))
+
+
+def say_left_out(source: str, left: Counter[str]) -> None:
+    """One line on what of a source is not read, if anything."""
+    if left:
+        print(f"{source}: left out {', '.join(f'{count} {what}' for what, count in left.items())}")
