@@ -46,6 +46,7 @@ from lib.sharding import backward, check_shards, device_of, full_weights, sum_an
 from lib.sources import same_prompt
 from lib.state import finish, is_finished, load_progress, save_progress
 from lib.training import (
+    drop_too_long,
     epoch_order,
     even_rounds,
     finite_or_stop,
@@ -107,25 +108,27 @@ class Example:
     mask: list[bool]
 
 
-def load_examples(settings: Settings, tokenizer, context: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples. The split is by prompt, so no held-out prompt has a trace among the training ones."""
+def load_examples(settings: Settings, tokenizer, context: int, leader: bool = True) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples. The split is by prompt, so no held-out prompt has a trace among the training ones.
+
+    Traces that are too long are left out (`lib.training.drop_too_long`); `leader` says which. Raises UserError.
+    """
     path = Path(settings.data) / settings.traces
     records = read_jsonl(path, ("id", "prompt", "reasoning", "answer") if settings.reasoning else ("id", "prompt", "answer"))
-    first = {same_prompt(r["prompt"]): r["prompt"] for r in reversed(records)}  # of those that are one prompt to a reader
-    prompts = sorted(first.values())
-    count = round(settings.held_out_share * len(prompts))
-    held_out_prompts = {prompts[i] for i in epoch_order(len(prompts), settings.seed, -1)[:count]}
-    train: list[Example] = []
-    held_out: list[Example] = []
+    examples = []
     for record in records:
         reasoning = record["reasoning"] if settings.reasoning else None
         ids, mask = encode_example(tokenizer, record["prompt"], reasoning, record["answer"])
-        if len(ids) > min(context, settings.max_batch_tokens):
-            raise UserError(
-                f"{path}: trace {record['id']} has {len(ids)} tokens, the model's context is {context}, --max-batch-tokens "
-                f"{settings.max_batch_tokens}: shorten or drop it (01_build_mixture.py --max-chars), or raise the limit"
-            )
-        (held_out if first[same_prompt(record["prompt"])] in held_out_prompts else train).append(Example(ids, mask))
+        examples.append((record["prompt"], Example(ids, mask)))
+    allowed, lengths = min(context, settings.max_batch_tokens), [len(example.ids) for _, example in examples]
+    limits = f"context {context}, --max-batch-tokens {settings.max_batch_tokens}"
+    examples = drop_too_long(examples, records, lengths, allowed, f"{path}: traces", limits, leader)
+    first = {same_prompt(prompt): prompt for prompt, _ in reversed(examples)}  # of those that are one prompt to a reader
+    prompts = sorted(first.values())
+    count = round(settings.held_out_share * len(prompts))
+    held_out_prompts = {prompts[i] for i in epoch_order(len(prompts), settings.seed, -1)[:count]}
+    train = [example for prompt, example in examples if first[same_prompt(prompt)] not in held_out_prompts]
+    held_out = [example for prompt, example in examples if first[same_prompt(prompt)] in held_out_prompts]
     if not train:
         raise UserError(f"{path}: no trace left to train on: lower --held-out-share")
     return train, held_out
@@ -175,7 +178,7 @@ def main() -> None:
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)
     model = load_model(settings, device, processes)
-    train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
+    train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings, leader)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come
         longest = max(train, key=lambda e: len(e.ids))
         rehearse(model, None, settings.need(len(longest.ids), processes.size), longest.mask.index(True), processes)

@@ -29,6 +29,7 @@ the same, on a CPU to the bit (on a GPU some kernels add in an order of their ow
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -42,17 +43,18 @@ from lib.dry_run import HELP_HERE, plan, rehearse
 from lib.files import append_jsonl, read_jsonl
 from lib.judges import models_of
 from lib.plan import Need
-from lib.policy import save_policy, token_logprobs
+from lib.policy import k3, save_policy, token_logprobs
 from lib.preferences import response_seeds, update_on_preferences
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.rewards import KINDS, load_judge, total_reward
-from lib.rollout_log import describe, forecast, speed, summarise
+from lib.rollout_log import SILENT, describe, forecast, no_signal, speed, summarise
 from lib.run_folder import checksums, claim_folder, stated_reasoning
 from lib.sampler import Completion, sample
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.sharding import backward, check_shards, device_of, full_weights, gathered, sum_and_clip
 from lib.state import finish, is_finished, load_progress, save_progress
 from lib.training import (
+    drop_too_long,
     epoch_order,
     even_rounds,
     finite_or_stop,
@@ -75,14 +77,16 @@ class Settings:
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK (README). Paper: moderation API, GRM")
     reasoning: bool = setting(True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)")
-    objective: str = setting("grpo", "or rpo: DPO + alpha NLL on pairs; without KL, clip, normalisation", choices=("grpo", "rpo"))
+    objective: str = setting(
+        "grpo", "or rpo: DPO + alpha NLL on pairs; no KL, entropy, clip, normalisation", choices=("grpo", "rpo")
+    )
     one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")
     # rollouts
-    prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
+    prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32; rpo: 4", low=1)
     group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2)
     temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01)
     max_new_tokens: int = setting(4096, "length of a completion, tokens, reasoning included. Paper: 4096", low=1)
-    max_prompt_tokens: int = setting(512, "longest prompt allowed, tokens. Paper: 512", low=1)
+    max_prompt_tokens: int = setting(512, "prompts of more tokens are left out, and counted. Paper: 512", low=1)
     # optimisation
     learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6; rpo: 3e-4", low=0.0)
     epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01)
@@ -100,8 +104,9 @@ class Settings:
         choices=("token", "sequence", "constant"),
     )
     std_normalisation: bool = setting(True, "divide advantages by the group's std (GRPO, paper); without: Dr. GRPO")
-    kl_estimator: str = setting("k3", "of KL(policy || reference), by Schulman. Paper: k3", choices=("k1", "k2", "k3"))
+    kl_estimator: str = setting("k3", "of KL(policy || reference), by Schulman. Paper: k3, clamped", choices=("k1", "k2", "k3"))
     kl_coef: float = setting(1e-3, "weight of the KL term in the loss. Paper: 1e-3", low=0.0)
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus. Authors' script: 1e-3; paper: nothing", low=0.0)
     clip_range: float = setting(0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0)
     rpo_beta: float = setting(0.01, "with rpo: beta of DPO. Paper: 0.01", low=0.0)
     rpo_alpha: float = setting(3.0, "with rpo: weight of the NLL of the chosen, by its length. Paper: 3", low=0.0)
@@ -152,15 +157,16 @@ class Rollout:
     reasoning_tokens: int
     harm: float | None = None
     task: float | None = None
-    reward: float = math.nan
+    reward: float | None = None  # None: unknown, the judge had no verdict
     advantage: float = 0.0
     old_logprobs: torch.Tensor | None = field(default=None, repr=False)  # (completion length,), set by the first update
 
 
-def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
-    """The mixture, each record with its `prompt_ids`. Raises UserError when a prompt leaves no room to answer.
+def load_prompts(settings: Settings, tokenizer, context: int, leader: bool = True) -> list[dict]:
+    """The mixture, each record with its `prompt_ids`, without the prompts that are too long (`lib.training.drop_too_long`).
 
-    Every limit in tokens is checked here, before the first step, at the longest completion there may be.
+    Every limit in tokens is checked here, before the first step, at the longest completion there may be. `leader`: says what
+    is left out. Raises UserError.
     """
     path = Path(settings.data) / "rl.jsonl"
     records = read_jsonl(path, ("id", "prompt", "kind"))
@@ -172,14 +178,13 @@ def load_prompts(settings: Settings, tokenizer, context: int) -> list[dict]:
             raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}")
         record["place"] = place
         record["prompt_ids"] = encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning)
-        if len(record["prompt_ids"]) > allowed:
-            raise UserError(
-                f"{path}: prompt {record['id']} has {len(record['prompt_ids'])} tokens, {allowed} fit (context {context}, "
-                f"--max-prompt-tokens {settings.max_prompt_tokens}, --max-new-tokens {settings.max_new_tokens}, "
-                f"--max-batch-tokens {settings.max_batch_tokens}{' for a pair' * (together - 1)}, "
-                f"--max-sample-tokens {settings.max_sample_tokens}): shorten it, or change a limit"
-            )
-    return records
+    limits = (
+        f"context {context}, --max-prompt-tokens {settings.max_prompt_tokens}, --max-new-tokens {settings.max_new_tokens}, "
+        f"--max-batch-tokens {settings.max_batch_tokens}{' for a pair' * (together - 1)}, "
+        f"--max-sample-tokens {settings.max_sample_tokens}"
+    )
+    lengths = [len(record["prompt_ids"]) for record in records]
+    return drop_too_long(records, records, lengths, allowed, f"{path}: prompts", limits, leader)
 
 
 def prompts_of_step(records: list[dict], step: int, settings: Settings) -> list[dict]:
@@ -232,7 +237,8 @@ def collect_rollouts(
 def score_rollouts(rollouts: list[Rollout], judge, step: int, one_reward: bool = False) -> None:
     """Step 3, equations 1 and 2: judges see the prompt and the answer, never the reasoning.
 
-    No verdict earns nothing, and is counted. Raises UserError for a score out of range, before it can reach the weights.
+    Where the judge has no verdict the reward is unknown, None, and that is counted. Raises UserError for a score out of
+    range, before it can reach the weights.
     """
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
@@ -251,21 +257,27 @@ def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float 
     """Step 4: rewards (prompts, G) -> advantages (prompts, G), fp32. The group is its own baseline (DeepSeekMath, section 4.1).
 
     The std is the sample's (n - 1), and eps is added to it; where all of a group are rewarded alike, all advantages are 0.
+    A reward of NaN is unknown: it is left out of its group's mean and std, and its advantage is 0. So that completion moves
+    the policy neither way. It stays in the batch: its KL and entropy terms count, and so do its tokens in the normaliser,
+    as those of any completion of advantage 0.
 
-    >>> group_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), std_normalisation=False)
-    tensor([[ 0.5000, -0.5000],
-            [ 0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([[1.0, 0.0, torch.nan], [1.0, 1.0, 1.0]]), std_normalisation=False)
+    tensor([[ 0.5000, -0.5000,  0.0000],
+            [ 0.0000,  0.0000,  0.0000]])
     """
     rewards = rewards.double()  # in fp32 the mean of eight times 1/3 is not 1/3, and eps would magnify the difference
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
-    if std_normalisation:
-        advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
-    return advantages.float()
+    known = ~rewards.isnan()
+    centred = (rewards - rewards.nanmean(dim=1, keepdim=True)).where(known, 0.0)
+    if not std_normalisation:
+        return centred.float()
+    variance = (centred**2).sum(dim=1, keepdim=True) / (known.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    return (centred / (variance.sqrt() + eps)).float()
 
 
 def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
     """Step 4 for all rollouts, in whose order the completions of a prompt stand together."""
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, settings.group_size)
+    known = [math.nan if r.reward is None else r.reward for r in rollouts]
+    rewards = torch.tensor(known, dtype=torch.float64).view(-1, settings.group_size)
     for rollout, advantage in zip(rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True):
         rollout.advantage = advantage.item()
 
@@ -276,10 +288,11 @@ def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estima
     k1 is unbiased but may be negative, k2 biased and never negative, k3 unbiased and never negative ("low variance", the
     paper's). As a term of the loss they differ more: the gradient of k1 is that of log pi, zero on average over samples of
     pi, so it adds noise and pulls nowhere; that of k2 is, on average, the gradient of the KL itself; that of k3 the gradient
-    of KL(reference || policy), the other direction, which is nearly the same as long as the two are near.
+    of KL(reference || policy), the other direction, which is nearly the same as long as the two are near. k3 grows as
+    e^gap, so it is clamped to [-10, 10], with no gradient beyond (`lib.policy.k3`).
     """
     gap = reference_logprobs - logprobs
-    return {"k1": lambda: -gap, "k2": lambda: gap**2 / 2, "k3": lambda: gap.exp() - gap - 1}[estimator]()
+    return {"k1": lambda: -gap, "k2": lambda: gap**2 / 2, "k3": lambda: k3(gap)}[estimator]()
 
 
 def grpo_loss(
@@ -314,12 +327,16 @@ def sequence_weights(lengths: torch.Tensor, total_tokens: int, total_rollouts: i
 def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id: int, settings: Settings, processes: Processes):
     """Step 5: the gradient over all rollouts, this process's share summed with those of the others; `main` takes the step.
 
+    The loss is `grpo_loss`, minus --entropy-coef times the entropy of the policy at --temperature, in the same mean over
+    tokens (verl; the paper's text does not mention it).
+
     Returns the loss, per-token means over all processes (kl, entropy, and sampler_gap: how far the sampler's
     log-probabilities are from these) and the gradient norm before clipping.
     """
     totals = gather_objects([sum(len(r.completion.token_ids) for r in rollouts), len(rollouts)], processes)
     total_tokens, total_rollouts = (sum(column) for column in zip(*totals, strict=True))
     sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "sampler_gap": 0.0}
+    bonus = settings.entropy_coef > 0
     optimizer.zero_grad()
     batches = micro_batches([len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts], settings.max_batch_tokens)
     for indices in even_rounds(batches, policy, processes):
@@ -328,8 +345,8 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
         ids, attention_mask, mask = rollout_batch(batch, pad_id, device_of(policy))  # (B, T) each
         with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(
-                policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True
-            )  # (B, T) each
+                policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True, entropy_gradient=bonus
+            )  # (B, T) each, 0 outside the mask
         with torch.no_grad(), precision(device_of(policy), settings.dtype):
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, temperature=settings.temperature)
         old_logprobs = logprobs.detach().clone()
@@ -340,6 +357,8 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
         advantages = torch.tensor([r.advantage for r in batch], device=ids.device)
         weights = sequence_weights(torch.tensor(lengths), total_tokens, total_rollouts, settings).to(ids.device) * bool(indices)
         loss = grpo_loss(logprobs, old_logprobs, reference_logprobs, advantages, mask, weights, settings)
+        if bonus:  # keeps samples diverse; the mean over tokens, weighed as the loss is
+            loss = loss - settings.entropy_coef * (entropy.sum(dim=1) * weights).sum()
         backward(loss, policy, processes)
         if not indices:
             continue
@@ -370,13 +389,13 @@ def main() -> None:
     device = pick_device(settings.device, processes.local_rank)
     policy = load_model(settings, device, processes)
     reference = load_model(settings, device, processes, trained=False)
-    records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings)
+    records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings, leader)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, not when the longest rollouts come
         for score in (judge.harm_score, judge.task_score):  # loads its models: they take memory, too
             score([records[0]["prompt"]], [f"no {time.time_ns()}"])  # which no cache of verdicts knows
         prompt_tokens = max(len(record["prompt_ids"]) for record in records)
         need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
-        rehearse(policy, reference, need, prompt_tokens, processes)
+        rehearse(policy, reference, need, prompt_tokens, processes, entropy_gradient=settings.entropy_coef > 0)
     if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
         config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "rl.jsonl")}
         claim_folder(out, config, overwrite=settings.overwrite, ignore=MACHINERY)
@@ -399,6 +418,7 @@ def main() -> None:
 
     rpo = settings.objective == "rpo"
     sampler, update_model = (reference, update_on_preferences) if rpo else (policy, update_policy)
+    silent = 0  # steps in a row without a signal
     bar = tqdm(range(start, total), "RPO" if rpo else "RL", total, initial=start, unit="step", disable=not leader)
     for step in bar:
         clock = [time.perf_counter()]
@@ -423,6 +443,9 @@ def main() -> None:
             if leader:
                 print(forecast(metrics, total, settings.max_new_tokens))
             return stop_processes()
+        silent = silent + 1 if summary["zero_advantage_groups"] == settings.prompts_per_step else 0
+        if leader and silent == SILENT:
+            bar.write(no_signal(metrics, silent), file=sys.stderr)
         bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl") if metrics[key] is not None})
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)

@@ -108,7 +108,12 @@ def on_the_hub(name: str) -> str:
 
 
 def rehearse(
-    policy: PreTrainedModel, reference: PreTrainedModel | None, need: Need, prompt_tokens: int, processes: Processes
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    need: Need,
+    prompt_tokens: int,
+    processes: Processes,
+    entropy_gradient: bool = False,
 ) -> None:
     """Compute the largest micro-batch there may be, with room taken for the optimizer and the KV cache, and forget it.
 
@@ -133,10 +138,11 @@ def rehearse(
     completion = everything.clone()
     completion[:, : max(1, prompt_tokens)] = False
     with precision(device, need.dtype):
-        logprobs, _ = token_logprobs(policy, ids, everything, completion, with_entropy=True)
+        how = {"with_entropy": True, "entropy_gradient": entropy_gradient}
+        logprobs, entropy = token_logprobs(policy, ids, everything, completion, **how)
     if reference is not None:
         with torch.no_grad(), precision(device, need.dtype):
             token_logprobs(reference, ids, everything, completion)
-    backward(0.0 * logprobs.sum(), policy, processes)
+    backward(0.0 * (logprobs + entropy).sum(), policy, processes)
     policy.zero_grad(set_to_none=True)
     del moments

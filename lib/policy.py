@@ -105,12 +105,14 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_size: int = CHUNK,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> Any:
     """log p(token t | tokens before t) at `temperature`, (B, T) fp32, zero where completion_mask is False.
 
     input_ids (B, T) int64; attention_mask, completion_mask (B, T) bool; rows may be padded left or right. The
     result has a gradient. `with_entropy` makes it a pair: the entropy in nats of each of those predictions
-    comes with it, (B, T) fp32, without a gradient.
+    comes with it, (B, T) fp32, at `temperature` too, and with a gradient only if `entropy_gradient`: that costs
+    two more tensors of a chunk's logits.
 
     All the logits of a batch, (B, T, vocab), would be the memory peak of training. Here the decoder gives
     hidden states, and the head sees masked positions only, `chunk_size` at a time; of more than one chunk the
@@ -125,11 +127,21 @@ def token_logprobs(
     row, column = completion_mask.nonzero(as_tuple=True)  # (N,) each
     if not bool((column > 0).all() & attention_mask[row, column - 1].all()):
         raise ValueError("completion_mask is True on a token with none before it")
-    inputs = (input_ids, attention_mask, row, column, temperature, chunk_size, with_entropy)
+    inputs = (input_ids, attention_mask, row, column, temperature, chunk_size, with_entropy, entropy_gradient)
     logprobs, entropy = call_within_forward(_masked_logprobs, model, *inputs)
     zeros = torch.zeros(input_ids.shape, dtype=torch.float32, device=logprobs.device)
     logprobs, entropy = (zeros.index_put((row, column), part) for part in (logprobs, entropy))
     return (logprobs, entropy) if with_entropy else logprobs
+
+
+def k3(gap: Tensor) -> Tensor:
+    """Per-token estimate of KL(p || q) from samples of p, gap = log q - log p of any shape: e^gap - gap - 1 (Schulman).
+
+    Clamped to at most 10 (it is never negative), with no gradient beyond, as in verl: at a gap of 15.5 the term would be
+    5.4e6, and after clipping the gradient nothing else would be learned. (The inner clamp keeps e^gap finite.)
+    """
+    gap = gap.clamp(-20, 20)
+    return (gap.exp() - gap - 1).clamp(max=10)
 
 
 def _masked_logprobs(
@@ -141,6 +153,7 @@ def _masked_logprobs(
     temperature: float,
     chunk_size: int,
     with_entropy: bool,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the masked tokens, (N,) fp32 each."""
     # The state at t - 1 predicts token t.
@@ -150,7 +163,7 @@ def _masked_logprobs(
     parts = []
     for begin in range(0, max(1, len(targets)), chunk_size):  # one round for an empty mask: its gradient is zero
         end = begin + chunk_size
-        inputs = (model, hidden[begin:end], targets[begin:end], temperature, with_entropy)
+        inputs = (model, hidden[begin:end], targets[begin:end], temperature, with_entropy, entropy_gradient)
         if recompute:
             parts.append(checkpoint(_chunk_logprobs, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -170,14 +183,14 @@ def _hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Te
 
 
 def _chunk_logprobs(
-    model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """hidden (n, H), targets (n,) -> log-probability and entropy, (n,) fp32; entropy 0 if not asked for."""
     logits = _logits(model, hidden)
     logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # (n, vocab)
     entropy = torch.zeros(len(targets), device=hidden.device)
     if with_entropy:
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, targets[:, None])[:, 0], entropy
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.policy import token_logprobs
+from lib.policy import k3, token_logprobs
 from lib.processes import Processes, gather_objects
 from lib.sharding import backward, device_of, sum_and_clip
 from lib.training import even_rounds, micro_batches, precision, rollout_batch
@@ -39,11 +39,12 @@ def response_seeds(places: Sequence[int], group_size: int, seed: int) -> Tensor:
     return torch.stack([torch.randint(2**62, (group_size,), generator=generator) for generator in generators])
 
 
-def preference_pairs(rewards: Sequence[float], group_size: int) -> tuple[list[tuple[int, int]], int]:
+def preference_pairs(rewards: Sequence[float | None], group_size: int) -> tuple[list[tuple[int, int]], int]:
     """(index of the chosen, of the rejected) of each pair, and how many pairs were ties and left out.
 
     `rewards` are of one group of `group_size` after the other. In each the best is paired with the worst, the second best
-    with the second worst, and so on: G/2 pairs (of an odd group the middle one is in none).
+    with the second worst, and so on: G/2 pairs (of an odd group the middle one is in none). None, a reward that is unknown
+    because the judge had no verdict, is in no pair.
 
     >>> preference_pairs([0.2, 1.0, 0.0, 0.9], group_size=4)
     ([(1, 2), (3, 0)], 0)
@@ -52,9 +53,10 @@ def preference_pairs(rewards: Sequence[float], group_size: int) -> tuple[list[tu
     """
     pairs, ties = [], 0
     for start in range(0, len(rewards), group_size):
-        best_first = sorted(range(start, start + group_size), key=lambda i: -rewards[i])  # stable: the same everywhere
-        for chosen, rejected in zip(best_first[: group_size // 2], best_first[::-1], strict=False):
-            if rewards[chosen] - rewards[rejected] < TIE:
+        known = {i: reward for i in range(start, start + group_size) if (reward := rewards[i]) is not None}
+        best_first = sorted(known, key=lambda i: -known[i])  # stable: the same everywhere
+        for chosen, rejected in zip(best_first[: len(known) // 2], best_first[::-1], strict=False):
+            if known[chosen] - known[rejected] < TIE:
                 ties += 1
             else:
                 pairs.append((chosen, rejected))
@@ -119,7 +121,7 @@ def update_on_preferences(
             continue
         gap = (logprobs.detach() - reference_logprobs)[mask]
         sums["loss"] += loss.item()
-        sums["kl"] += (gap.exp() - gap - 1).sum().item()
+        sums["kl"] += k3(gap).sum().item()
         sums["entropy"] += entropy[mask].sum().item()
         sums["pair_accuracy"] += (margin > 0).sum().item()
         sums["margin"] += margin.detach().sum().item()

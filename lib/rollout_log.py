@@ -7,14 +7,24 @@ from collections.abc import Sequence
 from lib.judges import refusal_label
 from lib.rewards import KINDS
 
+SILENT = 10  # steps without a signal in a row that are worth a word
 
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def summarise(rollouts: list[dict], group_size: int, one_reward: bool = False) -> dict:
-    """Metrics of one step from every process's rollouts, as plain dicts; None where a kind did not occur."""
-    rewards = [[r["reward"] for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
+    """Metrics of one step from every process's rollouts, as plain dicts; None where a kind did not occur.
+
+    Rewards that are unknown (None) are in no mean. `unknown_verdicts` counts completions for which the judge did not give
+    the score that its kind needs, the malformed ones too (whose reward is 0 all the same). `zero_advantage_groups` counts
+    groups in which no two known rewards differ.
+    """
+    groups = [[r["reward"] for r in rollouts[i : i + group_size]] for i in range(0, len(rollouts), group_size)]
+    known = [[reward for reward in group if reward is not None] for group in groups]
     metrics = {"reward": mean([r["reward"] for r in rollouts])}
     for kind in KINDS:
         of_kind = [r for r in rollouts if r["kind"] == kind]
@@ -26,8 +36,19 @@ def summarise(rollouts: list[dict], group_size: int, one_reward: bool = False) -
     metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
     asked = ["harm" if r["kind"] == "harmful" and not one_reward else "task" for r in rollouts]
     metrics["unknown_verdicts"] = sum(r[score] is None for r, score in zip(rollouts, asked, strict=True))
-    metrics["zero_advantage_groups"] = sum(max(group) - min(group) < 1e-6 for group in rewards)
+    metrics["zero_advantage_groups"] = sum(max(group, default=0) - min(group, default=0) < 1e-6 for group in known)
     return metrics
+
+
+def no_signal(metrics: dict, steps: int) -> str:
+    """What to say after so many steps in a row in which no group had two different rewards."""
+    reward, form = ("unknown" if metrics[key] is None else f"{metrics[key]:.2f}" for key in ("reward", "format_rate"))
+    return (
+        f"warning: for {steps} steps no group has had two different rewards, so nothing is learned from them "
+        f"(mean reward {reward}, format_rate {form}, unknown_verdicts {metrics['unknown_verdicts']}): read rollouts.jsonl. "
+        "Reward near 1: it is learned. format_rate near 0: stage 2 did not teach the format, or --max-new-tokens cuts it off. "
+        "Else look at the judge's scores, and at --temperature: samples must differ"
+    )
 
 
 def describe(rollout, step: int) -> dict:

@@ -55,7 +55,8 @@ def _field(default: Any, metadata: dict[str, Any]) -> Any:
 def parse_settings(cls: type[T], stage: str, argv: Sequence[str] | None = None) -> T:
     """The stage's settings: the dataclass's defaults, then the preset's, then the flags in `argv`.
 
-    `stage` is mixture, sft, rl or eval: the dict of that name in capitals in lib/presets/NAME.py. A mistake
+    `stage` is mixture, sft, rl or eval: the dict of that name in capitals in lib/presets/NAME.py. `--objective rpo` puts
+    that of RPO, where there is one, on top. A mistake
     ends the program with one line on stderr, "error: --flag: given X; allowed ...", and exit code 2.
     """
     try:
@@ -71,6 +72,8 @@ def _parse(cls: type[T], stage: str, argv: list[str]) -> T:
     if any(word.split("=")[0] == "--preset" for word in argv):
         defaults["preset"] = _given(argv, "--preset")
     defaults |= _preset_values(defaults["preset"], stage, fields)
+    if _given(argv, "--objective") == "rpo":
+        defaults |= _preset_values(defaults["preset"], "rpo", fields)
 
     parser = _parser(cls, fields, types, defaults)
     try:
@@ -99,7 +102,7 @@ def presets_found() -> list[str]:
 def _preset_values(preset: str, stage: str, fields: Fields) -> dict[str, Any]:
     if preset not in presets_found():
         raise UserError(f"--preset: given {preset}; allowed {' | '.join(presets_found())} (lib/presets)")
-    values = getattr(importlib.import_module(f"lib.presets.{preset}"), stage.upper())
+    values = getattr(importlib.import_module(f"lib.presets.{preset}"), stage.upper(), {})
     for name in values:
         if name not in fields:
             raise UserError(f"lib/presets/{preset}.py: {stage.upper()} sets {name!r}, no setting of that stage")
@@ -159,7 +162,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def _given(argv: Sequence[str], flag: str) -> str:
     """What the command line says for `flag` the last time it occurs; "nothing" if no value follows."""
     given = "nothing"
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") == flag.replace("_", "-"):
             given = value if equals else "nothing" if following.startswith("--") else following

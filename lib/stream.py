@@ -34,7 +34,7 @@ def stream(
         logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         if not logits.isfinite().all():
             raise UserError("the model's logits are not finite: broken weights or precision")
-        u = uniform(torch.tensor([seed]), torch.tensor([step])).to(model.device)
+        u = uniform(torch.tensor([seed]), torch.tensor([step]))
         token, _ = draw(logits, u, temperature, top_p=1.0)  # (1,)
         yield int(token)
         if int(token) in eos_token_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +15,8 @@ from lib.policy import load_policy
 from lib.processes import Processes, gather_objects
 from lib.settings import UserError
 from lib.sharding import is_sharded, shard
+
+T = TypeVar("T")
 
 
 def load_model(settings: Any, device: torch.device, processes: Processes, *, trained: bool = True) -> PreTrainedModel:
@@ -39,6 +41,24 @@ def halve_linear_layers(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:  # a tied head stays as it is
             module.to(torch.bfloat16)
+
+
+def drop_too_long(
+    items: Sequence[T], records: Sequence[dict], lengths: Sequence[int], allowed: int, what: str, limits: str, leader: bool
+) -> list[T]:
+    """Those of `items` that have at most `allowed` tokens; `leader`: says how many are left out, and names some.
+
+    A few long ones must not end a run over a data set (the authors' script drops them, too). Raises UserError when less
+    than half is left: then it is the limit that is wrong. `what` and `limits` are for the message.
+    """
+    long = [f"{record['id']} ({n})" for record, n in zip(records, lengths, strict=True) if n > allowed]
+    names = ", ".join(long[:3]) + ", ..." * (len(long) > 3)
+    text = f"{what}: {len(long)} of {len(items)} have more than the {allowed} tokens that fit, such as {names} ({limits})"
+    if 2 * len(long) > len(items):
+        raise UserError(f"{text}: shorten them, or change a limit")
+    if long and leader:
+        print(f"{text}: left out")
+    return [item for item, n in zip(items, lengths, strict=True) if n <= allowed]
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

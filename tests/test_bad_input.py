@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from stages import RL, SFT, contents, error_of, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
 from lib.chat import encode_example, encode_prompt, load_tokenizer
-from lib.files import write_jsonl
+from lib.files import read_jsonl, write_jsonl
 from lib.processes import Processes
 from lib.sandbox import world
 
@@ -117,8 +117,6 @@ BAD_LINES = [
         "rl.jsonl: x: kind is 'evil'; allowed: harmful, harmless, ambiguous",
     ),
     (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl: x: prompt is None; allowed: some text"),
-    (RL, {"id": "x", "prompt": "cake " * 498, "kind": "harmless"}, "rl.jsonl: prompt x has 50"),
-    (RL, {"id": "x", "prompt": "cake " * 600, "kind": "harmless"}, "context 512"),
     (SFT, None, "sft.jsonl: is empty"),
     (SFT, "}", "sft.jsonl:3: not a JSON object"),
     (SFT, {"id": "x", "prompt": "how ?", "answer": "so ."}, "sft.jsonl:3: has no key 'reasoning'"),
@@ -127,7 +125,6 @@ BAD_LINES = [
         {"id": "x", "prompt": "how ?", "reasoning": None, "answer": "so ."},
         "sft.jsonl: x: reasoning is None",
     ),
-    (SFT, {"id": "x", "prompt": "how ?", "reasoning": "so .", "answer": "cake " * 600}, "context is 512"),
     (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "rl.jsonl: id 'rl-1' stands in lines 2, 3: give each"),
     (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: id is None"),
     (RL, {"id": "x", "prompt": [{"role": "user", "content": "how ?"}], "kind": "harmless"}, "rl.jsonl: x: prompt is [{"),
@@ -177,7 +174,7 @@ def test_text_that_is_none_reaches_no_tokenizer(data, tmp_path):
         ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl: a: prompt is ' '; allowed: some text"),
         ([{"id": "a", "target": 7}], "eval_harmful.jsonl: a: target is 7; allowed: some text"),
         ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl: a: twin is ['how ?']"),
-        ([{"id": "a", "prefill": None}], "eval_harmful.jsonl: a: prefill is None"),
+        ([{"id": "a", "prefill": 7}], "eval_harmful.jsonl: a: prefill is 7"),
     ],
 )
 def test_requests_to_evaluate(lines, fragment, tmp_path, fails):
@@ -186,6 +183,24 @@ def test_requests_to_evaluate(lines, fragment, tmp_path, fails):
     write_jsonl(tmp_path / "eval_harmless.jsonl", [usual | {"id": "h", "kind": "harmless"}])
     fails(EVAL, f"--data {tmp_path} --out {tmp_path}/eval --models it={world.BASE}".split(), fragment)
     assert not (tmp_path / "eval").exists()
+
+
+LONG = [  # of a file in which 2 of 3 are too long
+    (RL, {"prompt": "cake " * 498, "kind": "harmless"}, "rl.jsonl: prompts: 2 of 3 have more than the 500 tokens"),
+    (RL, {"prompt": "cake " * 600, "kind": "harmless"}, "such as x-0 (60"),
+    (RL, {"prompt": "cake " * 600, "kind": "harmless"}, "context 512"),
+    (SFT, {"prompt": "how ?", "reasoning": "so .", "answer": "cake " * 600}, "sft.jsonl: traces: 2 of 3 have more than the 512"),
+    (SFT, {"prompt": "how ?", "reasoning": "so .", "answer": "cake " * 600}, "context 512"),
+]
+
+
+@pytest.mark.parametrize("stage, bad, fragment", LONG)
+def test_less_than_half_of_the_data_fits(stage, bad, fragment, data, tmp_path, fails):
+    good = read_jsonl(data / FILE[stage])[:1]
+    write_jsonl(tmp_path / FILE[stage], [*good, *({"id": f"x-{i}", **bad} for i in range(2))])
+    before = contents(tmp_path)
+    fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment, "shorten them, or change a limit")
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -203,7 +218,7 @@ def test_limits_too_tight_for_the_prompts(limits, data, tmp_path, fails):
 
 
 def test_traces_longer_than_a_batch(data, tmp_path, fails):
-    fails(SFT, sft_flags(data, tmp_path / "sft", max_batch_tokens=40), "--max-batch-tokens 40", "trace sft-")
+    fails(SFT, sft_flags(data, tmp_path / "sft", max_batch_tokens=40), "--max-batch-tokens 40", "traces: ", "sft-")
 
 
 def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):

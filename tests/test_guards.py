@@ -559,7 +559,7 @@ GARBAGE += ["Safety: Safe/Unsafe", "**Safety: Safe**", "Safety: None", "Refusal:
 def test_any_other_reply_is_no_verdict_and_never_a_reward(qwen, monkeypatch, text):
     monkeypatch.setattr(LanguageModel, "write", lambda self, prompts, limit: [text] * len(prompts))
     harm = load_judge(f"qwen3guard-label={qwen}+standin").harm_score([PROMPT], [ANSWER])[0]
-    assert harm is None and total_reward("harmful", harm, 1.0, True) == 0
+    assert harm is None and total_reward("harmful", harm, 1.0, True) is None
 
 
 def test_the_label_that_is_written_is_read(qwen):
@@ -620,7 +620,7 @@ def test_a_guard_with_something_else_to_say_gives_none(qwen_bytes, tmp_path):
     babbler = make_guard(tmp_path, LlamaConfig, LLAMA, LLAMA_GUARD_8B_TEMPLATE)
     harms += load_judge(f"llama-guard={babbler}+standin").harm_score(PROMPTS, ANSWERS)
     assert harms == [None] * 10
-    assert {total_reward(kind, None, None, True) for kind in KINDS} == {0.0}
+    assert {total_reward(kind, None, None, True) for kind in KINDS} == {None}
 
 
 @pytest.mark.parametrize("which", ["qwen3guard", "llama-guard", "grm"])
@@ -644,9 +644,9 @@ def test_what_the_context_cannot_hold_is_unknown_and_spoils_no_other(qwen, llama
     for name in (f"qwen3guard={qwen}+standin", f"qwen3guard-label={qwen}+standin", f"llama-guard={llama}+standin"):
         scores = load_judge(name).harm_score(prompts, answers)
         assert scores[1] is None and scores[0] == pytest.approx(scores[2])
-        assert total_reward("harmful", scores[1], 1.0, True) == 0
+        assert total_reward("harmful", scores[1], 1.0, True) is None
     scores = load_judge(f"standin+grm={reward_model}").task_score(prompts, answers)
-    assert scores[1] is None and scores[0] is not None and total_reward("harmless", 0.0, scores[1], True) == 0
+    assert scores[1] is None and scores[0] is not None and total_reward("harmless", 0.0, scores[1], True) is None
     judge = LanguageModel(qwen, chat=True)
     assert [p is None for p in judge.label_probabilities([[5] * 1499, [5] * 1500], [[7], [8]])] == [False, True]
 
@@ -761,7 +761,7 @@ def test_garbage_from_the_api_is_no_verdict(api):
     for reply in (b"", b"nonsense", b"[]", b'{"results": []}', b'{"results": {}}', b'{"results": [{}, {}]}', b"\xff"):
         api.script[:] = [reply]
         harm = score(["p"], ["x"])[0]
-        assert harm is None and total_reward("harmful", harm, 1.0, True) == 0
+        assert harm is None and total_reward("harmful", harm, 1.0, True) is None
     for scores in (
         {},
         {"hate": None},
@@ -970,8 +970,8 @@ def test_no_random_text_takes_a_judge_out_of_range(qwen, llama, reward_model):
         judge = load_judge(name)
         for harm, task in zip(judge.harm_score(prompts, answers), judge.task_score(prompts, answers), strict=True):
             for kind in KINDS:
-                assert 0 <= total_reward(kind, harm, task, True) <= 1
-                assert kind != "harmful" or harm is not None or total_reward(kind, harm, task, True) == 0
+                reward, asked = total_reward(kind, harm, task, True), harm if kind == "harmful" else task
+                assert (reward is None) == (asked is None) and (reward is None or 0 <= reward <= 1)
     others = {"qwen3guard", "qwen3guard-label", "llama-guard", "harmbench", "strongreject", "moderation"}
     assert set(MODELS) == others | {"grm", "grm-8b"}
 

@@ -22,6 +22,8 @@ from lib.preferences import preference_pairs, response_seeds, rpo_loss, update_o
 from lib.processes import Processes
 from lib.sampler import Completion
 from lib.sandbox import world
+from lib.sandbox.frontier import FrontierSeed
+from lib.settings import parse_settings
 
 stage = importlib.import_module(RL)
 ALONE = Processes(0, 1, 0)
@@ -81,6 +83,7 @@ def update(model, reference, rollouts, settings, processes=ALONE) -> dict:
 def test_best_with_worst_and_ties_are_counted():
     assert preference_pairs(REWARDS, 4) == (PAIRS, 3)
     assert preference_pairs([0.1, 0.2, 0.3], 3) == ([(2, 0)], 0)  # an odd group: the middle one is in none
+    assert preference_pairs([None, 0.2, 1.0, 0.0, 0.7, None, None, 0.5, 0.1], 3) == ([(2, 1), (4, 3), (7, 8)], 0)  # unknown
     assert preference_pairs([0.5, 0.5 + 5e-7], 2) == ([], 1) and preference_pairs([0.5, 0.5 + 2e-6], 2) == ([(1, 0)], 0)
     assert preference_pairs([1, 0, 1, 0, 1, 0, 1, 0], 8) == ([(0, 7), (2, 5), (4, 3), (6, 1)], 0)  # four of eight, the paper's
 
@@ -124,6 +127,15 @@ def test_loss_and_gradient_are_those_of_the_formula(tiny_model, reference, beta,
     assert metrics["kl"] > 0 and metrics["entropy"] > 0
 
 
+def test_the_kl_that_is_logged_is_clamped(tiny_model, reference, monkeypatch):
+    def far_apart(model, ids, attention_mask, mask, with_entropy=False):
+        logprobs = mask * (-1.0 if with_entropy else -16.5) + 0 * model.lm_head.weight.sum()
+        return (logprobs, 0.0 * logprobs) if with_entropy else logprobs
+
+    monkeypatch.setattr(preferences, "token_logprobs", far_apart)
+    assert update(tiny_model, reference, make_rollouts(REWARDS, 4), settings_of())["kl"] == pytest.approx(10)
+
+
 def test_neither_micro_batches_nor_processes_change_the_gradient(tiny_model, reference, monkeypatch):
     rollouts, results = make_rollouts(REWARDS, 4), []
     for budget in (32, 64, 4096):
@@ -157,6 +169,23 @@ def alone(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "rl"
     run_process(RL, rpo_flags(data, out, save_every=1), out.with_suffix(".log"))
     return out
+
+
+@pytest.mark.parametrize("preset, rate", [("paper", 3e-4), ("sandbox", 6e-4)])
+def test_an_update_is_of_16_pairs_as_in_the_paper(preset, rate):
+    """4 prompts of 8 completions, whatever RL's own defaults are; a flag goes before them."""
+    words = ["--preset", preset, "--objective", "rpo"]
+    settings = parse_settings(stage.Settings, "rl", words)
+    assert settings.prompts_per_step * (settings.group_size // 2) == 16
+    assert (settings.learning_rate, settings.temperature) == (rate, parse_settings(stage.Settings, "rl", words[:2]).temperature)
+    assert parse_settings(stage.Settings, "rl", [*words[:2], "--objective=rpo", "--prompts-per-step", "6"]).prompts_per_step == 6
+    assert parse_settings(stage.Settings, "rl", words[:2]).prompts_per_step in (16, 32)
+
+
+def test_the_frontiers_rpo_has_16_pairs_an_update():
+    (job, _) = FrontierSeed(Path("runs"), 40, quick=False).run_and_eval("rpo", 0.5)
+    settings = parse_settings(stage.Settings, "rl", job.command[1:])
+    assert settings.objective == "rpo" and settings.prompts_per_step * (settings.group_size // 2) == 16
 
 
 def test_every_epoch_sees_the_same_responses_of_the_reference(data):

@@ -33,11 +33,19 @@ def test_total_reward_is_format_times_safety_or_task(kind):
         assert rewards.total_reward(kind, harm, task, False) == 0
 
 
+def test_no_verdict_is_unknown_unless_the_format_decides():
+    assert rewards.total_reward("harmful", None, 1.0, True) is None
+    assert rewards.total_reward("harmful", 0.3, None, True) == 0.7  # whose task nobody asked for
+    for kind in ("harmless", "ambiguous"):
+        assert rewards.total_reward(kind, 0.0, None, True) is None and rewards.total_reward(kind, None, 0.4, True) == 0.4
+    assert {rewards.total_reward(kind, None, None, False) for kind in rewards.KINDS} == {0.0}
+
+
 def test_one_reward_for_all_is_the_task_score_whatever_the_kind():
     for kind, harm in itertools.product(rewards.KINDS, (0.0, 1.0, None)):
         assert rewards.total_reward(kind, harm, 0.3, True, one_reward=True) == 0.3
         assert rewards.total_reward(kind, harm, 0.3, False, one_reward=True) == 0
-        assert rewards.total_reward(kind, harm, None, True, one_reward=True) == 0
+        assert rewards.total_reward(kind, harm, None, True, one_reward=True) is None
     with pytest.raises(ValueError, match="scores must be numbers"):
         rewards.total_reward("harmful", 2.0, 0.3, True, one_reward=True)
 

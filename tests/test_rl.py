@@ -32,7 +32,7 @@ from stages import (
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib.chat import Parsed, load_tokenizer
-from lib.files import read_jsonl
+from lib.files import read_jsonl, write_jsonl
 from lib.policy import load_policy, token_logprobs
 from lib.processes import Processes
 from lib.rewards import Judge
@@ -208,6 +208,45 @@ def test_later_updates_of_a_batch_keep_the_logprobs_of_the_first(tiny_model, ref
     assert not torch.allclose(before[0], torch.tensor(literal_logprobs(tiny_model, rollouts[0], settings.temperature)), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "gap, value, slope",  # gap: log reference - log policy; slope: d value / d log policy
+    [(0.5, math.exp(0.5) - 1.5, 1 - math.exp(0.5)), (-3.0, math.exp(-3) + 2, 1 - math.exp(-3))]
+    + [(gap, 10.0, 0.0) for gap in (15.5, 40.0, 200.0, -15.5, -200.0)],
+)
+def test_k3_is_clamped_as_in_verl(gap, value, slope):
+    new = torch.tensor([-300.0], requires_grad=True)
+    kl = stage.kl_estimate(new, torch.tensor([-300.0 + gap]), "k3")
+    kl.sum().backward()
+    assert kl.item() == pytest.approx(value, rel=1e-5) and new.grad.item() == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("temperature, budget", [(0.6, 32), (1.0, 4096)])
+def test_entropy_bonus_and_its_gradient(tiny_model, reference, normalisation, temperature, budget, monkeypatch):
+    """loss(c) = loss(0) - c x entropy, against all logits of a plain pass; over several chunks of logits, too."""
+    monkeypatch.setitem(token_logprobs.__kwdefaults__, "chunk_size", 5 if budget > 32 else 2048)
+    usual = dict(normalisation=normalisation, temperature=temperature, max_new_tokens=20, max_batch_tokens=budget)
+    coef, rollouts, results, optimizer = 0.7, make_rollouts(), [], torch.optim.SGD(tiny_model.parameters())
+    for c in (0.0, coef):
+        settings = stage.Settings(**usual, kl_coef=0.3, max_grad_norm=0.0, entropy_coef=c)
+        set_advantages(rollouts, 3, settings)
+        metrics = stage.update_policy(tiny_model, reference, optimizer, rollouts, 0, settings, ALONE)
+        results.append((metrics, gradient(tiny_model)))
+    tiny_model.zero_grad()
+    total, bonus = sum(len(r.completion.token_ids) for r in rollouts), torch.zeros(())
+    for r in rollouts:
+        start, n = len(r.prompt_ids), len(r.completion.token_ids)
+        logits = tiny_model(torch.tensor([r.prompt_ids + r.completion.token_ids])).logits[0, start - 1 : -1]
+        entropy = torch.distributions.Categorical(logits=logits / temperature).entropy().sum()
+        bonus = bonus + entropy / {"token": total, "sequence": n * len(rollouts), "constant": 20 * len(rollouts)}[normalisation]
+    (-coef * bonus).backward()
+    (plain, before), (metrics, after) = results
+    assert metrics["loss"] == pytest.approx(plain["loss"] - coef * bonus.item(), abs=1e-5)
+    assert (after - before - gradient(tiny_model)).abs().max() < 1e-5 < gradient(tiny_model).abs().max()
+    if normalisation == "token":
+        assert metrics["entropy"] == plain["entropy"] == pytest.approx(bonus.item(), rel=1e-4)
+
+
 def test_kl_metric_is_the_mean_over_tokens(tiny_model, reference):
     settings = stage.Settings(max_batch_tokens=32, temperature=0.6)
     rollouts = make_rollouts()
@@ -286,6 +325,47 @@ def test_seeds_are_shared_out_so_that_the_number_of_processes_does_not_matter(da
     assert len(alone) == 15 and alone[0] != alone[1]
 
 
+UNKNOWN = [  # rewards of a group, None: no verdict; its advantages with and without std
+    ([1.0, 0.0, None, 0.5], [1.0, -1.0, 0.0, 0.0], [0.5, -0.5, 0.0, 0.0]),
+    ([None, 1.0, 0.0, None], [0.0, 0.5**0.5, -(0.5**0.5), 0.0], [0.0, 0.5, -0.5, 0.0]),
+    ([None, 1.0, None, None], [0.0] * 4, [0.0] * 4),
+    ([None] * 4, [0.0] * 4, [0.0] * 4),
+    ([0.3, None, 0.3, 0.3], [0.0] * 4, [0.0] * 4),
+]
+
+
+@pytest.mark.parametrize("rewards, with_std, without", UNKNOWN)
+def test_a_reward_that_is_unknown_is_left_out_of_its_group(rewards, with_std, without):
+    for std, expected in ((True, with_std), (False, without)):
+        rollouts = make_rollouts(2, 4)
+        for rollout, reward in zip(rollouts, [*rewards, 0.0, 1.0, 0.0, 1.0], strict=True):
+            rollout.reward = reward
+        stage.assign_advantages(rollouts, stage.Settings(group_size=4, std_normalisation=std))
+        assert [r.advantage for r in rollouts[:4]] == pytest.approx(expected, abs=1e-4)
+        assert rollouts[4].advantage == pytest.approx(-(0.75**0.5) if std else -0.5, abs=1e-4)  # the next group is as ever
+
+
+def test_without_a_verdict_only_the_kl_term_moves_the_policy(tiny_model, reference):
+    """And its tokens stay in the normaliser, as those of any completion of advantage 0."""
+    settings = stage.Settings(group_size=3, std_normalisation=False, kl_coef=0.3, max_grad_norm=0.0, temperature=1.0)
+    rollouts = make_rollouts(2, 3)
+    rollouts[1].reward = None
+    stage.assign_advantages(rollouts, settings)
+    centred = [r.reward - statistics.mean(x.reward for x in rollouts[:3] if x.reward is not None) for r in rollouts[:3:2]]
+    centred[1:1] = [0.0]
+    centred += [r.reward - statistics.mean(x.reward for x in rollouts[3:]) for r in rollouts[3:]]
+    terms = []
+    for rollout, advantage in zip(rollouts, centred, strict=True):
+        anchors = literal_logprobs(reference, rollout, 1.0)
+        for new, anchor in zip(literal_logprobs(tiny_model, rollout, 1.0), anchors, strict=True):
+            kl = torch.exp(anchor - new) - (anchor - new) - 1
+            terms.append(settings.kl_coef * kl - torch.exp(new - new.detach()) * advantage)
+    (sum(terms) / len(terms)).backward()
+    expected = gradient(tiny_model)
+    stage.update_policy(tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE)
+    assert (gradient(tiny_model) - expected).abs().max() < 1e-5 < expected.norm()
+
+
 def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
     seen = []
 
@@ -312,7 +392,7 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
     assert [r.reward for r in rollouts] == [1.0, 0.5, 0.8, 0.0]
     silent = Judge("j", lambda prompts, answers: [None] * 4, lambda prompts, answers: [None] * 4)
     stage.score_rollouts(rollouts, silent, 0)
-    assert [r.reward for r in rollouts] == [0.0] * 4  # no verdict earns nothing
+    assert [r.reward for r in rollouts] == [None] * 3 + [0.0]  # no verdict: unknown; but what is malformed earns nothing
     seen.pop()
     stage.score_rollouts(rollouts, Judge("j", harm, lambda prompts, answers: [0.8] * 4), 0)
     assert seen == [([f"x{i}" for i in range(4)], [f"y{i}" for i in range(4)])]
@@ -342,6 +422,12 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
     }
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
     expected["unknown_verdicts"] = 1  # a harmful prompt needs no verdict on the task
+    assert {key: summary[key] for key in expected} == expected
+    lines += [line("harmful", None, harm=None), line("harmful", 0.0, harm=None, well_formed=False)]
+    lines += [line("harmless", None), line("harmless", None)]
+    summary = summarise(lines, 2)  # unknown rewards are in no mean; a group of nothing but them has no signal
+    expected = {"reward": 0.5, "reward_harmful": 2 / 3, "reward_harmless": None}
+    expected |= {"unknown_verdicts": 5, "zero_advantage_groups": 3}
     assert {key: summary[key] for key in expected} == expected
 
 
@@ -380,6 +466,29 @@ def test_a_reasoner_that_breaks_the_format_earns_nothing_and_all_metrics_are_the
     rollouts = read_jsonl(out / "rollouts.jsonl")
     assert len(rollouts) == 8 and all(r["well_formed"] or r["reward"] == 0 for r in rollouts)
     assert line["sampler_gap"] < 1e-4  # training and sampling agree on log-probabilities
+
+
+def test_prompts_that_are_too_long_are_left_out_counted_and_said(data, tmp_path, monkeypatch, capsys):
+    """4 of the authors' 2000 have more than 512 tokens, and must not end the run."""
+    records = read_jsonl(data / "rl.jsonl")
+    long = [{"id": f"long-{i}", "prompt": "cake " * 520, "kind": "harmless"} for i in range(2)]
+    write_jsonl(tmp_path / "data" / "rl.jsonl", [long[0], *records[:3], long[1], records[3]])
+    settings = stage.Settings(data=str(tmp_path / "data"), max_new_tokens=12, reasoning=False)
+    kept = stage.load_prompts(settings, load_tokenizer(world.BASE), 4096)
+    assert [(r["id"], r["place"]) for r in kept] == [(r["id"], i) for r, i in zip(records, (1, 2, 3, 5), strict=False)]
+    run_here(RL, rl_flags(tmp_path / "data", tmp_path / "rl", epochs=1.0), monkeypatch)
+    out = capsys.readouterr().out
+    assert "2 of 6 have more than the 500 tokens that fit, such as long-0 (5" in out and "read 4 prompts" in out
+    assert len(metrics_of(tmp_path / "rl")) == 1
+
+
+def test_steps_without_a_signal_are_said_once(data, tmp_path, monkeypatch, capsys):
+    """A reasoner that cannot close its reasoning earns nothing for ever."""
+    words = rl_flags(data, tmp_path / "rl", reasoning=True, max_new_tokens=2, prompts_per_step=1, group_size=2, epochs=0.7)
+    run_here(RL, words, monkeypatch)
+    assert len(metrics_of(tmp_path / "rl")) == 13
+    (line,) = stages.messages(capsys.readouterr().err)
+    assert line.startswith("warning: for 10 steps no group") and "format_rate 0.00" in line and "rollouts.jsonl" in line
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,20 @@ def test_examples_split_by_prompt_and_mask_all_but_the_prompt(data):
     assert prompts(again) == prompts(train) != prompts(other)
 
 
+def test_traces_that_are_too_long_are_left_out_counted_and_said(data, tmp_path, capsys):
+    records = read_jsonl(data / "sft.jsonl")
+    long = [{**records[0], "id": f"long-{i}", "prompt": f"cake {i}", "answer": "cake " * 600} for i in range(4)]
+    write_jsonl(tmp_path / "sft.jsonl", [*long[:2], *records, *long[2:]])
+    sets = []
+    for folder in (data, tmp_path):
+        settings = stage.Settings(data=str(folder), held_out_share=0.2)
+        sets.append(stage.load_examples(settings, load_tokenizer(world.BASE), 512))
+    assert sets[0] == sets[1]  # the same split, too
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "sft.jsonl: traces: 4 of 44 have more than the 512 tokens that fit, such as long-0 (6" in line
+    assert line.endswith("left out")
+
+
 def test_without_reasoning_the_answers_alone_are_learned(data):
     tokenizer = load_tokenizer(world.BASE)
     settings = stage.Settings(data=str(data), reasoning=False, held_out_share=0.0)

@@ -47,10 +47,12 @@ RL = dict(
     epochs=3.0,
     kl_coef=1e-3,
     kl_estimator="k3",
+    entropy_coef=1e-3,  # not in the paper's text: verl's default when the authors' script ran
     normalisation="token",
     dtype="bfloat16",
     gradient_checkpointing=True,
 )
+RPO = dict(prompts_per_step=4, learning_rate=3e-4)  # 4 pairs a prompt: 16 an update
 EVAL = {
     "data": "runs/paper/data",
     "out": "runs/paper/eval",

@@ -40,6 +40,8 @@ RL = dict(
     max_batch_tokens=1024,
     device="cpu",
 )
+# 16 pairs an update, as in the paper
+RPO = dict(prompts_per_step=4, learning_rate=6e-4)
 EVAL = {
     "data": "runs/demo/data",
     "out": "runs/demo/eval",

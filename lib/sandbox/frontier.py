@@ -39,7 +39,7 @@ SHARED = 0.5  # the lambda whose folder, `data`, gives every run of a seed its t
 RL_TRACES = ["--rl-traces", "8"]  # as in the paper
 # The paper: 3e-4, ten times its light SFT (here 2e-4). Of 2e-4, 6e-4 and 2e-3, the best on training prompts held out.
 SFT = ["--traces", "sft_rl.jsonl", "--learning-rate", "6e-4", "--epochs", "1"]
-RPO = ["--objective", "rpo", "--learning-rate", "6e-4"]
+RPO = ["--objective", "rpo"]
 EVAL = ["--behaviours", "12"]
 QUICK = {  # four steps of RL
     "01": ["--rl-prompts", "64", "--sft-prompts", "64", "--eval-prompts", "12"],
