@@ -4,7 +4,7 @@ The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y 
 
     chat template of the prompt | <think>\\n | z \\n</think>\\n\\n y | end-of-turn token
 
-Both markers are plain text, not special tokens. The bars are seams: what lies between two of them is
+Both markers are read and written as plain text, also where a tokenizer has special tokens for them. The bars are seams: what lies between two of them is
 tokenised on its own. So a training example begins with exactly the token ids of the generation prompt. A
 template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the caller's counts. One
 that can be told whether to reason (Qwen3's `enable_thinking`) is told, and without reasoning closes an empty one.
@@ -12,6 +12,7 @@ that can be told whether to reason (Qwen3's `enable_thinking`) is told, and with
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lib.files import UserError
-from lib.hub import load_pretrained
+from lib.hub import load_pretrained, read_tokenizer
 
 THINK_OPEN = "<think>\n"
 THINK_CLOSE = "\n</think>\n\n"
@@ -71,11 +72,12 @@ def parse_direct(text: str) -> Parsed:
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a chat model, a folder or a hub name. Without a padding token it pads with eos.
+    """The tokenizer of a chat model, a folder or a hub name, as its tokenizer.json stands. Without a padding token it pads
+    with eos.
 
     Raises UserError if there is no such model, or it has no chat template or no end-of-sequence token.
     """
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name_or_path, "tokenizer")
+    tokenizer = load_pretrained(read_tokenizer, name_or_path, "tokenizer")
     if not tokenizer.chat_template:
         raise UserError(f"{name_or_path}: its tokenizer has no chat template; take a chat (instruct) model")
     if tokenizer.eos_token_id is None:
@@ -136,10 +138,29 @@ def template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
 
     Raises jinja2.TemplateError if the template refuses the messages.
     """
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": reasoning}
-    text = tokenizer.apply_chat_template(list(messages), **options)  # a template that knows no such option ignores it
+    options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": reasoning}
+    return OPENED.sub("", render(tokenizer, messages, **options))  # a template that knows no such option ignores it
+
+
+_today: datetime.date | None = None
+
+
+def set_date(day: str) -> None:
+    """From now on every chat template is told this day, "2026-11-26", as today's: of policy, victim, attacker and judges.
+
+    Else prompts would change overnight: a resumed run or an evaluation would not see those of the run before it.
+    """
+    global _today
+    _today = datetime.date.fromisoformat(day)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+    """The text that the chat template makes of the messages. `options` are variables of the template."""
+    if _today is not None:  # the only way in which a template learns the date; a variable hides transformers' function
+        options["strftime_now"] = datetime.datetime.combine(_today, datetime.time()).strftime
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     assert isinstance(text, str)
-    return OPENED.sub("", text)
+    return text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -151,9 +172,7 @@ def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> i
     """The special token that the chat template puts behind an assistant's message; eos if there is none."""
     sentinel = "ANSWER"
     messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": sentinel}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert isinstance(text, str)
-    following = _encode(tokenizer, text.rpartition(sentinel)[2].strip())
+    following = _encode(tokenizer, render(tokenizer, messages).rpartition(sentinel)[2].strip())
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     assert isinstance(tokenizer.eos_token_id, int)
     return following[0] if following and following[0] in special else tokenizer.eos_token_id
@@ -168,8 +187,10 @@ def eos_token_ids(model_or_config: Any, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of the ids, special tokens left out, spaces as the tokens have them."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """The text of the ids, spaces as the tokens have them. Special tokens are left out, but not the markers of reasoning."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    unseen = {i for i, token in tokens if token.special and token.content not in ("<think>", "</think>")}
+    text = tokenizer.decode([i for i in ids if i not in unseen], clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from packaging.version import Version
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from lib.files import UserError
 
+OLDEST = (5, 24)  # transformers before it take no `cache=`, and ignore it without a word: the sampler would write garbage
+if Version(transformers.__version__).release < OLDEST:
+    print(f"error: transformers {transformers.__version__}: needs {'.'.join(map(str, OLDEST))} or newer: pip install -U transformers", file=sys.stderr)
+    raise SystemExit(2)
+
 
 def load_pretrained(load: Callable[..., Any], name_or_path: str | Path, what: str, **options: Any) -> Any:
-    """`load` is a from_pretrained; no code of the model's own is run. UserError if there is no such thing.
+    """`load` is a from_pretrained; no code of the model's own is run. UserError if it fails, with the cause.
 
     The hub is asked first whether it knows the name. If it cannot be reached, only the cache of earlier
     downloads is read, instead of a minute of retries.
@@ -29,15 +39,46 @@ def load_pretrained(load: Callable[..., Any], name_or_path: str | Path, what: st
     try:
         with quiet():
             return load(name, trust_remote_code=False, local_files_only=unreachable is not None, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        where = "it is no folder here, and not to be had from the hub" if unreachable else "it has none"
-        reason = " ".join(str(unreachable or error).split())[:160]
-        raise UserError(f"{name}: cannot load a {what}: {where} ({reason})") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a broken file brings about: tokenizers, for one, raises Exception itself
+        reason = " ".join(str(unreachable or error).split())[:200]
+        if unreachable:
+            reason = f"it is no folder here, and not to be had from the hub ({reason})"
+        elif isinstance(error, SafetensorError):
+            reason = f"{_broken_file(Path(name))} is damaged or cut short ({reason}): copy or download it again"
+        raise UserError(f"{name}: cannot load a {what}: {reason}") from error
+
+
+def _broken_file(folder: Path) -> str:
+    """The first file of weights that cannot be opened."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(file, "pt")
+        except SafetensorError:
+            return file.name
+    return "a file of its weights"
+
+
+def read_tokenizer(name: str, **options: Any) -> Any:
+    """A from_pretrained that reads tokenizer.json as it stands, where there is one.
+
+    AutoTokenizer builds the tokenizer of some families (Qwen2, whatever its files say) anew from the vocabulary
+    alone. Then it drops a tokenizer.json's own way to split, without a word.
+    """
+    try:
+        cached_file(name, "tokenizer.json", local_files_only=options["local_files_only"])
+    except OSError:
+        return AutoTokenizer.from_pretrained(name, **options)
+    return PreTrainedTokenizerFast.from_pretrained(name, **options)
 
 
 def load_weights(load: Callable[..., Any], name: str | Path, what: str, dtype: Any) -> Any:
-    """A model from safetensors, with SDPA, as `load_pretrained`. UserError also if its weights are not complete."""
-    options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+    """A model from safetensors, as `load_pretrained`. UserError also if its weights are not complete.
+
+    Its attention is SDPA, or eager for an architecture that has no other: the choice of transformers.
+    """
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, info = load_pretrained(load, name, f"{what} with safetensors weights", **options)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name}: {len(missing)} tensors are missing in its weights, {missing[0]} first")

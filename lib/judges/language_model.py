@@ -12,11 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch
 from lib.files import UserError
-from lib.hub import load_pretrained
+from lib.hub import load_pretrained, read_tokenizer
 from lib.plan import kv_cache_bytes, shape_of_model
 from lib.policy import dtype_to_infer, load_policy
 from lib.processes import pick_device
@@ -163,16 +163,14 @@ def expected_value(probabilities: Sequence[float] | None, values: Sequence[float
 
 def existing_device(name: str) -> torch.device:
     device = torch.device(name)
-    if device.type == "mps":
-        return pick_device("mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--judge: device {name}: {torch.cuda.device_count()} GPUs found; name another, or none")
-    return device
+    return pick_device(device.type, device.index or 0)
 
 
 def open_tokenizer(name: str, *, chat: bool) -> PreTrainedTokenizerBase:
     """A classifier's tokenizer may lack a chat template, which lib.chat insists on. Cuts text at its end."""
-    tokenizer = load_tokenizer(name) if chat else load_pretrained(AutoTokenizer.from_pretrained, name, "tokenizer")
+    tokenizer = load_tokenizer(name) if chat else load_pretrained(read_tokenizer, name, "tokenizer")
     tokenizer.truncation_side = "right"
     return tokenizer
 
