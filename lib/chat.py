@@ -4,10 +4,11 @@ The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y 
 
     chat template of the prompt | <think>\\n | z \\n</think>\\n\\n y | end-of-turn token
 
-Both markers are read and written as plain text, also where a tokenizer has special tokens for them. The bars are seams: what lies between two of them is
-tokenised on its own. So a training example begins with exactly the token ids of the generation prompt. A
-template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the caller's counts. One
-that can be told whether to reason (Qwen3's `enable_thinking`) is told, and without reasoning closes an empty one.
+Both markers are read and written as plain text, also where a tokenizer has special tokens for them. The bars are
+seams: what lies between two of them is tokenised on its own. So a training example begins with exactly the token ids
+of the generation prompt. A template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the
+caller's counts. One that can be told whether to reason (Qwen3's `enable_thinking`) is told, and without reasoning
+closes an empty one.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from lib.files import UserError
 
 OLDEST = (5, 24)  # transformers before it take no `cache=`, and ignore it without a word: the sampler would write garbage
 if Version(transformers.__version__).release < OLDEST:
-    print(f"error: transformers {transformers.__version__}: needs {'.'.join(map(str, OLDEST))} or newer: pip install -U transformers", file=sys.stderr)
+    found, needed = transformers.__version__, ".".join(map(str, OLDEST))
+    print(f"error: transformers {found} is too old: pip install 'transformers>={needed}'", file=sys.stderr)
     raise SystemExit(2)
 
 

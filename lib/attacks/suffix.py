@@ -122,7 +122,7 @@ class Slot:
 
         def keep(_: torch.nn.Module, inputs: tuple, embeds: Tensor) -> Tensor:
             seen.append(embeds.detach().requires_grad_())
-            return seen[0]
+            return seen[0].clone()  # CTRL scales in place
 
         # Not by inputs_embeds: some models scale what they look up themselves, in the module (Gemma 3) or behind it (CTRL).
         hook = module.register_forward_hook(keep)
