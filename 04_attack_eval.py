@@ -35,17 +35,17 @@ from lib.attacks import ATTACKS, CONTROL, Budget, steps_of
 from lib.attacks.attacker import load_attacker
 from lib.attacks.core import a_try
 from lib.attacks.suffix import target_of
-from lib.chat import encode_prompt, load_tokenizer
+from lib.chat import encode_prompt, load_tokenizer, set_date
 from lib.dry_run import HELP, plan_inference
 from lib.files import append_jsonl, read_jsonl, read_log, resume_log, write_json
 from lib.flags import named
 from lib.judges import models_of
 from lib.metrics import attack_summary, differences, measure, shared_attacks
-from lib.policy import load_policy
+from lib.policy import check_tokenizer, load_policy
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.report import write_report
 from lib.rewards import load_judge
-from lib.run_folder import checksums, claim_folder, reasons
+from lib.run_folder import checksums, claim_folder, date_of_run, reasons
 from lib.separation import prompt_embeddings, separation
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.victim import Victim, draw_seeds, random_numbers
@@ -107,6 +107,7 @@ class EvalSettings:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "of weights and computation", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of sampling and of the attacks", low=0)
+    date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", HELP)
 
     def budget(self) -> Budget:
@@ -356,8 +357,17 @@ def main() -> None:
     processes = start_processes(settings.device, timeout_s=7 * 24 * 3600)  # a universal suffix is searched by one alone
     (sets, behaviours), judge = read_sets(settings, names), load_judge(settings.judge)
     out, leader = Path(settings.out), processes.rank == 0
-    for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
-        encode_prompt(load_tokenizer(subject.path), "Hello", reasoning=subject.reasoning, system=subject.system)
+    settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
+    set_date(settings.date)
+    # All inputs are looked at before OUT is: a mistake in one must not cost earlier results. A run that goes on knows them.
+    new, first = not (out / "settings.json").exists(), [record["prompt"] for record in sets["direct"][:8]]
+    for subject in subjects:
+        tokenizer = load_tokenizer(subject.path)
+        encode_prompt(tokenizer, first[0], reasoning=subject.reasoning, system=subject.system)
+        if new:
+            model = load_victim(subject, settings, judge, processes).model
+            check_tokenizer(model, tokenizer, first, reasoning=subject.reasoning, system=subject.system)
+            del model
     if behaviours and hired:
         load_tokenizer(settings.attacker)
     inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]

@@ -165,7 +165,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # tokenizers': a vocabulary of words without one for the unknown, say
+        name, reason = tokenizer.name_or_path or "the model", " ".join(str(error).split())
+        raise UserError(f"{name}: its tokenizer cannot read {text[:60]!r}: {reason}") from error
 
 
 @lru_cache(maxsize=8)

@@ -79,7 +79,8 @@ def copy_last_row(cache: Cache) -> Cache:
 
 def repeat_row(cache: Cache, rows: int) -> Cache:
     """A cache that begins with `rows` times the one row of `cache`: views, nothing is copied until a model appends."""
-    layers, old = [], list[Any](cache.layers)
+    layers: list[Any] = []
+    old: list[Any] = cache.layers
     for layer in old:
         layers.append(DynamicLayer())
         layers[-1].lazy_initialization(layer.keys, layer.values)
@@ -118,6 +119,13 @@ def context_of(config: PreTrainedConfig) -> int:
         if kind.get("rope_type") in ("longrope", "dynamic"):
             context = min(context, kind.get("original_max_position_embeddings") or context)
     return context
+
+
+def table_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model has an embedding for. A tokenizer may know more, or fewer."""
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    return len(table)
 
 
 def layer_types(model: PreTrainedModel) -> Sequence[str]:

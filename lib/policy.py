@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lib.chat import THINK_CLOSE, THINK_OPEN, decode, encode_prompt, pad_batch, parse_completion
 from lib.files import UserError
 from lib.hub import load_weights, quiet
-from lib.kv_cache import context_of, layer_types, repeat_row
+from lib.kv_cache import context_of, layer_types, repeat_row, table_rows
 from lib.processes import pick_device
 from lib.sampler import sample
 from lib.sharding import call_within_forward
@@ -120,7 +120,7 @@ def _random_rows(model: PreTrainedModel) -> list[list[int]]:
     """Rows of 9 and 4 token ids, none of which has a meaning of its own, as padding or an image has."""
     config = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
     meant = [value for key, value in config.items() if key.endswith(("token_id", "token_index"))]
-    table = len(model.get_input_embeddings().weight)
+    table = table_rows(model)
     ids = torch.randint(table, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     ids = [i for i in ids if i not in meant]
     return [ids[:9], ids[9:13]]
@@ -161,7 +161,7 @@ def check_tokenizer(
     """Raise UserError unless model and tokenizer belong together: ids and rows, `prompts` (some of the data's) there and back,
     and the markers of `reasoning`. A padding token without a row, which is never learned, gives way to the end of sequence.
     """
-    name, table = tokenizer.name_or_path or "the model", len(model.get_input_embeddings().weight)
+    name, table = tokenizer.name_or_path or "the model", table_rows(model)
     if tokenizer.pad_token_id >= table:
         tokenizer.pad_token = tokenizer.eos_token
     added = tokenizer.added_tokens_decoder  # the released Gemma 3 of 1 B has one without a row, for images
@@ -189,7 +189,7 @@ def check_tokenizer(
 
 def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]], name: str | Path) -> None:
     """Raise UserError for a token id that the model has no row for."""
-    table = len(model.get_input_embeddings().weight)
+    table = table_rows(model)
     if (last := max((max(row, default=0) for row in rows), default=0)) >= table:
         raise UserError(f"{name}: a prompt has the token id {last}, the model {table} rows: resize it, or drop the token")
 

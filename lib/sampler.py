@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lib.draw import draw, uniform
-from lib.kv_cache import attention_mask, context_of, copy_last_row, pack_rows
+from lib.kv_cache import attention_mask, context_of, copy_last_row, pack_rows, table_rows
 
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
@@ -103,7 +103,7 @@ def _check(model, prompts, group_size, max_new_tokens, temperature, top_p, max_b
         raise ValueError(f"group_size {group_size} and max_new_tokens {max_new_tokens} must be at least 1")
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
-    context, table = context_of(model.config), len(model.get_input_embeddings().weight)
+    context, table = context_of(model.config), table_rows(model)
     for i, prompt in enumerate(prompts):
         sizes = f"prompt {i}: {len(prompt)} tokens + max_new_tokens {max_new_tokens}"
         if len(prompt) == 0:

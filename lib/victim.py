@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.chat import decode, encode_prompt, eos_token_ids, parse_completion, parse_direct
+from lib.policy import check_ids
 from lib.rewards import Judge, refusal_label
 from lib.sampler import sample
 from lib.settings import UserError
@@ -34,7 +35,9 @@ class Victim:
     def encode(self, sent: str, opening: str = "") -> list[int]:
         """Token ids of what it reads. `opening`: words put into its mouth, behind the "<think>\\n" of a reasoner."""
         ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
-        return ids + self.tokenizer.encode(opening, add_special_tokens=False)
+        ids += self.tokenizer.encode(opening, add_special_tokens=False)
+        check_ids(self.model, [ids], self.name)
+        return ids
 
     def ask(
         self,

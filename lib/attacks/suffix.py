@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache
 
 from lib.attacks.core import Budget, Cost, attach
-from lib.kv_cache import context_of, repeat_row
+from lib.kv_cache import context_of, repeat_row, table_rows
 from lib.settings import UserError
 from lib.victim import Victim
 
@@ -46,7 +46,7 @@ class Slot:
         self.secret = check_target(behaviour)
         on_cpu = self.model.device.type == "cpu"
         self.batch_tokens = min(budget.max_batch_tokens, CPU_TOKENS) if on_cpu else budget.max_batch_tokens
-        self.vocabulary = len(self.model.get_input_embeddings().weight)
+        self.vocabulary = table_rows(self.model)
         target_ids = self.tokenizer.encode(target, add_special_tokens=False)
         if not target_ids:
             raise UserError(f"behaviour {self.id}: its target {target!r} has no tokens; write another")
