@@ -157,11 +157,20 @@ def set_date(day: str) -> None:
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], **options: Any) -> str:
     """The text that the chat template makes of the messages. `options` are variables of the template."""
-    if _today is not None:  # the only way in which a template learns the date; a variable hides transformers' function
-        options["strftime_now"] = datetime.datetime.combine(_today, datetime.time()).strftime
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    template = tokenizer.get_chat_template()
+    if _today is not None and "strftime_now" in template:  # the one way in which a template learns the date
+        template = _tells(_today) + "\n" * template.startswith("\n") + template  # Jinja drops a newline behind a macro
+    text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
     assert isinstance(text, str)
     return text
+
+
+def _tells(day: datetime.date) -> str:
+    """A macro by the name of transformers' function, which hides it: strftime_now(format), at the beginning of that day."""
+    begin = datetime.datetime.combine(day, datetime.time())
+    codes = ["%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZ")]
+    filled = "".join(f".replace({code!r}, {begin.strftime(code)!r})" for code in codes)
+    return "{% macro strftime_now(format) %}{{ format" + filled + " }}{% endmacro %}"
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
