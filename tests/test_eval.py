@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import JambaConfig, JambaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stages import PATIENCE, run_group  # noqa: E402
@@ -335,6 +336,27 @@ def test_finished_parts_are_not_done_again(given, finished, tmp_path, monkeypatc
     monkeypatch.setattr(stage, "load_policy", None)  # no model is even loaded
     run(given, out, monkeypatch)
     assert read_results(out) == read_results(finished)
+
+
+def test_a_run_goes_on_with_the_date_that_it_began_with(given, finished, tmp_path, monkeypatch):
+    out = tmp_path / "eval"
+    shutil.copytree(finished, out)
+    settings = json.loads((out / "settings.json").read_text())
+    write_json(out / "settings.json", {**settings, "out": str(out), "date": "2020-02-02"})
+    assert read_results(run(given, out, monkeypatch))["config"]["date"] == "2020-02-02"
+    with pytest.raises(UserError, match="holds a run with --date 2020-02-02, now 2021-01-01"):
+        run(given, out, monkeypatch, "--date", "2021-01-01")
+
+
+def test_a_model_that_cannot_be_attacked_is_refused_before_any_other_is(given, tmp_path, monkeypatch):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    mamba = dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, num_experts=2)
+    tokenizer = make_tokenizer()
+    JambaForCausalLM(JambaConfig(vocab_size=len(tokenizer), **sizes, **mamba)).save_pretrained(given / "hybrid")
+    tokenizer.save_pretrained(given / "hybrid")
+    with pytest.raises(UserError, match="hybrid: JambaForCausalLM cannot be used here: it has layers of linear_attention"):
+        run(given, tmp_path / "eval", monkeypatch, models=("thinker", "direct", "hybrid"))
+    assert not (tmp_path / "eval").exists()
 
 
 def test_sets_that_stage_1_did_not_write_are_left_out(given, tmp_path, monkeypatch):
