@@ -97,10 +97,10 @@ def check_model(model: PreTrainedModel, name: str | Path) -> None:
         compare("what it computes depends on padding on the left", _read(model, rows, "left"), plain)
 
         doing = "sampling from a cache"
-        written = sample(model, rows, max_new_tokens=3, temperature=0.0, eos_token_ids=[])
+        written = sample(model, rows, max_new_tokens=2, temperature=0.0, eos_token_ids=[])
         longer = _read(model, [row + c.token_ids for row, c in zip(rows, written, strict=True)], "right")
         drawn = [torch.tensor(c.logprobs, device=device) for c in written]
-        compare("with a key-value cache it computes something else", drawn, [x[-3:] for x in longer])
+        compare("with a key-value cache it computes something else", drawn, [x[-2:] for x in longer])
 
         doing = "reading suffixes behind a shared prefix"
         cache, ids = DynamicCache(), torch.tensor(rows[0], device=device)
