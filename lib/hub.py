@@ -62,16 +62,27 @@ def _broken_file(folder: Path) -> str:
 
 
 def read_tokenizer(name: str, **options: Any) -> Any:
-    """A from_pretrained that reads tokenizer.json as it stands, where there is one.
+    """AutoTokenizer's from_pretrained; or tokenizer.json as it stands, where that reads text otherwise.
 
-    AutoTokenizer builds the tokenizer of some families (Qwen2, whatever its files say) anew from the vocabulary
-    alone. Then it drops a tokenizer.json's own way to split, without a word.
+    AutoTokenizer builds the tokenizers of some families (of every Qwen2, whatever its files claim) anew from the
+    vocabulary: what is a tokenizer's own, such as to split at spaces, is lost without a word.
     """
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
     try:
         cached_file(name, "tokenizer.json", local_files_only=options["local_files_only"])
     except OSError:
-        return AutoTokenizer.from_pretrained(name, **options)
-    return PreTrainedTokenizerFast.from_pretrained(name, **options)
+        return tokenizer
+    as_it_stands = PreTrainedTokenizerFast.from_pretrained(name, **options)
+    vocabulary = sorted(as_it_stands.get_vocab().items(), key=lambda item: item[1])
+    text = "Hello, world! Tell me 12 of them.\n" + " ".join(token for token, _ in vocabulary[:: len(vocabulary) // 500 + 1])
+
+    def ids(one: Any) -> Any:
+        try:
+            return one(text, add_special_tokens=False)["input_ids"]
+        except Exception:  # tokenizers' own: a vocabulary of words that has none for the unknown
+            return None
+
+    return tokenizer if ids(tokenizer) == ids(as_it_stands) else as_it_stands
 
 
 def load_weights(load: Callable[..., Any], name: str | Path, what: str, dtype: Any) -> Any:

@@ -653,8 +653,11 @@ def test_a_tokenizer_that_loses_words_or_markers_is_one_line(tmp_path):
     model, tokenizer = load_policy(tiny(tmp_path, "Llama", {}), device="cpu"), word_level()
     with pytest.raises(UserError, match="loses most words of the prompts: 'Write a poem' comes back as 'a'"):
         check_tokenizer(model, tokenizer, ["Write a poem"], reasoning=True)
-    with pytest.raises(UserError, match="its tokenizer cannot read .*Hello"):
-        encode_prompt(word_level(unknown=False), "Hello", reasoning=True)
+    word_level(unknown=False).save_pretrained(tmp_path / "words")
+    words = load_tokenizer(tmp_path / "words")
+    check_tokenizer(model, words, ["tell me a story"], reasoning=True)
+    with pytest.raises(UserError, match="words: its tokenizer cannot read .*Hello"):
+        encode_prompt(words, "Hello", reasoning=True)
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core["model"]["vocab"]["other"] = core["model"]["vocab"].pop("</think>")
     tokenizer = PreTrainedTokenizerFast(
