@@ -46,6 +46,7 @@ from lib.chat import (
     set_date,
 )
 from lib.files import UserError, read_jsonl, write_jsonl
+from lib.plan import Need, memory, shape_of_model
 from lib.policy import check_tokenizer, context_of, load_policy, token_logprobs
 from lib.rewards import Judge
 from lib.run_folder import date_of_run
@@ -449,6 +450,8 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "
 LONGROPE |= {"original_max_position_embeddings": 32}
 OPT = dict(word_embed_proj_dim=32, ffn_dim=64)
 HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+GEMMA_4 = dict(vocab_size_per_layer_input=97, hidden_size_per_layer_input=8, global_head_dim=8, num_global_key_value_heads=2)
+GEMMA_4 |= dict(num_kv_shared_layers=0, num_hidden_layers=6, sliding_window=7)
 JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, num_experts=2)
 
 
@@ -484,6 +487,7 @@ ACCEPTED = {  # what was wrong with it -> architecture, changes of its configura
     "no SDPA, and no end of its context": ("Bloom", {}, SMALL),
     "a module by the name of a number": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None}),
     "scales what it looks up in place": ("CTRL", {"dff": 64, "n_positions": 256}, SMALL),
+    "heads of other widths in other layers": ("Gemma4Text", GEMMA_4),
     "positions that change with the batch": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
 }
 
@@ -508,6 +512,8 @@ def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
         found = token_logprobs(model, ids, mask, mask & (mask.cumsum(1) > 1))
         for values, row_mask, logprobs in zip(found, mask & (mask.cumsum(1) > 1), expected, strict=True):
             torch.testing.assert_close(values[row_mask], logprobs, atol=1e-4, rtol=1e-4)
+
+    assert memory(shape_of_model(model), Need(64, sample_tokens=64))["peak"] > 0  # before step 1
 
     victim = Victim("x", model, tokenizer, True, NO_JUDGE, max_new_tokens=4, temperature=0.0)
     behaviour = {"id": "a", "prompt": "tell me about the sea", "target": "sure here is a story"}
