@@ -107,6 +107,8 @@ def check_model(model: PreTrainedModel, name: str | Path) -> None:
         model(input_ids=ids[None, :5], cache=cache, use_cache=True, logits_to_keep=1)
         two = ids[5:8].repeat(2, 1)
         behind = model(input_ids=two, cache=repeat_row(cache, 2), logits_to_keep=2).logits.float().log_softmax(-1)
+        if behind.shape[1] != 2:
+            raise UserError(f"{refused}: it does not heed logits_to_keep")
         found = behind.gather(2, ids[7:].expand(2, 2)[..., None])[..., 0]
         compare("behind a shared prefix it computes something else", found, [plain[0][6:]] * 2)
     except (UserError, torch.OutOfMemoryError):

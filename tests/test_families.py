@@ -452,6 +452,7 @@ OPT = dict(word_embed_proj_dim=32, ffn_dim=64)
 HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
 GEMMA_4 = dict(vocab_size_per_layer_input=97, hidden_size_per_layer_input=8, global_head_dim=8, num_global_key_value_heads=2)
 GEMMA_4 |= dict(num_kv_shared_layers=0, num_hidden_layers=6, sliding_window=7)
+DECODER = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64)
 JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, num_experts=2)
 
 
@@ -544,10 +545,8 @@ REFUSED = {  # cause, as it is said -> architecture, changes of its configuratio
     "has layers of linear_attention": ("Qwen3Next", {**HYBRID, "layer_types": ["linear_attention", "full_attention"]}),
     "has layers of linear_attention, and": ("Jamba", JAMBA),
     "has layers of chunked_attention": ("Llama4Text", {"attention_chunk_size": 16, "intermediate_size_mlp": 64, **EXPERTS}),
-    "what it computes depends on padding on the left": (
-        "Bart",
-        {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4},
-    ),
+    "what it computes depends on padding on the left": ("Bart", DECODER),
+    "it does not heed logits_to_keep": ("Whisper", {**DECODER, "decoder_start_token_id": 1, "suppress_tokens": None}),
 }
 
 
