@@ -32,7 +32,7 @@ class TraceWriter:
     def __init__(self, name: str, *, device: str, temperature: float, max_new_tokens: int, max_batch_tokens: int) -> None:
         self.name, self.tokenizer = name, load_tokenizer(name)
         self.model = load_policy(name, device=device, dtype=dtype_to_infer(device))
-        check_tokenizer(self.model, self.tokenizer, [REFLECT], reasoning=True)
+        check_tokenizer(self.model, self.tokenizer, [], reasoning=True)
         self.sampling: dict[str, Any] = dict(
             temperature=temperature, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
         )

@@ -113,7 +113,7 @@ def load_attacker(name: str, *, device: str | torch.device, dtype: str, max_new_
 
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_policy(name, device=device, dtype=dtype).requires_grad_(False), load_tokenizer(name)
-        check_tokenizer(model, tokenizer, [BEGIN], reasoning=False)
+        check_tokenizer(model, tokenizer, [], reasoning=False)
         return model, tokenizer
 
     return LanguageModelAttacker(load, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens)
