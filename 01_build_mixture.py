@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.files import UserError, write_json, write_jsonl
-from lib.run_folder import checksums, claim_folder
+from lib.run_folder import checksums, claim_folder, date_of_run
 from lib.settings import parse_settings, run_main, setting
 from lib.sources import SETS, parse_word, read_prompts, same_prompt, source_names
 from lib.sources.downloads import plan_downloads
@@ -112,6 +112,7 @@ class Settings:
     rainbow_iterations: int = setting(1000, "of each. Paper: 1000", low=1)
     rainbow_tokens: int = setting(64, "tokens of the longest answer. Paper: 4096", low=1)
     rainbow_max_batch_tokens: int = setting(65536, "tokens in the cache: lower it when out of memory", low=16)
+    date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", "list the sources, and what --trace-model takes on GPUSxGIGABYTES, e.g. 1x80, and stop")
 
 
@@ -416,6 +417,11 @@ def main() -> None:
             tokens, flags = settings.trace_max_batch_tokens, "--trace-max-batch-tokens"
             plan_inference(settings.dry_run, [settings.trace_model], tokens, "bfloat16", flags=flags)
         return
+    if settings.trace_model or settings.rainbow:
+        from lib.chat import set_date  # here, because torch is slow to import
+
+        settings.date = date_of_run(out, settings.date)
+        set_date(settings.date)
     print(f"reading {' '.join(settings.files + settings.eval_files) or 'the sandbox'}; writing to {out}")
     pool, evaluation = (sandbox_prompts if settings.source == "sandbox" else file_prompts)(settings)
     seen: dict[str, str] = {}

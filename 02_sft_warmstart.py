@@ -34,13 +34,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.chat import encode_example, load_tokenizer
+from lib.chat import encode_example, load_tokenizer, set_date
 from lib.dry_run import HELP_HERE, plan, rehearse
 from lib.files import append_jsonl, read_jsonl
 from lib.plan import Need
-from lib.policy import save_policy, token_logprobs
+from lib.policy import check_ids, check_tokenizer, context_of, save_policy, token_logprobs
 from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes
-from lib.run_folder import checksums, claim_folder
+from lib.run_folder import checksums, claim_folder, date_of_run
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.sharding import backward, check_shards, device_of, full_weights, sum_and_clip
 from lib.sources import same_prompt
@@ -87,6 +87,7 @@ class Settings:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the held-out split and the data order")
+    date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", HELP_HERE)
 
     def need(self, longest: int, processes: int) -> Need:
@@ -175,10 +176,15 @@ def main() -> None:
     processes = start_processes(settings.device)
     out, leader = Path(settings.out), processes.rank == 0
     check_shards(settings.shard, settings.offload, processes)
+    settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
+    set_date(settings.date)
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)
     model = load_model(settings, device, processes)
-    train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings, leader)
+    train, held_out = load_examples(settings, tokenizer, context_of(model.config), leader)
+    first = [record["prompt"] for record in read_jsonl(Path(settings.data) / settings.traces)[:8]]
+    check_tokenizer(model, tokenizer, first, reasoning=settings.reasoning)
+    check_ids(model, [e.ids for e in train + held_out], settings.model)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come
         longest = max(train, key=lambda e: len(e.ids))
         rehearse(model, None, settings.need(len(longest.ids), processes.size), longest.mask.index(True), processes)

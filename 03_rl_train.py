@@ -38,17 +38,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct
+from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct, set_date
 from lib.dry_run import HELP_HERE, plan, rehearse
 from lib.files import append_jsonl, read_jsonl
 from lib.judges import models_of
 from lib.plan import Need
-from lib.policy import k3, save_policy, token_logprobs
+from lib.policy import check_ids, check_tokenizer, context_of, k3, save_policy, token_logprobs
 from lib.preferences import response_seeds, update_on_preferences
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.rewards import KINDS, load_judge, total_reward
 from lib.rollout_log import SILENT, describe, forecast, no_signal, speed, summarise
-from lib.run_folder import checksums, claim_folder, stated_reasoning
+from lib.run_folder import checksums, claim_folder, date_of_run, stated_reasoning
 from lib.sampler import Completion, sample
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.sharding import backward, check_shards, device_of, full_weights, gathered, sum_and_clip
@@ -121,6 +121,7 @@ class Settings:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of the prompt order and of sampling")
+    date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", HELP_HERE)
 
     def need(self, longest: int, processes: int) -> Need:
@@ -385,11 +386,15 @@ def main() -> None:
         raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
     if stated_reasoning(settings.model) not in (None, settings.reasoning):
         raise UserError(f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way")
+    settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
+    set_date(settings.date)
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     device = pick_device(settings.device, processes.local_rank)
     policy = load_model(settings, device, processes)
     reference = load_model(settings, device, processes, trained=False)
-    records = load_prompts(settings, tokenizer, policy.config.max_position_embeddings, leader)
+    records = load_prompts(settings, tokenizer, context_of(policy.config), leader)
+    check_tokenizer(policy, tokenizer, [r["prompt"] for r in records[:8]], reasoning=settings.reasoning)
+    check_ids(policy, [r["prompt_ids"] for r in records], settings.model)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, not when the longest rollouts come
         for score in (judge.harm_score, judge.task_score):  # loads its models: they take memory, too
             score([records[0]["prompt"]], [f"no {time.time_ns()}"])  # which no cache of verdicts knows

@@ -41,19 +41,18 @@ from lib.attacks.attacker import check_attacker, load_attacker
 from lib.attacks.core import a_try
 from lib.attacks.gcg import check_suffixes
 from lib.attacks.suffix import target_of
-from lib.chat import encode_prompt, load_tokenizer
+from lib.chat import encode_prompt, encode_text, load_tokenizer, set_date
 from lib.dry_run import HELP, plan_inference
 from lib.files import append_jsonl, read_jsonl, read_log, resume_log, write_json
 from lib.flags import named
 from lib.hub import load_pretrained
 from lib.judges import models_of
-from lib.kv_cache import context_of
 from lib.metrics import attack_summary, differences, measure, shared_attacks
-from lib.policy import load_policy
+from lib.policy import check_tokenizer, context_of, load_policy
 from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.report import write_report
 from lib.rewards import KINDS, load_judge
-from lib.run_folder import checksums, claim_folder, reasons
+from lib.run_folder import checksums, claim_folder, date_of_run, reasons
 from lib.separation import prompt_embeddings, separation
 from lib.settings import UserError, parse_settings, run_main, setting
 from lib.victim import NOT_ASKED, Victim, draw_seeds, encoded, random_numbers
@@ -124,6 +123,7 @@ class EvalSettings:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "of weights and computation", choices=("float32", "bfloat16"))
     seed: int = setting(0, "of sampling and of the attacks", low=0)
+    date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", HELP)
 
     def budget(self) -> Budget:
@@ -205,7 +205,7 @@ def check_texts(subject: Subject, sets: dict[str, list[dict]], behaviours: list[
     config = load_pretrained(AutoConfig.from_pretrained, subject.path, "model's configuration")
     limit, flag = min(context_of(config), settings.max_batch_tokens), "max_new_tokens" if subject.reasoning else "answer_tokens"
     read = partial(encode_prompt, tokenizer, reasoning=subject.reasoning, system=subject.system)
-    write = partial(tokenizer.encode, add_special_tokens=False)
+    write = partial(encode_text, tokenizer)
     for name, records in sets.items():
         file = Path(settings.data) / FILES[name]
         shortest = min(len(encoded(read, record["prompt"], f"{file}: {record['id']}: prompt")) for record in records)
@@ -422,8 +422,16 @@ def main() -> None:
     processes = start_processes(settings.device, timeout_s=7 * 24 * 3600)  # a universal suffix is searched by one alone
     (sets, behaviours), judge = read_sets(settings, names), load_judge(settings.judge, settings.refusals)
     out, leader = Path(settings.out), processes.rank == 0
-    for subject in subjects:  # all inputs are looked at before OUT is: a mistake in one must not cost earlier results
+    settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
+    set_date(settings.date)
+    # All inputs are looked at before OUT is: a mistake in one must not cost earlier results. A run that goes on knows them.
+    new, first = not (out / "settings.json").exists(), [record["prompt"] for record in sets["direct"][:8]]
+    for subject in subjects:
         check_texts(subject, sets, behaviours, names, settings)
+    for subject in subjects if new else []:
+        loaded = load_victim(subject, settings, judge, processes)
+        check_tokenizer(loaded.model, loaded.tokenizer, first, reasoning=subject.reasoning, system=subject.system)
+        del loaded
     if behaviours and hired:
         check_attacker(settings.attacker, talks="pair" in names)
     inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]

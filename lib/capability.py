@@ -23,12 +23,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct
+from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct, set_date
 from lib.files import UserError, append_jsonl, resume_log, write_json
 from lib.flags import Flags, named, number
 from lib.metrics import bootstrap, wilson
-from lib.policy import load_policy
-from lib.run_folder import checksums, claim_folder, reasons
+from lib.policy import check_tokenizer, load_policy
+from lib.run_folder import checksums, claim_folder, date_of_run, reasons
 from lib.sampler import sample
 from lib.tables import first_text, read_table
 
@@ -133,6 +133,7 @@ def ask(name: str, folder: str, reasoning: bool, questions: Sequence[Question], 
     missing = [q for q in questions if q.id not in done]
     if missing:
         tokenizer, model = load_tokenizer(folder), load_policy(folder, device=given.device, dtype=given.dtype)
+        check_tokenizer(model, tokenizer, [q.text for q in questions[:8]], reasoning=reasoning)
         eos = eos_token_ids(model, tokenizer)
     with tqdm(total=len(questions), initial=len(done), desc=name, unit="question", disable=not missing) as bar:
         for begin in range(0, len(missing), AT_ONCE):
@@ -211,11 +212,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--max-batch-tokens", type=number(int, 1), default=16384, help="rows x tokens at once (default: 16384)")
     flags.add_argument("--out", required=True, help="folder for the results")
     flags.add_argument("--overwrite", action="store_true", help="empty OUT first if it holds results of other settings")
+    flags.add_argument("--date", default="", help="day that chat templates are told; none: that of the run in OUT, or today")
     flags.add_device("float32")
     given = flags.parse_args(argv)
     models = named("--models", given.models)
     if unknown := [name for name in given.direct if name not in models]:
         raise UserError(f"--direct: given {unknown[0]}; allowed the names in --models: {', '.join(models)}")
+    given.date = date_of_run(given.out, given.date)
+    set_date(given.date)
     questions = read_questions(Path(given.file), given.question_column, given.answer_column, given.limit)
     reasoning = {}
     for name, folder in models.items():  # all inputs are looked at before OUT is

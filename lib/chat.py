@@ -4,14 +4,16 @@ The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y 
 
     chat template of the prompt | <think>\\n | z \\n</think>\\n\\n y | end-of-turn token
 
-Both markers are plain text, not special tokens. The bars are seams: what lies between two of them is
-tokenised on its own. So a training example begins with exactly the token ids of the generation prompt. A
-template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the caller's counts. One
-that can be told whether to reason (Qwen3's `enable_thinking`) is told, and without reasoning closes an empty one.
+Both markers are read and written as plain text, also where a tokenizer has special tokens for them. The bars are
+seams: what lies between two of them is tokenised on its own. So a training example begins with exactly the token ids
+of the generation prompt. A template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the
+caller's counts. One that can be told whether to reason (Qwen3's `enable_thinking`) is told, and without reasoning
+closes an empty one.
 """
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +24,10 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lib.files import UserError
-from lib.hub import load_pretrained
+from lib.hub import load_pretrained, read_tokenizer
 
 THINK_OPEN = "<think>\n"
 THINK_CLOSE = "\n</think>\n\n"
@@ -71,11 +73,12 @@ def parse_direct(text: str) -> Parsed:
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a chat model, a folder or a hub name. Without a padding token it pads with eos.
+    """The tokenizer of a chat model, a folder or a hub name, as its tokenizer.json stands. Without a padding token it pads
+    with eos.
 
     Raises UserError if there is no such model, or it has no chat template or no end-of-sequence token.
     """
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name_or_path, "tokenizer")
+    tokenizer = load_pretrained(read_tokenizer, name_or_path, "tokenizer")
     if not tokenizer.chat_template:
         raise UserError(f"{name_or_path}: its tokenizer has no chat template; take a chat (instruct) model")
     if tokenizer.eos_token_id is None:
@@ -92,7 +95,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning:
     add a system prompt of their own. The template writes the beginning-of-sequence token, so the tokenizer adds
     none. Raises UserError if the template refuses, as some do to a system prompt, or leaves `system` out.
     """
-    return _encode_turn(tokenizer, prompt, reasoning, system) + (_encode(tokenizer, THINK_OPEN) if reasoning else [])
+    return _encode_turn(tokenizer, prompt, reasoning, system) + (encode_text(tokenizer, THINK_OPEN) if reasoning else [])
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> list[int]:
@@ -107,7 +110,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
         raise UserError(f"the model's chat template says: {' '.join(str(error).split())}") from error
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise UserError("the model's chat template drops system prompts")
-    return _encode(tokenizer, text) + (_encode(tokenizer, THINK_OPEN) if reasoning else [])
+    return encode_text(tokenizer, text) + (encode_text(tokenizer, THINK_OPEN) if reasoning else [])
 
 
 def encode_example(
@@ -121,10 +124,10 @@ def encode_example(
     """
     prompt_ids = _encode_turn(tokenizer, prompt, reasoning is not None)
     if reasoning is None:
-        completion = _encode(tokenizer, answer.strip())
+        completion = encode_text(tokenizer, answer.strip())
     else:
         text = reasoning.strip() + THINK_CLOSE + answer.strip()
-        completion = _encode(tokenizer, THINK_OPEN) + _encode(tokenizer, text)
+        completion = encode_text(tokenizer, THINK_OPEN) + encode_text(tokenizer, text)
     completion.append(_end_of_turn_id(tokenizer, str(tokenizer.chat_template)))
     return prompt_ids + completion, [False] * len(prompt_ids) + [True] * len(completion)
 
@@ -143,7 +146,7 @@ def _encode_turn(tokenizer: PreTrainedTokenizerBase, prompt: str, reasoning: boo
         raise UserError(f"{name}: its chat template fails: {reason}") from error
     if system.strip() not in text:
         raise UserError(f"--systems: given {system!r}; the chat template of {name} drops system prompts: leave it out")
-    return _encode(tokenizer, text)
+    return encode_text(tokenizer, text)
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> str:
@@ -151,14 +154,46 @@ def template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
 
     Raises jinja2.TemplateError if the template refuses the messages.
     """
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": reasoning}
-    text = tokenizer.apply_chat_template(list(messages), **options)  # a template that knows no such option ignores it
+    options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": reasoning}
+    return OPENED.sub("", render(tokenizer, messages, **options))  # a template that knows no such option ignores it
+
+
+_today: datetime.date | None = None
+
+
+def set_date(day: str) -> None:
+    """From now on every chat template is told this day, "2026-11-26", as today's: of policy, victim, attacker and judges.
+
+    Else prompts would change overnight: a resumed run or an evaluation would not see those of the run before it.
+    """
+    global _today
+    _today = datetime.date.fromisoformat(day)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+    """The text that the chat template makes of the messages. `options` are variables of the template."""
+    template = tokenizer.get_chat_template()
+    if _today is not None and "strftime_now" in template:  # the one way in which a template learns the date
+        template = _tells(_today) + "\n" * template.startswith("\n") + template  # Jinja drops a newline behind a macro
+    text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
     assert isinstance(text, str)
-    return OPENED.sub("", text)
+    return text
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _tells(day: datetime.date) -> str:
+    """A macro by the name of transformers' function, which hides it: strftime_now(format), at the beginning of that day."""
+    begin = datetime.datetime.combine(day, datetime.time())
+    codes = ["%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZ")]
+    filled = "".join(f".replace({code!r}, {begin.strftime(code)!r})" for code in codes)
+    return "{% macro strftime_now(format) %}{{ format" + filled + " }}{% endmacro %}"
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # tokenizers': a vocabulary of words without one for the unknown, say
+        name, reason = tokenizer.name_or_path or "the model", " ".join(str(error).split())
+        raise UserError(f"{name}: its tokenizer cannot read {text[:60]!r}: {reason}") from error
 
 
 @lru_cache(maxsize=8)
@@ -166,9 +201,7 @@ def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> i
     """The special token that the chat template puts behind an assistant's message; eos if there is none."""
     sentinel = "ANSWER"
     messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": sentinel}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert isinstance(text, str)
-    following = _encode(tokenizer, text.rpartition(sentinel)[2].strip())
+    following = encode_text(tokenizer, render(tokenizer, messages).rpartition(sentinel)[2].strip())
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     assert isinstance(tokenizer.eos_token_id, int)
     return following[0] if following and following[0] in special else tokenizer.eos_token_id
@@ -183,8 +216,10 @@ def eos_token_ids(model_or_config: Any, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of the ids, special tokens left out, spaces as the tokens have them."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """The text of the ids, spaces as the tokens have them. Special tokens are left out, but not the markers of reasoning."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    unseen = {i for i, token in tokens if token.special and token.content not in ("<think>", "</think>")}
+    text = tokenizer.decode([i for i in ids if i not in unseen], clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 

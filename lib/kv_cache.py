@@ -77,6 +77,17 @@ def copy_last_row(cache: Cache) -> Cache:
     return DynamicCache([(layer.keys[-1:], layer.values[-1:]) for layer in layers])
 
 
+def repeat_row(cache: Cache, rows: int) -> Cache:
+    """A cache that begins with `rows` times the one row of `cache`: views, nothing is copied until a model appends."""
+    layers: list[Any] = []
+    old: list[Any] = cache.layers
+    for layer in old:
+        layers.append(DynamicLayer())
+        layers[-1].lazy_initialization(layer.keys, layer.values)
+        layers[-1].keys, layers[-1].values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
+    return Cache(layers=layers)
+
+
 def attention_mask(model: PreTrainedModel, padding: Tensor, queries: int, columns: int) -> Tensor | None:
     """The mask for the last `queries` of `columns` columns; rows begin with `padding` (rows,) columns of it.
 
@@ -95,14 +106,31 @@ def attention_mask(model: PreTrainedModel, padding: Tensor, queries: int, column
     return (visible[:, None, None] & (column <= query)) | (column == query)
 
 
+def context_of(config: PreTrainedConfig) -> int:
+    """The most tokens of a row that are computed alike whatever else is in the batch; sys.maxsize where nothing bounds them.
+
+    That is the model's context; but rotary embeddings of two kinds change all positions as soon as the longest row of a
+    batch is over another length (longrope: Phi-3, Phi-4-mini; dynamic NTK): with them it is this length.
+    """
+    config = config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # some have one for each kind of layer
+        if kind.get("rope_type") in ("longrope", "dynamic"):
+            context = min(context, kind.get("original_max_position_embeddings") or context)
+    return context
+
+
+def table_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model has an embedding for. A tokenizer may know more, or fewer."""
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    return len(table)
+
+
 def layer_types(model: PreTrainedModel) -> Sequence[str]:
     """The kinds of attention in the model; where the configuration has no such list, all layers are alike."""
     config = model.config.get_text_config()
     windowed = getattr(config, "sliding_window", None) is not None
     every = ["sliding_attention" if windowed else "full_attention"]
     return getattr(config, "layer_types", None) or every
-
-
-def context_of(config: PreTrainedConfig) -> int:
-    """Tokens that a prompt and its completion may have together; sys.maxsize where nothing bounds them."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

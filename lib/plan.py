@@ -62,22 +62,33 @@ class Need:
 def shape_of(name_or_path: str) -> Shape:
     """From the configuration alone: no weights are read. Raises UserError if there is no such model."""
     config = load_pretrained(AutoConfig.from_pretrained, name_or_path, "model's configuration")
-    with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{name_or_path}: no causal language model ({' '.join(str(error).split())[:100]})") from error
     return shape_of_model(model)
 
 
 def shape_of_model(model: PreTrainedModel) -> Shape:
+    """Where layers differ in a size (Gemma 3n, Gemma 4), the widest counts for all."""
     text = model.config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+
+    def widest(name: str) -> int:
+        found = [getattr(layer, name, None) or 0 for layer in text.per_layer_config]
+        return max(max(size) if isinstance(size, list) else size for size in found)
+
+    heads = widest("num_attention_heads")
+    if not heads:
+        raise UserError(f"{type(model).__name__} has no attention: its memory cannot be planned, nor can it be used here")
+    head_dim = widest("head_dim") or text.hidden_size // heads
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         query=heads * head_dim,
-        key_value=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
-        mlp=next((getattr(text, n) for n in ("intermediate_size", "ffn_dim") if getattr(text, n, None)), 4 * text.hidden_size),
+        key_value=(widest("num_key_value_heads") or heads) * head_dim,
+        mlp=widest("intermediate_size") or widest("ffn_dim") or 4 * text.hidden_size,
         heads=heads,
         vocabulary=text.vocab_size,
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lib.chat import THINK_CLOSE, THINK_OPEN, decode, encode_prompt, pad_batch, parse_completion
 from lib.files import UserError
 from lib.hub import load_weights, quiet
+from lib.kv_cache import context_of, layer_types, repeat_row, table_rows
 from lib.processes import pick_device
+from lib.sampler import sample
 from lib.sharding import call_within_forward
 from lib.state import disk_errors
 
@@ -35,39 +43,157 @@ def load_policy(
     dtype: str = "float32",
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model from a folder or the hub: safetensors, SDPA, no dropout, no code of its own.
+    """A causal language model from a folder or the hub: safetensors, no code of its own; in eval mode, so without dropout.
 
-    `dtype` is float32, bfloat16 or auto (as it was saved). The model is in eval mode; with
-    `gradient_checkpointing` in train mode, where alone transformers honours it: as dropout is off, both modes
-    compute the same. Raises UserError if there is no such model, if weights are missing, or if its head is
-    one of an unknown kind.
+    `dtype` is float32, bfloat16 or auto (as it was saved). Raises UserError if there is no such model, if weights are
+    missing, or if it is of an architecture that is not exact in all that it is used for (`check_model`).
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype: given {dtype}; allowed {' | '.join(DTYPES)}")
     device = pick_device(device) if isinstance(device, str) else device
     model = load_weights(AutoModelForCausalLM.from_pretrained, name_or_path, "model", DTYPES[dtype])
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
     model.to(device).eval()
-    _check_head(model, name_or_path)
+    check_model(model, name_or_path)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        _checkpoint_layers(model, name_or_path)
     return model
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, name_or_path: str | Path) -> None:
-    """Logits by two paths: an architecture whose head `_logits` does not know must not pass silently."""
-    ids = torch.tensor([[0, 1]], device=model.device)
-    full = model(input_ids=ids, use_cache=False).logits.float()
-    ours = _logits(model, model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(full, ours, rtol=1e-2, atol=1e-2):
-        kind = type(model).__name__
-        raise UserError(f"{name_or_path}: {kind} treats its logits in a way that lib/policy.py does not know")
+def check_model(model: PreTrainedModel, name: str | Path) -> None:
+    """Raise UserError, with the cause, unless all ways in which the stages use the model agree with plain passes.
+
+    A plain pass reads one row, without cache and padding: what the model is by its definition. Architectures differ in
+    how they pad, cache, scale and count positions, so each way is tried on two short rows of random tokens.
+    """
+    refused = f"{name}: {type(model).__name__} cannot be used here"
+    if strange := sorted({*layer_types(model)} - {"full_attention", "sliding_attention"}):
+        raise UserError(f"{refused}: it has layers of {', '.join(strange)}, and only key-value attention is known")
+    # In standard deviations of the logits. In half precision a batch of another shape is rounded otherwise.
+    tolerance = 1e-2 if model.dtype == torch.float32 else 0.3
+    rows, device = _random_rows(model), model.device
+    doing = "a plain pass"
+
+    def compare(cause: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        for a, b, one in zip(found, expected, spread, strict=False):
+            if not ((a - b).square().mean().sqrt() / one).item() <= tolerance:
+                raise UserError(f"{refused}: {cause}")
+
+    try:
+        logits = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in rows]
+        if not all(x.isfinite().all() for x in logits):
+            raise UserError(f"{name}: its logits are not finite: broken weights or precision")
+        spread = [x.std().clamp(min=1e-6) for x in logits]
+        plain = [
+            x[:-1].log_softmax(-1).gather(1, torch.tensor(row[1:], device=device)[:, None])[:, 0]
+            for x, row in zip(logits, rows, strict=True)
+        ]
+
+        doing = "reading rows padded on the right"
+        found = _read(model, rows, "right")
+        compare("it treats its logits in a way that lib/policy.py does not know", found[:1], plain)
+        compare("what it computes depends on padding on the right", found, plain)
+        doing = "reading rows padded on the left"
+        compare("what it computes depends on padding on the left", _read(model, rows, "left"), plain)
+
+        doing = "sampling from a cache"
+        written = sample(model, rows, max_new_tokens=2, temperature=0.0, eos_token_ids=[])
+        longer = _read(model, [row + c.token_ids for row, c in zip(rows, written, strict=True)], "right")
+        drawn = [torch.tensor(c.logprobs, device=device) for c in written]
+        compare("with a key-value cache it computes something else", drawn, [x[-2:] for x in longer])
+
+        doing = "reading suffixes behind a shared prefix"
+        cache, ids = DynamicCache(), torch.tensor(rows[0], device=device)
+        model(input_ids=ids[None, :5], cache=cache, use_cache=True, logits_to_keep=1)
+        two = ids[5:8].repeat(2, 1)
+        behind = model(input_ids=two, cache=repeat_row(cache, 2), logits_to_keep=2).logits.float().log_softmax(-1)
+        if behind.shape[1] != 2:
+            raise UserError(f"{refused}: it does not heed logits_to_keep")
+        found = behind.gather(2, ids[7:].expand(2, 2)[..., None])[..., 0]
+        compare("behind a shared prefix it computes something else", found, [plain[0][6:]] * 2)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an architecture's own: whatever it is, it is no bug of the stage
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{refused}: {doing} fails ({type(error).__name__}: {reason})") from error
+
+
+def _random_rows(model: PreTrainedModel) -> list[list[int]]:
+    """Rows of 9 and 4 token ids, none of which has a meaning of its own, as padding or an image has."""
+    config = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
+    meant = [value for key, value in config.items() if key.endswith(("token_id", "token_index"))]
+    table = table_rows(model)
+    ids = torch.randint(table, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = [i for i in ids if i not in meant]
+    return [ids[:9], ids[9:13]]
+
+
+def _read(model: PreTrainedModel, rows: list[list[int]], side: str) -> list[Tensor]:
+    """Log-probabilities of all tokens of each row but the first."""
+    ids, mask = (x.to(model.device) for x in pad_batch(rows, 0, side=side))
+    predicted = mask & (mask.cumsum(1) > 1)
+    return [values[chosen] for values, chosen in zip(token_logprobs(model, ids, mask, predicted), predicted, strict=True)]
+
+
+def _checkpoint_layers(model: PreTrainedModel, name: str | Path) -> None:
+    """Let the layers recompute their activations in the backward pass. UserError for an architecture that then adds noise.
+
+    transformers checkpoints only layers in train mode. So the layers themselves are put into it, and nothing in them is:
+    attention, experts and routers have their dropout and jitter off, and compute what they do in eval mode.
+    """
+    row = _random_rows(model)[:1]
+    with torch.enable_grad():
+        before = _read(model, row, "right")[0]
+        try:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(
+                f"{name}: {type(model).__name__} has no gradient checkpointing: leave out --gradient-checkpointing"
+            ) from error
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+        if not torch.allclose(_read(model, row, "right")[0], before, rtol=0, atol=1e-5):  # on a GPU sums may differ in order
+            raise UserError(f"{name}: {type(model).__name__} adds noise when it trains: leave out --gradient-checkpointing")
+
+
+def check_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, reasoning: bool, system: str = ""
+) -> None:
+    """Raise UserError unless model and tokenizer belong together: ids and rows, `prompts` (some of the data's) there and back,
+    and the markers of `reasoning`. A padding token without a row, which is never learned, gives way to the end of sequence.
+    """
+    name, table = tokenizer.name_or_path or "the model", table_rows(model)
+    if tokenizer.pad_token_id >= table:
+        tokenizer.pad_token = tokenizer.eos_token
+    added = tokenizer.added_tokens_decoder  # the released Gemma 3 of 1 B has one without a row, for images
+    if (last := max(i for i in tokenizer.get_vocab().values() if i not in added)) >= table:
+        raise UserError(f"{name}: its tokenizer has ids up to {last}, its model {table} rows: they do not belong together")
+    check_ids(model, [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts], name)
+
+    def there_and_back(text: str) -> str:
+        return decode(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    given, read = (
+        [Counter(re.findall(r"\w+", text.casefold())) for text in texts] for texts in (prompts, map(there_and_back, prompts))
+    )
+    kept = sum((a & b).total() for a, b in zip(given, read, strict=True))
+    if 2 * kept < sum(words.total() for words in given):
+        raise UserError(
+            f"{name}: its tokenizer loses most words of the prompts: {prompts[0][:40]!r} comes back as "
+            f"{there_and_back(prompts[0])[:40]!r}; give it the tokenizer that it was trained with"
+        )
+    if reasoning and not (
+        there_and_back(THINK_OPEN).strip() == "<think>" and parse_completion(there_and_back(THINK_CLOSE)).well_formed
+    ):
+        raise UserError(f"{name}: its tokenizer cannot write <think> and </think>: add them to it, or see --no-reasoning")
+
+
+def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]], name: str | Path) -> None:
+    """Raise UserError for a token id that the model has no row for."""
+    table = table_rows(model)
+    if (last := max((max(row, default=0) for row in rows), default=0)) >= table:
+        raise UserError(f"{name}: a prompt has the token id {last}, the model {table} rows: resize it, or drop the token")
 
 
 def save_policy(
@@ -157,7 +283,7 @@ def _masked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the masked tokens, (N,) fp32 each."""
     # The state at t - 1 predicts token t.
-    hidden = _hidden_states(model, input_ids, attention_mask)[row, column - 1]  # (N, H)
+    hidden = hidden_states(model, input_ids, attention_mask)[row, column - 1]  # (N, H)
     targets = input_ids[row, column]  # (N,)
     recompute = torch.is_grad_enabled() and len(targets) > chunk_size
     parts = []
@@ -172,8 +298,13 @@ def _masked_logprobs(
     return logprobs, entropy
 
 
-def _hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (B, T, H). Every row counts its positions from its own first token."""
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states (B, T, H). Every row counts its positions from its own first token.
+
+    Raises UserError for rows that are longer than the model's context.
+    """
+    if input_ids.shape[1] > (context := context_of(model.config)):
+        raise UserError(f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context} tokens: shorten it")
     inputs = {"input_ids": input_ids}
     if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # padding on the left of some row
         inputs["attention_mask"] = attention_mask.long()
@@ -186,7 +317,7 @@ def _chunk_logprobs(
     model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """hidden (n, H), targets (n,) -> log-probability and entropy, (n,) fp32; entropy 0 if not asked for."""
-    logits = _logits(model, hidden)
+    logits = head_logits(model, hidden)
     logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # (n, vocab)
     entropy = torch.zeros(len(targets), device=hidden.device)
     if with_entropy:
@@ -195,7 +326,7 @@ def _chunk_logprobs(
     return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
 
-def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Hidden states (..., H) -> logits (..., vocab) fp32: the head, and what some models do after it."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden).float()

@@ -39,6 +39,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
                 f"--device cuda: {torch.cuda.device_count()} GPUs found, process {local_rank} has none: "
                 "use --device cpu, or start no more processes than GPUs"
             )
+        # cuDNN's attention makes a plan for each new length, tens of ms a token, and may be wrong (pytorch #193893, #196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available here; use --device cpu")

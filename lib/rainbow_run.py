@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from lib.chat import load_tokenizer
-from lib.policy import dtype_to_infer, load_policy
+from lib.policy import check_tokenizer, dtype_to_infer, load_policy
 from lib.rainbow import rainbow
 from lib.rainbow_grid import Comparison, by_score, load_grid
 from lib.rewards import load_judge
@@ -27,6 +27,7 @@ def search(settings, harmful: list[dict]) -> list[dict]:
     def victim() -> Victim:
         model = load_policy(settings.rainbow, device=settings.device, dtype=dtype).requires_grad_(False)
         reasoning = stated_reasoning(settings.rainbow) is not False
+        check_tokenizer(model, tokenizer, [record["prompt"] for record in harmful[:8]], reasoning=reasoning)
         return Victim("rainbow", model, tokenizer, reasoning, judge, temperature=0.6, **limits)
 
     return rainbow(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -43,6 +45,19 @@ def reasons(name: str, model: str, direct: Iterable[str]) -> bool:
     if stated and name in direct:
         raise UserError(f"--direct: given {name}, which reasons ({model}/settings.json); take it off the list")
     return name not in direct if stated is None else stated
+
+
+def date_of_run(out: str | Path, date: str) -> str:
+    """The day that chat templates are told, "2026-11-26": `date`, else that of the run in `out`, else today.
+
+    Raises UserError for what is no day.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # what is no run is for `claim_folder` to say
+        date = date or json.loads((Path(out) / "settings.json").read_text(encoding="utf-8")).get("date") or ""
+    try:
+        return (datetime.date.fromisoformat(date) if date else datetime.date.today()).isoformat()
+    except (ValueError, TypeError):
+        raise UserError(f"--date: given {date}; allowed a day, as 2026-11-26") from None
 
 
 def claim_folder(

@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lib.draw import draw, uniform
-from lib.kv_cache import attention_mask, context_of, copy_last_row, layer_types, pack_rows
+from lib.kv_cache import attention_mask, context_of, copy_last_row, pack_rows, table_rows
 
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
@@ -103,15 +103,15 @@ def _check(model, prompts, group_size, max_new_tokens, temperature, top_p, max_b
         raise ValueError(f"group_size {group_size} and max_new_tokens {max_new_tokens} must be at least 1")
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
-    if not set(layer_types(model)) <= {"full_attention", "sliding_attention"}:
-        raise ValueError(f"only key-value attention can be sampled from, not {set(layer_types(model))}")
-    context = context_of(model.config)
+    context, table = context_of(model.config), table_rows(model)
     for i, prompt in enumerate(prompts):
         sizes = f"prompt {i}: {len(prompt)} tokens + max_new_tokens {max_new_tokens}"
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} has no tokens")
         if len(prompt) + max_new_tokens > context:
-            raise ValueError(f"{sizes} exceed the model's context, max_position_embeddings {context}")
+            raise ValueError(f"{sizes} exceed the model's context, {context} tokens")
+        if max(prompt) >= table:
+            raise ValueError(f"prompt {i} has the token id {max(prompt)}, the model's table has {table} rows")
         if max_batch_tokens is not None and len(prompt) + max_new_tokens > max_batch_tokens:
             raise ValueError(f"{sizes} exceed max_batch_tokens {max_batch_tokens}, even as the only row")
 

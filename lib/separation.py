@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.chat import encode_prompt, pad_batch
 from lib.files import UserError
 from lib.metrics import wilson
+from lib.policy import hidden_states
 from lib.training import micro_batches
 
 TOLERANCE = 1e-12  # duality gap of an SVM, relative to its objective
@@ -46,10 +47,8 @@ def prompt_embeddings(
     ids = [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts]
     result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
     for batch in micro_batches([len(row) for row in ids], max_batch_tokens):
-        # Padded on the right: every row counts its positions from 0, and no real token sees the padding (attention is causal).
         input_ids, attention_mask = (x.to(model.device) for x in pad_batch([ids[i] for i in batch], 0, side="right"))  # (B, T)
-        # The decoder without its head: nobody asks for the (B, T, vocab) logits, which would be the memory peak.
-        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, width)
+        hidden = hidden_states(model, input_ids, attention_mask)  # (B, T, width)
         last = attention_mask.sum(1) - 1  # (B,)
         result[batch] = hidden[torch.arange(len(batch), device=last.device), last].float().cpu()
     return result

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lib.chat import decode, encode_example, encode_prompt, eos_token_ids, load_tokenizer
 from lib.files import UserError, append_jsonl, resume_log
-from lib.policy import dtype_to_infer, load_policy
+from lib.policy import check_tokenizer, dtype_to_infer, load_policy
 from lib.sampler import sample
 
 REFLECT = (
@@ -30,11 +30,9 @@ class TraceWriter:
     """
 
     def __init__(self, name: str, *, device: str, temperature: float, max_new_tokens: int, max_batch_tokens: int) -> None:
-        self.name, self.tokenizer, self.model = (
-            name,
-            load_tokenizer(name),
-            load_policy(name, device=device, dtype=dtype_to_infer(device)),
-        )
+        self.name, self.tokenizer = name, load_tokenizer(name)
+        self.model = load_policy(name, device=device, dtype=dtype_to_infer(device))
+        check_tokenizer(self.model, self.tokenizer, [], reasoning=True)
         self.sampling: dict[str, Any] = dict(
             temperature=temperature, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
         )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.chat import decode, encode_prompt, eos_token_ids, parse_completion, parse_direct
+from lib.chat import decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
 from lib.judges import Judge
-from lib.kv_cache import context_of
+from lib.policy import check_ids, context_of
 from lib.sampler import sample
 from lib.settings import UserError
 
@@ -41,8 +41,10 @@ class Victim:
     def encode(self, sent: str, opening: str = "") -> list[int]:
         """Token ids of what it reads. `opening`: words put into its mouth, behind the "<think>\\n" of a reasoner."""
         read = partial(encode_prompt, self.tokenizer, reasoning=self.reasoning, system=self.system)
-        write = partial(self.tokenizer.encode, add_special_tokens=False)
-        return encoded(read, sent, self.name) + encoded(write, opening, self.name)
+        write = partial(encode_text, self.tokenizer)
+        ids = encoded(read, sent, self.name) + encoded(write, opening, self.name)
+        check_ids(self.model, [ids], self.name)
+        return ids
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
         """Whether so many tokens, and the answer or `behind` further ones, are within the model's context and a batch."""
@@ -117,13 +119,11 @@ class Victim:
 
 
 def encoded(encode: Callable[[str], list[int]], text: str, what: str) -> list[int]:
-    """`encode(text)`; UserError where the tokenizer cannot, as one that lacks both a word and an unknown token."""
+    """`encode(text)`; a UserError that names `what` where it fails: a tokenizer may lack both a word and an unknown token."""
     try:
         return encode(text)
-    except UserError:
-        raise
-    except Exception as error:  # of a tokenizer: it has no class of its own
-        raise UserError(f"{what}: the tokenizer cannot encode {text[:60]!r} ({error}); mend the text, or take another") from error
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def random_numbers(seed: int, label: str) -> torch.Generator:

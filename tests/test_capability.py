@@ -135,6 +135,7 @@ def answers(monkeypatch):
     monkeypatch.setattr(module, "sample", fake)
     monkeypatch.setattr(module, "load_policy", lambda folder, **options: folder)
     monkeypatch.setattr(module, "load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(module, "check_tokenizer", lambda *args, **options: None)
     monkeypatch.setattr(module, "eos_token_ids", lambda model, tokenizer: [2])
     monkeypatch.setattr(module, "decode", lambda tokenizer, ids: texts[ids[0], last[-1]])
     monkeypatch.setattr(module, "AT_ONCE", 2)

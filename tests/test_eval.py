@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import JambaConfig, JambaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stages import PATIENCE, run_group  # noqa: E402
@@ -412,6 +412,27 @@ def test_finished_parts_are_not_done_again(given, finished, tmp_path, monkeypatc
     assert read_results(out) == read_results(finished)
 
 
+def test_a_run_goes_on_with_the_date_that_it_began_with(given, finished, tmp_path, monkeypatch):
+    out = tmp_path / "eval"
+    shutil.copytree(finished, out)
+    settings = json.loads((out / "settings.json").read_text())
+    write_json(out / "settings.json", {**settings, "out": str(out), "date": "2020-02-02"})
+    assert read_results(run(given, out, monkeypatch))["config"]["date"] == "2020-02-02"
+    with pytest.raises(UserError, match="holds a run with --date 2020-02-02, now 2021-01-01"):
+        run(given, out, monkeypatch, "--date", "2021-01-01")
+
+
+def test_a_model_that_cannot_be_attacked_is_refused_before_any_other_is(given, tmp_path, monkeypatch):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    mamba = dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, num_experts=2)
+    tokenizer = make_tokenizer()
+    JambaForCausalLM(JambaConfig(vocab_size=len(tokenizer), **sizes, **mamba)).save_pretrained(given / "hybrid")
+    tokenizer.save_pretrained(given / "hybrid")
+    with pytest.raises(UserError, match="hybrid: JambaForCausalLM cannot be used here: it has layers of linear_attention"):
+        run(given, tmp_path / "eval", monkeypatch, models=("thinker", "direct", "hybrid"))
+    assert not (tmp_path / "eval").exists()
+
+
 def test_sets_that_stage_1_did_not_write_are_left_out(given, tmp_path, monkeypatch):
     other = tmp_path / "given"
     shutil.copytree(given, other)
@@ -483,7 +504,8 @@ def test_separation_compares_equal_groups_once(given, tmp_path):
 def test_mistakes_are_one_line(given, tmp_path, monkeypatch, extra, message):
     with pytest.raises(stage.UserError, match=".*") as error:
         run(given, tmp_path / "eval", monkeypatch, *extra)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    said = str(error.value)
+    assert all(part in said for part in message.split(" ... ")) and "\n" not in said
 
 
 @pytest.mark.parametrize("score", [1.5, -0.1, float("nan")])
@@ -656,9 +678,9 @@ def test_a_tokenizer_that_knows_its_own_words_only_will_do(given, tmp_path, monk
             "ambiguous",
             {"prompt": "w1 Hello"},
             "",
-            "eval_ambiguous.jsonl: ambiguous-3: prompt: the tokenizer cannot encode 'w1 Hello'",
+            "eval_ambiguous.jsonl: ambiguous-3: prompt: ... its tokenizer cannot read 'w1 Hello'",
         ),
-        ("harmful", {"target": "Hello"}, "", "behaviour harmful-3: target: the tokenizer cannot encode 'Hello'"),
+        ("harmful", {"target": "Hello"}, "", "behaviour harmful-3: target: ... its tokenizer cannot read 'Hello'"),
         ("harmful", {"target": ["w1"]}, "", "eval_harmful.jsonl: harmful-3: target is ['w1']; allowed: some text"),
         ("harmful", {"id": "harmful-0"}, "", "eval_harmful.jsonl: id 'harmful-0' stands in lines 1, 4: give each"),
         ("harmful", {"twin": 7}, "", "eval_harmful.jsonl: harmful-3: twin is 7; allowed: some text"),
@@ -667,11 +689,11 @@ def test_a_tokenizer_that_knows_its_own_words_only_will_do(given, tmp_path, monk
             "harmful",
             {"prefill": "Hello"},
             "--attacks prefill_answer --forged w7",
-            "behaviour harmful-3: prefill: the tokenizer cannot",
+            "behaviour harmful-3: prefill: ... its tokenizer cannot",
         ),
-        ("harmful", {}, "--gcg-init Hello", "--gcg-init: the tokenizer cannot encode"),
+        ("harmful", {}, "--gcg-init Hello", "--gcg-init: ... its tokenizer cannot read"),
         ("harmful", {}, "--gcg-init nothing", "--gcg-init: given nothing; 3 of it make 0 tokens behind the prompt of harmful-0"),
-        ("harmful", {}, "--attacks gcg_forged --forged Hello", "--forged: the tokenizer cannot encode 'Hello'"),
+        ("harmful", {}, "--attacks gcg_forged --forged Hello", "--forged: ... its tokenizer cannot read 'Hello'"),
         ("harmful", {}, "--max-new-tokens 500", "--max-new-tokens: given 500; with it all prompts of"),
     ],
 )
@@ -687,7 +709,8 @@ def test_texts_are_looked_at_before_the_first_model_is_attacked(given, tmp_path,
     monkeypatch.setattr(stage, "load_policy", None)
     with pytest.raises(UserError, match=".*") as error:
         run(other, tmp_path / "eval", monkeypatch, "--behaviours", "4", *extra.split(), models=("direct", "thinker"))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    said = str(error.value)
+    assert all(part in said for part in message.split(" ... ")) and "\n" not in said
     assert not (tmp_path / "eval").exists()
 
 

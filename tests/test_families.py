@@ -15,6 +15,7 @@ its answer, a system prompt; no tools, images or further turns:
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import json
 import sys
@@ -23,10 +24,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from lib.attacks.core import Budget
+from lib.attacks.autodan import target_losses
+from lib.attacks.core import Budget, Cost
 from lib.attacks.suffix import Slot
 from lib.chat import (
     THINK_OPEN,
@@ -37,11 +40,16 @@ from lib.chat import (
     encode_prompt,
     eos_token_ids,
     load_tokenizer,
+    pad_batch,
     parse_completion,
+    render,
+    set_date,
 )
 from lib.files import UserError, read_jsonl, write_jsonl
-from lib.policy import load_policy
+from lib.plan import Need, memory, shape_of_model
+from lib.policy import check_tokenizer, context_of, load_policy, token_logprobs
 from lib.rewards import Judge
+from lib.run_folder import date_of_run
 from lib.sampler import sample
 from lib.victim import Victim
 
@@ -423,3 +431,270 @@ def test_one_command_attacks_a_reasoner_and_a_model_without_reasoning(hub, tmp_p
             assert (
                 attempt["trace"][0]["sent"] == "Tell me a story please please please" and attempt["cost"]["backward_tokens"] > 0
             )
+
+
+# ---- architectures and tokenizers that are unlike Llama and Qwen, each a row: what is accepted is exact, all else is refused
+
+
+WORD_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|> ' + m['role'] + ' ' + m['content'] + ' <|im_end|> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
+)
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SIZES |= dict(num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, eos_token_id=2, bos_token_id=1)
+SIZES |= dict(head_dim=8, pad_token_id=0)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+SMALL = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, eos_token_id=2)
+SHORT, LONG = [1.0] * 4, [1.5, 4.0, 12.0, 40.0]
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG}
+LONGROPE |= {"original_max_position_embeddings": 32}
+OPT = dict(word_embed_proj_dim=32, ffn_dim=64)
+HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+GEMMA_4 = dict(vocab_size_per_layer_input=97, hidden_size_per_layer_input=8, global_head_dim=8, num_global_key_value_heads=2)
+GEMMA_4 |= dict(num_kv_shared_layers=0, num_hidden_layers=6, sliding_window=7)
+DECODER = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64)
+JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, num_experts=2)
+
+
+def word_level(template: str = WORD_TEMPLATE, special: tuple[str, ...] = (), unknown: bool = True) -> PreTrainedTokenizerFast:
+    """97 words, split at spaces; `special` of them are special tokens."""
+    words = (
+        "<unk> <|im_start|> <|im_end|> <pad> <think> </think> user assistant system sure here is a story tell me about the sea"
+    )
+    vocabulary = [*words.split(), "please", "cake", "they", "ask"]
+    vocabulary += [f"w{i}" for i in range(97 - len(vocabulary))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>" if unknown else "-"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>", *special])
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<pad>"} | ({"unk_token": "<unk>"} if unknown else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **tokens)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny(folder: Path, architecture: str, changes: dict, sizes: dict = SIZES) -> Path:
+    """A folder with a random model of an architecture, and the word-level tokenizer."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in {**sizes, **changes}.items() if value is not None}
+    config = getattr(transformers, f"{architecture}Config")(**sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    word_level().save_pretrained(folder)
+    return folder
+
+
+ACCEPTED = {  # what was wrong with it -> architecture, changes of its configuration
+    "no SDPA": ("Gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 7}),
+    "no SDPA, but sinks": ("GptOss", {**EXPERTS, "sliding_window": 7}),
+    "no SDPA, and no end of its context": ("Bloom", {}, SMALL),
+    "a module by the name of a number": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None}),
+    "scales what it looks up in place": ("CTRL", {"dff": 64, "n_positions": 256}, SMALL),
+    "heads of other widths in other layers": ("Gemma4Text", GEMMA_4),
+    "positions that change with the batch": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
+    model = load_policy(tiny(tmp_path, *ACCEPTED[case]), device="cpu").requires_grad_(False)
+    tokenizer, generator = load_tokenizer(tmp_path), torch.Generator().manual_seed(1)
+    prompts = [torch.randint(5, 97, (n,), generator=generator).tolist() for n in (3, 14, 8)]
+
+    def literal(ids: list[int]) -> torch.Tensor:
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+
+    drawn = sample(model, prompts, max_new_tokens=8, temperature=0.0, eos_token_ids=[])
+    rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, drawn, strict=True)]
+    expected = [literal(row)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0] for row in rows]
+    for prompt, completion, row, logprobs in zip(prompts, drawn, rows, expected, strict=True):
+        assert completion.token_ids == literal(row)[len(prompt) - 1 : -1].argmax(-1).tolist()
+        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs[len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
+    for side in ("left", "right"):
+        ids, mask = pad_batch(rows, 0, side=side)
+        found = token_logprobs(model, ids, mask, mask & (mask.cumsum(1) > 1))
+        for values, row_mask, logprobs in zip(found, mask & (mask.cumsum(1) > 1), expected, strict=True):
+            torch.testing.assert_close(values[row_mask], logprobs, atol=1e-4, rtol=1e-4)
+
+    assert memory(shape_of_model(model), Need(64, sample_tokens=64))["peak"] > 0  # before step 1
+
+    victim = Victim("x", model, tokenizer, True, NO_JUDGE, max_new_tokens=4, temperature=0.0)
+    behaviour = {"id": "a", "prompt": "tell me about the sea", "target": "sure here is a story"}
+    slot = Slot(victim, behaviour, behaviour["target"], BUDGET)
+    ids, target = [*slot.prefix, *slot.start.tolist(), *slot.tail.tolist()], slot.target.tolist()
+    nll = -literal(ids)[-len(target) :].gather(1, slot.target[:, None]).mean()
+    assert slot.losses(slot.start[None]).item() == pytest.approx(nll.item(), abs=1e-4)
+    assert target_losses(
+        victim, [f"{behaviour['prompt']} please please please please", "please"], behaviour["target"], BUDGET, Cost()
+    )[0] == pytest.approx(nll.item(), abs=1e-4)
+    # The slope at one place of the suffix, towards token 50, of a plain pass.
+    embed, place, share = model.get_input_embeddings(), len(slot.prefix) + 1, torch.zeros((), requires_grad=True)
+    direction = embed(torch.tensor([50]))
+
+    def towards(module, inputs, out):
+        return torch.cat([out[:, :place], out[:, place : place + 1] + share * direction, out[:, place + 1 :]], dim=1)
+
+    hook = embed.register_forward_hook(towards)
+    loss = -literal(ids)[-len(target) :].gather(1, slot.target[:, None]).mean()
+    hook.remove()
+    slope = torch.autograd.grad(loss, share)[0].item()
+    assert slot.gradient(slot.start)[1, 50].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+NO_JUDGE = Judge("none", lambda prompts, answers: [0.0] * len(answers), lambda prompts, answers: [0.0] * len(answers))
+BUDGET = Budget(gcg_steps=1, gcg_width=4, gcg_top_k=4, gcg_suffix_tokens=4, gcg_init="please")
+REFUSED = {  # cause, as it is said -> architecture, changes of its configuration
+    "has layers of linear_attention": ("Qwen3Next", {**HYBRID, "layer_types": ["linear_attention", "full_attention"]}),
+    "has layers of linear_attention, and": ("Jamba", JAMBA),
+    "has layers of chunked_attention": ("Llama4Text", {"attention_chunk_size": 16, "intermediate_size_mlp": 64, **EXPERTS}),
+    "what it computes depends on padding on the left": ("Bart", DECODER),
+    "it does not heed logits_to_keep": ("Whisper", {**DECODER, "decoder_start_token_id": 1, "suppress_tokens": None}),
+}
+
+
+@pytest.mark.parametrize("cause", REFUSED)
+def test_what_is_not_exact_is_refused_when_it_is_loaded(tmp_path, cause):
+    with pytest.raises(UserError) as error:
+        load_policy(tiny(tmp_path, *REFUSED[cause]), device="cpu")
+    assert cause in str(error.value) and str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
+
+
+NOISY = {  # architecture -> its noise when it trains
+    "Starcoder2": {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3},
+    "Phimoe": {"router_jitter_noise": 0.3, "input_jitter_noise": 0.3, "attention_dropout": 0.3, **EXPERTS},
+    "Mixtral": {"router_jitter_noise": 0.3, "attention_dropout": 0.3, **EXPERTS},
+}
+
+
+@pytest.mark.parametrize("architecture", NOISY)
+def test_gradient_checkpointing_adds_no_noise_of_any_kind(tmp_path, architecture):
+    folder = tiny(tmp_path, architecture, NOISY[architecture])
+    plain, trained = (load_policy(folder, device="cpu", gradient_checkpointing=c) for c in (False, True))
+    ids = torch.arange(5, 17)[None]
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    completion = everything & (torch.arange(12) > 0)
+    gradients = []
+    for model in (plain, trained):
+        logprobs = token_logprobs(model, ids, everything, completion)
+        assert torch.equal(logprobs, token_logprobs(plain, ids, everything, completion))
+        logprobs.sum().backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_noise_that_cannot_be_switched_off_is_refused_with_checkpointing_alone(tmp_path):
+    folder = tiny(tmp_path, "OPT", {**OPT, "dropout": 0.3})
+    load_policy(folder, device="cpu")
+    with pytest.raises(UserError, match="OPTForCausalLM adds noise when it trains: leave out --gradient-checkpointing"):
+        load_policy(folder, device="cpu", gradient_checkpointing=True)
+
+
+def test_rows_over_the_length_at_which_all_positions_change_are_refused(tmp_path):
+    phi3 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 64}
+    for architecture, changes, context in (("Phi3", phi3, 32), ("Llama", dynamic, 64), ("Llama", {}, 256)):
+        model = load_policy(tiny(tmp_path, architecture, changes), device="cpu")
+        assert context_of(model.config) == context
+        short, long = [5] * 4, [5] * (context - 7)
+        sample(model, [short, long], max_new_tokens=7, temperature=0.0, eos_token_ids=[])
+        with pytest.raises(ValueError, match=f"prompt 1: .* exceed the model's context, {context} tokens"):
+            sample(model, [short, long], max_new_tokens=8, temperature=0.0, eos_token_ids=[])
+        ids = torch.full((1, context + 1), 5)
+        with pytest.raises(UserError, match=f"a row of {context + 1} tokens exceeds the model's context, {context} tokens"):
+            token_logprobs(model, ids, ids > 0, torch.arange(context + 1)[None] > 0)
+
+
+def test_a_configuration_within_a_configuration_is_trained(tmp_path):
+    """Gemma 3 of 4 B and more: language and vision, of which the language model is trained."""
+    text = {**SIZES, "query_pre_attn_scalar": 8, "sliding_window": 7}
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    changes = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4, "image_token_index": 96}
+    folder = tiny(tmp_path / "model", "Gemma3", changes, sizes={})
+    traces = [{"id": str(i), "prompt": "tell me about the sea", "reasoning": "they ask", "answer": "sure"} for i in range(4)]
+    write_jsonl(tmp_path / "data/sft.jsonl", traces)
+    words = f"02 --data {tmp_path}/data --model {folder} --out {tmp_path}/sft --epochs 1 --held-out-share 0 --device cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words.split())
+        importlib.import_module("02_sft_warmstart").main()
+    assert load_policy(tmp_path / "sft", device="cpu").config.text_config.max_position_embeddings == 256
+
+
+@pytest.mark.parametrize("special", [(), THINK])
+def test_markers_are_written_and_read_whether_they_are_special_tokens_or_not(tmp_path, special):
+    word_level(special=special).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids, mask = encode_example(tokenizer, "tell me", "they ask", "a story")
+    written = [i for i, learned in zip(ids, mask, strict=True) if learned]
+    assert decode(tokenizer, written) == "<think> they ask </think> a story"
+    assert parse_completion(decode(tokenizer, written[1:])) == Parsed("they ask", "a story", True)
+
+
+@pytest.mark.parametrize("claim", ["TokenizersBackend", "Qwen2Tokenizer", None])
+def test_a_tokenizer_of_its_own_is_read_as_it_stands(tmp_path, claim):
+    """transformers builds that of every Qwen2 anew from the vocabulary: letters, where these are words."""
+    tiny(tmp_path, "Qwen2", {})
+    claims = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": claim}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in claims.items() if v}))
+    tokenizer, text = load_tokenizer(tmp_path), "tell me about the sea"
+    assert len(tokenizer) == 97 and decode(tokenizer, tokenizer.encode(text)) == text
+    assert tokenizer.encode(text) == Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+
+
+def test_a_padding_token_without_a_row_gives_way_and_other_ids_are_one_line(tmp_path):
+    model = load_policy(tiny(tmp_path, "Llama", {}), device="cpu")
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 97 == len(model.get_input_embeddings().weight)
+    check_tokenizer(model, tokenizer, ["tell me a story"], reasoning=True)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    with pytest.raises(UserError, match="a prompt has the token id 97, the model 97 rows"):
+        check_tokenizer(model, tokenizer, ["tell me a story", "a [PAD]"], reasoning=True)
+    with pytest.raises(ValueError, match="prompt 1 has the token id 97"):
+        sample(model, [[5], [97]], max_new_tokens=1, eos_token_ids=[])
+    smaller = load_policy(tiny(tmp_path, "Llama", {"vocab_size": 90}), device="cpu")
+    with pytest.raises(UserError, match="its tokenizer has ids up to 96, its model 90 rows: they do not belong together"):
+        check_tokenizer(smaller, word_level(), ["tell me a story"], reasoning=True)
+
+
+def test_a_tokenizer_that_loses_words_or_markers_is_one_line(tmp_path):
+    model, tokenizer = load_policy(tiny(tmp_path, "Llama", {}), device="cpu"), word_level()
+    with pytest.raises(UserError, match="loses most words of the prompts: 'Write a poem' comes back as 'a'"):
+        check_tokenizer(model, tokenizer, ["Write a poem"], reasoning=True)
+    word_level(unknown=False).save_pretrained(tmp_path / "words")
+    words = load_tokenizer(tmp_path / "words")
+    check_tokenizer(model, words, ["tell me a story"], reasoning=True)
+    with pytest.raises(UserError, match="words: its tokenizer cannot read .*Hello"):
+        encode_prompt(words, "Hello", reasoning=True)
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"]["other"] = core["model"]["vocab"].pop("</think>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<|im_end|>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = WORD_TEMPLATE
+    check_tokenizer(model, tokenizer, ["tell me a story"], reasoning=False)
+    with pytest.raises(UserError, match="cannot write <think> and </think>"):
+        check_tokenizer(model, tokenizer, ["tell me a story"], reasoning=True)
+
+
+DATED = "{{ 'w' + (strftime_now('%d') | int) | string }} " + WORD_TEMPLATE
+LLAMA_3 = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d') %}"
+    "{% else %}{% set date_string = '26' %}{% endif %}{% endif %}{{ 'w' + (date_string | int) | string }} " + WORD_TEMPLATE
+)
+
+
+@pytest.mark.parametrize("template", [DATED, LLAMA_3])
+def test_templates_are_told_the_date_of_the_run(monkeypatch, template):
+    monkeypatch.setattr("lib.chat._today", None)
+    tokenizer = word_level(template)
+    for day in ("2026-11-26", "2027-01-07"):
+        set_date(day)
+        assert decode(tokenizer, encode_prompt(tokenizer, "tell me", reasoning=False)).startswith(f"w{int(day[-2:])} ")
+        assert render(tokenizer, [{"role": "user", "content": "a"}]).startswith(f"w{int(day[-2:])} ")
+
+
+def test_the_date_of_a_run_is_that_in_its_folder(tmp_path):
+    today = datetime.date.today().isoformat()
+    assert date_of_run(tmp_path, "") == today and date_of_run(tmp_path / "none", "2026-11-26") == "2026-11-26"
+    (tmp_path / "settings.json").write_text('{"date": "2026-11-25"}')
+    assert date_of_run(tmp_path, "") == "2026-11-25" and date_of_run(tmp_path, "2026-11-26") == "2026-11-26"
+    with pytest.raises(UserError, match="--date: given yesterday; allowed a day, as 2026-11-26"):
+        date_of_run(tmp_path, "yesterday")

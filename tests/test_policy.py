@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen2ForCausalLM
 
 from lib.files import UserError
+from lib.judges.language_model import existing_device
 from lib.policy import load_policy, save_policy, token_logprobs
 from lib.processes import Processes, gather_objects, pick_device, start_processes, sum_gradients
 from lib.state import load_state, save_state
@@ -184,6 +185,7 @@ def test_load_errors_are_one_line(tiny_model, word_tokenizer, tmp_path, monkeypa
         with pytest.raises(UserError) as error:
             load_policy(name, device="cpu")
         assert str(error.value).startswith(str(name)) and "\n" not in str(error.value)
+    assert "model.safetensors is damaged or cut short" in str(error.value) and "has none" not in str(error.value)
     with pytest.raises(UserError, match="--dtype: given int8"):
         load_policy(cut, dtype="int8")
 
@@ -204,6 +206,26 @@ def test_pick_device():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="0 GPUs"):
             pick_device("cuda")
+
+
+def test_the_attention_of_cudnn_is_off_wherever_a_gpu_is_chosen(monkeypatch):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    try:
+        for choose in (lambda: pick_device("cuda", 1), lambda: existing_device("cuda:1")):
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            assert choose() == torch.device("cuda:1") and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_an_old_transformers_is_one_line_when_it_is_imported():
+    """Before 5.24 `cache=` is ignored without a word. requirements.txt asks for as much."""
+    code = "import transformers; transformers.__version__ = '5.23.4'; import lib.chat"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    line = "error: transformers 5.23.4 is too old: pip install 'transformers>=5.24'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+    assert "transformers>=5.24\n" in (ROOT / "requirements.txt").read_text()
 
 
 # ---- resuming ----

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.attacks.core import Conversation, Individual
 from lib.attacks.persuasion import TECHNIQUES
 from lib.chat import decode, encode_chat, encode_prompt, eos_token_ids, load_tokenizer
-from lib.policy import load_policy
+from lib.policy import check_tokenizer, load_policy
 from lib.sampler import sample
 from lib.settings import UserError
 from lib.victim import draw_seeds
@@ -158,7 +158,9 @@ def load_attacker(name: str, *, device: str | torch.device, dtype: str, max_new_
         return SandboxAttacker()
 
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_policy(name, device=device, dtype=dtype).requires_grad_(False), load_tokenizer(name)
+        model, tokenizer = load_policy(name, device=device, dtype=dtype).requires_grad_(False), load_tokenizer(name)
+        check_tokenizer(model, tokenizer, [], reasoning=False)
+        return model, tokenizer
 
     return LanguageModelAttacker(load, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens)
 

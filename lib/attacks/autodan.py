@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from lib.attacks.core import Attacker, Attempt, Budget, Cost, Individual, Step, a_try, too_long
 from lib.attacks.suffix import check_target
-from lib.chat import pad_batch
+from lib.policy import token_logprobs
+from lib.training import masked_batch
 from lib.victim import Victim, draw_seeds
 
 ELITE_SHARE, SWAPS = 0.1, 5  # of the population; of words in a paragraph. Both its own paper's
@@ -74,8 +74,8 @@ def autodan(
 
 @torch.no_grad()
 def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Budget, cost: Cost) -> list[float]:
-    """Mean negative log-likelihood of the target behind each text. Texts of different length: padded on the left.
-    Out of memory, half as many at a time. A text that is too long is as bad as the worst; inf if all are."""
+    """Mean negative log-likelihood of the target behind each text. Out of memory, half as many at a time. A text that is too
+    long is as bad as the worst; inf if all are."""
     target_ids = victim.tokenizer.encode(target, add_special_tokens=False)
     encoded = [victim.encode(text) for text in texts]
     short = [victim.fits(ids, len(target_ids)) for ids in encoded]
@@ -83,19 +83,17 @@ def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Bud
     losses: list[float] = []
     size = max(1, budget.max_batch_tokens // max(map(len, rows), default=1))
     while len(losses) < len(rows):
-        ids, mask = pad_batch(rows[len(losses) : len(losses) + size], 0, side="left")  # (n, T)
-        ids, mask = ids.to(victim.model.device), mask.to(victim.model.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        part = rows[len(losses) : len(losses) + size]
+        masks = [[False] * (len(row) - len(target_ids)) + [True] * len(target_ids) for row in part]
+        batch = masked_batch(part, masks, 0, victim.model.device)  # (n, T) each
         try:
-            out = victim.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=len(target_ids) + 1)
-            logits = out.logits[:, :-1].float()  # (n, target, vocab)
-            part = F.cross_entropy(logits.transpose(1, 2), ids[:, -len(target_ids) :], reduction="none").mean(1)
+            found = -token_logprobs(victim.model, *batch).sum(1) / len(target_ids)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-            size = max(1, min(size, len(ids)) // 2)
+            size = max(1, len(part) // 2)
             continue
-        losses += part.tolist()
+        losses += found.tolist()
     cost.queries += len(rows)
     cost.forward_tokens += sum(map(len, rows))
     scored, worst = iter(losses), max(losses, default=math.inf)

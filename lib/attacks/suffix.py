@@ -7,18 +7,19 @@ chat template, prompt | suffix | end of turn, model's turn | target
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from lib.attacks.core import Budget, Cost, attach
+from lib.kv_cache import repeat_row, table_rows
 from lib.settings import UserError
 from lib.victim import Victim
 
+VOCABULARY_PART = 8192  # rows of the table that a gradient looks at at a time: all of them may be a gigabyte
 CPU_TOKENS = 2048  # a batch of candidates that stays in a CPU's caches: a tenth less time on the sandbox's models
 
 
@@ -91,9 +92,7 @@ class Slot:
         self.secret = check_target(behaviour)
         on_cpu = self.model.device.type == "cpu"
         self.batch_tokens = min(budget.max_batch_tokens, CPU_TOKENS) if on_cpu else budget.max_batch_tokens
-        table = self.model.get_input_embeddings().weight
-        assert isinstance(table, Tensor)
-        self.table = table  # (vocab, width)
+        self.vocabulary = table_rows(self.model)
         target_ids = self.tokenizer.encode(target, add_special_tokens=False)
         if not target_ids:
             raise UserError(f"behaviour {self.id}: its target {target!r} has no tokens; write another")
@@ -101,31 +100,21 @@ class Slot:
         self.start = torch.tensor(start)  # (S,) int64
         self.target = torch.tensor(target_ids, device=self.model.device)
         self.tail = torch.tensor(self.rest + target_ids[:-1], device=self.model.device)  # the last is only predicted
-        self.layers = self._read_prefix()
+        self.cache = self._read_prefix()
 
     @torch.no_grad()
-    def _read_prefix(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, (1, kv_heads, prefix, head_dim)."""
+    def _read_prefix(self) -> Cache:
+        """Keys and values of the prefix, of one row."""
         ids = torch.tensor([self.prefix], device=self.model.device)
         cache = DynamicCache()
         self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
         self._count(1, len(self.prefix))
-        layers: list[Any] = cache.layers
-        return [(layer.keys, layer.values) for layer in layers]
+        return cache
 
-    def _logits(self, rows: int, **inputs: Tensor) -> Tensor:
-        """Logits that predict the target, (rows, target, vocab) fp32; no others are computed.
-
-        Each pass gets a cache of its own, made of views: nothing is copied until the model appends to it.
-        """
-        layers: list = []
-        for keys, values in self.layers:
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-            layers.append(layer)
-        cache = Cache(layers=layers)
-        return self.model(cache=cache, logits_to_keep=len(self.target), **inputs).logits.float()
+    def _logits(self, ids: Tensor) -> Tensor:
+        """ids (rows, length), what follows the prefix -> logits that predict the target, (rows, target, vocab) fp32."""
+        cache = repeat_row(self.cache, len(ids))
+        return self.model(input_ids=ids, cache=cache, logits_to_keep=len(self.target)).logits.float()
 
     def _count(self, rows: int, tokens: int) -> None:
         self.cost.queries += rows
@@ -156,24 +145,35 @@ class Slot:
 
     def _losses(self, suffixes: Tensor) -> Tensor:
         ids = torch.cat([suffixes, self.tail.expand(len(suffixes), -1)], dim=1)  # (n, length)
-        logits = self._logits(len(suffixes), input_ids=ids)  # (n, target, vocab)
+        logits = self._logits(ids)  # (n, target, vocab)
         target = self.target.expand(len(suffixes), -1)
         return F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1).cpu()
 
     def gradient(self, suffix: Tensor) -> Tensor:
         """suffix (S,) int64 -> d loss / d one-hot, (S, vocab) fp32, on the CPU (negative: an improvement)."""
-        one_hot = F.one_hot(suffix.to(self.table.device), self.table.shape[0]).to(self.table.dtype)
-        one_hot.requires_grad_()
-        scale = getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)  # Gemma 3 has one
-        embeds = torch.cat([one_hot @ self.table, self.table[self.tail]])[None] * scale  # (1, length, width)
-        loss = F.cross_entropy(self._logits(1, inputs_embeds=embeds)[0], self.target)
-        self._count(1, embeds.shape[1])
-        self.cost.backward_tokens += embeds.shape[1]
-        return torch.autograd.grad(loss, one_hot)[0].float().cpu()
+        ids = torch.cat([suffix.to(self.model.device), self.tail])[None]  # (1, length)
+        module, seen = self.model.get_input_embeddings(), list[Tensor]()
+
+        def keep(_: torch.nn.Module, inputs: tuple, embeds: Tensor) -> Tensor:
+            seen.append(embeds.detach().requires_grad_())
+            return seen[0].clone()  # CTRL scales in place
+
+        # Not by inputs_embeds: some models scale what they look up themselves, in the module (Gemma 3) or behind it (CTRL).
+        hook = module.register_forward_hook(keep)
+        try:
+            loss = F.cross_entropy(self._logits(ids)[0], self.target)
+        finally:
+            hook.remove()
+        self._count(1, ids.shape[1])
+        self.cost.backward_tokens += ids.shape[1]
+        slope = torch.autograd.grad(loss, seen[0])[0][0, : len(suffix)]  # (S, width)
+        with torch.no_grad():  # the embedding is linear in the one-hot vector
+            tokens = torch.arange(self.vocabulary, device=ids.device).split(VOCABULARY_PART)
+            return torch.cat([slope @ module(part).T for part in tokens], dim=1).float().cpu()
 
     def allowed(self) -> Tensor:
         """(vocab,) bool: `allowed_tokens`, without the target's if so wished."""
-        size, banned = self.table.shape[0], []  # the table may exceed the tokenizer's, for padding
+        size, banned = self.vocabulary, []  # the table may exceed the tokenizer's, for padding
         if self.budget.gcg_ban_target:
             banned = self.tokenizer.encode(self.secret, add_special_tokens=False)  # not a reasoning before it
         fine = allowed_tokens(self.tokenizer, banned)[:size]

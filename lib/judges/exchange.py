@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from lib.chat import render
 from lib.files import UserError
 from lib.judges import Score
 from lib.judges.language_model import LanguageModel, encodable, expected_value
@@ -45,9 +46,7 @@ class Exchange:
     def text(self, prompt: str, answer: str) -> str:
         roles = {"user": encodable(prompt), "assistant": encodable(answer)}
         messages: list[Any] = [{"role": role, "content": self.style(content)} for role, content in roles.items()]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.options)
-        assert isinstance(text, str)
-        return text
+        return render(self.tokenizer, messages, **self.options)
 
     def ids(self, prompt: str, answer: str) -> list[int]:
         if not any(token in part for token in self.special for part in (prompt, answer)):

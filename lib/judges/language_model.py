@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch
 from lib.files import UserError
-from lib.hub import load_pretrained
+from lib.hub import load_pretrained, read_tokenizer
+from lib.kv_cache import context_of
 from lib.plan import kv_cache_bytes, shape_of_model
-from lib.policy import dtype_to_infer, load_policy
+from lib.policy import dtype_to_infer, head_logits, hidden_states, load_policy
 from lib.processes import pick_device
 from lib.sampler import sample
 
@@ -43,7 +43,7 @@ class LanguageModel:
         self.device = existing_device(device) if device else None
         self.tokenizer = open_tokenizer(name, chat=chat)
         self.config = load_pretrained(AutoConfig.from_pretrained, name, "model configuration")
-        self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.context = context_of(self.config)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -136,16 +136,15 @@ class LanguageModel:
             while waiting:
                 rows = max(1, BATCH_TOKENS // len(sequences[waiting[0]]))
                 batch, waiting = waiting[:rows], waiting[rows:]
-                ids = pad_batch([sequences[i] for i in batch], 0, side="right")[0].to(self.model.device)
+                ids, mask = pad_batch([sequences[i] for i in batch], 0, side="right")
                 with torch.inference_mode():
-                    hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                yield batch, hidden
+                    yield batch, hidden_states(self.model, ids.to(self.model.device), mask.to(self.model.device))
                 bar.update(len(batch))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., H) -> logits (..., vocab) fp32."""
         with torch.inference_mode():
-            return self.model.get_output_embeddings()(hidden).float()
+            return head_logits(self.model, hidden)
 
 
 def expected_value(probabilities: Sequence[float] | None, values: Sequence[float]) -> float | None:
@@ -163,16 +162,14 @@ def expected_value(probabilities: Sequence[float] | None, values: Sequence[float
 
 def existing_device(name: str) -> torch.device:
     device = torch.device(name)
-    if device.type == "mps":
-        return pick_device("mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--judge: device {name}: {torch.cuda.device_count()} GPUs found; name another, or none")
-    return device
+    return pick_device(device.type, device.index or 0)
 
 
 def open_tokenizer(name: str, *, chat: bool) -> PreTrainedTokenizerBase:
     """A classifier's tokenizer may lack a chat template, which lib.chat insists on. Cuts text at its end."""
-    tokenizer = load_tokenizer(name) if chat else load_pretrained(AutoTokenizer.from_pretrained, name, "tokenizer")
+    tokenizer = load_tokenizer(name) if chat else load_pretrained(read_tokenizer, name, "tokenizer")
     tokenizer.truncation_side = "right"
     return tokenizer
 
