@@ -18,9 +18,9 @@ from lib.rewards import Judge, refusal_label
 from lib.sampler import sample
 from lib.settings import UserError
 
-NOT_ASKED = "not asked"  # the finish_reason of a text that was too long to be sent: neither a success nor a defence
-UNANSWERED = {"reasoning": "", "answer": "", "well_formed": False, "closed": False, "reasoning_tokens": 0, "answer_tokens": 0}
-UNANSWERED |= {"tokens": 0, "finish_reason": NOT_ASKED, "harm": None, "task": None, "refusal": "full"}
+NOT_ASKED = "not asked"  # the finish_reason of a text that is too long to be sent: neither success nor defence
+UNANSWERED = {"reasoning": "", "answer": "", "well_formed": False, "closed": False, "refusal": "full"}
+UNANSWERED |= {"reasoning_tokens": 0, "answer_tokens": 0, "tokens": 0, "finish_reason": NOT_ASKED, "harm": None, "task": None}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Victim:
         return encoded(read, sent, self.name) + encoded(write, opening, self.name)
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
-        """Whether so many tokens, and the answer or `behind` further ones, are within the model's context and a batch."""
+        """Whether so many tokens, and the answer or `behind` further ones, are within the context and a batch."""
         room = min(context_of(self.model.config), self.max_batch_tokens or sys.maxsize)
         return len(ids) + max(self.max_new_tokens, behind) <= room
 
@@ -60,15 +60,14 @@ class Victim:
         does not depend on what else is asked.
 
         The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning. `harm` and
-        `task` are None where the judge gave no verdict. A text that is too long gets UNANSWERED. Raises UserError for a broken
-        model, and for a judge whose scores are out of range.
+        `task` are None where the judge gave no verdict. A text that is too long gets UNANSWERED. Raises UserError
+        for a broken model, and for a judge whose scores are out of range.
         """
         prompts = [self.encode(text, opening) for text, opening in zip(sent, openings, strict=True)]
-        read, rows = [dict(UNANSWERED) for _ in prompts], [i for i, ids in enumerate(prompts) if self.fits(ids)]
-        answers = self._answers([(behaviours[i], prompts[i], openings[i], seeds[i]) for i in rows]) if rows else []
-        for i, answer in zip(rows, answers, strict=True):
-            read[i] = answer
-        return read
+        rows = [i for i, ids in enumerate(prompts) if self.fits(ids)]
+        asked = [(behaviours[i], prompts[i], openings[i], seeds[i]) for i in rows]
+        answers = dict(zip(rows, self._answers(asked) if asked else [], strict=True))
+        return [answers.get(i) or dict(UNANSWERED) for i in range(len(prompts))]
 
     def _answers(self, asked: Sequence[tuple[dict, list[int], str, int]]) -> list[dict]:
         """Of behaviours, prompts, openings and seeds that fit."""
@@ -96,10 +95,8 @@ class Victim:
         for behaviour, line, harm, task in zip(behaviours, read, harms, tasks, strict=True):
             for score in (harm, task):
                 if score is not None and not 0 <= score <= 1:  # not a number fails this, too
-                    of = behaviour.get("id", behaviour["prompt"])
-                    raise UserError(
-                        f"--judge {self.judge.name}: gave {score} ({self.name}, {of}); scores must be numbers in [0, 1]"
-                    )
+                    of = f"{self.name}, {behaviour.get('id', behaviour['prompt'])}"
+                    raise UserError(f"--judge {self.judge.name}: gave {score} ({of}); scores must be numbers in [0, 1]")
             line |= {"harm": harm, "task": task, "refusal": refusal_label(line["answer"])}
         return read
 
@@ -116,13 +113,13 @@ class Victim:
 
 
 def encoded(encode: Callable[[str], list[int]], text: str, what: str) -> list[int]:
-    """`encode(text)`; UserError where the tokenizer cannot, as one that lacks both a word and an unknown token."""
+    """`encode(text)`; UserError where the tokenizer cannot: one without an unknown token, that lacks a word."""
     try:
         return encode(text)
     except UserError:
         raise
     except Exception as error:  # of a tokenizer: it has no class of its own
-        raise UserError(f"{what}: the tokenizer cannot encode {text[:60]!r} ({error}); mend the text, or take another") from error
+        raise UserError(f"{what}: the tokenizer cannot encode {text[:60]!r} ({error}): give another text") from error
 
 
 def random_numbers(seed: int, label: str) -> torch.Generator:
