@@ -223,7 +223,7 @@ def check_texts(subject: Subject, sets: dict[str, list[dict]], behaviours: list[
         encoded(write, settings.forged, "--forged")
     if behaviours and CONTROL in names:  # which comes with every search for a suffix
         init = partial(encoded, read, what="--gcg-init")
-        check_suffixes(tokenizer, init, behaviours, settings.budget())
+        check_suffixes(tokenizer, init, behaviours, settings.budget(), room - new)
 
 
 # ---- attack ------------------------------------------------------------------------------------------------

@@ -190,10 +190,15 @@ def random_suffix(
     return attempts
 
 
-def check_suffixes(tokenizer, encode: Callable[[str], list[int]], behaviours: list[dict], budget: Budget) -> None:
-    """UserError where a suffix cannot be searched for with this tokenizer. Looks at texts alone, so needs no model."""
-    for behaviour in behaviours:
-        around_suffix(tokenizer, encode, behaviour, budget)
+def check_suffixes(tokenizer, encode: Callable[[str], list[int]], behaviours: list[dict], budget: Budget, room: int) -> None:
+    """UserError where no suffix can be searched for: looks at texts alone, so needs no model. `room`: tokens of a
+    prompt that can be sent."""
+    lengths = [sum(map(len, around_suffix(tokenizer, encode, behaviour, budget))) for behaviour in behaviours]
+    if min(lengths) > room:
+        raise UserError(
+            f"--gcg-suffix-tokens: given {budget.gcg_suffix_tokens}; with it the shortest request to attack has "
+            f"{min(lengths)} tokens, {tokenizer.name_or_path} can be sent {room} beside its answer: lower it"
+        )
     allowed = torch.tensor(allowed_tokens(tokenizer))
     draw_suffix(tokenizer, behaviours[0], allowed, budget, torch.Generator().manual_seed(0))
 
