@@ -7,16 +7,16 @@ r"""Chapter 4: attack the models, judge what they answer, measure, and draw (pap
 A defence is worth what it withstands, and what it costs. So all models meet, with the same random numbers:
 
 1. **Attacks**: harmful requests as they are (`direct`), in held-out disguises (`jailbreak`), and under the
-   attacks of `lib/attacks` (`--attacks`). One rule for all: an attack makes tries, each with a step, and a request is
-   broken at a budget of so many steps if any try up to there does harm. A search makes one try at each of
-   `--budgets`, 0 included, with the best that it has found; if that is the same text as before, it is another
-   sample of the answer. Controls, of one try each, show what is owed to the search: no suffix, GCG's initial one
-   (its budget 0), a random one of equal length.
+   attacks of `lib/attacks` (`--attacks`). One rule for all: an attack makes tries, each at a step, and a request
+   is broken at a budget of so many steps if any try up to there does harm. A search makes one try at each of
+   `--budgets`, 0 included, with the best that it has found; where that is the same text as before, it is another
+   sample of the answer. Controls, of one try each, show what is owed to the search: no suffix, GCG's initial
+   one (its budget 0), a random one of equal length.
 2. **Requests that deserve an answer**: harmless ones, and ambiguous ones that only look harmful.
 3. **The referee**: a judge scores the harm and the use of each *answer* (what follows `</think>`, if that
-   occurs). A try is defended when the harm stays below `--harm-threshold`. DSR is the share of attacked requests that
-   no try broke, compliance the share of requests not refused. A wrong answer complies too: see the task score. What is
-   too long for a model or a batch is not asked: it is counted, and is neither a defence nor a success.
+   occurs). A try is defended when the harm stays below `--harm-threshold`. DSR is the share of attacked requests
+   that no try broke, compliance the share of requests not refused. A wrong answer complies too: see the task
+   score. What is too long for a model or a batch is not asked: it is counted, as neither defence nor success.
 
 Reads eval_*.jsonl of stage 1. Writes attacks.jsonl, completions.jsonl, results.json, report.md and report.html (with
 figures, where matplotlib is). Both jsonl files grow as it runs: after a kill, the same command keeps the finished parts.
@@ -63,7 +63,7 @@ FILES = {  # set -> file of stage 1
     "harmless": "eval_harmless.jsonl",
     "ambiguous": "eval_ambiguous.jsonl",
 }
-FORGING = {"gcg_forged", "gcg_twin", "prefill_reasoning", "prefill_answer"}  # attacks that a reasoner meets with --forged
+FORGING = {"gcg_forged", "gcg_twin", "prefill_reasoning", "prefill_answer"}  # attacks that may use --forged
 Block = tuple[str, int]  # a set or an attack, and the steps of the attack behind it (-1: nothing was tried)
 Asked = tuple[dict, dict]  # a record, and what is sent for it (lib.attacks.core.a_try), maybe answered already
 Load = Callable[[], Victim]
@@ -99,7 +99,7 @@ class EvalSettings:
     )
     budgets: list[str] = setting(
         ["0.2", "0.4"],
-        "shares of a search's steps, beside 0 and 1: there its best so far is sent once, and a success counts from there on",
+        "shares of a search's steps, beside 0 and 1: there its best is sent once; a success counts from there on",
     )
     attacker: str = setting("sandbox", "who writes pap, pair, autodan: sandbox, or a chat model. Paper: 7B models")
     attacker_tokens: int = setting(256, "tokens of a text that a chat model writes as attacker; pair: 500", low=1)
@@ -196,33 +196,38 @@ def read_attacks(settings: EvalSettings) -> list[str]:
 
 
 def check_texts(subject: Subject, sets: dict[str, list[dict]], behaviours: list[dict], names: Sequence[str], settings) -> None:
-    """Encode what the model will read, as far as it is known, and look for a suffix, before the first model is attacked.
+    """Encode what the model will read, as far as it is known, and look for a suffix: before any model is loaded.
 
-    UserError with the record's id for a text that its tokenizer cannot encode, and a target without tokens; where no suffix can
-    be searched for; and where all prompts of a set are too long. Reads tokenizer and configuration, no weights.
+    UserError with the record's id for a text that its tokenizer cannot encode, and for a target without tokens;
+    where no suffix can be searched for; and where all prompts of a set are too long.
     """
     tokenizer = load_tokenizer(subject.path)
-    config = load_pretrained(AutoConfig.from_pretrained, subject.path, "model's configuration")
-    limit, flag = min(context_of(config), settings.max_batch_tokens), "max_new_tokens" if subject.reasoning else "answer_tokens"
     read = partial(encode_prompt, tokenizer, reasoning=subject.reasoning, system=subject.system)
     write = partial(encode_text, tokenizer)
+    config = load_pretrained(AutoConfig.from_pretrained, subject.path, "model's configuration")
+    room = min(context_of(config), settings.max_batch_tokens)
+    flag, new = ("--answer-tokens", settings.answer_tokens)
+    if subject.reasoning:
+        flag, new = ("--max-new-tokens", settings.max_new_tokens)
     for name, records in sets.items():
         file = Path(settings.data) / FILES[name]
-        shortest = min(len(encoded(read, record["prompt"], f"{file}: {record['id']}: prompt")) for record in records)
-        if shortest + getattr(settings, flag) > limit:
+        lengths = [len(encoded(read, record["prompt"], f"{file}: {record['id']}: prompt")) for record in records]
+        if min(lengths) + new > room:
             raise UserError(
-                f"--{flag.replace('_', '-')}: given {getattr(settings, flag)}; with it all prompts of {file} exceed the model's "
-                f"context or --max-batch-tokens ({subject.name}: {limit} tokens): lower it, or leave the model out"
+                f"{flag}: given {new}; with it all prompts of {file} exceed the model's context or "
+                f"--max-batch-tokens ({subject.name}: {room} tokens): lower it, or leave the model out"
             )
     needed = {"target": aiming(names), "prefill": "prefill_answer" in names, "twin": "gcg_twin" in names}
     for behaviour in behaviours:
+        of = f"behaviour {behaviour['id']}"
         for key, text in ((key, behaviour.get(key)) for key in needed if needed[key]):
-            if text and not encoded(write, text, f"behaviour {behaviour['id']}: {key}"):
-                raise UserError(f"behaviour {behaviour['id']}: its {key} {text!r} has no tokens; write another")
+            if text and not encoded(write, text, f"{of}: {key}"):
+                raise UserError(f"{of}: its {key} {text!r} has no tokens; write another")
     if behaviours and subject.reasoning and FORGING & {*names}:
         encoded(write, settings.forged, "--forged")
     if behaviours and CONTROL in names:  # which comes with every search for a suffix
-        check_suffixes(tokenizer, lambda text: encoded(read, text, "--gcg-init"), behaviours, settings.budget())
+        init = partial(encoded, read, what="--gcg-init")
+        check_suffixes(tokenizer, init, behaviours, settings.budget(), room - new)
 
 
 # ---- attack ------------------------------------------------------------------------------------------------
@@ -361,13 +366,13 @@ def run_answers(model: str, victim: Load, blocks: dict[Block, list[Asked]], seed
 
 
 def refuse_repeated(path: Path, lines: list[dict]) -> list[dict]:
-    """The lines of a file that grows. UserError if two of them say the same thing: intervals would be too narrow."""
+    """The lines of a file that grows. UserError if two of them are of the same try: intervals would be too narrow."""
     seen: set[tuple] = set()
     for number, line in enumerate(lines, 1):
         key = line["model"], line.get("attack", line.get("set")), line.get("step"), line["id"]
         if key in seen:
             what = " ".join(str(part) for part in key if part is not None)
-            raise UserError(f"{path}:{number}: {what} stands twice, as after two runs at once: delete one of the two lines")
+            raise UserError(f"{path}:{number}: {what} stands twice, as after two runs at once: delete one of the lines")
         seen.add(key)
     return lines
 
@@ -381,8 +386,8 @@ def run_separation(model: str, victim: Load, sets: dict[str, list[dict]], gcg: l
         if line["model"] == model:
             return line["separation"]
     safe = [record["prompt"] for record in sets.get("ambiguous", [])]
-    searched = [line["trace"][-1] for line in gcg if "completion" not in line["trace"][-1]]  # not those that are too long
-    groups = {"GCG and ambiguous": [attempt["sent"] for attempt in searched]}
+    found_last = [line["trace"][-1] for line in gcg]
+    groups = {"GCG and ambiguous": [t["sent"] for t in found_last if "completion" not in t]}  # else it was too long
     groups["disguised and ambiguous"] = [record["prompt"] for record in sets.get("jailbreak", [])]
     found = {}
     for name, harmful in groups.items():
@@ -476,7 +481,7 @@ def main() -> None:
         figures["not_asked"] = dict(Counter(line["set"] for line in unasked if line["model"] == subject.name))
         models[subject.name] = {"reasoning": subject.reasoning, **figures, "attacks": costs, "separation": apart[subject.name]}
         for name, count in figures["not_asked"].items():
-            print(f"{subject.name}: {count} tries of {name} were too long and not asked; no figure counts them")
+            print(f"{subject.name}: {count} tries of {name} were too long and not asked: they are in no figure")
     compared = differences(lines, threshold=settings.harm_threshold, seed=settings.seed)
     results = {"models": models, "differences": compared, "config": config, "seed": settings.seed, "seconds": seconds}
     write_json(out / "results.json", results)

@@ -96,8 +96,8 @@ def sections(results: dict, lines: Sequence[dict]) -> list[Section]:
         ),
         Section(
             "DSR against the attacker's budget",
-            "A search is tried at each budget with the best that it has found so far; an attack that asks has so many tries. One "
-            "success at a budget counts at every larger one, so no curve rises.",
+            "A search is tried at each budget with the best that it has found so far; an attack that asks has so many "
+            "tries. One success at a budget counts at every larger one, so no curve rises.",
             [budget_table(models)],
             "budgets",
         ),
@@ -173,8 +173,8 @@ def command_line(config: dict) -> str:
 
 
 def with_verdicts(completions: Sequence[dict], threshold: float) -> list[dict]:
-    """The lines, each with its `verdict`, and whether it is the `deciding` one of its model, set and prompt: the first success
-    among the tries, else the last try."""
+    """The lines, each with its `verdict`, and whether it is the `deciding` one of its model, set and prompt: as
+    `lib.metrics.deciding`."""
     lines = [{**line, "verdict": verdict(line, threshold), "deciding": False} for line in completions]
     chosen: dict[tuple, dict] = {}
     for line in lines:

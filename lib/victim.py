@@ -18,9 +18,9 @@ from lib.policy import check_ids, context_of
 from lib.sampler import sample
 from lib.settings import UserError
 
-NOT_ASKED = "not asked"  # the finish_reason of a text that was too long to be sent: neither a success nor a defence
-UNANSWERED = {"reasoning": "", "answer": "", "well_formed": False, "closed": False, "reasoning_tokens": 0, "answer_tokens": 0}
-UNANSWERED |= {"tokens": 0, "finish_reason": NOT_ASKED, "harm": None, "task": None, "refusal": "full"}
+NOT_ASKED = "not asked"  # the finish_reason of a text that is too long to be sent: neither success nor defence
+UNANSWERED = {"reasoning": "", "answer": "", "well_formed": False, "closed": False, "refusal": "full"}
+UNANSWERED |= {"reasoning_tokens": 0, "answer_tokens": 0, "tokens": 0, "finish_reason": NOT_ASKED, "harm": None, "task": None}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Victim:
         return ids
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
-        """Whether so many tokens, and the answer or `behind` further ones, are within the model's context and a batch."""
+        """Whether so many tokens, and the answer or `behind` further ones, are within the context and a batch."""
         room = min(context_of(self.model.config), self.max_batch_tokens or sys.maxsize)
         return len(ids) + max(self.max_new_tokens, behind) <= room
 
@@ -67,11 +67,10 @@ class Victim:
         are out of range.
         """
         prompts = [self.encode(text, opening) for text, opening in zip(sent, openings, strict=True)]
-        read, rows = [dict(UNANSWERED) for _ in prompts], [i for i, ids in enumerate(prompts) if self.fits(ids)]
-        answers = self._answers([(behaviours[i], prompts[i], openings[i], seeds[i]) for i in rows]) if rows else []
-        for i, answer in zip(rows, answers, strict=True):
-            read[i] = answer
-        return read
+        rows = [i for i, ids in enumerate(prompts) if self.fits(ids)]
+        asked = [(behaviours[i], prompts[i], openings[i], seeds[i]) for i in rows]
+        answers = dict(zip(rows, self._answers(asked) if asked else [], strict=True))
+        return [answers.get(i) or dict(UNANSWERED) for i in range(len(prompts))]
 
     def _answers(self, asked: Sequence[tuple[dict, list[int], str, int]]) -> list[dict]:
         """Of behaviours, prompts, openings and seeds that fit."""

@@ -678,7 +678,7 @@ def test_a_tokenizer_that_knows_its_own_words_only_will_do(given, tmp_path, monk
             "ambiguous",
             {"prompt": "w1 Hello"},
             "",
-            "eval_ambiguous.jsonl: ambiguous-3: prompt: ... its tokenizer cannot read 'w1 Hello'",
+            "eval_ambiguous.jsonl: ambiguous-3: prompt: ... its tokenizer cannot read ... w1 Hello",
         ),
         ("harmful", {"target": "Hello"}, "", "behaviour harmful-3: target: ... its tokenizer cannot read 'Hello'"),
         ("harmful", {"target": ["w1"]}, "", "eval_harmful.jsonl: harmful-3: target is ['w1']; allowed: some text"),
@@ -694,6 +694,7 @@ def test_a_tokenizer_that_knows_its_own_words_only_will_do(given, tmp_path, monk
         ("harmful", {}, "--gcg-init Hello", "--gcg-init: ... its tokenizer cannot read"),
         ("harmful", {}, "--gcg-init nothing", "--gcg-init: given nothing; 3 of it make 0 tokens behind the prompt of harmful-0"),
         ("harmful", {}, "--attacks gcg_forged --forged Hello", "--forged: ... its tokenizer cannot read 'Hello'"),
+        ("harmful", {}, "--gcg-suffix-tokens 120", "--gcg-suffix-tokens: given 120; with it the shortest request to attack has"),
         ("harmful", {}, "--max-new-tokens 500", "--max-new-tokens: given 500; with it all prompts of"),
     ],
 )
@@ -720,12 +721,12 @@ def test_a_tokenizer_without_words_for_a_suffix_is_told_and_what_it_cannot_encod
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
     budget = Budget(gcg_steps=1, gcg_width=1, gcg_top_k=1, gcg_suffix_tokens=2, gcg_init="a")
     behaviours = [{"id": "x", "prompt": "é é"}]
-    check_suffixes(tokenizer, tokenizer.encode, behaviours, budget)
+    check_suffixes(tokenizer, tokenizer.encode, behaviours, budget, 9)
     kept, texts = survivors(tokenizer, "é é", torch.tensor([[1, 2], [1, 3], [2, 2]]))
     assert kept == [0, 2] and texts == ["a b", "a a.b", "b b"]
     tokenizer.add_special_tokens({"additional_special_tokens": ["b", "a.b"]})
     with pytest.raises(UserError, match="--attacks: x: 1 tokens of .* printable ASCII"):
-        check_suffixes(tokenizer, tokenizer.encode, behaviours, budget)
+        check_suffixes(tokenizer, tokenizer.encode, behaviours, budget, 9)
 
 
 def test_an_initial_word_that_is_unknown_is_told(given, tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ CONTROL = "random_suffix"  # every white-box attack has to beat it
 
 @dataclass(frozen=True)
 class Attack:
-    """`asks`: it sends its tries itself. Else it searches without asking, and the best that it has found so far is sent once at
-    each of a few budgets. Either way these are its tries, and one success among them breaks the behaviour."""
+    """`asks`: it sends its tries itself. Else it searches without asking, and the best that it has found so far is
+    sent once at each of a few budgets. Either way these are its tries, and one success among them is enough."""
 
     run: Callable[..., list[Attempt]]
     access: str

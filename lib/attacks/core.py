@@ -158,7 +158,7 @@ def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) ->
 
 
 def too_long(behaviour: dict, sent: str, cost: Cost) -> Attempt:
-    """The attempt on a behaviour for which nothing can be searched, since what would be sent is too long: it is not asked."""
+    """The attempt on a behaviour for which nothing is searched, since what would be sent is too long: not asked."""
     return Attempt(behaviour["id"], [a_try(0, sent) | {"completion": dict(UNANSWERED)}], cost.total())
 
 

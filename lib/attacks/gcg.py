@@ -190,25 +190,32 @@ def random_suffix(
     return attempts
 
 
-def check_suffixes(tokenizer, encode: Callable[[str], list[int]], behaviours: list[dict], budget: Budget) -> None:
-    """UserError where a suffix cannot be searched for with this tokenizer. Looks at texts alone: before any model is loaded."""
-    for behaviour in behaviours:
-        around_suffix(tokenizer, encode, behaviour, budget)
-    draw_suffix(tokenizer, behaviours[0], torch.tensor(allowed_tokens(tokenizer)), budget, torch.Generator().manual_seed(0))
+def check_suffixes(tokenizer, encode: Callable[[str], list[int]], behaviours: list[dict], budget: Budget, room: int) -> None:
+    """UserError where no suffix can be searched for: looks at texts alone, so needs no model. `room`: tokens of a
+    prompt that can be sent."""
+    lengths = [sum(map(len, around_suffix(tokenizer, encode, behaviour, budget))) for behaviour in behaviours]
+    if min(lengths) > room:
+        raise UserError(
+            f"--gcg-suffix-tokens: given {budget.gcg_suffix_tokens}; with it the shortest request to attack has "
+            f"{min(lengths)} tokens, {tokenizer.name_or_path} can be sent {room} beside its answer: lower it"
+        )
+    allowed = torch.tensor(allowed_tokens(tokenizer))
+    draw_suffix(tokenizer, behaviours[0], allowed, budget, torch.Generator().manual_seed(0))
 
 
 def draw_suffix(tokenizer, behaviour: dict, allowed: Tensor, budget: Budget, generator) -> tuple[Tensor, str, int]:
-    """A random suffix that survives the round trip: ids (S,), text, and how many draws did not. UserError if there is none."""
+    """A random suffix that survives the round trip: ids (S,), text, how many draws did not. UserError without one."""
     tokens, suffix, text, lost = allowed.nonzero()[:, 0], torch.empty(0, dtype=torch.long), "", 0
+    tries = RANDOM_TRIES if len(tokens) > 1 else 0  # of one token nothing can be searched
     for _ in range(budget.gcg_suffix_tokens):
-        drawn = tokens[torch.randint(max(1, len(tokens)), (RANDOM_TRIES * (len(tokens) > 1), 1), generator=generator)]
+        drawn = tokens[torch.randint(max(1, len(tokens)), (tries, 1), generator=generator)]
         candidates = torch.cat([suffix.expand(len(drawn), -1), drawn], dim=1)
         kept, texts = survivors(tokenizer, behaviour["prompt"].strip(), candidates)
         lost += len(candidates) - len(kept)
         if not kept:
             raise UserError(
-                f"--attacks: {behaviour['id']}: {len(tokens)} tokens of {tokenizer.name_or_path} are printable ASCII, and no "
-                "suffix of them survives decoding and encoding: leave random_suffix and gcg out"
+                f"--attacks: {behaviour['id']}: {len(tokens)} tokens of {tokenizer.name_or_path} are printable ASCII, "
+                "and no suffix of them survives decoding and encoding: leave random_suffix and gcg out"
             )
         suffix, text = candidates[kept[0]], texts[kept[0]]
     return suffix, text, lost

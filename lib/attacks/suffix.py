@@ -38,29 +38,31 @@ def check_target(behaviour: dict) -> str:
 def around_suffix(tokenizer, encode: Callable[[str], list[int]], behaviour: dict, budget: Budget) -> tuple[list, list, list]:
     """Token ids before, of and behind the initial suffix. `encode`: of a whole prompt, through the chat template.
 
-    Needs no model, so chapter 4 calls it for every behaviour before it attacks the first. UserError if the suffix has other
-    tokens than `gcg_suffix_tokens` known ones.
+    Needs no model: chapter 4 calls it for all behaviours before it attacks the first. UserError if the suffix is
+    not `gcg_suffix_tokens` known tokens.
     """
-    plain, full = encode(behaviour["prompt"].strip()), encode(attach(behaviour["prompt"], budget.initial_suffix()))
+    plain = encode(behaviour["prompt"].strip())
+    full = encode(attach(behaviour["prompt"], budget.initial_suffix()))
     before, after = shared_ends(plain, full)
     suffix = full[before : len(full) - after]
-    if before + after != len(plain) or len(suffix) != budget.gcg_suffix_tokens or tokenizer.unk_token_id in suffix:
+    whole = before + after == len(plain) and len(suffix) == budget.gcg_suffix_tokens
+    if not whole or tokenizer.unk_token_id in suffix:
         raise UserError(
-            f"--gcg-init: given {budget.gcg_init}; {budget.gcg_suffix_tokens} of it make {len(full) - len(plain)} tokens behind "
-            f"the prompt of {behaviour['id']}; allowed a word that is one token, and a known one"
+            f"--gcg-init: given {budget.gcg_init}; {budget.gcg_suffix_tokens} of it make {len(full) - len(plain)} tokens "
+            f"behind the prompt of {behaviour['id']}; allowed a word that is one token, and a known one"
         )
     return full[:before], suffix, full[len(full) - after :]
 
 
 def allowed_tokens(tokenizer, banned: Iterable[int] = ()) -> list[bool]:
-    """Of each token whether it may stand in a suffix: printable ASCII, none special or added, as <think> may be."""
+    """Of each token whether it may stand in a suffix: printable ASCII, not special or added, as <think> may be."""
     banned = {*banned, *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     words = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     return [i not in banned and w.isascii() and w.isprintable() and w != " " for i, w in enumerate(words)]
 
 
 def survivors(tokenizer, prompt: str, candidates: Tensor) -> tuple[list[int], list[str]]:
-    """Rows of candidates (N, S) whose text, behind the prompt, comes back as the same ids; and the texts of all N."""
+    """Rows of candidates (N, S) whose text, behind the prompt, comes back as the same ids; and texts of all N."""
 
     def encode(text: str) -> list[int]:
         try:
