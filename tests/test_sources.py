@@ -594,6 +594,8 @@ class Reasoner:
 
     def __init__(self, *args, **settings) -> None: ...
 
+    def check(self, records) -> None: ...
+
     def write(self, prompts, seeds):
         return [(f"thought of {seed % 97}", "answer") for seed in seeds]
 
