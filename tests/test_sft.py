@@ -115,6 +115,16 @@ def test_examples_split_by_prompt_and_mask_all_but_the_prompt(data):
     assert prompts(again) == prompts(train) != prompts(other)
 
 
+def test_no_prompt_is_learned_and_held_out_in_another_dress(tmp_path):
+    """The split went by the text to the letter, and the early stop by a loss on prompts that were learned."""
+    rows = [{"prompt": p, "reasoning": "so .", "answer": f"{i}"} for i in range(20) for p in (f"how {i} ?", f"How  {i}?")]
+    write_jsonl(tmp_path / "sft.jsonl", [{"id": f"{i}", **row} for i, row in enumerate(rows)])
+    settings = stage.Settings(data=str(tmp_path), held_out_share=0.5)
+    train, held_out = stage.load_examples(settings, tokenizer := load_tokenizer(world.BASE), 512)
+    answers = [{tokenizer.decode(e.ids[e.mask.index(True) :]).split()[-2] for e in part} for part in (train, held_out)]
+    assert len(train) == len(held_out) == 20 and not answers[0] & answers[1]
+
+
 def test_without_reasoning_the_answers_alone_are_learned(data):
     tokenizer = load_tokenizer(world.BASE)
     settings = stage.Settings(data=str(data), reasoning=False, held_out_share=0.0)
