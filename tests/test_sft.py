@@ -117,12 +117,13 @@ def test_examples_split_by_prompt_and_mask_all_but_the_prompt(data):
 
 def test_no_prompt_is_learned_and_held_out_in_another_dress(tmp_path):
     """The split went by the text to the letter, and the early stop by a loss on prompts that were learned."""
-    rows = [{"prompt": p, "reasoning": "so .", "answer": f"{i}"} for i in range(20) for p in (f"how {i} ?", f"How  {i}?")]
+    tokenizer = load_tokenizer(world.BASE)
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())[:20]
+    rows = [{"prompt": p, "reasoning": "so .", "answer": w} for w in words for p in (f"how {w} ?", f"How  {w}\u200b?")]
     write_jsonl(tmp_path / "sft.jsonl", [{"id": f"{i}", **row} for i, row in enumerate(rows)])
-    settings = stage.Settings(data=str(tmp_path), held_out_share=0.5)
-    train, held_out = stage.load_examples(settings, tokenizer := load_tokenizer(world.BASE), 512)
-    answers = [{tokenizer.decode(e.ids[e.mask.index(True) :]).split()[-2] for e in part} for part in (train, held_out)]
-    assert len(train) == len(held_out) == 20 and not answers[0] & answers[1]
+    train, held_out = stage.load_examples(stage.Settings(data=str(tmp_path), held_out_share=0.5), tokenizer, 512)
+    answers = [{e.ids[-2] for e in part} for part in (train, held_out)]  # before the end of the turn
+    assert [len(part) for part in (train, held_out, *answers)] == [20, 20, 10, 10] and not answers[0] & answers[1]
 
 
 def test_without_reasoning_the_answers_alone_are_learned(data):
