@@ -116,15 +116,9 @@ def read_questions(path: Path, question: str, answer: str, limit: int) -> list[Q
     rows = read_table(path)[: limit or None]
     for place, row in enumerate(rows, start=1):
         for flag, column in (("--question-column", question), ("--answer-column", answer)):
-            if not cell(row, column):
+            if not first_text(row, column):
                 raise UserError(f"{flag}: given {column}, which is empty in row {place} of {path}; its columns: {', '.join(row)}")
-    return [Question(str(i), cell(row, question), cell(row, answer)) for i, row in enumerate(rows)]
-
-
-def cell(row: dict, columns: str) -> str:
-    """Text as lib.tables.first_text has it; also a number that is not whole."""
-    value = row.get(columns)
-    return str(value) if isinstance(value, float) else first_text(row, columns)
+    return [Question(str(i), first_text(row, question), first_text(row, answer)) for i, row in enumerate(rows)]
 
 
 def ask(name: str, folder: str, reasoning: bool, questions: Sequence[Question], given: Any, path: Path) -> list[dict]:

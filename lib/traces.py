@@ -48,6 +48,20 @@ class TraceWriter:
         answers = self._sample(openings, [seed + 1 for seed in seeds])
         return list(zip(reasonings, answers, strict=True))
 
+    def check(self, records: Sequence[dict]) -> None:
+        """UserError, by its id, for the first record whose prompt leaves no room for the longest reasoning and answer."""
+        longest, limit = self.sampling["max_new_tokens"], self.sampling["max_batch_tokens"]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or limit
+        for record in records:
+            question = encode_prompt(self.tokenizer, REFLECT.format(record["prompt"]), reasoning=False)
+            opening = encode_example(self.tokenizer, record["prompt"], "", "")[0]
+            if (tokens := max(len(question), len(opening) + longest) + longest) > min(context, limit):
+                raise UserError(
+                    f"--trace-model: {record['id']}: its prompt with a reasoning and an answer takes up to {tokens} tokens; the "
+                    f"context of {self.name} is {context}, --trace-max-batch-tokens {limit}: lower --trace-max-new-tokens or "
+                    "--max-chars"
+                )
+
     def _sample(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[str]:
         eos = eos_token_ids(self.model, self.tokenizer)
         try:
@@ -65,6 +79,7 @@ def write_all(writer: TraceWriter, records: list[dict], count: int, seed: int, p
     """`count` traces for each record's prompt. What is finished stays in `progress`, for a resumed run."""
     traces = {line["id"]: line["traces"] for line in resume_log(progress)}
     missing = [record for record in records if record["id"] not in traces]
+    writer.check(missing)  # before the first one is asked
     with tqdm(total=len(records), initial=len(traces), desc="traces", unit="prompt") as bar:
         for start in range(0, len(missing), PROMPTS_AT_ONCE):
             block = missing[start : start + PROMPTS_AT_ONCE]

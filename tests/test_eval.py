@@ -516,6 +516,17 @@ def test_a_judge_out_of_range_stops(score):
         victim.ask([{"id": "request-1", "prompt": "w1"}], ["w1"], [""], [0])
 
 
+def test_a_judge_that_asks_is_told_what_a_behaviour_is_about():
+    told, tokenizer = [], make_tokenizer()
+    judge = Judge("j", lambda *asked: told.append(asked) or [0.0] * len(asked[0]), lambda prompts, answers: [0.5] * len(prompts))
+    victim = Victim("v", make_model(tokenizer), tokenizer, True, judge, max_new_tokens=2, temperature=1.0)
+    about, plain = {"id": "a", "prompt": "w1 w2", "context": "w1"}, {"id": "b", "prompt": "w3"}
+    victim.ask([about, plain], ["w4", "w5"], ["", ""], [0, 1])
+    victim.ask([plain], ["w5"], [""], [1])
+    assert [asked[0] for asked in told] == [["w1 w2", "w3"], ["w3"]]
+    assert [asked[2:] for asked in told] == [(["w1", ""],), ()], "a judge of two arguments is asked as before"
+
+
 def test_without_any_target_the_first_behaviour_is_named(given, tmp_path, monkeypatch):
     other = tmp_path / "given"
     shutil.copytree(given, other)

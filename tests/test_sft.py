@@ -129,6 +129,17 @@ def test_traces_that_are_too_long_are_left_out_counted_and_said(data, tmp_path, 
     assert line.endswith("left out")
 
 
+def test_no_prompt_is_learned_and_held_out_in_another_dress(tmp_path):
+    """The split went by the text to the letter, and the early stop by a loss on prompts that were learned."""
+    tokenizer = load_tokenizer(world.BASE)
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())[:20]
+    rows = [{"prompt": p, "reasoning": "so .", "answer": w} for w in words for p in (f"how {w} ?", f"How  {w}\u200b?")]
+    write_jsonl(tmp_path / "sft.jsonl", [{"id": f"{i}", **row} for i, row in enumerate(rows)])
+    train, held_out = stage.load_examples(stage.Settings(data=str(tmp_path), held_out_share=0.5), tokenizer, 512)
+    answers = [{e.ids[-2] for e in part} for part in (train, held_out)]  # before the end of the turn
+    assert [len(part) for part in (train, held_out, *answers)] == [20, 20, 10, 10] and not answers[0] & answers[1]
+
+
 def test_without_reasoning_the_answers_alone_are_learned(data):
     tokenizer = load_tokenizer(world.BASE)
     settings = stage.Settings(data=str(data), reasoning=False, held_out_share=0.0)

@@ -283,9 +283,10 @@ def test_a_record_keeps_the_fields_of_its_own(tmp_path, ending):
     assert all(record[key] == OWN[key] for key in kept) and record["source"] == path.name
     assert (record["target"], other["target"]) == ("so", "from --targets")
     assert record["prompt"] == "A text.\n\n---\n\nhow to zog?" and record["context"] == "A text."
-    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "id": "me", "twin": 7}])
-    with pytest.raises(UserError, match="record me: twin is 7; allowed: some text"):
-        read_prompts(f"harmful={bad}", stage.Settings(), {})
+    for key, value in (("twin", 7), ("prefill", ["x"]), ("hops", {"a": 1})):
+        bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "id": "me", key: value}])
+        with pytest.raises(UserError, match=f"record me: {key} is .*; allowed: (some text|a number)"):
+            read_prompts(f"harmful={bad}", stage.Settings(), {})
 
 
 def test_the_fields_of_its_own_reach_rl_and_evaluation(tmp_path, monkeypatch):
@@ -593,6 +594,8 @@ class Reasoner:
     """Stands for --trace-model's model."""
 
     def __init__(self, *args, **settings) -> None: ...
+
+    def check(self, records) -> None: ...
 
     def write(self, prompts, seeds):
         return [(f"thought of {seed % 97}", "answer") for seed in seeds]

@@ -44,6 +44,10 @@ def test_a_killed_run_goes_on_to_the_same_traces(writer, tmp_path):
 def test_a_prompt_too_long_for_the_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match="--trace-model.*context"):
         write_all(make_writer(100_000), RECORDS[:1], 1, 0, tmp_path / "progress.jsonl")
+    odd = {"id": "odd one", "prompt": "cake " * 470, "kind": "harmful"}
+    with pytest.raises(UserError, match="--trace-model: odd one: its prompt .* context of .* is 512"):
+        write_all(make_writer(16), [*RECORDS, odd], 1, 0, tmp_path / "progress.jsonl")
+    assert not (tmp_path / "progress.jsonl").exists(), "before the first one is asked"
 
 
 @pytest.mark.parametrize(

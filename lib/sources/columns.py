@@ -109,13 +109,12 @@ def own_fields(row: dict, given: Given, columns: Columns, where: str) -> dict:
     kept = {key: value for key, value in row.items() if key not in known} if everything else {}
     for key in OPTIONAL:
         kept.pop(key, None)
-        if first_text(row, key):
-            kept[key] = row[key]
-    for key in ("prefill", "twin"):
-        if not isinstance(kept.get(key, ""), str):
-            raise UserError(f"{where}: {key} is {kept[key]!r}; allowed: some text")
-    if str(kept.get("hops", "")).isdecimal():
-        kept["hops"] = int(kept["hops"])  # a csv knows no numbers
+        value = row.get(key)
+        if value in (None, "") or value != value:  # a table has a cell for each row, maybe one that is no number
+            continue
+        if not isinstance(value, str | int | float) or (key != "hops" and not isinstance(value, str)):
+            raise UserError(f"{where}: {key} is {value!r}; allowed: {'a number' if key == 'hops' else 'some text'}")
+        kept[key] = int(value) if key == "hops" and str(value).isdecimal() else value  # a csv knows no numbers
     return kept
 
 
