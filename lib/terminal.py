@@ -26,6 +26,7 @@ from lib.files import UserError
 from lib.flags import Flags, number
 from lib.policy import load_policy
 from lib.run_folder import stated_reasoning
+from lib.settings import LAST_SEED
 from lib.stream import Part, encode_chat, parts, stream, texts
 from lib.visible import UNSEEN
 
@@ -134,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("run", help="a run of stage 2 or 3, or any chat model: a folder or a hub name")
     flags.add_argument("prompt", nargs="*", help="ask this alone; none, and no terminal: what stdin says")
     flags.add_argument("--system", default="", help="system prompt (default: what the chat template has)")
-    flags.add_argument("--temperature", type=number(float, 0), default=0.6, help="0: greedy (default: 0.6, as evaluated)")
+    flags.add_argument("--temperature", type=number(float, 0, 10), default=0.6, help="0: greedy (default: 0.6, as evaluated)")
     flags.add_argument("--max-new-tokens", type=number(int, 1), default=2048, help="tokens of an answer (default: 2048)")
     boolean = argparse.BooleanOptionalAction
     flags.add_argument("--reasoning", action=boolean, help="open its turn with <think> (default: what the run says)")
-    flags.add_argument("--seed", type=number(int, 0), default=0, help="of sampling (default: 0)")
+    flags.add_argument("--seed", type=number(int, 0, LAST_SEED), default=0, help="of sampling (default: 0)")
     flags.add_device("auto")
     given = flags.parse_intermixed_args(argv)
     prompt = " ".join(given.prompt).strip()
