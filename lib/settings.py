@@ -273,25 +273,22 @@ def _exit(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def _ignore_interrupts() -> None:
-    """A second Ctrl-C must not break off what the first one ends."""
-    while True:
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            return
-        except KeyboardInterrupt:  # it came in this very moment
-            continue
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    """Ctrl-C, the first one: a second must not break off what this one ends."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a stage. What a user can mend ends in one line on stderr; a bug still shows its traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a run in the background ignores Ctrl-C
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         with at_end:
             main()
     except UserError as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
-        _ignore_interrupts()
         _exit("stopped; finished work is kept, run the same command again to resume", 130)
     except RuntimeError as error:
         # torch's, on a GPU and on a CPU; this module does without torch

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ def converse(chat: Chat) -> None:
     """Questions from the terminal until /quit, Ctrl-D, or Ctrl-C at the prompt."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (its import gives input() arrow keys and a history)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # each Ctrl-C counts here, not only the first
     print("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
     while True:
         try:
