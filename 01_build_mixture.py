@@ -253,7 +253,7 @@ def file_prompts(settings: Settings) -> tuple[Pool, Pool]:
     if settings.targets:
         try:
             targets = dict(json.loads(Path(settings.targets).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"--targets: {settings.targets} is no json {{id: text}} ({error})") from error
     names = source_names(words_of(settings))
 

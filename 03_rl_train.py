@@ -123,10 +123,12 @@ class Settings:
     def need(self, longest: int, processes: int) -> Need:
         """Of memory; longest: tokens of the longest prompt and completion."""
         rollouts = math.ceil(self.prompts_per_step / processes) * self.group_size
-        sample_tokens = min(self.max_sample_tokens, rollouts * longest)
+        sample_tokens, batch_tokens = min(self.max_sample_tokens, rollouts * longest), self.max_batch_tokens
+        if self.objective == "grpo":  # a budget beyond all rollouts is never used
+            batch_tokens = min(batch_tokens, rollouts * longest)
         longest *= 2 if self.objective == "rpo" else 1  # a pair is in one micro-batch
         how = (sample_tokens, True, self.dtype, self.gradient_checkpointing, self.shard, self.offload, processes)
-        return Need(self.max_batch_tokens, longest, *how)
+        return Need(batch_tokens, longest, *how)
 
 
 # Settings that say how to compute, not what: a run may go on with others.

@@ -94,7 +94,7 @@ def read_log(path: str | Path) -> list[dict]:
 def _parse(line: bytes) -> dict | None:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except ValueError:  # both JSON and UTF-8 errors
+    except (ValueError, RecursionError):  # JSON, UTF-8, or brackets without end
         return None
     return record if isinstance(record, dict) else None
 

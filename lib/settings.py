@@ -36,8 +36,9 @@ TOKENS = 10**9  # no budget of tokens is larger
 Fields = dict[str, dataclasses.Field]
 PRESETS = Path(__file__).parent / "presets"
 at_end = contextlib.ExitStack()  # what a command gives back when it ends: the lock of its folder
-# disk full, read-only, not ours
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# disk full, read-only, not ours, no such place
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+MENDABLE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def setting(

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
+import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.chat import THINK_OPEN, decode, eos_token_ids, load_tokenizer, parse_completion, parse_direct
@@ -167,5 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def thinks_first(run: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model thinks first: as its settings.json says; without one, if its chat template opens <think>."""
     stated = stated_reasoning(run)
-    opening = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    try:
+        opening = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{run}: its chat template fails: {' '.join(str(error).split())}") from error
     return str(opening).endswith(THINK_OPEN) if stated is None else stated

@@ -164,6 +164,14 @@ def test_every_preset_sets_only_what_its_stage_has(monkeypatch):
         (KeyboardInterrupt(), 130, "stopped; finished work is kept, run the same command again to resume"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
         (OSError(errno.EROFS, "Read-only file system", "a/b"), 2, "error: a/b: Read-only file system"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a/b"), 2, "error: a/b: File name too long"),
+        (
+            RuntimeError(
+                "[enforce fail at x.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. E"
+            ),
+            2,
+            "error: can't allocate memory: you tried to allocate 9 bytes: lower the tokens of a batch",
+        ),
     ],
 )
 def test_run_main_ends_in_one_line(error, code, message, capsys):
@@ -194,6 +202,29 @@ def test_claim_a_new_folder_and_resume_it(tmp_path):
     for overwrite in (False, True):  # the same settings: a resume
         claim_folder(out, {**settings, "overwrite": overwrite}, overwrite=overwrite)
     assert (out / "model").read_text() == "work"
+
+
+@pytest.mark.parametrize(
+    "left", ["state/", "metrics.jsonl", ".model.safetensors.7.tmp", ".checkpoint.tmp/model.safetensors", ".lock"]
+)
+def test_a_folder_with_nothing_but_settings_is_taken_over(tmp_path, left):
+    """Of a run that failed at once, whatever it had begun to write; a byte of its work keeps the folder."""
+    claim_folder(tmp_path / "x", {"n": 1}, overwrite=False)
+    path = tmp_path / "x" / left
+    path.parent.mkdir(exist_ok=True)
+    if not left.endswith("/"):
+        path.write_text("" if left == "metrics.jsonl" else "half")
+    claim_folder(tmp_path / "x", {"n": 2}, overwrite=False, begin=False)
+    assert json.loads((tmp_path / "x" / "settings.json").read_text())["n"] == 1, "only looked at"
+    claim_folder(tmp_path / "x", {"n": 2}, overwrite=False)
+    assert json.loads((tmp_path / "x" / "settings.json").read_text())["n"] == 2
+    (tmp_path / "x" / "deep").mkdir()
+    (tmp_path / "x" / "deep" / "log").write_text("{")
+    for begin in (True, False):
+        with pytest.raises(UserError, match="--n 2, now 3"):
+            claim_folder(tmp_path / "x", {"n": 3}, overwrite=False, begin=begin)
+    claim_folder(tmp_path / "x", {"n": 3}, overwrite=True, begin=False)
+    assert (tmp_path / "x" / "deep" / "log").exists(), "looking empties nothing"
 
 
 def test_claim_a_folder_of_another_run(tmp_path):

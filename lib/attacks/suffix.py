@@ -6,6 +6,7 @@ chat template, prompt | suffix | end of turn, model's turn | target
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -52,7 +53,15 @@ class Slot:
         target_ids = self.tokenizer.encode(target, add_special_tokens=False)
         if not target_ids:
             raise UserError(f"behaviour {self.id}: its target {target!r} has no tokens; write another")
-        plain, full = self._encode(""), self._encode(budget.initial_suffix())
+        plain = self._encode("")
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        length, answer = len(plain) + budget.gcg_suffix_tokens, max(len(target_ids), victim.max_new_tokens)
+        if length + answer > context:  # now, and not when the suffix is sent, hours later
+            raise UserError(
+                f"--gcg-suffix-tokens: given {budget.gcg_suffix_tokens}; behaviour {self.id} and its suffix have {length} "
+                f"tokens, an answer up to {answer}, and the context of {victim.name} holds {context}: lower it"
+            )
+        full = self._encode(budget.initial_suffix())
         before, after = shared_ends(plain, full)
         if before + after != len(plain) or len(full) - len(plain) != budget.gcg_suffix_tokens:
             raise UserError(
