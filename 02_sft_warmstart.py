@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -186,8 +186,11 @@ def main() -> None:
     model = load_model(settings, device, processes)
     train, held_out = load_examples(settings, tokenizer, model.config.max_position_embeddings)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come
-        longest = max(train, key=lambda e: len(e.ids))
-        rehearse(model, None, settings.need(len(longest.ids), processes.size), longest.mask.index(True), processes)
+        longest = max(train + held_out, key=lambda e: len(e.ids))
+        need = settings.need(len(longest.ids), processes.size)
+        most = max(settings.batch_size, len(held_out)) * need.longest  # a budget beyond is never used
+        need = replace(need, batch_tokens=min(need.batch_tokens, most))
+        rehearse(model, None, need, longest.mask.index(True), processes)
     if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
         claim()
     gather_objects(None, processes)  # nobody reads the folder before it is claimed

@@ -171,6 +171,43 @@ def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
     assert "lambda" in line and not (tmp_path / "data" / "rl.jsonl").exists()
 
 
+@pytest.mark.parametrize("flag", ["rl_prompts", "sft_prompts", "eval_prompts"])
+def test_more_prompts_than_the_sandbox_has(flag, tmp_path, fails):
+    started = time.monotonic()
+    fails(MIXTURE, flags(out=tmp_path / "data", **{flag: 10**6}), "the sandbox has not", "distinct", "ask for fewer")
+    assert time.monotonic() - started < 60 and not (tmp_path / "data").exists()
+
+
+BAD_FILES = {  # and what the error says of it
+    "deep.jsonl": (b"[" * 10**5 + b"\n", "not a JSON object"),
+    "long.jsonl": (b'{"id": ' + b"9" * 5000 + b', "prompt": "x"}\n', "not a JSON object"),
+    "quota.jsonl:" + "9" * 5000: (None, "no such file"),
+    "x" * 5000 + ".jsonl": (None, "File name too long"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("flag", ["files", "trace_files"])
+def test_file_of_prompts_that_is_none(flag, name, tmp_path, fails):
+    content, fragment = BAD_FILES[name]
+    if content:
+        (tmp_path / name).write_bytes(content)
+    more = {"source": "files", "sft_prompts": 0} if flag == "files" else {}
+    fails(MIXTURE, flags(out=tmp_path / "data", **more, **{flag: tmp_path / name}), fragment)
+
+
+def test_a_suffix_beyond_the_context_is_refused_before_it_is_searched(data, tmp_path, fails):
+    for name in ("harmful", "harmless"):
+        pool = world.build_pool("eval", name, 2, 0)
+        write_jsonl(tmp_path / f"eval_{name}.jsonl", [{"id": f"{name}-{i}", **r} for i, r in enumerate(pool)])
+    words = flags(data=tmp_path, out=tmp_path / "eval", models=f"base={world.BASE}", direct="base", behaviours=1)
+    fails(
+        EVAL, [*words, "--gcg-suffix-tokens", "490"], "--gcg-suffix-tokens: given 490", "harmful-0", "context of base holds 512"
+    )
+    run = tmp_path / "eval"
+    assert not run.exists() or set(contents(run)) <= {"settings.json"}
+
+
 # ---- models and judges -----------------------------------------------------------------------------------------------
 
 

@@ -59,7 +59,8 @@ class Slot:
         if length + answer > context:  # now, and not when the suffix is sent, hours later
             raise UserError(
                 f"--gcg-suffix-tokens: given {budget.gcg_suffix_tokens}; behaviour {self.id} and its suffix have {length} "
-                f"tokens, an answer up to {answer}, and the context of {victim.name} holds {context}: lower it"
+                f"tokens, an answer up to {answer}, and the context of {victim.name} holds {context}: lower it, or "
+                "--max-new-tokens and --answer-tokens"
             )
         full = self._encode(budget.initial_suffix())
         before, after = shared_ends(plain, full)
