@@ -215,8 +215,6 @@ def build_pool(split: str, kind: str, count: int, seed: int) -> list[dict]:
     for attempt in range(50 * count + 1):
         if len(pool) == count:
             return list(pool.values())
-        if attempt > 50 * len(pool) + 1000:  # hardly anything is new: a million is not to be waited for
-            break
         drawn = {"jailbreak": "harmful", "ambiguous": AMBIGUOUS_TYPES[attempt % 3]}.get(kind, kind)
         record = draw_type(rng, split, drawn, rng.choice(hop_choices))
         pool.setdefault(record["prompt"], record)
