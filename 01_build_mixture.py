@@ -40,8 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.files import UserError, write_json, write_jsonl
-from lib.run_folder import checksums, claim_folder, date_of_run
-from lib.settings import parse_settings, run_main, setting
+from lib.run_folder import checksums, claim_folder, date_of_run, lock_folder
+from lib.settings import LAST_SEED, TOKENS, beside, next_command, parse_settings, run_main, setting
 from lib.sources import SETS, parse_word, read_prompts, same_prompt, source_names
 from lib.sources.downloads import plan_downloads
 from lib.sources.known import SOURCES
@@ -60,16 +60,20 @@ class Settings:
     preset: str = setting("sandbox", "where the defaults come from: sandbox, smollm or paper")
     out: str = setting("runs/demo/data", "folder to write")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
-    seed: int = setting(0, "of every choice and every trace")
+    seed: int = setting(0, "of every choice and every trace", low=0, high=LAST_SEED)
     # the mixture
     lambda_harmful: float = setting(0.5, "share of harmful RL prompts. Paper: 0.1, 0.3 ... 0.9", low=0, high=1)
     rl_prompts: int = setting(2000, "RL prompts of all kinds. Paper: 2000", low=1)
     ambiguous_share: float = setting(0.5, "share of ambiguous ones in the rest. Paper: 0.5", low=0, high=1)
     sft_prompts: int = setting(1000, "harmful prompts with traces; 0: no SFT. Paper: 1000", low=0)
-    traces_per_prompt: int = setting(4, "traces a prompt, at most. Paper: 4", low=1)
-    rl_traces: int = setting(0, "traces for each RL prompt, at most, for the comparison with SFT. Paper: 8; 0: none", low=0)
+    traces_per_prompt: int = setting(4, "traces a prompt, at most. Paper: 4", low=1, high=1000)
+    rl_traces: int = setting(
+        0, "traces for each RL prompt, at most, for the comparison with SFT. Paper: 8; 0: none", low=0, high=1000
+    )
     eval_prompts: int = setting(500, "prompts of each evaluation set, at most", low=1)
-    max_chars: int = setting(1000, "SFT and RL prompts are shorter than this, but for wildjailbreak's. Paper: 1000", low=1)
+    max_chars: int = setting(
+        1000, "SFT and RL prompts are shorter than this, but for wildjailbreak's. Paper: 1000", low=1, high=10**9
+    )
     # where prompts come from
     source: str = setting("sandbox", "the sandbox's world, or files of yours", choices=("sandbox", "files"))
     files: list[str] = setting(
@@ -98,9 +102,9 @@ class Settings:
     reasoning_column: str = setting("reasoning,thinking", "column of the reasoning in these")
     answer_column: str = setting("answer,response,completion", "column of the answer in these")
     trace_model: str = setting("", "a model that writes the traces itself: a folder or a hub name")
-    trace_temperature: float = setting(0.8, "of its sampling", low=0.01)
+    trace_temperature: float = setting(0.8, "of its sampling", low=0.01, high=10)
     trace_max_new_tokens: int = setting(256, "its longest reasoning, and its longest answer, tokens", low=1)
-    trace_max_batch_tokens: int = setting(16384, "tokens in its cache: lower it when out of memory", low=1)
+    trace_max_batch_tokens: int = setting(16384, "tokens in its cache: lower it when out of memory", low=1, high=TOKENS)
     device: str = setting("auto", "where it computes", choices=("auto", "cpu", "cuda", "mps"))
     # rainbow teaming
     rainbow: str = setting("", "pi_SFT, a folder or hub name: search for prompts that it answers harmfully (paper, stage II)")
@@ -108,10 +112,10 @@ class Settings:
     rainbow_attacker: str = setting("sandbox", "who writes them: sandbox, or a chat model, a folder or hub name")
     rainbow_judge: str = setting("sandbox", "who judges the answers' harm, as --judge of stage 3")
     rainbow_compare: str = setting("", "a chat model that says which of two answers is the more harmful; none: the harm")
-    rainbow_archives: int = setting(7, "searches, at most, until there are enough. Authors: 7", low=1)
-    rainbow_iterations: int = setting(1000, "of each. Paper: 1000", low=1)
+    rainbow_archives: int = setting(7, "searches, at most, until there are enough. Authors: 7", low=1, high=1000)
+    rainbow_iterations: int = setting(1000, "of each. Paper: 1000", low=1, high=10**5)
     rainbow_tokens: int = setting(64, "tokens of the longest answer. Paper: 4096", low=1)
-    rainbow_max_batch_tokens: int = setting(65536, "tokens in the cache: lower it when out of memory", low=16)
+    rainbow_max_batch_tokens: int = setting(65536, "tokens in the cache: lower it when out of memory", low=16, high=TOKENS)
     date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", "list the sources, and what --trace-model takes on GPUSxGIGABYTES, e.g. 1x80, and stop")
 
@@ -406,9 +410,11 @@ def main() -> None:
     settings = parse_settings(Settings, "mixture")
     check(settings)
     out = Path(settings.out)
-    script, next_out = ("02_sft_warmstart", "sft") if settings.sft_prompts else ("03_rl_train", "rl")
-    next_command = f"python {script}.py --preset {settings.preset} --data {out} --out {out.parent / next_out}"
-    next_command += f" --model {settings.trace_model}" if settings.sft_prompts and settings.trace_model else ""
+    script, next_out, model = "02_sft_warmstart.py", "sft", settings.trace_model
+    if not settings.sft_prompts:
+        script, next_out, model = "03_rl_train.py", "rl", settings.rainbow
+    given = {"data": out, "out": beside(out, next_out)} | ({"model": model} if model else {})
+    following = next_command(script, settings, "mixture", **given)
     if settings.dry_run:
         plan_downloads(settings)
         if settings.trace_model:
@@ -417,6 +423,7 @@ def main() -> None:
             tokens, flags = settings.trace_max_batch_tokens, "--trace-max-batch-tokens"
             plan_inference(settings.dry_run, [settings.trace_model], tokens, "bfloat16", flags=flags)
         return
+    lock_folder(settings.out)
     if settings.trace_model or settings.rainbow:
         from lib.chat import set_date  # here, because torch is slow to import
 
@@ -442,11 +449,11 @@ def main() -> None:
     rl_traces = file_rl_traces(traced, settings, rl)
     # After all inputs have been read: a mistake in one of them must not cost an earlier run.
     config = {**asdict(settings), **checksums(*inputs(settings), *([settings.rainbow] if settings.rainbow else []))}
-    machinery = ("device", "trace_max_batch_tokens", "rainbow_max_batch_tokens")
+    machinery = ("device", "trace_max_batch_tokens", "rainbow_max_batch_tokens", "rainbow_archives")  # more archives: it goes on
     read = [*map(str, inputs(settings)), settings.trace_model, settings.rainbow, settings.rainbow_attacker]
-    claim_folder(out, config, overwrite=settings.overwrite, ignore=machinery, inputs=read)
+    claim_folder(settings.out, config, overwrite=settings.overwrite, ignore=machinery, inputs=read)
     if (out / "manifest.json").exists():
-        print(f"{out} is finished. Next: {next_command}")
+        print(f"{out} is finished. Next: {following}")
         return
 
     if settings.rainbow:
@@ -476,7 +483,7 @@ def main() -> None:
     if without := [record["id"] for record in evaluation["harmful"] if not record["target"]]:
         print(f"{len(without)} harmful evaluation prompts have no target: GCG needs --targets ({some(without)})")
     print(f"left out: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'nothing'}")
-    print(f"next: {next_command}")
+    print(f"next: {following}")
 
 
 if __name__ == "__main__":

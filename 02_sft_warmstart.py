@@ -26,8 +26,9 @@ when the same command is run again.
 from __future__ import annotations
 
 import math
+import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from lib.plan import Need
 from lib.policy import check_ids, check_tokenizer, context_of, save_policy, token_logprobs
 from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes
 from lib.run_folder import checksums, claim_folder, date_of_run
-from lib.settings import UserError, parse_settings, run_main, setting
+from lib.settings import LAST_SEED, TOKENS, UserError, beside, model_and_out, next_command, parse_settings, run_main, setting
 from lib.sharding import backward, check_shards, device_of, full_weights, sum_and_clip
 from lib.sources import same_prompt
 from lib.state import finish, is_finished, load_progress, save_progress
@@ -69,24 +70,26 @@ class Settings:
     out: str = setting("runs/demo/sft", "folder for the checkpoint and its logs")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     reasoning: bool = setting(True, "learn reasoning and answer; --no-reasoning: the answer alone (baseline of the paper)")
-    learning_rate: float = setting(3e-5, "peak rate of AdamW. Paper: 3e-5 (light), 1e-4 (heavy)", low=0.0)
-    epochs: int = setting(3, "passes over the traces. Paper: 3 (light), 6 (heavy)", low=1)
-    batch_size: int = setting(16, "traces per update, over all processes. Paper: 16", low=1)
+    learning_rate: float = setting(3e-5, "peak rate of AdamW. Paper: 3e-5 (light), 1e-4 (heavy)", low=0.0, high=1.0)
+    epochs: int = setting(3, "passes over the traces. Paper: 3 (light), 6 (heavy)", low=1, high=1000)
+    batch_size: int = setting(16, "traces per update, over all processes. Paper: 16", low=1, high=10_000)
     warmup_steps: int = setting(10, "updates of linear warm-up", low=0)
     decay: bool = setting(True, "after the warm-up, decay the rate linearly to zero")
-    weight_decay: float = setting(0.0, "weight decay of AdamW", low=0.0)
-    adam_eps: float = setting(1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=0.0)
+    weight_decay: float = setting(0.0, "weight decay of AdamW", low=0.0, high=100.0)
+    adam_eps: float = setting(1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=1e-16, high=1.0)
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm", low=0.0)
     held_out_share: float = setting(0.05, "share of the prompts held out to decide the early stop", low=0.0, high=0.5)
     patience: int = setting(1, "stop after this many epochs without a better held-out loss; the best weights are kept", low=1)
-    max_batch_tokens: int = setting(16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16)
+    max_batch_tokens: int = setting(
+        16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16, high=TOKENS
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     shard: bool = setting(False, "with torchrun: each process keeps a part of the model (FSDP2), for one that fits no GPU")
     offload: bool = setting(False, "with --shard: keep the shards of weights and optimizer in the CPU's memory")
     save_every: int = setting(50, "updates between resume points", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
-    seed: int = setting(0, "of the held-out split and the data order")
+    seed: int = setting(0, "of the held-out split and the data order", low=0, high=LAST_SEED)
     date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", HELP_HERE)
 
@@ -178,6 +181,11 @@ def main() -> None:
     check_shards(settings.shard, settings.offload, processes)
     settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
     set_date(settings.date)
+    config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / settings.traces)}
+    claim = partial(claim_folder, settings.out, config, overwrite=settings.overwrite, ignore=MACHINERY)
+    if leader and not settings.dry_run:
+        claim(begin=False)
+    gather_objects(None, processes)  # what is refused here costs nobody any time
     tokenizer = load_tokenizer(settings.model)
     device = pick_device(settings.device, processes.local_rank)
     model = load_model(settings, device, processes)
@@ -186,20 +194,23 @@ def main() -> None:
     check_tokenizer(model, tokenizer, first, reasoning=settings.reasoning)
     check_ids(model, [e.ids for e in train + held_out], settings.model)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come
-        longest = max(train, key=lambda e: len(e.ids))
-        rehearse(model, None, settings.need(len(longest.ids), processes.size), longest.mask.index(True), processes)
+        longest = max(train + held_out, key=lambda e: len(e.ids))
+        need = settings.need(len(longest.ids), processes.size)
+        most = max(settings.batch_size, len(held_out)) * need.longest  # a budget beyond is never used
+        need = replace(need, batch_tokens=min(need.batch_tokens, most))
+        rehearse(model, None, need, longest.mask.index(True), processes)
     if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
-        config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / settings.traces)}
-        claim_folder(out, config, overwrite=settings.overwrite, ignore=MACHINERY)
+        claim()
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
-    next_out = out.with_name(out.name.replace("sft", "rl") if "sft" in out.name else f"{out.name}-rl")
-    next_command = f"python 03_rl_train.py --preset {settings.preset} --data {settings.data} --model {out} --out {next_out}"
-    next_command += "" if settings.reasoning else " --no-reasoning (and --max-new-tokens: an answer's budget)"
+    name = os.path.basename(os.path.abspath(out))
+    next_out = beside(out, name.replace("sft", "rl") if "sft" in name else f"{name}-rl")
+    following = next_command("03_rl_train.py", settings, "sft", data=settings.data, model=out, out=next_out)
+    if not settings.reasoning:
+        following += "\n(an answer alone is short: add its length, --max-new-tokens)"
     if settings.traces != "sft.jsonl":  # a comparison: what it makes is a rival of RL, not its start
-        next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
-        next_command += f" --out {out.with_name('eval-' + out.name)}"
+        following = next_command("04_attack_eval.py", settings, "sft", data=settings.data, **model_and_out(out))
     if is_finished(out) and not settings.dry_run:
-        print(f"{out} is finished. Next: {next_command}" * leader)
+        print(f"{out} is finished. Next: {following}" * leader)
         return stop_processes()
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)
     total = settings.epochs * steps_per_epoch
@@ -247,7 +258,7 @@ def main() -> None:
     if leader:
         save_policy(model, tokenizer, out, best_weights or weights)
         finish(out)
-        print(f"wrote {out}. Next: {next_command}")
+        print(f"wrote {out}. Next: {following}")
     stop_processes()
 
 

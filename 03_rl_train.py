@@ -50,7 +50,7 @@ from lib.rewards import KINDS, load_judge, total_reward
 from lib.rollout_log import SILENT, describe, forecast, no_signal, speed, summarise
 from lib.run_folder import checksums, claim_folder, date_of_run, stated_reasoning
 from lib.sampler import Completion, sample
-from lib.settings import UserError, parse_settings, run_main, setting
+from lib.settings import LAST_SEED, TOKENS, UserError, model_and_out, next_command, parse_settings, run_main, setting
 from lib.sharding import backward, check_shards, device_of, full_weights, gathered, sum_and_clip
 from lib.state import finish, is_finished, load_progress, save_progress
 from lib.training import (
@@ -82,20 +82,20 @@ class Settings:
     )
     one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")
     # rollouts
-    prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32; rpo: 4", low=1)
-    group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2)
-    temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01)
+    prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32; rpo: 4", low=1, high=10_000)
+    group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2, high=1000)
+    temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01, high=10.0)
     max_new_tokens: int = setting(4096, "length of a completion, tokens, reasoning included. Paper: 4096", low=1)
     max_prompt_tokens: int = setting(512, "prompts of more tokens are left out, and counted. Paper: 512", low=1)
     # optimisation
-    learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6; rpo: 3e-4", low=0.0)
-    epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01)
+    learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6; rpo: 3e-4", low=0.0, high=1.0)
+    epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01, high=1000.0)
     warmup_steps: int = setting(0, "steps of linear warm-up", low=0)
     decay: bool = setting(False, "after the warm-up, decay the rate linearly to zero")
-    weight_decay: float = setting(0.01, "weight decay of AdamW. Paper: verl's default, 0.01", low=0.0)
-    adam_eps: float = setting(1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=0.0)
+    weight_decay: float = setting(0.01, "weight decay of AdamW. Paper: verl's default, 0.01", low=0.0, high=100.0)
+    adam_eps: float = setting(1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=1e-16, high=1.0)
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm; 0: none", low=0.0)
-    updates_per_batch: int = setting(1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1)
+    updates_per_batch: int = setting(1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1, high=1000)
     # the loss
     normalisation: str = setting(
         "token",
@@ -105,14 +105,16 @@ class Settings:
     )
     std_normalisation: bool = setting(True, "divide advantages by the group's std (GRPO, paper); without: Dr. GRPO")
     kl_estimator: str = setting("k3", "of KL(policy || reference), by Schulman. Paper: k3, clamped", choices=("k1", "k2", "k3"))
-    kl_coef: float = setting(1e-3, "weight of the KL term in the loss. Paper: 1e-3", low=0.0)
-    entropy_coef: float = setting(0.0, "weight of the entropy bonus. Authors' script: 1e-3; paper: nothing", low=0.0)
-    clip_range: float = setting(0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0)
-    rpo_beta: float = setting(0.01, "with rpo: beta of DPO. Paper: 0.01", low=0.0)
-    rpo_alpha: float = setting(3.0, "with rpo: weight of the NLL of the chosen, by its length. Paper: 3", low=0.0)
+    kl_coef: float = setting(1e-3, "weight of the KL term in the loss. Paper: 1e-3", low=0.0, high=1000.0)
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus. Authors' script: 1e-3; paper: nothing", low=0.0, high=1000.0)
+    clip_range: float = setting(0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0, high=10.0)
+    rpo_beta: float = setting(0.01, "with rpo: beta of DPO. Paper: 0.01", low=0.0, high=1000.0)
+    rpo_alpha: float = setting(3.0, "with rpo: weight of the NLL of the chosen, by its length. Paper: 3", low=0.0, high=1000.0)
     # machinery
-    max_batch_tokens: int = setting(16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16)
-    max_sample_tokens: int = setting(65536, "rows x columns of the sampler's KV cache, tokens", low=16)
+    max_batch_tokens: int = setting(
+        16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16, high=TOKENS
+    )
+    max_sample_tokens: int = setting(65536, "rows x columns of the sampler's KV cache, tokens", low=16, high=TOKENS)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     shard: bool = setting(False, "with torchrun: each process keeps a part of the model (FSDP2), for one that fits no GPU")
     offload: bool = setting(False, "with --shard: keep the shards of weights and optimizer in the CPU's memory")
@@ -120,17 +122,19 @@ class Settings:
     rollouts_every: int = setting(5, "steps between samples in rollouts.jsonl", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
-    seed: int = setting(0, "of the prompt order and of sampling")
+    seed: int = setting(0, "of the prompt order and of sampling", low=0, high=LAST_SEED)
     date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", HELP_HERE)
 
     def need(self, longest: int, processes: int) -> Need:
         """Of memory; longest: tokens of the longest prompt and completion."""
         rollouts = math.ceil(self.prompts_per_step / processes) * self.group_size
-        sample_tokens = min(self.max_sample_tokens, rollouts * longest)
+        sample_tokens, batch_tokens = min(self.max_sample_tokens, rollouts * longest), self.max_batch_tokens
+        if self.objective == "grpo":  # a budget beyond all rollouts is never used
+            batch_tokens = min(batch_tokens, rollouts * longest)
         longest *= 2 if self.objective == "rpo" else 1  # a pair is in one micro-batch
         how = (sample_tokens, True, self.dtype, self.gradient_checkpointing, self.shard, self.offload, processes)
-        return Need(self.max_batch_tokens, longest, *how)
+        return Need(batch_tokens, longest, *how)
 
 
 # Settings that say how to compute, not what: a run may go on with others.
@@ -388,6 +392,11 @@ def main() -> None:
         raise UserError(f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way")
     settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
     set_date(settings.date)
+    config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "rl.jsonl")}
+    claim = partial(claim_folder, settings.out, config, overwrite=settings.overwrite, ignore=MACHINERY)
+    if leader and not settings.dry_run:
+        claim(begin=False)
+    gather_objects(None, processes)  # what is refused here costs nobody any time
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     device = pick_device(settings.device, processes.local_rank)
     policy = load_model(settings, device, processes)
@@ -402,13 +411,11 @@ def main() -> None:
         need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
         rehearse(policy, reference, need, prompt_tokens, processes, entropy_gradient=settings.entropy_coef > 0)
     if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
-        config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "rl.jsonl")}
-        claim_folder(out, config, overwrite=settings.overwrite, ignore=MACHINERY)
+        claim()
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
-    next_command = f"python 04_attack_eval.py --preset {settings.preset} --data {settings.data} --models {out.name}={out}"
-    next_command += f" --out {out.with_name('eval-' + out.name)}"
+    following = next_command("04_attack_eval.py", settings, "rl", data=settings.data, **model_and_out(out))
     if is_finished(out) and not settings.dry_run:
-        print(f"{out} is finished. Next: {next_command}" * leader)
+        print(f"{out} is finished. Next: {following}" * leader)
         return stop_processes()
     total = max(1, round(settings.epochs * len(records) / settings.prompts_per_step))
     optimizer = torch.optim.AdamW(
@@ -463,7 +470,7 @@ def main() -> None:
     if leader:
         save_policy(policy, tokenizer, out, weights)
         finish(out)
-        print(f"wrote {out}. Next: {next_command}")
+        print(f"wrote {out}. Next: {following}")
     stop_processes()
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -34,8 +33,6 @@ from lib.settings import UserError, run_main
 from lib.training import halve_linear_layers
 
 PROMPT = 16  # tokens
-# glibc keeps freed blocks below 32 MB, in fragments that other sizes cannot use: up to twice the memory in use is resident.
-RETURN = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def main() -> None:
             if case.model != "given" and not Path(path).exists():
                 random_model(case.model).save_pretrained(path)
             command = [sys.executable, "-m", "benchmarks.memory", "--model", path, "--case", str(i)]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **RETURN})
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if run.returncode:
                 raise UserError(f"case {i} failed, with the words above: {case}")
             lines.append({**asdict(case), **json.loads(run.stdout.splitlines()[-1])})

@@ -30,6 +30,7 @@ from lib.metrics import bootstrap, wilson
 from lib.policy import check_tokenizer, load_policy
 from lib.run_folder import checksums, claim_folder, date_of_run, reasons
 from lib.sampler import sample
+from lib.settings import TOKENS
 from lib.tables import first_text, read_table
 
 AT_ONCE = 64  # questions between two savings
@@ -203,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--instruction", default="", help="said behind each question, e.g. how to mark the answer")
     flags.add_argument("--limit", type=number(int, 0), default=0, help="questions to ask, the first ones; 0: all (default)")
     flags.add_argument("--max-new-tokens", type=number(int, 1), default=1024, help="of each answer (default: 1024)")
-    flags.add_argument("--max-batch-tokens", type=number(int, 1), default=16384, help="rows x tokens at once (default: 16384)")
+    flags.add_argument(
+        "--max-batch-tokens", type=number(int, 1, TOKENS), default=16384, help="rows x tokens at once (default: 16384)"
+    )
     flags.add_argument("--out", required=True, help="folder for the results")
     flags.add_argument("--overwrite", action="store_true", help="empty OUT first if it holds results of other settings")
     flags.add_argument("--date", default="", help="day that chat templates are told; none: that of the run in OUT, or today")
@@ -222,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = {**vars(given), "reasoning_by_model": reasoning, **checksums(given.file, *models.values())}
     out, path = Path(given.out), Path(given.out) / "answers.jsonl"
     read = [given.file, *models.values()]
-    claim_folder(out, config, overwrite=given.overwrite, ignore=("max_batch_tokens", "device"), inputs=read)
+    claim_folder(given.out, config, overwrite=given.overwrite, ignore=("max_batch_tokens", "device"), inputs=read)
     print(f"{len(questions)} questions from {given.file} for {', '.join(models)}; writing to {out}")
     answers = {name: ask(name, folder, reasoning[name], questions, given, path) for name, folder in models.items()}
     figures = {name: {"reasoning": reasoning[name], **measure(lines)} for name, lines in answers.items()}

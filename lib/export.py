@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = without_paths([settings for _, settings in reversed(stages)])
     weights = without_paths(checksums(run))
     read = [run, *(folder for folder, _ in stages), *given.eval, given.data]
-    claim_folder(out, {"reasoning": reasoning, "stages": told, **weights}, overwrite=given.overwrite, inputs=read)
+    claim_folder(given.out, {"reasoning": reasoning, "stages": told, **weights}, overwrite=given.overwrite, inputs=read)
     write_checkpoint(run, out, tokenizer, template)
     card = model_card(
         name=given.push_to_hub or out.resolve().name,

@@ -146,7 +146,7 @@ def read_log(path: str | Path) -> list[dict]:
 def _parse(line: bytes, parse_float: Callable[[str], float] | None = None) -> dict | None:
     try:
         record = json.loads(line.decode("utf-8-sig"), parse_float=parse_float)
-    except ValueError:  # both JSON and UTF-8 errors
+    except (ValueError, RecursionError):  # JSON, UTF-8, or brackets without end
         return None
     return record if isinstance(record, dict) else None
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lib.files import UserError
-from lib.policy import DTYPES
 
 
 class Flags(argparse.ArgumentParser):
@@ -23,18 +22,21 @@ class Flags(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
     def add_device(self, dtype: str) -> None:
+        from lib.policy import DTYPES  # here, because torch is slow to import
+
         self.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
         self.add_argument("--dtype", choices=tuple(DTYPES), default=dtype, help=f"of weights; auto: as saved (default: {dtype})")
 
 
-def number(kind: type, low: float) -> Callable[[str], Any]:
-    """For add_argument(type=...): a finite number of that kind, at least `low`."""
+def number(kind: type, low: float, high: float = 10**6) -> Callable[[str], Any]:
+    """For add_argument(type=...): a number of that kind from `low` to `high`."""
 
     def read(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) < float("inf"):
+            if low <= (value := kind(text)) <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"given {text}; allowed a {'whole ' * (kind is int)}number >= {low:g}")
+        name = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"given {text}; allowed {name} from {low} to {high}")
 
     return read
 

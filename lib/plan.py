@@ -195,6 +195,6 @@ def read_machine(text: str) -> tuple[int, float]:
         gpus, limit = int(count), float(size) * GB
     except ValueError:
         gpus, limit = 0, 0.0
-    if gpus < 1 or limit <= 0:
+    if gpus < 1 or not 0 < limit < 1e6 * GB:
         raise UserError(f"--dry-run: given {text}; allowed GPUSxGIGABYTES, e.g. 4x80, or here")
     return gpus, limit

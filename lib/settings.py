@@ -11,12 +11,15 @@ A stage declares each flag once, with `setting`; help, type, range and default l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
 import importlib
-import math
 import os
+import re
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,10 +31,14 @@ from lib.files import UserError
 from lib.visible import visible
 
 T = TypeVar("T")
+LAST_SEED = 2**32 - 1
+TOKENS = 10**9  # no budget of tokens is larger
 Fields = dict[str, dataclasses.Field]
 PRESETS = Path(__file__).parent / "presets"
-# disk full, read-only, not ours
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+at_end = contextlib.ExitStack()  # what a command gives back when it ends: the lock of its folder
+# disk full, read-only, not ours, no such place
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+MENDABLE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def setting(
@@ -42,7 +49,15 @@ def setting(
     high: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
-    """A dataclass field that is a flag. low <= number <= high; `choices` for text (each item of a list)."""
+    """A dataclass field that is a flag. low <= number <= high; `choices` for text (each item of a list).
+
+    A number must have a `low`, and has a million for a `high` where none is given: a slip of the finger is one line then, and
+    no endless run.
+    """
+    if type(default) in (int, float):
+        if low is None:
+            raise TypeError(f"setting {help!r}: a number needs a low")
+        high = 10**6 if high is None else high
     return _field(default, {"help": help, "low": low, "high": high, "choices": choices})
 
 
@@ -177,7 +192,7 @@ def _is_allowed(value: Any, field: dataclasses.Field, kind: Any) -> bool:
     if type(value) is not kind:
         return False
     if kind in (int, float):
-        return math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+        return low <= value <= high
     return not choices or value in choices
 
 
@@ -188,9 +203,7 @@ def _allowed(field: dataclasses.Field, kind: Any) -> str:
     if kind not in (int, float):
         return "true | false" if kind is bool else "some text"
     name = "a whole number" if kind is int else "a number"
-    if low is not None and high is not None:
-        return f"{name} from {low:g} to {high:g}"
-    return f"{name} >= {low:g}" if low is not None else f"{name} <= {high:g}" if high is not None else name
+    return f"{name} from {low} to {high}" if kind is int else f"{name} from {low:g} to {high:g}"
 
 
 def _wrong(name: str, value: Any, field: dataclasses.Field, kind: Any) -> UserError:
@@ -215,24 +228,78 @@ def shown(value: Any) -> str:
     return str(value) or "empty"
 
 
+KEPT = {  # by the script of the next stage: what of this one's settings is wanted there, too
+    "02_sft_warmstart.py": ("seed", "device"),
+    "03_rl_train.py": ("seed", "device", "dtype", "gradient_checkpointing", "shard", "offload", "reasoning"),
+    "04_attack_eval.py": ("seed", "device", "dtype", "judge"),
+}
+
+
+def next_command(script: str, settings: Any, stage: str, **flags: Any) -> str:
+    """The next stage's command line, to be pasted into a shell: the preset, `flags`, and what of `settings` is wanted there.
+
+    `settings` are this stage's, called `stage` as in `parse_settings`; those that are as the preset has them are left out.
+    """
+    fields: Fields = {field.name: field for field in dataclasses.fields(settings)}
+    usual = {name: _default(field) for name, field in fields.items()} | _preset_values(settings.preset, stage, fields)
+    kept = {name: getattr(settings, name) for name in KEPT[script] if name in fields and getattr(settings, name) != usual[name]}
+    words = [script]
+    for name, value in {"preset": settings.preset, **flags, **kept}.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            words += [flag, *value]
+        else:
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return ("python " if several == "1" else f"torchrun --nproc-per-node {several} ") + shlex.join(words)
+
+
+def model_and_out(out: str | Path) -> dict[str, Any]:
+    """Flags of stage 4 for the model in `out`, called as its folder is, as far as --models allows; results go beside it."""
+    name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(out))).strip("-") or "model"
+    return {"models": [f"{name}={out}"], "out": beside(out, f"eval-{name}")}
+
+
+def beside(out: str | Path, name: str) -> str:
+    """The path of that name in the folder that `out` is in.
+
+    >>> beside("runs/demo/sft", "rl"), beside(".", "rl")
+    ('runs/demo/rl', '../rl')
+    """
+    return os.path.normpath(Path(out) / ".." / name)
+
+
 def _exit(message: str, code: int) -> NoReturn:
     """One line, whatever names of files or models are in it."""
     print(visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    """Ctrl-C, the first one: a second must not break off what this one ends."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a stage. What a user can mend ends in one line on stderr; a bug still shows its traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a run in the background ignores Ctrl-C
+        signal.signal(signal.SIGINT, _interrupt)
     try:
-        main()
+        with at_end:
+            main()
     except UserError as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
         _exit("stopped; finished work is kept, run the same command again to resume", 130)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does without torch
+        # torch's, on a GPU and on a CPU; this module does without torch
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
-        reason = str(error).split(". ")[0]
+        reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
+        reason = reason.split(". ")[0]
         _exit(f"error: {reason}: lower the tokens of a batch (see --help), or in stages 2 and 3 try --gradient-checkpointing", 2)
     except BrokenPipeError:  # the other end of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer would raise again at exit

@@ -14,11 +14,13 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
+import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.chat import THINK_OPEN, decode, encode_chat, eos_token_ids, load_tokenizer, parse_completion, parse_direct
@@ -26,6 +28,7 @@ from lib.files import UserError
 from lib.flags import Flags, number
 from lib.policy import load_policy
 from lib.run_folder import stated_reasoning
+from lib.settings import LAST_SEED
 from lib.stream import Part, parts, stream, texts
 from lib.visible import UNSEEN
 
@@ -104,6 +107,7 @@ def converse(chat: Chat) -> None:
     """Questions from the terminal until /quit, Ctrl-D, or Ctrl-C at the prompt."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (its import gives input() arrow keys and a history)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # each Ctrl-C counts here, not only the first
     print("/reset forgets, /quit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
     while True:
         try:
@@ -134,11 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("run", help="a run of stage 2 or 3, or any chat model: a folder or a hub name")
     flags.add_argument("prompt", nargs="*", help="ask this alone; none, and no terminal: what stdin says")
     flags.add_argument("--system", default="", help="system prompt (default: what the chat template has)")
-    flags.add_argument("--temperature", type=number(float, 0), default=0.6, help="0: greedy (default: 0.6, as evaluated)")
+    flags.add_argument("--temperature", type=number(float, 0, 10), default=0.6, help="0: greedy (default: 0.6, as evaluated)")
     flags.add_argument("--max-new-tokens", type=number(int, 1), default=2048, help="tokens of an answer (default: 2048)")
     boolean = argparse.BooleanOptionalAction
     flags.add_argument("--reasoning", action=boolean, help="open its turn with <think> (default: what the run says)")
-    flags.add_argument("--seed", type=number(int, 0), default=0, help="of sampling (default: 0)")
+    flags.add_argument("--seed", type=number(int, 0, LAST_SEED), default=0, help="of sampling (default: 0)")
     flags.add_device("auto")
     given = flags.parse_intermixed_args(argv)
     prompt = " ".join(given.prompt).strip()
@@ -164,5 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def thinks_first(run: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model thinks first: as its settings.json says; without one, if its chat template opens <think>."""
     stated = stated_reasoning(run)
-    opening = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    try:
+        opening = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{run}: its chat template fails: {' '.join(str(error).split())}") from error
     return str(opening).endswith(THINK_OPEN) if stated is None else stated

@@ -11,12 +11,21 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from lib.settings import at_end
+
 WORDS = "<unk> <pad> <end> <user> <assistant> <system> <think> </think>".split()
 WORDS += "how are you ? maybe green soup cake please".split()
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% if m.role == 'assistant' %} <end>{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """What a command gives back when it ends, a test that calls its parts gives back, too: locks."""
+    yield
+    at_end.close()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import errno
 import importlib
 import json
@@ -10,18 +12,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import stages
 import torch
 from safetensors.torch import load_file, save_file
-from stages import RL, SFT, contents, error_of, launch, messages, metrics_of, rl_flags, run_here, sft_flags
+from stages import RL, SFT, contents, error_of, flags, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
 from lib.chat import encode_example, encode_prompt, load_tokenizer
 from lib.files import read_jsonl, write_jsonl
+from lib.flags import Flags
 from lib.processes import Processes
 from lib.sandbox import world
+from lib.settings import model_and_out, next_command, parse_settings
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
 FLAGS = {RL: rl_flags, SFT: sft_flags}
@@ -47,10 +52,10 @@ def fails(monkeypatch, capsys):
     "stage, words, fragments",
     [
         (RL, "--preset sandbx", ("--preset: given sandbx; allowed", "sandbox")),
-        (RL, "--group-size 1", ("--group-size: given 1; allowed a whole number >= 2",)),
+        (RL, "--group-size 1", ("--group-size: given 1; allowed a whole number from 2 to 1000",)),
         (RL, "--group-size 4.5", ("--group-size: given 4.5",)),
         (RL, "--temperature 0", ("--temperature: given 0", "0.01")),
-        (RL, "--learning-rate -0.5", ("--learning-rate: given -0.5", ">= 0")),
+        (RL, "--learning-rate -0.5", ("--learning-rate: given -0.5", "from 0 to 1")),
         (RL, "--learning-rate nan", ("--learning-rate: given nan",)),
         (EVAL, "--attacks gcg magic", ("--attacks: given gcg magic; allowed all | random_suffix | gcg",)),
         (RL, "--learning-rate fast", ("--learning-rate: given fast; allowed a number",)),
@@ -227,6 +232,36 @@ def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
     words = f"--source files --files harmless={tmp_path}/prompts.jsonl --sft-prompts 0 --rl-prompts 10 --lambda-harmful 0.5"
     line = fails(MIXTURE, [*words.split(), "--out", str(tmp_path / "data")], "harmful")
     assert "lambda" in line and not (tmp_path / "data" / "rl.jsonl").exists()
+
+
+BAD_FILES = {  # and what the error says of it
+    "deep.jsonl": (b"[" * 10**5 + b"\n", "not a JSON object"),
+    "long.jsonl": (b'{"id": ' + b"9" * 5000 + b', "prompt": "x"}\n', "not a JSON object"),
+    "quota.jsonl:" + "9" * 5000: (None, "File name too long"),
+    "x" * 5000 + ".jsonl": (None, "File name too long"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("flag", ["files", "trace_files"])
+def test_file_of_prompts_that_is_none(flag, name, tmp_path, fails):
+    content, fragment = BAD_FILES[name]
+    if content:
+        (tmp_path / name).write_bytes(content)
+    more = {"source": "files", "sft_prompts": 0} if flag == "files" else {}
+    fails(MIXTURE, flags(out=tmp_path / "data", **more, **{flag: tmp_path / name}), fragment)
+
+
+def test_a_suffix_beyond_the_context_is_refused_before_it_is_searched(data, tmp_path, fails):
+    for name in ("harmful", "harmless"):
+        pool = world.build_pool("eval", name, 2, 0)
+        write_jsonl(tmp_path / f"eval_{name}.jsonl", [{"id": f"{name}-{i}", **r} for i, r in enumerate(pool)])
+    words = flags(data=tmp_path, out=tmp_path / "eval", models=f"base={world.BASE}", direct="base", behaviours=1)
+    fails(
+        EVAL, [*words, "--gcg-suffix-tokens", "490"], "--gcg-suffix-tokens: given 490", "harmful-0", "context of base holds 512"
+    )
+    run = tmp_path / "eval"
+    assert not run.exists() or set(contents(run)) <= {"settings.json"}
 
 
 # ---- models and judges -----------------------------------------------------------------------------------------------
@@ -444,6 +479,263 @@ def test_resume_state_that_is_damaged(data, tmp_path, fails, monkeypatch):
     )
 
 
+# ---- one run at a time, and a folder for the one that works ----------------------------------------------------------
+
+HOLD = """
+import sys
+from lib.run_folder import lock_folder
+from lib.settings import run_main
+
+def main():
+    lock_folder(sys.argv[1])
+    print("held", flush=True)
+    sys.stdin.read()
+
+run_main(main)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder in which another process writes; it has one file of that run's."""
+    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "held"], env=environment, **pipes) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        (tmp_path / "held" / "log").write_text("work")
+        yield tmp_path / "held", holder
+        holder.kill()
+
+
+COMMANDS = {  # every command that writes to OUT
+    MIXTURE: "--preset sandbox",
+    SFT: f"--model {world.BASE}",
+    RL: f"--model {world.BASE} --no-reasoning",
+    EVAL: f"--models base={world.BASE}",
+    "lib.capability": f"--models base={world.BASE} --direct base --file DATA/questions.jsonl",
+    "lib.export": "FINISHED --licence mit",
+    "lib.sandbox.replicate": "",
+    "lib.sandbox.frontier": "",
+    "lib.sandbox.rainbow_gain": "",
+    "lib.sandbox.pretrain": "",
+}
+
+
+def words_of(command: str, data: Path, finished: dict[str, Path], *more: object) -> list[str]:
+    (data / "questions.jsonl").write_text('{"question": "how ?", "answer": "so"}\n')
+    words = COMMANDS[command].replace("DATA", str(data)).replace("FINISHED", str(finished[RL])).split()
+    words += ["--data", str(data)] if command in (SFT, RL, EVAL) else []
+    return [*words, *map(str, more)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_in_which_another_process_writes_is_refused(command, held, data, finished, fails, monkeypatch):
+    folder, holder = held
+    before = contents(folder)
+    words = words_of(command, data, finished, "--out", folder)
+    fails(command, words, folder, f"a run is writing there (process {holder.pid} on", "give another --out")
+    assert contents(folder) == before and before["log"] == b"work"
+
+
+def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refused(data, tmp_path):
+    out, logs = tmp_path / "rl", [tmp_path / "one.log", tmp_path / "two.log"]
+    words = rl_flags(data, out, epochs=2.0)
+    first = launch(RL, words, logs[0])
+    stages.wait_for_lines(out / "metrics.jsonl", 2, first)
+    for more in ([], ["--overwrite"], ["--learning-rate", "0.5", "--overwrite"]):
+        second = launch(RL, [*words, *more], logs[1])
+        second.join(stages.PATIENCE)
+        said = messages(logs[1].read_text())
+        assert second.exitcode == 2 and len(said) == 1 and f"a run is writing there (process {first.pid} on" in said[0]
+    stages.kill_9(first)
+    assert (out / ".lock").exists()
+    stages.run_process(RL, words, logs[0])
+    assert [line["step"] for line in metrics_of(out)] == list(range(len(metrics_of(out)))) and not (out / ".lock").exists()
+
+
+def test_torchruns_processes_all_end_when_the_folder_is_taken(held, data, tmp_path):
+    group = stages.run_group(RL, rl_flags(data, held[0]), tmp_path / "log")
+    for process in group:
+        process.join(stages.PATIENCE)
+    assert [process.exitcode for process in group] == [2, 2]
+    (leader,), (other,) = (messages((tmp_path / f"log.{rank}").read_text())[-1:] for rank in (0, 1))
+    assert "a run is writing there" in leader and "lost another process of this run" in other
+
+
+def test_a_lock_that_a_kill_left_is_none_and_two_at_once_leave_one(tmp_path):
+    """Many processes, one folder, again and again: never two inside, and none refused for a lock that nobody holds."""
+    script = tmp_path / "race.py"
+    script.write_text(
+        "import os, sys, time\nfrom lib.run_folder import lock_folder\nfrom lib.settings import UserError, at_end\n"
+        "inside = sys.argv[1] + '/inside'\n"
+        "for _ in range(200):\n"
+        "    try:\n"
+        "        lock_folder(sys.argv[1])\n"
+        "    except UserError as error:\n"
+        "        assert 'a run is writing there' in str(error) or 'No such file' in str(error), error\n"
+        "    else:\n"
+        "        os.close(os.open(inside, os.O_CREAT | os.O_EXCL))\n"  # fails if there is another
+        "        time.sleep(0.001)\n"
+        "        os.unlink(inside)\n"
+        "        print('in')\n"
+        "    at_end.close()\n"
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_text("process 1 on nowhere")
+    environment, command = {**os.environ, "PYTHONPATH": str(stages.ROOT)}, [sys.executable, script, tmp_path / "out"]
+    group = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    came_in = [process.communicate(timeout=120)[0].count("in") for process in group]
+    assert [process.returncode for process in group] == [0, 0, 0] and all(came_in), came_in
+
+
+@pytest.mark.parametrize("stage", [SFT, RL])
+def test_a_run_that_failed_at_once_does_not_keep_its_folder(stage, data, tmp_path, fails, monkeypatch):
+    """The judge is wrong, or the disk is full when the first log line is due: the corrected command starts in the same folder."""
+    module, out = importlib.import_module(stage), tmp_path / "out"
+
+    def full(path, record):
+        path.write_bytes(b"")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "append_jsonl", full)
+        fails(stage, FLAGS[stage](data, out, epochs=1), "No space left")
+    (out / "state").mkdir()
+    (out / ".model.7.tmp").write_text("half")
+    assert {"settings.json", "metrics.jsonl"} <= contents(out).keys()
+    run_here(stage, FLAGS[stage](data, out, epochs=1, learning_rate=0.5), monkeypatch)
+    assert json.loads((out / "settings.json").read_text())["learning_rate"] == 0.5
+    fails(stage, FLAGS[stage](data, out, epochs=1, learning_rate=0.25), "--learning-rate 0.5, now 0.25", "--overwrite")
+
+
+OUTS = [  # and what the error says of it
+    ("", "given nothing"),
+    ("FILE", "a file"),
+    ("FILE/below/it", "Not a directory"),
+    ("x" * 300, "File name too long"),
+    ("/".join(["x" * 200] * 30), "File name too long"),
+    ("/proc/none/of/ours", "No such file"),
+    ("READONLY/out", "Read-only file system"),
+]
+
+
+@pytest.mark.parametrize("out, fragment", OUTS)
+@pytest.mark.parametrize("stage", [MIXTURE, SFT, RL, EVAL])
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_loaded(
+    stage, out, fragment, data, tmp_path, finished, fails, monkeypatch
+):
+    (tmp_path / "file").write_text("mine")
+    mkdir = Path.mkdir
+
+    def read_only(path, *args, **keywords):
+        if "readonly" in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *args, **keywords)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    module = importlib.import_module(stage)
+    for name in {"load_tokenizer", "load_model", "rehearse", "sandbox_prompts", "read_sets"} & vars(module).keys():
+        monkeypatch.setattr(module, name, lambda *args, **keywords: pytest.fail("something was loaded"))
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    out = out.replace("FILE", "file").replace("READONLY", "readonly")
+    fails(stage, words_of(stage, data, finished, f"--out={out}"), "--out", fragment)
+    assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("stage", [SFT, RL])
+def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(stage, data, finished, fails, monkeypatch):
+    module = importlib.import_module(stage)
+    for name in ("load_tokenizer", "load_model", "rehearse"):
+        monkeypatch.setattr(module, name, lambda *args, **keywords: pytest.fail("something was loaded"))
+    fails(stage, FLAGS[stage](data, finished[stage], learning_rate=0.5), "--learning-rate 0.001, now 0.5")
+
+
+# ---- numbers out of range ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage, settings, section",
+    [(MIXTURE, "Settings", "mixture"), (SFT, "Settings", "sft"), (RL, "Settings", "rl"), (EVAL, "EvalSettings", "eval")],
+)
+def test_every_number_of_a_stage_has_a_range(stage, settings, section, capsys):
+    cls = getattr(importlib.import_module(stage), settings)
+    numbers = [field for field in dataclasses.fields(cls) if field.type in ("int", "float")]
+    assert len(numbers) >= 10
+    for field in numbers:
+        for absurd in ("1" + "0" * 30, "1e308", "-1e300", "inf", "nan", "-" + "9" * 30):
+            with pytest.raises(SystemExit) as end:
+                parse_settings(cls, section, [f"--{field.name.replace('_', '-')}={absurd}"])
+            line = capsys.readouterr().err
+            assert end.value.code == 2 and line.count("\n") == 1
+            assert line.startswith(f"error: --{field.name.replace('_', '-')}: given ") and " from " in line and " to " in line
+
+
+@pytest.mark.parametrize("command", ["lib.chat", *(name for name in COMMANDS if name.startswith("lib."))])
+def test_every_number_of_the_other_commands_has_a_range(command, monkeypatch):
+    parsers = []
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(Flags, name, lambda self, *args: parsers.append(self) or sys.exit())
+    main = importlib.import_module("lib.terminal" if command == "lib.chat" else command).main
+    with pytest.raises(SystemExit):
+        main()
+    for action in parsers[0]._actions:
+        if action.type is not None or isinstance(action.default, (int, float)) and not isinstance(action.default, bool):
+            for absurd in ("1" + "0" * 30, "1e308", "-1e300", "inf", "nan", "-" + "9" * 30):
+                with pytest.raises(argparse.ArgumentTypeError, match=r"given .*; allowed a .*number from .* to .*"):
+                    action.type(absurd)
+
+
+# ---- the next command -------------------------------------------------------------------------------------------------
+
+
+def test_printed_commands_lead_through_the_chapters_and_keep_what_was_given(tmp_path, monkeypatch, capsys):
+    """As a shell reads them, which must not run what stands in a name."""
+    odd = tmp_path / "my runs $(touch ran) `touch ran`; 'x'"
+    small = {"rl_prompts": 16, "sft_prompts": 16, "traces_per_prompt": 1, "eval_prompts": 2}
+    words = flags(out=odd / "data", seed=7, **small)
+    more = {
+        SFT: ["--model", str(world.BASE)],
+        RL: ["--judge", "stages", "--max-new-tokens", "8"],
+        EVAL: ["--attacks", "best_of_n", "--behaviours", "1"],
+    }
+    stage = MIXTURE
+    for following in more:
+        capsys.readouterr()
+        run_here(stage, words, monkeypatch)
+        printed = capsys.readouterr().out.strip().splitlines()[-1].lower().partition("next: ")[2]
+        assert printed.startswith(f"python {following}.py --preset sandbox ")
+        shell = subprocess.run(
+            ["sh", "-c", f"printf '%s\\n' {printed}"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        stage, words = following, [*shell.stdout.splitlines()[2:], *more[following]]
+    assert "--judge" in words and words[words.index("--judge") + 1] == "stages" and words[words.index("--seed") + 1] == "7"
+    assert words[words.index("--data") + 1] == str(odd / "data") and words[words.index("--models") + 1] == f"rl={odd / 'rl'}"
+    run_here(EVAL, words, monkeypatch)
+    assert (odd / "eval-rl" / "results.json").exists() and not list(tmp_path.glob("**/ran")) and [odd] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "out, name, beside_it",
+    [("runs/$(x)", "x", "runs/eval-x"), (".", "here", "../eval-here"), ("-x", "x", "eval-x"), ("a/..", "here", "../eval-here")],
+)
+def test_a_model_is_called_as_its_folder_is_as_far_as_stage_4_allows(out, name, beside_it, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert model_and_out(out)["models"] == [f"{name}={out}"] and model_and_out(out)["out"].endswith(beside_it)
+
+
+def test_the_next_command_leaves_out_what_the_preset_has():
+    cls = importlib.import_module(RL).Settings
+    settings = parse_settings(cls, "rl", flags(preset="paper", device="cpu", shard=True))
+    command = next_command("04_attack_eval.py", settings, "rl", data="-d")
+    assert command == "python 04_attack_eval.py --preset paper --data=-d --device cpu"
+    cls = importlib.import_module(SFT).Settings
+    settings = parse_settings(cls, "sft", flags(preset="paper", dtype="float32", gradient_checkpointing=False, reasoning=False))
+    command = next_command("03_rl_train.py", settings, "sft", model="m")
+    assert command.endswith("--preset paper --model m --dtype float32 --no-gradient-checkpointing --no-reasoning")
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 NAN_JUDGE = """
@@ -478,9 +770,11 @@ def test_judge_with_too_few_scores(data, tmp_path, fails, monkeypatch):
 
 
 @pytest.mark.parametrize("stage, name", [(SFT, "loss is nan"), (RL, "not finite")])
-def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails):
-    out = tmp_path / "out"
-    words = FLAGS[stage](data, out, learning_rate=1e30, save_every=1)
+def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, monkeypatch):
+    out, module = tmp_path / "out", importlib.import_module(stage)
+    set_rate = module.set_learning_rate
+    monkeypatch.setattr(module, "set_learning_rate", lambda optimizer, peak, *rest: set_rate(optimizer, 1e30 * peak, *rest))
+    words = FLAGS[stage](data, out, learning_rate=1.0, save_every=1)
     interrupted(data, out, stage, words, fails, "step 1", name, "checkpoint", "--learning-rate")
     assert [line["step"] for line in metrics_of(out)] == [0]
 
@@ -531,6 +825,19 @@ def test_ctrl_c_says_that_the_run_can_go_on(data, tmp_path):
     process = launch(RL, rl_flags(data, tmp_path / "rl", epochs=9.0), log)
     stages.wait_for_lines(tmp_path / "rl" / "metrics.jsonl", 2, process)
     os.kill(process.pid, signal.SIGINT)
+    process.join(stages.PATIENCE)
+    assert process.exitcode == 130
+    assert messages(log.read_text()) == ["stopped; finished work is kept, run the same command again to resume"]
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.002, 0.02])
+def test_a_second_ctrl_c_right_after_the_first_changes_nothing(gap, data, tmp_path):
+    log = tmp_path / "log"
+    process = launch(RL, rl_flags(data, tmp_path / "rl", epochs=9.0), log)
+    stages.wait_for_lines(tmp_path / "rl" / "metrics.jsonl", 2, process)
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(gap)
     process.join(stages.PATIENCE)
     assert process.exitcode == 130
     assert messages(log.read_text()) == ["stopped; finished work is kept, run the same command again to resume"]

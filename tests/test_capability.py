@@ -206,7 +206,7 @@ def test_the_sandbox_base_agrees_with_its_own_greedy_answers(tmp_path):
         (["--models", "a=x", "a=y"], "--models: given a=y"),
         (["--direct", "b"], "--direct: given b; allowed the names in --models: a"),
         (["--answer-column", "reply"], "--answer-column: given reply, which is empty in row 1"),
-        (["--limit", "-1"], "--limit: given -1; allowed a whole number >= 0"),
+        (["--limit", "-1"], "--limit: given -1; allowed a whole number from 0 to 1000000"),
         (["--file", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--lmit", "3"], "unrecognized arguments: --lmit 3"),
     ],

@@ -82,8 +82,8 @@ def test_lambdas_share_pi_sft_only_if_their_traces_are_the_same_bytes(tmp_path):
     ("words", "said"),
     [
         (["--methods", "ppo"], "given ppo; allowed tars, rl-direct, sft, rpo"),
-        (["--lambdas", "0.5", "1.5"], "given 1.5; allowed numbers from 0 to 1"),
-        (["--lambdas", "nan"], "given nan; allowed numbers from 0 to 1"),
+        (["--lambdas", "0.5", "1.5"], "given 1.5; allowed a number from 0 to 1"),
+        (["--lambdas", "nan"], "given nan; allowed a number from 0 to 1"),
         (["--seeds", "0"], "--seeds: given 0"),
         (["--equal-tokens", "--methods", "tars", "sft"], "--equal-tokens: compares tars and rl-direct"),
     ],

@@ -123,7 +123,7 @@ def test_the_papers_settings_on_the_papers_machines(shape, gpus, size, change):
 
 def test_machines_are_read():
     assert plan.read_machine("4x48") == (4, 48e9)
-    for text in ("4", "x80", "0x80", "4x", "4xbig", "4x-1"):
+    for text in ("4", "x80", "0x80", "4x", "4xbig", "4x-1", "4xnan", "4xinf", "4x1e300"):
         with pytest.raises(UserError, match="GPUSxGIGABYTES"):
             plan.read_machine(text)
 

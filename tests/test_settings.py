@@ -81,11 +81,11 @@ def test_bools_from_either_default():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--learning-rate abc", "--learning-rate: given abc; allowed a number >= 0"),
-        ("--learning_rate=-1e-3", "--learning-rate: given -0.001; allowed a number >= 0"),
-        ("--learning-rate -1", "--learning-rate: given -1.0; allowed a number >= 0"),
-        ("--learning-rate nan", "--learning-rate: given nan; allowed a number >= 0"),
-        ("--learning-rate", "--learning-rate: given nothing; allowed a number >= 0"),
+        ("--learning-rate abc", "--learning-rate: given abc; allowed a number from 0 to 1e+06"),
+        ("--learning_rate=-1e-3", "--learning-rate: given -0.001; allowed a number from 0 to 1e+06"),
+        ("--learning-rate -1", "--learning-rate: given -1.0; allowed a number from 0 to 1e+06"),
+        ("--learning-rate nan", "--learning-rate: given nan; allowed a number from 0 to 1e+06"),
+        ("--learning-rate", "--learning-rate: given nothing; allowed a number from 0 to 1e+06"),
         ("--batch-size 2.5", "--batch-size: given 2.5; allowed a whole number from 1 to 64"),
         ("--batch-size 65", "--batch-size: given 65; allowed a whole number from 1 to 64"),
         ("--reasoning perhaps", "--reasoning: given perhaps; allowed true | false"),
@@ -128,7 +128,7 @@ def test_help_shows_the_chosen_presets_defaults(capsys):
         parse("--preset paper --help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    assert "--learning-rate LEARNING_RATE peak rate, 100% of it (a number >= 0; default: 0.0001)" in text
+    assert "--learning-rate LEARNING_RATE peak rate, 100% of it (a number from 0 to 1e+06; default: 0.0001)" in text
     assert "--[no-]reasoning think first (default: false)" in text
     assert "--device DEVICE where (auto | cpu; default: auto)" in text
     assert "--over_write" not in text and "--no-over-write" not in text, "each flag once"
@@ -164,6 +164,14 @@ def test_every_preset_sets_only_what_its_stage_has(monkeypatch):
         (KeyboardInterrupt(), 130, "stopped; finished work is kept, run the same command again to resume"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
         (OSError(errno.EROFS, "Read-only file system", "a/b"), 2, "error: a/b: Read-only file system"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a/b"), 2, "error: a/b: File name too long"),
+        (
+            RuntimeError(
+                "[enforce fail at x.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. E"
+            ),
+            2,
+            "error: can't allocate memory: you tried to allocate 9 bytes: lower the tokens of a batch",
+        ),
     ],
 )
 def test_run_main_ends_in_one_line(error, code, message, capsys):
@@ -196,6 +204,29 @@ def test_claim_a_new_folder_and_resume_it(tmp_path):
     assert (out / "model").read_text() == "work"
 
 
+@pytest.mark.parametrize(
+    "left", ["state/", "metrics.jsonl", ".model.safetensors.7.tmp", ".checkpoint.tmp/model.safetensors", ".lock"]
+)
+def test_a_folder_with_nothing_but_settings_is_taken_over(tmp_path, left):
+    """Of a run that failed at once, whatever it had begun to write; a byte of its work keeps the folder."""
+    claim_folder(tmp_path / "x", {"n": 1}, overwrite=False)
+    path = tmp_path / "x" / left
+    path.parent.mkdir(exist_ok=True)
+    if not left.endswith("/"):
+        path.write_text("" if left == "metrics.jsonl" else "half")
+    claim_folder(tmp_path / "x", {"n": 2}, overwrite=False, begin=False)
+    assert json.loads((tmp_path / "x" / "settings.json").read_text())["n"] == 1, "only looked at"
+    claim_folder(tmp_path / "x", {"n": 2}, overwrite=False)
+    assert json.loads((tmp_path / "x" / "settings.json").read_text())["n"] == 2
+    (tmp_path / "x" / "deep").mkdir()
+    (tmp_path / "x" / "deep" / "log").write_text("{")
+    for begin in (True, False):
+        with pytest.raises(UserError, match="--n 2, now 3"):
+            claim_folder(tmp_path / "x", {"n": 3}, overwrite=False, begin=begin)
+    claim_folder(tmp_path / "x", {"n": 3}, overwrite=True, begin=False)
+    assert (tmp_path / "x" / "deep" / "log").exists(), "looking empties nothing"
+
+
 def test_claim_a_folder_of_another_run(tmp_path):
     settings = asdict(Settings())
     claim_folder(tmp_path / "x", settings, overwrite=False)
@@ -209,12 +240,13 @@ def test_claim_a_folder_of_another_run(tmp_path):
         claim_folder(tmp_path / "x", {**settings, "steps": 3}, overwrite=False)
     assert (tmp_path / "x" / "deep" / "model").exists()
     claim_folder(tmp_path / "x", other, overwrite=True)
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["settings.json"]
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".lock", "settings.json"], "the lock stays held"
     assert json.loads((tmp_path / "x" / "settings.json").read_text())["batch_size"] == 9
 
 
 def test_another_spelling_of_a_path_or_another_place_of_the_folder_is_the_same_run(tmp_path):
     claim_folder(tmp_path / "x", {"out": f"{tmp_path}/x/", "data": "runs/data/", "model": "me/model"}, overwrite=False)
+    (tmp_path / "x" / "log").write_text("work")
     (tmp_path / "x").rename(tmp_path / "y")
     claim_folder(tmp_path / "y", {"out": f"{tmp_path}/y", "data": "./runs/data", "model": "me/model"}, overwrite=False)
     with pytest.raises(UserError, match="--data"):
@@ -239,6 +271,7 @@ def test_overwrite_spares_home_the_working_folder_and_what_a_link_points_to(tmp_
     out = tmp_path / "x"
     claim_folder(out, {"n": 1}, overwrite=False)
     (out / "inner").mkdir()
+    (out / "inner" / "log").write_text("work")
     monkeypatch.chdir(out / "inner")
     with pytest.raises(UserError, match="will not empty"):
         claim_folder(out, {"n": 2}, overwrite=True)

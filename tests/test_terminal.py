@@ -222,8 +222,12 @@ def test_the_command_answers_one_prompt_and_names_words_that_it_does_not_know(mo
     ("argv", "stdin", "message"),
     [
         ([str(world.BASE)], " \n", "no prompt: give one behind the run, or on stdin"),
-        ([str(world.BASE), "hi", "--temperature", "-1"], "", "--temperature: given -1; allowed a number >= 0"),
-        ([str(world.BASE), "hi", "--max-new-tokens", "1.5"], "", "--max-new-tokens: given 1.5; allowed a whole number >= 1"),
+        ([str(world.BASE), "hi", "--temperature", "-1"], "", "--temperature: given -1; allowed a number from 0 to 10"),
+        (
+            [str(world.BASE), "hi", "--max-new-tokens", "1.5"],
+            "",
+            "--max-new-tokens: given 1.5; allowed a whole number",
+        ),
         ([], "", "run"),
     ],
 )

@@ -25,10 +25,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.files import UserError
+from lib.flags import Flags, number
+from lib.run_folder import lock_folder
 from lib.sandbox.frontier_report import training_tokens, write_frontier
 from lib.sandbox.jobs import Children, Job, run_jobs
 from lib.sandbox.replicate import DIRECT, Seed
-from lib.settings import run_main
+from lib.settings import LAST_SEED, run_main
 
 FIRST_SEED = 40  # those below were used by `make replicate`, or looked at while world and settings were made
 LAMBDAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -124,27 +126,24 @@ def epochs_for(tokens: float, tokens_per_epoch: float) -> float:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags, whole = Flags("lib.sandbox.frontier", __doc__), number(int, 1, 1000)
     known = f"{', '.join(METHODS)} (default: all)"
     shares = " ".join(map(str, LAMBDAS))
-    parser.add_argument("--lambdas", type=float, nargs="+", default=LAMBDAS, help=f"shares of harmful prompts (default {shares})")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=known)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3); of one there is no interval")
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help=f"the first of them (default {FIRST_SEED})")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time (default: one a core)")
-    parser.add_argument("--equal-tokens", action="store_true", help=f"also {LONG}: rl-direct with the tokens of tars")
-    parser.add_argument("--quick", action="store_true", help="tiny runs, to see that it runs: the figures mean nothing")
-    parser.add_argument("--out", type=Path, help="folder (default runs/frontier; with --quick runs/frontier-quick)")
-    args = parser.parse_args(argv)
-    args.out = args.out or Path("runs/frontier-quick" if args.quick else "runs/frontier")
+    share, first = number(float, 0, 1), number(int, 0, LAST_SEED)
+    flags.add_argument("--lambdas", type=share, nargs="+", default=LAMBDAS, help=f"shares of harmful prompts (default {shares})")
+    flags.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=known)
+    flags.add_argument("--seeds", type=whole, default=3, help="number of seeds (default 3); of one there is no interval")
+    flags.add_argument("--first-seed", type=first, default=FIRST_SEED, help=f"the first of them (default {FIRST_SEED})")
+    flags.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="runs at the same time (default: one a core)")
+    flags.add_argument("--equal-tokens", action="store_true", help=f"also {LONG}: rl-direct with the tokens of tars")
+    flags.add_argument("--quick", action="store_true", help="tiny runs, to see that it runs: the figures mean nothing")
+    flags.add_argument("--out", help="folder (default runs/frontier; with --quick runs/frontier-quick)")
+    args = flags.parse_args(argv)
+    if args.out is None:
+        args.out = "runs/frontier-quick" if args.quick else "runs/frontier"
     if unknown := [m for m in args.methods if m not in METHODS]:
         raise UserError(f"--methods: given {unknown[0]}; allowed {', '.join(METHODS)}")
     args.lambdas, args.methods = sorted(set(args.lambdas)), [m for m in METHODS if m in args.methods]
-    if wrong := [share for share in args.lambdas if not 0 <= share <= 1]:
-        raise UserError(f"--lambdas: given {wrong[0]:g}; allowed numbers from 0 to 1")
-    for flag in ("seeds", "jobs"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag}: given {getattr(args, flag)}; allowed a whole number >= 1")
     if args.equal_tokens and not {"tars", "rl-direct"} <= set(args.methods):
         raise UserError("--equal-tokens: compares tars and rl-direct; allowed with both in --methods")
     return args
@@ -152,10 +151,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    lock_folder(args.out)
+    root = Path(args.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
-    seeds = [FrontierSeed(args.out, args.first_seed + i, args.quick) for i in range(args.seeds)]
+    seeds = [FrontierSeed(root, args.first_seed + i, args.quick) for i in range(args.seeds)]
     jobs = [job for seed in seeds for job in seed.jobs(args.lambdas, args.methods)]
-    methods, children = [*args.methods, *([LONG] if args.equal_tokens else [])], Children(args.out)
+    methods, children = [*args.methods, *([LONG] if args.equal_tokens else [])], Children(root)
     with tqdm(total=len(jobs) + 2 * len(seeds) * len(args.lambdas) * args.equal_tokens, desc="frontier", unit="run") as bar:
         run_jobs(jobs, children, children.stop, args.jobs, bar)
         if args.equal_tokens:
@@ -163,7 +164,7 @@ def main() -> None:
             longer = [job for seed in seeds for job in seed.long_jobs(args.lambdas)]
             longer = [Job(j.name, j.command, tuple(a for a in j.after if a not in done), j.check) for j in longer]
             run_jobs(longer, children, children.stop, args.jobs, bar)
-    print(write_frontier(args.out, [seed.dir for seed in seeds], args.lambdas, methods))
+    print(write_frontier(root, [seed.dir for seed in seeds], args.lambdas, methods))
 
 
 if __name__ == "__main__":

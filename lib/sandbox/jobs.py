@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -57,7 +58,7 @@ class Children:
             self.running.discard(child)
         if code and not self.stopped:
             said = log.read_bytes()[start:].decode("utf-8", "replace").strip().splitlines()[-5:]
-            raise UserError(f"python {' '.join(job.command)} failed (exit code {code}), see {log}:\n  " + "\n  ".join(said))
+            raise UserError(f"python {shlex.join(job.command)} failed (exit code {code}), see {log}:\n  " + "\n  ".join(said))
         if not self.stopped:
             job.check()
 

@@ -14,7 +14,6 @@ A model this small never learns to *look a definition up* unless two things help
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 from pathlib import Path
@@ -28,9 +27,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.chat import encode_prompt, pad_batch
+from lib.flags import Flags, number
 from lib.policy import save_policy
+from lib.run_folder import lock_folder
 from lib.sandbox import judge, traces, world
 from lib.sandbox.card import CUE, write_card
+from lib.settings import run_main
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 2000, 96, 2e-3
 PART = 8  # documents of similar length that go through the model together: little padding, and it stays in the cache
@@ -211,13 +213,16 @@ def pretrain(steps: int, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the sandbox's base checkpoint.")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of {BATCH} documents (default {STEPS})")
-    parser.add_argument("--out", type=Path, default=world.BASE, help="checkpoint folder (default lib/sandbox/base)")
-    args = parser.parse_args()
-    pretrain(args.steps, args.out)
-    write_card(args.out, args.steps)
+    flags = Flags("lib.sandbox.pretrain", __doc__)
+    help_ = f"optimizer steps of {BATCH} documents (default {STEPS})"
+    flags.add_argument("--steps", type=number(int, 1), default=STEPS, help=help_)
+    flags.add_argument("--out", default=str(world.BASE), help="checkpoint folder (default lib/sandbox/base)")
+    args = flags.parse_args()
+    lock_folder(args.out)
+    out = Path(args.out)
+    pretrain(args.steps, out)
+    write_card(out, args.steps)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

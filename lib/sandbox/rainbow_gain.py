@@ -10,7 +10,6 @@ it said; OUT/rainbow.md the result.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -19,11 +18,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.files import UserError, write_text
+from lib.files import write_text
+from lib.flags import Flags, number
+from lib.run_folder import lock_folder
 from lib.sandbox.frontier_report import over_seeds, shown, table
 from lib.sandbox.jobs import Children, Job, run_jobs
 from lib.sandbox.replicate import Get, Seed, cell
-from lib.settings import run_main
+from lib.settings import LAST_SEED, run_main
 
 FIRST_SEED = 50  # those below were used by `make replicate` and `make frontier`, or looked at while the world was made
 MODELS = ("plain", "with")
@@ -82,21 +83,23 @@ def report(seeds: Sequence[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8, help="number of seeds (default 8); of one there is no interval")
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help=f"the first of them (default {FIRST_SEED})")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time (default: one a core)")
-    parser.add_argument("--out", type=Path, default=Path("runs/rainbow"), help="folder (default runs/rainbow)")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.jobs < 1:
-        raise UserError(f"--seeds {args.seeds}, --jobs {args.jobs}: allowed whole numbers >= 1")
+    cores, whole = os.cpu_count() or 1, number(int, 1, 1000)
+    flags = Flags("lib.sandbox.rainbow_gain", __doc__)
+    flags.add_argument("--seeds", type=whole, default=8, help="number of seeds (default 8); of one there is no interval")
+    first = number(int, 0, LAST_SEED)
+    flags.add_argument("--first-seed", type=first, default=FIRST_SEED, help=f"the first of them (default {FIRST_SEED})")
+    flags.add_argument("--jobs", type=whole, default=cores, help="runs at the same time (default: one a core)")
+    flags.add_argument("--out", default="runs/rainbow", help="folder (default runs/rainbow)")
+    args = flags.parse_args()
+    lock_folder(args.out)
+    root = Path(args.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
-    seeds = [GainSeed(args.out, args.first_seed + i, []) for i in range(args.seeds)]
-    jobs, children = [job for seed in seeds for job in seed.jobs()], Children(args.out)
+    seeds = [GainSeed(root, args.first_seed + i, []) for i in range(args.seeds)]
+    jobs, children = [job for seed in seeds for job in seed.jobs()], Children(root)
     with tqdm(total=len(jobs), desc="rainbow", unit="run") as bar:
         run_jobs(jobs, children, children.stop, args.jobs, bar)
     text = report([seed.dir for seed in seeds])
-    write_text(args.out / "rainbow.md", text)
+    write_text(root / "rainbow.md", text)
     print(text)
 
 

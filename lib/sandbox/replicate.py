@@ -15,7 +15,6 @@ in runs/replicate/seed-K/; the summary in runs/replicate/report.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -27,9 +26,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.files import write_text
+from lib.files import UserError, write_text
+from lib.flags import Flags, number
 from lib.metrics import student_t
-from lib.settings import UserError, run_main
+from lib.run_folder import lock_folder
+from lib.settings import run_main
 
 FIRST_SEED = 30  # the results of smaller ones were looked at while world and settings were made
 Get = Callable[[dict], float]
@@ -161,7 +162,7 @@ def run_all(jobs: list[list[str]], log: Path, threads: int, bar: tqdm, after: Fu
             code = subprocess.run([sys.executable, *job], stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-            raise UserError(f"{' '.join(job[:1])} failed ({last}): see {log}, then run the same command again")
+            raise UserError(f"{job[0]} failed ({last}): see {log}, then run the same command again")
         bar.update()
 
 
@@ -226,18 +227,18 @@ def draw_plane(out: Path, results: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help=f"number of seeds, from {FIRST_SEED} on (default 5)")
-    parser.add_argument("--ablation-seeds", type=int, default=3, help="of these, with the ablations (default 3)")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time (default 2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/replicate"), help="folder (default runs/replicate)")
-    parser.add_argument("--rl-flags", default="", help='more flags for every 03_rl_train.py, one string (default "")')
-    args = parser.parse_args()
+    flags = Flags("lib.sandbox.replicate", __doc__)
+    flags.add_argument("--seeds", type=number(int, 2, 1000), default=5, help=f"number of seeds, from {FIRST_SEED} on (default 5)")
+    flags.add_argument("--ablation-seeds", type=number(int, 2, 1000), default=3, help="of these, with the ablations (default 3)")
+    flags.add_argument("--jobs", type=number(int, 1, 1000), default=2, help="seeds that run at the same time (default 2)")
+    flags.add_argument("--out", default="runs/replicate", help="folder (default runs/replicate)")
+    flags.add_argument("--rl-flags", default="", help='more flags for every 03_rl_train.py, one string (default "")')
+    args = flags.parse_args()
+    lock_folder(args.out)
+    root = Path(args.out)
     counts = {"main": args.seeds} | dict.fromkeys(("ablations", "ambiguity"), min(args.seeds, args.ablation_seeds))
-    if min(counts.values()) < 2 or args.jobs < 1:
-        raise UserError(f"--seeds {args.seeds}, --ablation-seeds {args.ablation_seeds}, --jobs {args.jobs}: at least 2, 2, 1")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    plan = [Seed(args.out, FIRST_SEED + i, args.rl_flags.split()) for i in range(args.seeds)]
+    plan = [Seed(root, FIRST_SEED + i, args.rl_flags.split()) for i in range(args.seeds)]
     total = sum(len(s.main()) for s in plan) + sum(len(s.ablations()) for s in plan[: args.ablation_seeds])
     with tqdm(total=total, desc="replicate", unit="job") as bar, ThreadPoolExecutor(args.jobs) as pool:
         first = [pool.submit(run_all, s.main(), s.dir / "main.log", threads, bar) for s in plan]
@@ -251,9 +252,9 @@ def main() -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    results = load_results(args.out, counts)
-    text = report(results) + draw_plane(args.out, results)
-    write_text(args.out / "report.md", text)
+    results = load_results(root, counts)
+    text = report(results) + draw_plane(root, results)
+    write_text(root / "report.md", text)
     print(text)
 
 

@@ -42,7 +42,7 @@ def parse_word(word: str, flag: str = "--files") -> Given:
     if equals and kind not in SETS and re.fullmatch(r"\w[\w-]*", kind) and not Path(word).exists():
         raise UserError(f"{flag}: given {word}; unknown KIND {kind}: allowed {' | '.join(SETS)} (a file of that name: ./{word})")
     kind, text = (kind, text) if kind in SETS else ("", word)
-    quota = re.fullmatch(r"(.+?):(?:(\d+)\+)?(\d+)", text)
+    quota = re.fullmatch(r"(.+?):(?:(\d{1,9})\+)?(\d{1,9})", text)
     sft, rl = 0, None
     if quota:
         text, sft, rl = quota[1], int(quota[2] or 0), int(quota[3])
