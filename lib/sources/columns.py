@@ -88,7 +88,7 @@ def prompts_by_columns(rows: Iterable[dict], given: Given, columns: Columns, tar
         name = given.kind or kind_of(row, columns, where)
         left.update(f"turns of {role or 'no role'}" for role in other_turns(row, columns.prompt_column))
         prompt = with_context(first_text(row, columns.prompt_column).strip(), context)
-        record = own_fields(row, given, columns, where) | {
+        record = {
             "id": "-".join(filter(None, (_stem(given), known_as, fingerprint(prompt)))),  # two files may use the same names
             "prompt": prompt,
             "kind": "harmful" if name == "jailbreak" else name,
@@ -96,7 +96,9 @@ def prompts_by_columns(rows: Iterable[dict], given: Given, columns: Columns, tar
             "category": first_text(row, columns.category_column),
             "target": first_text(row, "target") or targets.get(known_as, ""),
         }
-        pairs.append((name, record | ({"context": context} if context.strip() else {})))
+        record |= {"context": context} if context.strip() else {}
+        own = own_fields(row, given, columns, where)
+        pairs.append((name, record | {key: value for key, value in own.items() if key not in record}))
     say_left_out(given.text, left)
     return [pair for pair in pairs if pair[0] != "drop"]
 
