@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.attacks.core import Conversation, Individual
 from lib.attacks.persuasion import TECHNIQUES
 from lib.chat import decode, encode_chat, encode_prompt, eos_token_ids, load_tokenizer
-from lib.policy import check_tokenizer, load_policy
+from lib.policy import check_tokenizer, context_of, load_policy
 from lib.sampler import sample
 from lib.settings import UserError
 from lib.victim import draw_seeds
@@ -132,8 +132,7 @@ class LanguageModelAttacker:
     def _fitting(self, talk: Conversation) -> list[int]:
         """Token ids of a conversation; without its oldest exchanges, where a reply would exceed the context."""
         model, tokenizer = self.load()
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        room = min(context, self.max_batch_tokens or sys.maxsize) - self.reply_tokens
+        room = min(context_of(model.config), self.max_batch_tokens or sys.maxsize) - self.reply_tokens
         ids = encode_chat(tokenizer, messages_of(talk), reasoning=False)
         if len(ids) > room and talk.exchanges:
             return self._fitting(replace(talk, exchanges=talk.exchanges[1:]))
