@@ -13,6 +13,7 @@ from lib.files import UserError, read_jsonl, write_json, write_jsonl
 from lib.policy import load_policy
 from lib.sampler import Completion, sample
 from lib.sandbox import world
+from lib.settings import at_end
 
 BASE = str(world.BASE)
 
@@ -226,4 +227,5 @@ def test_a_run_that_reasons_is_not_asked_directly_nor_emptied(tmp_path):
     files = sorted(run.iterdir())
     with pytest.raises(UserError, match="which this run reads: give another --out"):
         main(["--models", f"a={run}", *questions(tmp_path), "--out", str(run), "--overwrite"])
+    at_end.close()  # as run_main does
     assert sorted(run.iterdir()) == files
