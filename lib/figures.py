@@ -92,11 +92,11 @@ def draw_plane(figure, models: dict) -> None:
         for name, style in styles(models).items():
             plane = models[name].get("plane", {})
             if key in plane:
-                x, y = plane[key], plane["dsr"]
+                x, y = plane[key], plane.get("plain_or", plane["dsr"])
                 axes.errorbar(x["mean"], y["mean"], xerr=bars([x]), yerr=bars([y]), markersize=8, linestyle="", **style)
         axes.set(xlabel=f"{key.replace('_', ' ')}, harmless and ambiguous", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("defense success rate, mean over attacks")
+    panels[0].set_ylabel("defense success rate, plain or attacked, mean over attacks")
     legend(figure)
 
 

@@ -13,7 +13,7 @@ from lib.metrics import SETS, bootstrap
 
 TITLE = "Attack and evaluation"
 CATEGORIES = 40  # rows of a table by category
-PLANE = {"dsr": "DSR, mean over attacks", "task_score": "task score"}
+PLANE = {"plain_or": "DSR, plain or attacked, mean over attacks", "dsr": "DSR, mean over attacks", "task_score": "task score"}
 WORST = {
     "gcg": "worst case of GCG and its variants",
     "shared": "worst case of the attacks that all models met",

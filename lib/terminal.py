@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.chat import THINK_OPEN, decode, encode_chat, eos_token_ids, load_tokenizer, parse_completion, parse_direct
 from lib.files import UserError
 from lib.flags import Flags, number
-from lib.policy import load_policy
+from lib.policy import context_of, load_policy
 from lib.run_folder import stated_reasoning
 from lib.settings import LAST_SEED
 from lib.stream import Part, parts, stream, texts
@@ -55,7 +55,7 @@ class Chat:
         system = [{"role": "system", "content": self.system}] if self.system else []
         question = {"role": "user", "content": text}
         prompt = encode_chat(self.tokenizer, [*system, *self.messages, question], reasoning=self.reasoning)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        context = context_of(self.model.config)
         limit, eos = min(self.max_new_tokens, context - len(prompt)), eos_token_ids(self.model, self.tokenizer)
         if limit < 1:
             raise UserError(f"{len(prompt)} tokens were said, and the model's context holds {context}: /reset, or say less")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lib.chat import decode, encode_example, encode_prompt, eos_token_ids, load_tokenizer
 from lib.files import UserError, append_jsonl, resume_log
-from lib.policy import check_tokenizer, dtype_to_infer, load_policy
+from lib.policy import check_tokenizer, context_of, dtype_to_infer, load_policy
 from lib.sampler import sample
 
 REFLECT = (
@@ -51,7 +51,7 @@ class TraceWriter:
     def check(self, records: Sequence[dict]) -> None:
         """UserError, by its id, for the first record whose prompt leaves no room for the longest reasoning and answer."""
         longest, limit = self.sampling["max_new_tokens"], self.sampling["max_batch_tokens"]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or limit
+        context = context_of(self.model.config)
         for record in records:
             question = encode_prompt(self.tokenizer, REFLECT.format(record["prompt"]), reasoning=False)
             opening = encode_example(self.tokenizer, record["prompt"], "", "")[0]

@@ -130,6 +130,7 @@ def test_figures_of_a_model_by_kind_type_and_hops():
     assert means["compliance"]["harmful"] == 0.0 and means["partial"]["harmful"] == pytest.approx(1 / 3, abs=1e-4)
     assert means["task_score"]["ambiguous"] == 0.5 and "harmful" not in means["task_score"]
     assert means["plane"] == {
+        "plain_or": 1.0,
         "dsr": 1.0,  # over attacks; a direct request is none
         "compliance": pytest.approx(2 / 3, abs=1e-4),
         "task_score": pytest.approx(2 / 3, abs=1e-4),
@@ -167,7 +168,9 @@ def test_an_attack_is_no_defence_and_what_is_defended_is_refused_or_useless():
     ends = {name: ci["mean"] for name, ci in figures["outcomes"]["gcg"].items()}
     assert ends == {"refused": 0.5, "useless": 0.25, "leaked": 0.25}  # of a to d; e has no verdict
     assert figures["unknown"]["gcg"] == 1 and sum(ci["mean"] for ci in figures["outcomes"]["pap"].values()) == pytest.approx(1)
-    assert figures["plane"]["dsr"]["mean"] == pytest.approx(2 / 5)
+    assert figures["plane"]["plain_or"]["mean"] == pytest.approx(2 / 5) and figures["plane"]["dsr"]["mean"] == pytest.approx(
+        3 / 5
+    )
     values = metrics.figures_by_prompt(lines, 0.5)
     assert values["DSR, plain_or_gcg"] == {"a": 0.0, "b": 0.0, "c": 1.0, "d": 1.0, "e": 0.0}
 

@@ -74,7 +74,7 @@ def make_results() -> dict:
                     "points": [[i * 0.1, i * i * 0.1, i % 2 * 2 - 1] for i in range(8)],
                 }
             },
-            "plane": some("dsr", "compliance", "task_score"),
+            "plane": some("plain_or", "dsr", "compliance", "task_score"),
         }
         for name in MODELS
     }
