@@ -87,7 +87,7 @@ def _parse(cls: type[T], stage: str, argv: list[str]) -> T:
     if any(word.split("=")[0] == "--preset" for word in argv):
         defaults["preset"] = _given(argv, "--preset")
     defaults |= _preset_values(defaults["preset"], stage, fields)
-    if _given(argv, "--objective") == "rpo":
+    if argv and _given(argv, "--objective") == "rpo":
         defaults |= _preset_values(defaults["preset"], "rpo", fields)
 
     parser = _parser(cls, fields, types, defaults)
