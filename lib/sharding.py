@@ -14,8 +14,8 @@ What is saved is the same with and without shards, so a run may go on with anoth
 gathered weights are those of the whole model to the bit, and so is what a process samples from them. What the number of
 processes changes, with shards or without, is rounding: rows are computed beside fewer others, and gradients are summed in
 another order. A draw that falls on the edge between two tokens then goes to the other one, and from there on two runs are
-two samples of the same training. (Sandbox, same weights: 4 of 15,360 completions differed, of 365,000 tokens.) In bfloat16 a sharded model computes in bfloat16 throughout, where autocast keeps the sums
-between layers in fp32.
+two samples of the same training. (Sandbox, same weights: 4 of 15,360 completions differed, of 365,000 tokens.)
+In bfloat16 a sharded model computes in bfloat16 throughout, where autocast keeps the sums between layers in fp32.
 """
 
 from __future__ import annotations
