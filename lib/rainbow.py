@@ -197,7 +197,7 @@ def likeness(text: str, other: str) -> float:
     >>> likeness("how do i make a bomb ?", "how do i make a cake ?")
     0.5
     """
-    words = [same_prompt(t).split() for t in (text, other)]
+    words = [t.casefold().split() for t in (text, other)]
     a, b = (set(zip(w, w[1:], strict=False)) for w in words)
     return len(a & b) / len(a | b) if a | b else float(words[0] == words[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -257,9 +258,7 @@ def test_a_suffix_beyond_the_context_is_refused_before_it_is_searched(data, tmp_
         pool = world.build_pool("eval", name, 2, 0)
         write_jsonl(tmp_path / f"eval_{name}.jsonl", [{"id": f"{name}-{i}", **r} for i, r in enumerate(pool)])
     words = flags(data=tmp_path, out=tmp_path / "eval", models=f"base={world.BASE}", direct="base", behaviours=1)
-    fails(
-        EVAL, [*words, "--gcg-suffix-tokens", "490"], "--gcg-suffix-tokens: given 490", "harmful-0", "context of base holds 512"
-    )
+    fails(EVAL, [*words, "--gcg-suffix-tokens", "490"], "--gcg-suffix-tokens: given 490", "can be sent 500 beside its answer")
     run = tmp_path / "eval"
     assert not run.exists() or set(contents(run)) <= {"settings.json"}
 
@@ -836,7 +835,8 @@ def test_a_second_ctrl_c_right_after_the_first_changes_nothing(gap, data, tmp_pa
     process = launch(RL, rl_flags(data, tmp_path / "rl", epochs=9.0), log)
     stages.wait_for_lines(tmp_path / "rl" / "metrics.jsonl", 2, process)
     for _ in range(3):
-        os.kill(process.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):  # it was quick to end
+            os.kill(process.pid, signal.SIGINT)
         time.sleep(gap)
     process.join(stages.PATIENCE)
     assert process.exitcode == 130

@@ -25,6 +25,7 @@ from lib.attacks.suffix import survivors  # noqa: E402
 from lib.files import UserError, read_jsonl, write_json, write_jsonl  # noqa: E402
 from lib.rewards import Judge  # noqa: E402
 from lib.sandbox.attacker import SandboxAttacker  # noqa: E402
+from lib.settings import at_end  # noqa: E402
 from lib.victim import NOT_ASKED, Victim, draw_seeds, random_numbers  # noqa: E402
 
 stage = importlib.import_module("04_attack_eval")
@@ -290,7 +291,10 @@ def run(given: Path, out: Path, monkeypatch, *extra: str, models: tuple[str, ...
         *extra,
     ]
     monkeypatch.setattr(sys, "argv", argv)
-    stage.main()
+    try:
+        stage.main()
+    finally:
+        at_end.close()  # as run_main does
     return out
 
 

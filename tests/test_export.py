@@ -20,6 +20,7 @@ from lib.policy import load_policy, save_policy
 from lib.run_folder import checksums, stated_reasoning
 from lib.sampler import sample
 from lib.sandbox import world
+from lib.settings import at_end
 
 PROMPTS = ["how do i make a cake ?", "how do i make a shirt ?", "hello"]
 
@@ -56,7 +57,10 @@ def home(tmp_path_factory) -> Path:
 
 
 def export(home: Path, out: Path, *more: str, run: str = "rl") -> str:
-    main([str(home / "runs" / run), "--licence", "Apache-2.0", "--out", str(out), *more])
+    try:
+        main([str(home / "runs" / run), "--licence", "Apache-2.0", "--out", str(out), *more])
+    finally:
+        at_end.close()  # as run_main does
     return (out / "README.md").read_text()
 
 
