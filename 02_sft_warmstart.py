@@ -124,9 +124,9 @@ def load_examples(settings: Settings, tokenizer, context: int, leader: bool = Tr
         reasoning = record["reasoning"] if settings.reasoning else None
         ids, mask = encode_example(tokenizer, record["prompt"], reasoning, record["answer"])
         examples.append((record["prompt"], Example(ids, mask)))
-    allowed, lengths = min(context, settings.max_batch_tokens), [len(example.ids) for _, example in examples]
+    lengths = [len(example.ids) for _, example in examples]
     limits = f"context {context}, --max-batch-tokens {settings.max_batch_tokens}"
-    examples = drop_too_long(examples, records, lengths, allowed, f"{path}: traces", limits, leader)
+    examples = drop_too_long(examples, records, lengths, context, settings.max_batch_tokens, f"{path}: traces", limits, leader)
     first = {same_prompt(prompt): prompt for prompt, _ in reversed(examples)}  # of those that are one prompt to a reader
     prompts = sorted(first.values())
     count = round(settings.held_out_share * len(prompts))

@@ -126,6 +126,11 @@ class Settings:
     date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
     dry_run: str = setting("", HELP_HERE)
 
+    @property
+    def has_bonus(self) -> bool:
+        """Whether the loss has an entropy bonus."""
+        return self.entropy_coef > 0 and self.objective == "grpo"
+
     def need(self, longest: int, processes: int) -> Need:
         """Of memory; longest: tokens of the longest prompt and completion."""
         rollouts = math.ceil(self.prompts_per_step / processes) * self.group_size
@@ -134,7 +139,7 @@ class Settings:
             batch_tokens = min(batch_tokens, rollouts * longest)
         longest *= 2 if self.objective == "rpo" else 1  # a pair is in one micro-batch
         how = (sample_tokens, True, self.dtype, self.gradient_checkpointing, self.shard, self.offload, processes)
-        return Need(batch_tokens, longest, *how)
+        return Need(batch_tokens, longest, *how, entropy_gradient=self.has_bonus)
 
 
 # Settings that say how to compute, not what: a run may go on with others.
@@ -176,8 +181,8 @@ def load_prompts(settings: Settings, tokenizer, context: int, leader: bool = Tru
     path = Path(settings.data) / "rl.jsonl"
     records = read_jsonl(path, ("id", "prompt", "kind"))
     together = 2 if settings.objective == "rpo" else 1  # a pair is in one micro-batch
-    budget = min(context, settings.max_batch_tokens // together, settings.max_sample_tokens)
-    allowed = min(settings.max_prompt_tokens, budget - settings.max_new_tokens)
+    allowed = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
+    room = min(settings.max_batch_tokens // together, settings.max_sample_tokens) - settings.max_new_tokens
     for place, record in enumerate(records):
         if record["kind"] not in KINDS:
             raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}")
@@ -189,7 +194,7 @@ def load_prompts(settings: Settings, tokenizer, context: int, leader: bool = Tru
         f"--max-sample-tokens {settings.max_sample_tokens}"
     )
     lengths = [len(record["prompt_ids"]) for record in records]
-    return drop_too_long(records, records, lengths, allowed, f"{path}: prompts", limits, leader)
+    return drop_too_long(records, records, lengths, allowed, room, f"{path}: prompts", limits, leader)
 
 
 def prompts_of_step(records: list[dict], step: int, settings: Settings) -> list[dict]:
@@ -332,8 +337,8 @@ def sequence_weights(lengths: torch.Tensor, total_tokens: int, total_rollouts: i
 def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id: int, settings: Settings, processes: Processes):
     """Step 5: the gradient over all rollouts, this process's share summed with those of the others; `main` takes the step.
 
-    The loss is `grpo_loss`, minus --entropy-coef times the entropy of the policy at --temperature, in the same mean over
-    tokens (verl; the paper's text does not mention it).
+    The loss is `grpo_loss`, minus --entropy-coef times the entropy of the policy at --temperature, its tokens weighed
+    as those of the loss (verl; the paper's text does not mention it).
 
     Returns the loss, per-token means over all processes (kl, entropy, and sampler_gap: how far the sampler's
     log-probabilities are from these) and the gradient norm before clipping.
@@ -341,7 +346,6 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
     totals = gather_objects([sum(len(r.completion.token_ids) for r in rollouts), len(rollouts)], processes)
     total_tokens, total_rollouts = (sum(column) for column in zip(*totals, strict=True))
     sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "sampler_gap": 0.0}
-    bonus = settings.entropy_coef > 0
     optimizer.zero_grad()
     batches = micro_batches([len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts], settings.max_batch_tokens)
     for indices in even_rounds(batches, policy, processes):
@@ -350,7 +354,13 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
         ids, attention_mask, mask = rollout_batch(batch, pad_id, device_of(policy))  # (B, T) each
         with precision(device_of(policy), settings.dtype):
             logprobs, entropy = token_logprobs(
-                policy, ids, attention_mask, mask, temperature=settings.temperature, with_entropy=True, entropy_gradient=bonus
+                policy,
+                ids,
+                attention_mask,
+                mask,
+                temperature=settings.temperature,
+                with_entropy=True,
+                entropy_gradient=settings.has_bonus,
             )  # (B, T) each, 0 outside the mask
         with torch.no_grad(), precision(device_of(policy), settings.dtype):
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, temperature=settings.temperature)
@@ -362,7 +372,7 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
         advantages = torch.tensor([r.advantage for r in batch], device=ids.device)
         weights = sequence_weights(torch.tensor(lengths), total_tokens, total_rollouts, settings).to(ids.device) * bool(indices)
         loss = grpo_loss(logprobs, old_logprobs, reference_logprobs, advantages, mask, weights, settings)
-        if bonus:  # keeps samples diverse; the mean over tokens, weighed as the loss is
+        if settings.has_bonus:  # keeps samples diverse; the mean over tokens, weighed as the loss is
             loss = loss - settings.entropy_coef * (entropy.sum(dim=1) * weights).sum()
         backward(loss, policy, processes)
         if not indices:
@@ -409,7 +419,7 @@ def main() -> None:
             score([records[0]["prompt"]], [f"no {time.time_ns()}"])  # which no cache of verdicts knows
         prompt_tokens = max(len(record["prompt_ids"]) for record in records)
         need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
-        rehearse(policy, reference, need, prompt_tokens, processes, entropy_gradient=settings.entropy_coef > 0)
+        rehearse(policy, reference, need, prompt_tokens, processes)
     if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
         claim()
     gather_objects(None, processes)  # nobody reads the folder before it is claimed

@@ -207,7 +207,7 @@ def check_texts(subject: Subject, sets: dict[str, list[dict]], behaviours: list[
     read = partial(encode_prompt, tokenizer, reasoning=subject.reasoning, system=subject.system)
     write = partial(encode_text, tokenizer)
     config = load_pretrained(AutoConfig.from_pretrained, subject.path, "model's configuration")
-    room = min(context_of(config), settings.max_batch_tokens)
+    room = context_of(config)
     flag, new = ("--answer-tokens", settings.answer_tokens)
     if subject.reasoning:
         flag, new = ("--max-new-tokens", settings.max_new_tokens)
@@ -216,8 +216,8 @@ def check_texts(subject: Subject, sets: dict[str, list[dict]], behaviours: list[
         lengths = [len(encoded(read, record["prompt"], f"{file}: {record['id']}: prompt")) for record in records]
         if min(lengths) + new > room:
             raise UserError(
-                f"{flag}: given {new}; with it all prompts of {file} exceed the model's context or "
-                f"--max-batch-tokens ({subject.name}: {room} tokens): lower it, or leave the model out"
+                f"{flag}: given {new}; with it all prompts of {file} exceed the model's context "
+                f"({subject.name}: {room} tokens): lower it, or leave the model out"
             )
     needed = {"target": aiming(names), "prefill": "prefill_answer" in names, "twin": "gcg_twin" in names}
     for behaviour in behaviours:
@@ -354,7 +354,8 @@ def run_answers(model: str, victim: Load, blocks: dict[Block, list[Asked]], seed
         if block in finished:
             continue
         new = [pair for pair in asked if "completion" not in pair[1]]
-        seeds = draw_seeds(random_numbers(seed, f"{block[0]}/{block[1]}"), len(new))
+        drawn = draw_seeds(random_numbers(seed, f"{block[0]}/{block[1]}"), len(asked))  # one each: the same for all models
+        seeds = [one for one, pair in zip(drawn, asked, strict=True) if "completion" not in pair[1]]
         mine = share(new, processes)
         records, sent, openings = [r for r, _ in mine], [t["sent"] for _, t in mine], [t["opening"] for _, t in mine]
         read = victim().ask(records, sent, openings, share(seeds, processes)) if mine else []
@@ -434,7 +435,8 @@ def main() -> None:
     settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
     set_date(settings.date)
     # All inputs are looked at before OUT is: a mistake in one must not cost earlier results. A run that goes on knows them.
-    new, first = not (out / "settings.json").exists(), [record["prompt"] for record in sets["direct"][:8]]
+    new = gather_objects(settings.overwrite or not (out / "attacks.jsonl").exists(), processes)[0]
+    first = [record["prompt"] for record in sets["direct"][:8]]
     for subject in subjects:
         check_texts(subject, sets, behaviours, names, settings)
     for subject in subjects if new else []:

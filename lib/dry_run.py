@@ -108,12 +108,7 @@ def on_the_hub(name: str) -> str:
 
 
 def rehearse(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    need: Need,
-    prompt_tokens: int,
-    processes: Processes,
-    entropy_gradient: bool = False,
+    policy: PreTrainedModel, reference: PreTrainedModel | None, need: Need, prompt_tokens: int, processes: Processes
 ) -> None:
     """Compute the largest micro-batch there may be, with room taken for the optimizer and the KV cache, and forget it.
 
@@ -138,7 +133,7 @@ def rehearse(
     completion = everything.clone()
     completion[:, : max(1, prompt_tokens)] = False
     with precision(device, need.dtype):
-        how = {"with_entropy": True, "entropy_gradient": entropy_gradient}
+        how = {"with_entropy": True, "entropy_gradient": need.entropy_gradient}
         logprobs, entropy = token_logprobs(policy, ids, everything, completion, **how)
     if reference is not None:
         with torch.no_grad(), precision(device, need.dtype):

@@ -7,7 +7,8 @@ Sizes follow from the model's shape. P parameters, N processes; with `--shard` w
     reference*  4 P, in bfloat16 2 P, and without --shard 2 more for each weight of the embeddings
     casts       2 P    in bfloat16: autocast keeps a copy of each weight while it computes
     activations        what the backward pass needs of every token of a micro-batch, see `activation_bytes`
-    logits             of `CHUNK` tokens at a time, four copies: logits, log-probabilities, and two of the entropy
+    logits             of `CHUNK` tokens at a time, four copies: logits, log-probabilities, and two of the entropy; two more
+                       where the entropy bonus has a gradient
     KV cache           2 x layers x key-value width, a column, and one layer more while it is repacked
 
 Sampling and training do not coincide (and while it samples there are no gradients), so the peak is the larger of the two.
@@ -58,6 +59,7 @@ class Need:
     offload: bool = False
     processes: int = 1
     beside: float = 0.0  # bytes of other models on the same GPU: judges
+    entropy_gradient: bool = False  # of the entropy bonus
 
 
 def shape_of(name_or_path: str) -> Shape:
@@ -136,7 +138,7 @@ def memory(shape: Shape, need: Need) -> dict[str, float]:
         "reference": (low * shape.parameters + kept) * held if need.reference else 0,
         "casts": 2 * shape.parameters if need.dtype == "bfloat16" and not need.shard else 0,
         "activations": activation_bytes(shape, need),
-        "logits": 4 * 4 * min(CHUNK, need.batch_tokens) * shape.vocabulary,
+        "logits": 4 * (6 if need.entropy_gradient else 4) * min(CHUNK, need.batch_tokens) * shape.vocabulary,
         "KV cache": kv_cache_bytes(shape, need.sample_tokens, need.dtype),
         "beside": need.beside,
     }

@@ -71,8 +71,8 @@ def parse_settings(cls: type[T], stage: str, argv: Sequence[str] | None = None) 
     """The stage's settings: the dataclass's defaults, then the preset's, then the flags in `argv`.
 
     `stage` is mixture, sft, rl or eval: the dict of that name in capitals in lib/presets/NAME.py. `--objective rpo` puts
-    that of RPO, where there is one, on top. A mistake
-    ends the program with one line on stderr, "error: --flag: given X; allowed ...", and exit code 2.
+    that of RPO, where there is one, on top. A mistake ends the program with one line on stderr, "error: --flag: given X;
+    allowed ...", and exit code 2.
     """
     try:
         return _parse(cls, stage, list(sys.argv[1:] if argv is None else argv))

@@ -44,12 +44,21 @@ def halve_linear_layers(model: torch.nn.Module) -> None:
 
 
 def drop_too_long(
-    items: Sequence[T], records: Sequence[dict], lengths: Sequence[int], allowed: int, what: str, limits: str, leader: bool
+    items: Sequence[T],
+    records: Sequence[dict],
+    lengths: Sequence[int],
+    allowed: int,
+    room: int,
+    what: str,
+    limits: str,
+    leader: bool,
 ) -> list[T]:
     """Those of `items` that have at most `allowed` tokens; `leader`: says how many are left out, and names some.
 
     A few long ones must not end a run over a data set (the authors' script drops them, too). Raises UserError when less
-    than half is left: then it is the limit that is wrong. `what` and `limits` are for the message.
+    than half is left: then it is the limit that is wrong. And when one that is kept exceeds `room`, the budgets that say
+    how to compute: a run may go on with others, so they must not decide what it learns from. `what` and `limits` are for the
+    message.
     """
     long = [f"{record['id']} ({n})" for record, n in zip(records, lengths, strict=True) if n > allowed]
     names = ", ".join(long[:3]) + ", ..." * (len(long) > 3)
@@ -58,7 +67,12 @@ def drop_too_long(
         raise UserError(f"{text}: shorten them, or change a limit")
     if long and leader:
         print(f"{text}: left out")
-    return [item for item, n in zip(items, lengths, strict=True) if n <= allowed]
+    kept = [i for i, n in enumerate(lengths) if n <= allowed]
+    longest = max(kept, key=lengths.__getitem__, default=None)
+    if longest is not None and lengths[longest] > room:
+        name = records[longest]["id"]
+        raise UserError(f"{what}: {name} has {lengths[longest]} tokens, {room} fit ({limits}): raise a budget, or shorten it")
+    return [items[i] for i in kept]
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

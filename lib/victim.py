@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,9 +46,8 @@ class Victim:
         return ids
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
-        """Whether so many tokens, and the answer or `behind` further ones, are within the context and a batch."""
-        room = min(context_of(self.model.config), self.max_batch_tokens or sys.maxsize)
-        return len(ids) + max(self.max_new_tokens, behind) <= room
+        """Whether so many tokens, and the answer or `behind` further ones, are within the model's context."""
+        return len(ids) + max(self.max_new_tokens, behind) <= context_of(self.model.config)
 
     def ask(
         self,
@@ -73,8 +71,10 @@ class Victim:
         return [answers.get(i) or dict(UNANSWERED) for i in range(len(prompts))]
 
     def _answers(self, asked: Sequence[tuple[dict, list[int], str, int]]) -> list[dict]:
-        """Of behaviours, prompts, openings and seeds that fit."""
+        """Of behaviours, prompts, openings and seeds that fit. One that exceeds a batch's budget goes alone: what is asked must
+        not depend on a budget with which a run may go on."""
         behaviours, prompts, openings, seeds = zip(*asked, strict=True)
+        longest = max(map(len, prompts)) + self.max_new_tokens
         try:
             completions = sample(
                 self.model,
@@ -83,7 +83,7 @@ class Victim:
                 temperature=self.temperature,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer),
                 seeds=seeds,
-                max_batch_tokens=self.max_batch_tokens,
+                max_batch_tokens=self.max_batch_tokens and max(self.max_batch_tokens, longest),
                 progress=self.progress,
             )
         except (ValueError, FloatingPointError) as error:

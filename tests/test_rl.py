@@ -308,6 +308,20 @@ def test_prompts_of_a_step_are_shuffled_epochs_and_depend_on_seed_and_step_alone
     assert len(many) == 4
 
 
+def test_a_budget_with_which_a_run_may_go_on_does_not_decide_what_it_learns(data):
+    tokenizer = load_tokenizer(world.BASE)
+
+    def kept(**changes: int) -> list[str]:
+        settings = stage.Settings(data=str(data), max_new_tokens=8, max_prompt_tokens=20, **changes)
+        return [record["id"] for record in stage.load_prompts(settings, tokenizer, 512)]
+
+    every = kept()
+    assert kept(max_batch_tokens=28) == kept(max_sample_tokens=28) == every  # 20 + 8: nothing that is kept is longer
+    for flag in ("max_batch_tokens", "max_sample_tokens"):
+        with pytest.raises(UserError, match=f"has .* tokens, .* fit .*--{flag.replace('_', '-')} 17"):
+            kept(**{flag: 17})
+
+
 def test_seeds_are_shared_out_so_that_the_number_of_processes_does_not_matter(data):
     tokenizer = load_tokenizer(world.BASE)
     policy = load_policy(world.BASE, device="cpu")

@@ -80,28 +80,34 @@ class LanguageModelAttacker:
         self.reply_tokens = reply_tokens
 
     def write(self, requests: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        """What it writes to each request; each depends on its own seed alone. UserError where a request is too long."""
+        """What it writes to each request, "" where that leaves no room in its context; each depends on its own seed alone."""
         _, tokenizer = self.load()
         prompts = [encode_prompt(tokenizer, request, reasoning=False) for request in requests]
         return [text.strip().strip('"').strip() for text in self._sample(prompts, seeds, self.max_new_tokens)]
 
     def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], max_new_tokens: int, top_p=1.0) -> list[str]:
         model, tokenizer = self.load()
+        room = min(context_of(model.config), self.max_batch_tokens or sys.maxsize) - max_new_tokens
+        rows, texts = [i for i, prompt in enumerate(prompts) if len(prompt) <= room], [""] * len(prompts)
+        if not rows:
+            return texts
         try:
             completions = sample(
                 model,
-                prompts,
+                [prompts[i] for i in rows],
                 eos_token_ids=eos_token_ids(model, tokenizer),
                 max_new_tokens=max_new_tokens,
                 max_batch_tokens=self.max_batch_tokens,
                 temperature=self.temperature,
                 top_p=top_p,
-                seeds=seeds,
+                seeds=[seeds[i] for i in rows],
                 progress=True,
             )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"--attacker: {error}") from error
-        return [decode(tokenizer, c.token_ids) for c in completions]
+        for i, completion in zip(rows, completions, strict=True):
+            texts[i] = decode(tokenizer, completion.token_ids)
+        return texts
 
     def augment(self, prompt: str, generator: torch.Generator) -> str:
         """Letters swapped inside words, capitals at random, some characters moved on by one: all still legible."""

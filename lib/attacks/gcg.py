@@ -61,7 +61,7 @@ def forged_target(victim: Victim, behaviour: dict, budget: Budget, generator: to
 def twin_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
     """The first compliant one of a few reasonings about the behaviour's "twin"; the forged one if there is none."""
     seeds = draw_seeds(generator, TWIN_SAMPLES)
-    twin = {**behaviour, "prompt": behaviour["twin"]}
+    twin = {**behaviour, "prompt": behaviour["twin"], "context": ""}
     answers = victim.ask([twin] * TWIN_SAMPLES, [behaviour["twin"]] * TWIN_SAMPLES, [""] * TWIN_SAMPLES, seeds)
     for answer in answers:
         cost.asked(victim, behaviour["twin"], "", answer)

@@ -33,7 +33,8 @@ ATTACKS = {  # evaluation: its flags
     "eval-gcg": ("--attacks", "gcg", "--behaviours", "24"),
 }
 FIGURES: dict[str, tuple[str, Get]] = {  # figure: the evaluation that it is read from
-    **{f"DSR, {attack}": ("eval-asking", cell("dsr", attack)) for attack in ("direct", "jailbreak", "pair", "best_of_n", "pap")},
+    **{f"DSR, {attack}": ("eval-asking", cell("dsr", attack)) for attack in ("direct", "jailbreak")},
+    **{f"DSR, plain_or_{attack}": ("eval-asking", cell("dsr", f"plain_or_{attack}")) for attack in ("pair", "best_of_n", "pap")},
     "DSR, plain_or_gcg": ("eval-gcg", cell("dsr", "plain_or_gcg")),
     "compliance": ("eval-asking", cell("plane", "compliance")),
     "task score": ("eval-asking", cell("plane", "task_score")),
