@@ -88,6 +88,8 @@ class LanguageModelAttacker:
     def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], max_new_tokens: int, top_p=1.0) -> list[str]:
         model, tokenizer = self.load()
         room = min(context_of(model.config), self.max_batch_tokens or sys.maxsize) - max_new_tokens
+        if room < 1:
+            raise UserError(f"--attacker: texts of {max_new_tokens} tokens exceed its context or --max-batch-tokens: lower them")
         rows, texts = [i for i, prompt in enumerate(prompts) if len(prompt) <= room], [""] * len(prompts)
         if not rows:
             return texts
