@@ -106,7 +106,7 @@ def test_the_smallest_change_that_fits(shape, gpus, size, change):
     [
         (QWEN_1_5B, 1, 80, "fits"),
         (QWEN_1_5B, 4, 48, "--shard"),  # for the sake of the judges
-        (QWEN_7B, 4, 80, "--shard --max-batch-tokens 8192 --max-sample-tokens 131072"),
+        (QWEN_7B, 4, 80, "--shard --offload"),
     ],
 )
 def test_the_papers_settings_on_the_papers_machines(shape, gpus, size, change):
