@@ -96,7 +96,7 @@ def draw_plane(figure, models: dict) -> None:
                 axes.errorbar(x["mean"], y["mean"], xerr=bars([x]), yerr=bars([y]), markersize=8, linestyle="", **style)
         axes.set(xlabel=f"{key.replace('_', ' ')}, harmless and ambiguous", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("defense success rate, plain or attacked, mean over attacks")
+    panels[0].set_ylabel("defense success rate,\nplain or attacked, mean over attacks")
     legend(figure)
 
 
