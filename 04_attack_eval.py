@@ -435,6 +435,11 @@ def main() -> None:
     settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
     set_date(settings.date)
     # All inputs are looked at before OUT is: a mistake in one must not cost earlier results. A run that goes on knows them.
+    inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]
+    config = {**asdict(settings), **checksums(*inputs)}
+    claim = partial(claim_folder, settings.out, config, overwrite=settings.overwrite, ignore=("max_batch_tokens", "device"))
+    if leader:
+        claim(begin=False)  # what is refused here costs nobody any time
     new = gather_objects(settings.overwrite or not (out / "attacks.jsonl").exists(), processes)[0]
     first = [record["prompt"] for record in sets["direct"][:8]]
     for subject in subjects:
@@ -445,11 +450,9 @@ def main() -> None:
         del loaded
     if behaviours and hired:
         check_attacker(settings.attacker, talks="pair" in names)
-    inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]
-    config = {**asdict(settings), **checksums(*inputs)}
     attacks_path, completions_path, separation_path = (out / f"{n}.jsonl" for n in ("attacks", "completions", "separation"))
     if leader:
-        claim_folder(settings.out, config, overwrite=settings.overwrite, ignore=("max_batch_tokens", "device"))
+        claim()
         for path in (attacks_path, completions_path, separation_path):
             resume_log(path)  # drops the half line that a kill may have left
         for path in (attacks_path, completions_path):
