@@ -190,7 +190,7 @@ def main() -> None:
     device = pick_device(settings.device, processes.local_rank)
     model = load_model(settings, device, processes)
     train, held_out = load_examples(settings, tokenizer, context_of(model.config), leader)
-    first = [record["prompt"] for record in read_jsonl(Path(settings.data) / settings.traces)[:8]]
+    first = [record["prompt"] for record in read_jsonl(Path(settings.data) / settings.traces, ("id", "prompt"))[:8]]
     check_tokenizer(model, tokenizer, first, reasoning=settings.reasoning)
     check_ids(model, [e.ids for e in train + held_out], settings.model)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come

@@ -45,7 +45,8 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple[T
         return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
     logprobs = (logits / temperature).log_softmax(-1)  # (rows, vocab)
     last = logits.shape[1] - 1  # the clamps act on NaN (the caller's to report) and where top_p rounds to 1
-    probabilities, u = _float64(logprobs).exp(), _float64(u)
+    probabilities = _float64(logprobs).exp()
+    u = _float64(u).to(probabilities.device)  # wherever the caller drew it
     if top_p == 1:
         cdf = probabilities.cumsum_(-1)  # (rows, vocab)
         token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=last)  # (rows, 1)

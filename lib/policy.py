@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lib.chat import THINK_CLOSE, THINK_OPEN, decode, encode_prompt, pad_batch, parse_completion
+from lib.chat import THINK_CLOSE, THINK_OPEN, decode, encode_prompt, encode_text, pad_batch, parse_completion
 from lib.files import UserError
 from lib.hub import load_weights, quiet
 from lib.kv_cache import context_of, layer_types, repeat_row, table_rows
@@ -172,7 +172,7 @@ def check_tokenizer(
     check_ids(model, [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts], name)
 
     def there_and_back(text: str) -> str:
-        return decode(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+        return decode(tokenizer, encode_text(tokenizer, text))
 
     given, read = (
         [Counter(re.findall(r"\w+", text.casefold())) for text in texts] for texts in (prompts, map(there_and_back, prompts))
