@@ -110,6 +110,7 @@ class Example:
 
     ids: list[int]
     mask: list[bool]
+    prompt: str = ""
 
 
 def load_examples(settings: Settings, tokenizer, context: int, leader: bool = True) -> tuple[list[Example], list[Example]]:
@@ -123,16 +124,19 @@ def load_examples(settings: Settings, tokenizer, context: int, leader: bool = Tr
     for record in records:
         reasoning = record["reasoning"] if settings.reasoning else None
         ids, mask = encode_example(tokenizer, record["prompt"], reasoning, record["answer"])
-        examples.append((record["prompt"], Example(ids, mask)))
-    lengths = [len(example.ids) for _, example in examples]
+        examples.append(Example(ids, mask, record["prompt"]))
+    lengths = [len(example.ids) for example in examples]
     limits = f"context {context}, --max-batch-tokens {settings.max_batch_tokens}"
     examples = drop_too_long(examples, records, lengths, context, settings.max_batch_tokens, f"{path}: traces", limits, leader)
-    first = {same_prompt(prompt): prompt for prompt, _ in reversed(examples)}  # of those that are one prompt to a reader
+    # Of those that are one prompt to a reader, the first stands for all.
+    first = {same_prompt(example.prompt): example.prompt for example in reversed(examples)}
     prompts = sorted(first.values())
     count = round(settings.held_out_share * len(prompts))
     held_out_prompts = {prompts[i] for i in epoch_order(len(prompts), settings.seed, -1)[:count]}
-    train = [example for prompt, example in examples if first[same_prompt(prompt)] not in held_out_prompts]
-    held_out = [example for prompt, example in examples if first[same_prompt(prompt)] in held_out_prompts]
+    train: list[Example] = []
+    held_out: list[Example] = []
+    for example in examples:
+        (held_out if first[same_prompt(example.prompt)] in held_out_prompts else train).append(example)
     if not train:
         raise UserError(f"{path}: no trace left to train on: lower --held-out-share")
     return train, held_out
@@ -190,8 +194,7 @@ def main() -> None:
     device = pick_device(settings.device, processes.local_rank)
     model = load_model(settings, device, processes)
     train, held_out = load_examples(settings, tokenizer, context_of(model.config), leader)
-    first = [record["prompt"] for record in read_jsonl(Path(settings.data) / settings.traces, ("id", "prompt"))[:8]]
-    check_tokenizer(model, tokenizer, first, reasoning=settings.reasoning)
+    check_tokenizer(model, tokenizer, [e.prompt for e in train[:8]], reasoning=settings.reasoning)
     check_ids(model, [e.ids for e in train + held_out], settings.model)
     if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come
         longest = max(train + held_out, key=lambda e: len(e.ids))

@@ -422,10 +422,8 @@ def main() -> None:
     hired = settings.attacker != "sandbox" and any(ATTACKS[name].attacker for name in names)  # a model writes for them
     if settings.dry_run:
         writer = [settings.attacker] if hired else []
-        paths, beside = (
-            [subject.path for subject in subjects],
-            [*models_of(settings.judge), *models_of(settings.refusals), *writer],
-        )
+        paths = [subject.path for subject in subjects]
+        beside = [*models_of(settings.judge), *models_of(settings.refusals), *writer]
         return plan_inference(settings.dry_run, paths, settings.max_batch_tokens, settings.dtype, beside)
     processes = start_processes(settings.device, timeout_s=7 * 24 * 3600)  # a universal suffix is searched by one alone
     if processes.rank == 0:

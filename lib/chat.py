@@ -217,11 +217,17 @@ def eos_token_ids(model_or_config: Any, tokenizer: PreTrainedTokenizerBase) -> l
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of the ids, spaces as the tokens have them. Special tokens are left out, but not the markers of reasoning."""
-    tokens = tokenizer.added_tokens_decoder.items()
-    unseen = {i for i, token in tokens if token.special and token.content not in ("<think>", "</think>")}
+    unseen = _unseen_ids(tokenizer, len(tokenizer))
     text = tokenizer.decode([i for i in ids if i not in unseen], clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
+
+
+@lru_cache(maxsize=8)
+def _unseen_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    """Special tokens but for the markers, looked up once for a tokenizer of so many tokens: some have thousands added."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    return frozenset(i for i, token in tokens if token.special and token.content not in ("<think>", "</think>"))
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:

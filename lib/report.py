@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib.figures import draw_figures
 from lib.files import atomic, write_text
-from lib.metrics import weight
+from lib.metrics import deciding
 from lib.report_html import page
 from lib.report_md import markdown
 from lib.report_parts import (
@@ -177,13 +177,12 @@ def with_verdicts(completions: Sequence[dict], threshold: float) -> list[dict]:
     """The lines, each with its `verdict`, and whether it is the `deciding` one of its model, set and prompt: as
     `lib.metrics.deciding`."""
     lines = [{**line, "verdict": verdict(line, threshold), "deciding": False} for line in completions]
-    chosen: dict[tuple, dict] = {}
+    groups: dict[tuple[str, str], list[dict]] = {}
     for line in lines:
-        key = line["model"], line["set"], line["id"]
-        if key not in chosen or weight(line, threshold) > weight(chosen[key], threshold):
-            chosen[key] = line
-    for line in chosen.values():
-        line["deciding"] = True
+        groups.setdefault((line["model"], line["set"]), []).append(line)
+    for (_, name), group in groups.items():
+        for line in deciding(group, name, threshold):
+            line["deciding"] = True
     return lines
 
 
