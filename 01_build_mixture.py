@@ -39,9 +39,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.files import UserError, write_json, write_jsonl
-from lib.run_folder import checksums, claim_folder, date_of_run, lock_folder
-from lib.settings import LAST_SEED, TOKENS, beside, next_command, parse_settings, run_main, setting
+from lib import UserError
+from lib.run.files import write_json, write_jsonl
+from lib.run.folder import checksums, claim_folder, date_of_run, lock_folder
+from lib.run.settings import LAST_SEED, TOKENS, beside, next_command, parse_settings, run_main, setting
 from lib.sources import SETS, parse_word, read_prompts, same_prompt, source_names
 from lib.sources.downloads import plan_downloads
 from lib.sources.known import SOURCES
@@ -62,17 +63,25 @@ class Settings:
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     seed: int = setting(0, "of every choice and every trace", low=0, high=LAST_SEED)
     # the mixture
-    lambda_harmful: float = setting(0.5, "share of harmful RL prompts. Paper: 0.1, 0.3 ... 0.9", low=0, high=1)
+    lambda_harmful: float = setting(
+        0.5, "share of harmful RL prompts. Paper: 0.1, 0.3 ... 0.9", low=0, high=1
+    )
     rl_prompts: int = setting(2000, "RL prompts of all kinds. Paper: 2000", low=1)
     ambiguous_share: float = setting(0.5, "share of ambiguous ones in the rest. Paper: 0.5", low=0, high=1)
     sft_prompts: int = setting(1000, "harmful prompts with traces; 0: no SFT. Paper: 1000", low=0)
     traces_per_prompt: int = setting(4, "traces a prompt, at most. Paper: 4", low=1, high=1000)
     rl_traces: int = setting(
-        0, "traces for each RL prompt, at most, for the comparison with SFT. Paper: 8; 0: none", low=0, high=1000
+        0,
+        "traces for each RL prompt, at most, for the comparison with SFT. Paper: 8; 0: none",
+        low=0,
+        high=1000,
     )
     eval_prompts: int = setting(500, "prompts of each evaluation set, at most", low=1)
     max_chars: int = setting(
-        1000, "SFT and RL prompts are shorter than this, but for wildjailbreak's. Paper: 1000", low=1, high=10**9
+        1000,
+        "SFT and RL prompts are shorter than this, but for wildjailbreak's. Paper: 1000",
+        low=1,
+        high=10**9,
     )
     # where prompts come from
     source: str = setting("sandbox", "the sandbox's world, or files of yours", choices=("sandbox", "files"))
@@ -87,37 +96,59 @@ class Settings:
         "column of the prompt; of several, the first with text; of a conversation in it, the user's first turn",
     )
     context_column: str = setting(
-        "context,ContextString", "column of a text that the prompt is about: put before it, and shown apart to HarmBench's judge"
+        "context,ContextString",
+        "column of a text that the prompt is about: put before it, and shown apart to HarmBench's judge",
     )
     kind_column: str = setting("kind", "column that says the kind, for files given without KIND=")
     kind_map: list[str] = setting([], "PATTERN=KIND for what is in it, first match counts; KIND may be drop")
     id_column: str = setting("id,BehaviorID", "column of the name by which --targets knows a prompt")
     category_column: str = setting("category,SemanticCategory,type,ability", "column of the topic")
     targets: str = setting(
-        "", "json file {id: how a compliant answer begins}, for GCG, as HarmBench's; a file's own column target goes before"
+        "",
+        "json file {id: how a compliant answer begins}, for GCG, as HarmBench's; a file's own column target goes before",
     )
     licences: list[str] = setting([], "FILENAME=LICENCE, or a source's name for it; for the manifest")
     # where traces come from
-    trace_files: list[str] = setting([], "SOURCEs with prompt, reasoning and answer; star1. Paper: by DeepSeek-R1")
+    trace_files: list[str] = setting(
+        [], "SOURCEs with prompt, reasoning and answer; star1. Paper: by DeepSeek-R1"
+    )
     reasoning_column: str = setting("reasoning,thinking", "column of the reasoning in these")
     answer_column: str = setting("answer,response,completion", "column of the answer in these")
     trace_model: str = setting("", "a model that writes the traces itself: a folder or a hub name")
     trace_temperature: float = setting(0.8, "of its sampling", low=0.01, high=10)
     trace_max_new_tokens: int = setting(256, "its longest reasoning, and its longest answer, tokens", low=1)
-    trace_max_batch_tokens: int = setting(16384, "tokens in its cache: lower it when out of memory", low=1, high=TOKENS)
+    trace_max_batch_tokens: int = setting(
+        16384, "tokens in its cache: lower it when out of memory", low=1, high=TOKENS
+    )
     device: str = setting("auto", "where it computes", choices=("auto", "cpu", "cuda", "mps"))
     # rainbow teaming
-    rainbow: str = setting("", "pi_SFT, a folder or hub name: search for prompts that it answers harmfully (paper, stage II)")
-    rainbow_share: float = setting(0.4, "of the harmful RL prompts, replaced by them. Paper: 800 of 2000", low=0, high=1)
-    rainbow_attacker: str = setting("sandbox", "who writes them: sandbox, or a chat model, a folder or hub name")
+    rainbow: str = setting(
+        "", "pi_SFT, a folder or hub name: search for prompts that it answers harmfully (paper, stage II)"
+    )
+    rainbow_share: float = setting(
+        0.4, "of the harmful RL prompts, replaced by them. Paper: 800 of 2000", low=0, high=1
+    )
+    rainbow_attacker: str = setting(
+        "sandbox", "who writes them: sandbox, or a chat model, a folder or hub name"
+    )
     rainbow_judge: str = setting("sandbox", "who judges the answers' harm, as --judge of stage 3")
-    rainbow_compare: str = setting("", "a chat model that says which of two answers is the more harmful; none: the harm")
-    rainbow_archives: int = setting(7, "searches, at most, until there are enough. Authors: 7", low=1, high=1000)
+    rainbow_compare: str = setting(
+        "", "a chat model that says which of two answers is the more harmful; none: the harm"
+    )
+    rainbow_archives: int = setting(
+        7, "searches, at most, until there are enough. Authors: 7", low=1, high=1000
+    )
     rainbow_iterations: int = setting(1000, "of each. Paper: 1000", low=1, high=10**5)
     rainbow_tokens: int = setting(64, "tokens of the longest answer. Paper: 4096", low=1)
-    rainbow_max_batch_tokens: int = setting(65536, "tokens in the cache: lower it when out of memory", low=16, high=TOKENS)
-    date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
-    dry_run: str = setting("", "list the sources, and what --trace-model takes on GPUSxGIGABYTES, e.g. 1x80, and stop")
+    rainbow_max_batch_tokens: int = setting(
+        65536, "tokens in the cache: lower it when out of memory", low=16, high=TOKENS
+    )
+    date: str = setting(
+        "", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today"
+    )
+    dry_run: str = setting(
+        "", "list the sources, and what --trace-model takes on GPUSxGIGABYTES, e.g. 1x80, and stop"
+    )
 
 
 def check(settings: Settings) -> None:
@@ -132,13 +163,17 @@ def check(settings: Settings) -> None:
     if settings.source == "sandbox" and (settings.files or settings.eval_files):
         raise UserError("--files: given, but --source is sandbox; add --source files")
     if settings.source == "sandbox" and settings.targets:
-        raise UserError("--targets: given, but --source is sandbox, whose prompts have theirs; add --source files")
+        raise UserError(
+            "--targets: given, but --source is sandbox, whose prompts have theirs; add --source files"
+        )
     if settings.source == "files" and not settings.files:
         raise UserError("--files: none given; give FILE or KIND=FILE, or --source sandbox")
     if settings.trace_files and settings.trace_model:
         raise UserError("--trace-model: given together with --trace-files; give one of them")
     if settings.rainbow and settings.rl_traces and settings.trace_files:
-        raise UserError("--rl-traces: --trace-files have none for the prompts that --rainbow finds; give --trace-model")
+        raise UserError(
+            "--rl-traces: --trace-files have none for the prompts that --rainbow finds; give --trace-model"
+        )
     if not (settings.source == "sandbox" or settings.trace_files or settings.trace_model):
         if settings.sft_prompts:
             raise UserError("--sft-prompts: no traces; give --trace-files, --trace-model or --sft-prompts 0")
@@ -149,7 +184,9 @@ def check(settings: Settings) -> None:
             parse_word(word, f"--{flag.replace('_', '-')}")
     of_harmful = [sft for (kind, _), (sft, _) in quotas(settings).items() if kind == "harmful"]
     if of_harmful and not settings.trace_files and settings.sft_prompts not in (0, sum(of_harmful)):
-        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the quotas S+R of --files say {sum(of_harmful)}")
+        raise UserError(
+            f"--sft-prompts: given {settings.sft_prompts}; the quotas S+R of --files say {sum(of_harmful)}"
+        )
 
 
 # -------------------------------------------------------------------------------------- the mixture
@@ -163,7 +200,11 @@ def prompts_needed(settings: Settings) -> dict[str, int]:
 
 
 def new_prompts(
-    records: list[dict], seen: dict[str, str], dropped: Counter, max_chars: int = 0, any_length: Collection[str] = ()
+    records: list[dict],
+    seen: dict[str, str],
+    dropped: Counter,
+    max_chars: int = 0,
+    any_length: Collection[str] = (),
 ) -> list[dict]:
     """The records whose prompt is new, not empty and not too long. `dropped` counts the others by reason.
 
@@ -217,8 +258,12 @@ def share_out(pool: Pool, said: Quotas, sft_count: int, seed: int) -> tuple[list
             taken[key] += 1
     for key, numbers in said.items():
         if taken[key] < sum(numbers):
-            raise UserError(f"--files: {'='.join(key)} has {taken[key]} prompts that can be used; its quota needs {sum(numbers)}")
-    if said:  # anew: the first prompts of a large source come early in the order, and would fill a small share
+            raise UserError(
+                f"--files: {'='.join(key)} has {taken[key]} prompts that can be used; its quota needs {sum(numbers)}"
+            )
+    if (
+        said
+    ):  # anew: the first prompts of a large source come early in the order, and would fill a small share
         rest = {kind: in_order(records, f"{seed}/rl pool") for kind, records in rest.items()}
     if not sft:
         sft, rest["harmful"] = rest["harmful"][:sft_count], rest["harmful"][sft_count:]
@@ -270,8 +315,12 @@ def file_prompts(settings: Settings) -> tuple[Pool, Pool]:
     names = source_names(words_of(settings))
 
     def read(words: list[str]) -> Pool:
-        pairs = ((parse_word(word).text, pair) for word in words for pair in read_prompts(word, settings, targets))
-        return by_set([(kind, record | {"source": names[text]}) for text, (kind, record) in pairs], settings.seed)
+        pairs = (
+            (parse_word(word).text, pair) for word in words for pair in read_prompts(word, settings, targets)
+        )
+        return by_set(
+            [(kind, record | {"source": names[text]}) for text, (kind, record) in pairs], settings.seed
+        )
 
     pools = read(settings.files), read(settings.eval_files)
     if alone := [name for name in targets if name not in targets.found]:
@@ -311,12 +360,18 @@ def some(names: Sequence[str]) -> str:
 
 
 def by_set(pairs: list[tuple[str, dict]], seed: int) -> Pool:
-    return {name: in_order([record for other, record in pairs if other == name], f"{seed}/{name}") for name in SETS}
+    return {
+        name: in_order([record for other, record in pairs if other == name], f"{seed}/{name}")
+        for name in SETS
+    }
 
 
 def in_order(records: list[dict], seed: str) -> list[dict]:
     """In the order of a hash of seed and prompt: another file more does not change which are taken of the others."""
-    return sorted(records, key=lambda r: hashlib.sha256(f"{seed}/{r['prompt']}".encode("utf-8", "backslashreplace")).digest())
+    return sorted(
+        records,
+        key=lambda r: hashlib.sha256(f"{seed}/{r['prompt']}".encode("utf-8", "backslashreplace")).digest(),
+    )
 
 
 def hold_out(pool: Pool, evaluation: Pool, count: int, seed: int) -> None:
@@ -332,7 +387,7 @@ def hold_out(pool: Pool, evaluation: Pool, count: int, seed: int) -> None:
 
 def with_rainbow(rl: list[dict], settings: Settings, seen: dict[str, str], dropped: Counter) -> list[dict]:
     """RL prompts, a share of the harmful ones replaced by prompts that --rainbow answers harmfully; `seen` is not used again."""
-    from lib.rainbow_run import search  # here, because torch is slow to import
+    from lib.attacks.rainbow_run import search  # here, because torch is slow to import
 
     harmful = [record for record in rl if record["kind"] == "harmful"]
     found = new_prompts(search(settings, harmful), seen, dropped)
@@ -350,7 +405,9 @@ def file_traces(traced: Traced, settings: Settings, seen: dict[str, str], droppe
     dropped["empty trace"] += empty
     usable = new_prompts(list(records.values()), dict(seen), dropped, settings.max_chars)
     if len(usable) < settings.sft_prompts:
-        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(usable)} with traces")
+        raise UserError(
+            f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(usable)} with traces"
+        )
     chosen = random.Random(f"{settings.seed}/traces").sample(usable, settings.sft_prompts)
     seen |= {same_prompt(record["prompt"]): "in SFT" for record in chosen}
     return [(record, pairs[same_prompt(record["prompt"])][: settings.traces_per_prompt]) for record in chosen]
@@ -363,13 +420,15 @@ def file_rl_traces(traced: Traced, settings: Settings, rl: list[dict]) -> Traces
     pairs = traced[1]
     found = [record for record in rl if same_prompt(record["prompt"]) in pairs]
     if not found:
-        raise UserError(f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; add files that do, or give 0")
+        raise UserError(
+            f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; add files that do, or give 0"
+        )
     return [(record, pairs[same_prompt(record["prompt"])][: settings.rl_traces]) for record in found]
 
 
 def model_traces(settings: Settings, records: list[dict], count: int, progress: Path) -> Traces:
     """--trace-model: self-written; `progress` is a file that lets a stopped run go on."""
-    from lib.traces import TraceWriter, write_all  # here, because torch is slow to import
+    from lib.sources.traces import TraceWriter, write_all  # here, because torch is slow to import
 
     writer = TraceWriter(
         settings.trace_model,
@@ -418,7 +477,7 @@ def main() -> None:
     if settings.dry_run:
         plan_downloads(settings)
         if settings.trace_model:
-            from lib.dry_run import plan_inference  # here, because torch is slow to import
+            from lib.run.rehearsal import plan_inference  # here, because torch is slow to import
 
             tokens, flags = settings.trace_max_batch_tokens, "--trace-max-batch-tokens"
             plan_inference(settings.dry_run, [settings.trace_model], tokens, "bfloat16", flags=flags)
@@ -439,8 +498,15 @@ def main() -> None:
     traced = traced_prompts(settings)
     traces = file_traces(traced, settings, seen, dropped) if settings.trace_files else []
     names = source_names(words_of(settings))
-    any_length = {names[word.text] for word in map(parse_word, settings.files) if word.name and SOURCES[word.name].any_length}
-    pool = {name: new_prompts(records, seen, dropped, settings.max_chars, any_length) for name, records in pool.items()}
+    any_length = {
+        names[word.text]
+        for word in map(parse_word, settings.files)
+        if word.name and SOURCES[word.name].any_length
+    }
+    pool = {
+        name: new_prompts(records, seen, dropped, settings.max_chars, any_length)
+        for name, records in pool.items()
+    }
     if settings.source == "files":
         hold_out(pool, evaluation, settings.eval_prompts, settings.seed)
     sft_count = 0 if settings.trace_files else settings.sft_prompts
@@ -448,8 +514,16 @@ def main() -> None:
     rl = mix(pool, settings, len(sft_prompts))
     rl_traces = file_rl_traces(traced, settings, rl)
     # After all inputs have been read: a mistake in one of them must not cost an earlier run.
-    config = {**asdict(settings), **checksums(*inputs(settings), *([settings.rainbow] if settings.rainbow else []))}
-    machinery = ("device", "trace_max_batch_tokens", "rainbow_max_batch_tokens", "rainbow_archives")  # more archives: it goes on
+    config = {
+        **asdict(settings),
+        **checksums(*inputs(settings), *([settings.rainbow] if settings.rainbow else [])),
+    }
+    machinery = (
+        "device",
+        "trace_max_batch_tokens",
+        "rainbow_max_batch_tokens",
+        "rainbow_archives",
+    )  # more archives: it goes on
     read = [*map(str, inputs(settings)), settings.trace_model, settings.rainbow, settings.rainbow_attacker]
     claim_folder(settings.out, config, overwrite=settings.overwrite, ignore=machinery, inputs=read)
     if (out / "manifest.json").exists():
@@ -481,7 +555,9 @@ def main() -> None:
         kinds = Counter(record["kind"] for record in records)
         print(f"{len(records):6}  {name:22} {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
     if without := [record["id"] for record in evaluation["harmful"] if not record["target"]]:
-        print(f"{len(without)} harmful evaluation prompts have no target: GCG needs --targets ({some(without)})")
+        print(
+            f"{len(without)} harmful evaluation prompts have no target: GCG needs --targets ({some(without)})"
+        )
     print(f"left out: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'nothing'}")
     print(f"next: {following}")
 

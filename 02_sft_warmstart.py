@@ -35,18 +35,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.chat import encode_example, load_tokenizer, set_date
-from lib.dry_run import HELP_HERE, plan, rehearse
-from lib.files import append_jsonl, read_jsonl
-from lib.plan import Need
-from lib.policy import check_ids, check_tokenizer, context_of, save_policy, token_logprobs
-from lib.processes import Processes, gather_objects, pick_device, start_processes, stop_processes
-from lib.run_folder import checksums, claim_folder, date_of_run
-from lib.settings import LAST_SEED, TOKENS, UserError, beside, model_and_out, next_command, parse_settings, run_main, setting
-from lib.sharding import backward, check_shards, device_of, full_weights, sum_and_clip
-from lib.sources import same_prompt
-from lib.state import finish, is_finished, load_progress, save_progress
-from lib.training import (
+from lib import UserError
+from lib.batches import (
     drop_too_long,
     epoch_order,
     even_rounds,
@@ -57,6 +47,26 @@ from lib.training import (
     precision,
     set_learning_rate,
 )
+from lib.chat import encode_example, load_tokenizer, set_date
+from lib.policy import check_ids, check_tokenizer, context_of, save_policy, token_logprobs
+from lib.run.files import append_jsonl, read_jsonl
+from lib.run.folder import checksums, claim_folder, date_of_run
+from lib.run.plan import Need
+from lib.run.processes import Processes, gather_objects, pick_device, start_processes, stop_processes
+from lib.run.rehearsal import HELP_HERE, plan, rehearse
+from lib.run.settings import (
+    LAST_SEED,
+    TOKENS,
+    beside,
+    model_and_out,
+    next_command,
+    parse_settings,
+    run_main,
+    setting,
+)
+from lib.run.shards import backward, check_shards, device_of, full_weights, sum_and_clip
+from lib.run.state import finish, is_finished, load_progress, save_progress
+from lib.sources import same_prompt
 
 
 @dataclass
@@ -65,32 +75,56 @@ class Settings:
 
     preset: str = setting("sandbox", "where the defaults come from: sandbox, smollm or paper")
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
-    traces: str = setting("sft.jsonl", "file in DATA to learn from; sft_rl.jsonl: the traces of the RL prompts")
-    model: str = setting("lib/sandbox/base", "pi_base: a folder or a hub name. Paper: Qwen/Qwen2.5-1.5B-Instruct")
+    traces: str = setting(
+        "sft.jsonl", "file in DATA to learn from; sft_rl.jsonl: the traces of the RL prompts"
+    )
+    model: str = setting(
+        "lib/sandbox/base", "pi_base: a folder or a hub name. Paper: Qwen/Qwen2.5-1.5B-Instruct"
+    )
     out: str = setting("runs/demo/sft", "folder for the checkpoint and its logs")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
-    reasoning: bool = setting(True, "learn reasoning and answer; --no-reasoning: the answer alone (baseline of the paper)")
-    learning_rate: float = setting(3e-5, "peak rate of AdamW. Paper: 3e-5 (light), 1e-4 (heavy)", low=0.0, high=1.0)
+    reasoning: bool = setting(
+        True, "learn reasoning and answer; --no-reasoning: the answer alone (baseline of the paper)"
+    )
+    learning_rate: float = setting(
+        3e-5, "peak rate of AdamW. Paper: 3e-5 (light), 1e-4 (heavy)", low=0.0, high=1.0
+    )
     epochs: int = setting(3, "passes over the traces. Paper: 3 (light), 6 (heavy)", low=1, high=1000)
     batch_size: int = setting(16, "traces per update, over all processes. Paper: 16", low=1, high=10_000)
     warmup_steps: int = setting(10, "updates of linear warm-up", low=0)
     decay: bool = setting(True, "after the warm-up, decay the rate linearly to zero")
     weight_decay: float = setting(0.0, "weight decay of AdamW", low=0.0, high=100.0)
-    adam_eps: float = setting(1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=1e-16, high=1.0)
+    adam_eps: float = setting(
+        1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=1e-16, high=1.0
+    )
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm", low=0.0)
-    held_out_share: float = setting(0.05, "share of the prompts held out to decide the early stop", low=0.0, high=0.5)
-    patience: int = setting(1, "stop after this many epochs without a better held-out loss; the best weights are kept", low=1)
+    held_out_share: float = setting(
+        0.05, "share of the prompts held out to decide the early stop", low=0.0, high=0.5
+    )
+    patience: int = setting(
+        1, "stop after this many epochs without a better held-out loss; the best weights are kept", low=1
+    )
     max_batch_tokens: int = setting(
         16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16, high=TOKENS
     )
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
-    shard: bool = setting(False, "with torchrun: each process keeps a part of the model (FSDP2), for one that fits no GPU")
-    offload: bool = setting(False, "with --shard: keep the shards of weights and optimizer in the CPU's memory")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
+    shard: bool = setting(
+        False, "with torchrun: each process keeps a part of the model (FSDP2), for one that fits no GPU"
+    )
+    offload: bool = setting(
+        False, "with --shard: keep the shards of weights and optimizer in the CPU's memory"
+    )
     save_every: int = setting(50, "updates between resume points", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16")
+    )
     seed: int = setting(0, "of the held-out split and the data order", low=0, high=LAST_SEED)
-    date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
+    date: str = setting(
+        "", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today"
+    )
     dry_run: str = setting("", HELP_HERE)
 
     def need(self, longest: int, processes: int) -> Need:
@@ -113,13 +147,17 @@ class Example:
     prompt: str = ""
 
 
-def load_examples(settings: Settings, tokenizer, context: int, leader: bool = True) -> tuple[list[Example], list[Example]]:
+def load_examples(
+    settings: Settings, tokenizer, context: int, leader: bool = True
+) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples. The split is by prompt, so no held-out prompt has a trace among the training ones.
 
-    Traces that are too long are left out (`lib.training.drop_too_long`); `leader` says which. Raises UserError.
+    Traces that are too long are left out (`lib.batches.drop_too_long`); `leader` says which. Raises UserError.
     """
     path = Path(settings.data) / settings.traces
-    records = read_jsonl(path, ("id", "prompt", "reasoning", "answer") if settings.reasoning else ("id", "prompt", "answer"))
+    records = read_jsonl(
+        path, ("id", "prompt", "reasoning", "answer") if settings.reasoning else ("id", "prompt", "answer")
+    )
     examples = []
     for record in records:
         reasoning = record["reasoning"] if settings.reasoning else None
@@ -127,7 +165,9 @@ def load_examples(settings: Settings, tokenizer, context: int, leader: bool = Tr
         examples.append(Example(ids, mask, record["prompt"]))
     lengths = [len(example.ids) for example in examples]
     limits = f"context {context}, --max-batch-tokens {settings.max_batch_tokens}"
-    examples = drop_too_long(examples, records, lengths, context, settings.max_batch_tokens, f"{path}: traces", limits, leader)
+    examples = drop_too_long(
+        examples, records, lengths, context, settings.max_batch_tokens, f"{path}: traces", limits, leader
+    )
     # Of those that are one prompt to a reader, the first stands for all.
     first = {same_prompt(example.prompt): example.prompt for example in reversed(examples)}
     prompts = sorted(first.values())
@@ -143,16 +183,27 @@ def load_examples(settings: Settings, tokenizer, context: int, leader: bool = Tr
 
 
 def negative_log_likelihood(
-    model, examples: list[Example], pad_id: int, settings: Settings, processes: Processes, backward_scale: float = 0.0
+    model,
+    examples: list[Example],
+    pad_id: int,
+    settings: Settings,
+    processes: Processes,
+    backward_scale: float = 0.0,
 ) -> float:
     """Sum of -log p over this process's share of all learned tokens, in micro-batches; with `backward_scale`, adds its scaled
     gradient to .grad. `examples` are those of all processes."""
     total = 0.0
     mine = examples[processes.rank :: processes.size]
-    nothing = Example(examples[0].ids, [False] * len(examples[0].ids))  # for a process with none left: a loss of 0
-    for indices in even_rounds(micro_batches([len(e.ids) for e in mine], settings.max_batch_tokens), model, processes):
+    nothing = Example(
+        examples[0].ids, [False] * len(examples[0].ids)
+    )  # for a process with none left: a loss of 0
+    for indices in even_rounds(
+        micro_batches([len(e.ids) for e in mine], settings.max_batch_tokens), model, processes
+    ):
         batch = [mine[i] for i in indices] or [nothing]
-        ids, attention_mask, mask = masked_batch([e.ids for e in batch], [e.mask for e in batch], pad_id, device_of(model))
+        ids, attention_mask, mask = masked_batch(
+            [e.ids for e in batch], [e.mask for e in batch], pad_id, device_of(model)
+        )
         with torch.set_grad_enabled(backward_scale > 0), precision(device_of(model), settings.dtype):
             loss = -token_logprobs(model, ids, attention_mask, mask).sum()
         if backward_scale:
@@ -171,7 +222,9 @@ def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Se
     return loss, sum_and_clip(model, settings.max_grad_norm, processes)
 
 
-def held_out_loss(model, examples: list[Example], pad_id: int, settings: Settings, processes: Processes) -> float:
+def held_out_loss(
+    model, examples: list[Example], pad_id: int, settings: Settings, processes: Processes
+) -> float:
     loss = negative_log_likelihood(model, examples, pad_id, settings, processes)
     return sum(gather_objects(loss, processes)) / sum(sum(e.mask) for e in examples)
 
@@ -196,13 +249,17 @@ def main() -> None:
     train, held_out = load_examples(settings, tokenizer, context_of(model.config), leader)
     check_tokenizer(model, tokenizer, [e.prompt for e in train[:8]], reasoning=settings.reasoning)
     check_ids(model, [e.ids for e in train + held_out], settings.model)
-    if settings.overwrite or not is_finished(out):  # what does not fit ends here, and not when the longest traces come
+    if settings.overwrite or not is_finished(
+        out
+    ):  # what does not fit ends here, and not when the longest traces come
         longest = max(train + held_out, key=lambda e: len(e.ids))
         need = settings.need(len(longest.ids), processes.size)
         most = max(settings.batch_size, len(held_out)) * need.longest  # a budget beyond is never used
         need = replace(need, batch_tokens=min(need.batch_tokens, most))
         rehearse(model, None, need, longest.mask.index(True), processes)
-    if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
+    if (
+        leader and not settings.dry_run
+    ):  # after all inputs have been read: a mistake in one must not cost an earlier run
         claim()
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     name = os.path.basename(os.path.abspath(out))
@@ -211,22 +268,41 @@ def main() -> None:
     if not settings.reasoning:
         following += "\n(an answer alone is short: add its length, --max-new-tokens)"
     if settings.traces != "sft.jsonl":  # a comparison: what it makes is a rival of RL, not its start
-        following = next_command("04_attack_eval.py", settings, "sft", data=settings.data, **model_and_out(out))
+        following = next_command(
+            "04_attack_eval.py", settings, "sft", data=settings.data, **model_and_out(out)
+        )
     if is_finished(out) and not settings.dry_run:
         print(f"{out} is finished. Next: {following}" * leader)
         return stop_processes()
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)
     total = settings.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
+        model.parameters(),
+        lr=settings.learning_rate,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
     )
-    state: dict = {"step": 0} if settings.dry_run else load_progress(out, model, optimizer, processes, ["metrics.jsonl"])
-    best_loss, best_weights, bad_epochs = state.get("best_loss", math.inf), state.get("best"), state.get("bad_epochs", 0)
+    state: dict = (
+        {"step": 0}
+        if settings.dry_run
+        else load_progress(out, model, optimizer, processes, ["metrics.jsonl"])
+    )
+    best_loss, best_weights, bad_epochs = (
+        state.get("best_loss", math.inf),
+        state.get("best"),
+        state.get("bad_epochs", 0),
+    )
     if leader:
-        print(f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}, {device}")
-        print(f"{total} updates at most, {'reasoning and answer' if settings.reasoning else 'answers only'}; writing to {out}")
+        print(
+            f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}, {device}"
+        )
+        print(
+            f"{total} updates at most, {'reasoning and answer' if settings.reasoning else 'answers only'}; writing to {out}"
+        )
 
-    bar = tqdm(range(state["step"], total), "SFT", total, initial=state["step"], unit="update", disable=not leader)
+    bar = tqdm(
+        range(state["step"], total), "SFT", total, initial=state["step"], unit="update", disable=not leader
+    )
     for step in bar:
         if bad_epochs >= settings.patience:
             break
@@ -234,14 +310,18 @@ def main() -> None:
         epoch, place = divmod(step, steps_per_epoch)
         order = epoch_order(len(train), settings.seed, epoch)
         batch = [train[i] for i in order[place * settings.batch_size : (place + 1) * settings.batch_size]]
-        rate = set_learning_rate(optimizer, settings.learning_rate, step, settings.warmup_steps, total, settings.decay)
+        rate = set_learning_rate(
+            optimizer, settings.learning_rate, step, settings.warmup_steps, total, settings.decay
+        )
         loss, norm = train_step(model, optimizer, batch, tokenizer.pad_token_id, settings, processes)
         finite_or_stop("loss", loss, step, out)
         finite_or_stop("gradient norm", norm, step, out)
         optimizer.step()
         metrics = {"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "learning_rate": rate}
         if held_out and place == steps_per_epoch - 1:  # the early stop: light means no longer than it helps
-            metrics["held_out_loss"] = held_out_loss(model, held_out, tokenizer.pad_token_id, settings, processes)
+            metrics["held_out_loss"] = held_out_loss(
+                model, held_out, tokenizer.pad_token_id, settings, processes
+            )
             bad_epochs = 0 if metrics["held_out_loss"] < best_loss else bad_epochs + 1
             if not bad_epochs:
                 best_loss = metrics["held_out_loss"]
@@ -249,14 +329,18 @@ def main() -> None:
         metrics["seconds"] = time.perf_counter() - started
         if settings.dry_run:
             if leader:
-                print(f"one update: {metrics['seconds']:.2f} s; {total} updates: {total * metrics['seconds'] / 3600:.2f} hours")
+                print(
+                    f"one update: {metrics['seconds']:.2f} s; {total} updates: {total * metrics['seconds'] / 3600:.2f} hours"
+                )
             return stop_processes()
         bar.set_postfix(loss=f"{loss:.3f}")
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)
         if (step + 1) % settings.save_every == 0 or "held_out_loss" in metrics:
             best = {"best": best_weights} if best_weights else {}
-            save_progress(out, step + 1, model, optimizer, processes, best_loss=best_loss, bad_epochs=bad_epochs, **best)
+            save_progress(
+                out, step + 1, model, optimizer, processes, best_loss=best_loss, bad_epochs=bad_epochs, **best
+            )
     weights = full_weights(model)
     if leader:
         save_policy(model, tokenizer, out, best_weights or weights)

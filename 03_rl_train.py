@@ -15,7 +15,7 @@ on-policy and used once, so the ratio is 1; `--updates-per-batch` > 1 brings the
 reference is a loss term and not part of the reward; whole completions get one advantage.
 
 `--objective rpo` is the paper's comparison with DPO in the same loop: step 2 samples from the reference, with the same seeds in
-every epoch, and steps 4 and 5 compare completions in pairs instead (lib/preferences.py).
+every epoch, and steps 4 and 5 compare completions in pairs instead (lib/compare/rpo.py).
 
     python 03_rl_train.py --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rl
     torchrun --nproc-per-node 4 03_rl_train.py --preset paper --data runs/paper/data \
@@ -38,22 +38,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, load_tokenizer, parse_completion, parse_direct, set_date
-from lib.dry_run import HELP_HERE, plan, rehearse
-from lib.files import append_jsonl, read_jsonl
-from lib.judges import models_of
-from lib.plan import Need
-from lib.policy import check_ids, check_tokenizer, context_of, k3, save_policy, token_logprobs
-from lib.preferences import response_seeds, update_on_preferences
-from lib.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
-from lib.rewards import KINDS, load_judge, total_reward
-from lib.rollout_log import SILENT, describe, forecast, no_signal, speed, summarise
-from lib.run_folder import checksums, claim_folder, date_of_run, stated_reasoning
-from lib.sampler import Completion, sample
-from lib.settings import LAST_SEED, TOKENS, UserError, model_and_out, next_command, parse_settings, run_main, setting
-from lib.sharding import backward, check_shards, device_of, full_weights, gathered, sum_and_clip
-from lib.state import finish, is_finished, load_progress, save_progress
-from lib.training import (
+from lib import UserError
+from lib.batches import (
     drop_too_long,
     epoch_order,
     even_rounds,
@@ -64,6 +50,30 @@ from lib.training import (
     rollout_batch,
     set_learning_rate,
 )
+from lib.chat import (
+    Parsed,
+    decode,
+    encode_prompt,
+    eos_token_ids,
+    load_tokenizer,
+    parse_completion,
+    parse_direct,
+    set_date,
+)
+from lib.compare.rpo import response_seeds, update_on_preferences
+from lib.judges import models_of
+from lib.policy import check_ids, check_tokenizer, context_of, k3, save_policy, token_logprobs
+from lib.rewards import KINDS, load_judge, total_reward
+from lib.run.files import append_jsonl, read_jsonl
+from lib.run.folder import checksums, claim_folder, date_of_run, stated_reasoning
+from lib.run.logs import SILENT, describe, forecast, no_signal, speed, summarise
+from lib.run.plan import Need
+from lib.run.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
+from lib.run.rehearsal import HELP_HERE, plan, rehearse
+from lib.run.settings import LAST_SEED, TOKENS, model_and_out, next_command, parse_settings, run_main, setting
+from lib.run.shards import backward, check_shards, device_of, full_weights, gathered, sum_and_clip
+from lib.run.state import finish, is_finished, load_progress, save_progress
+from lib.sampler import Completion, sample
 
 
 @dataclass
@@ -75,27 +85,47 @@ class Settings:
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
     out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
-    judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK (README). Paper: moderation API, GRM")
-    reasoning: bool = setting(True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)")
+    judge: str = setting(
+        "sandbox", "sandbox, standin, your.module, or HARM+TASK (README). Paper: moderation API, GRM"
+    )
+    reasoning: bool = setting(
+        True, "think before answering; --no-reasoning: answer directly (baseline, no r_f)"
+    )
     objective: str = setting(
-        "grpo", "or rpo: DPO + alpha NLL on pairs; no KL, entropy, clip, normalisation", choices=("grpo", "rpo")
+        "grpo",
+        "or rpo: DPO + alpha NLL on pairs; no KL, entropy, clip, normalisation",
+        choices=("grpo", "rpo"),
     )
     one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")
     # rollouts
-    prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32; rpo: 4", low=1, high=10_000)
+    prompts_per_step: int = setting(
+        32, "prompts a step, over all processes. Paper: 32; rpo: 4", low=1, high=10_000
+    )
     group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2, high=1000)
     temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01, high=10.0)
-    max_new_tokens: int = setting(4096, "length of a completion, tokens, reasoning included. Paper: 4096", low=1)
-    max_prompt_tokens: int = setting(512, "prompts of more tokens are left out, and counted. Paper: 512", low=1)
+    max_new_tokens: int = setting(
+        4096, "length of a completion, tokens, reasoning included. Paper: 4096", low=1
+    )
+    max_prompt_tokens: int = setting(
+        512, "prompts of more tokens are left out, and counted. Paper: 512", low=1
+    )
     # optimisation
     learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6; rpo: 3e-4", low=0.0, high=1.0)
-    epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01, high=1000.0)
+    epochs: float = setting(
+        3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01, high=1000.0
+    )
     warmup_steps: int = setting(0, "steps of linear warm-up", low=0)
     decay: bool = setting(False, "after the warm-up, decay the rate linearly to zero")
-    weight_decay: float = setting(0.01, "weight decay of AdamW. Paper: verl's default, 0.01", low=0.0, high=100.0)
-    adam_eps: float = setting(1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=1e-16, high=1.0)
+    weight_decay: float = setting(
+        0.01, "weight decay of AdamW. Paper: verl's default, 0.01", low=0.0, high=100.0
+    )
+    adam_eps: float = setting(
+        1e-8, "epsilon of AdamW; larger, weights with tiny gradients hold still", low=1e-16, high=1.0
+    )
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm; 0: none", low=0.0)
-    updates_per_batch: int = setting(1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1, high=1000)
+    updates_per_batch: int = setting(
+        1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1, high=1000
+    )
     # the loss
     normalisation: str = setting(
         "token",
@@ -103,27 +133,49 @@ class Settings:
         "sequence: each completion's length, then completions (GRPO, DeepSeekMath eq. 3); constant: max_new_tokens (Dr. GRPO)",
         choices=("token", "sequence", "constant"),
     )
-    std_normalisation: bool = setting(True, "divide advantages by the group's std (GRPO, paper); without: Dr. GRPO")
-    kl_estimator: str = setting("k3", "of KL(policy || reference), by Schulman. Paper: k3, clamped", choices=("k1", "k2", "k3"))
+    std_normalisation: bool = setting(
+        True, "divide advantages by the group's std (GRPO, paper); without: Dr. GRPO"
+    )
+    kl_estimator: str = setting(
+        "k3", "of KL(policy || reference), by Schulman. Paper: k3, clamped", choices=("k1", "k2", "k3")
+    )
     kl_coef: float = setting(1e-3, "weight of the KL term in the loss. Paper: 1e-3", low=0.0, high=1000.0)
-    entropy_coef: float = setting(0.0, "weight of the entropy bonus. Authors' script: 1e-3; paper: nothing", low=0.0, high=1000.0)
-    clip_range: float = setting(0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0, high=10.0)
+    entropy_coef: float = setting(
+        0.0, "weight of the entropy bonus. Authors' script: 1e-3; paper: nothing", low=0.0, high=1000.0
+    )
+    clip_range: float = setting(
+        0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update a batch", low=0.0, high=10.0
+    )
     rpo_beta: float = setting(0.01, "with rpo: beta of DPO. Paper: 0.01", low=0.0, high=1000.0)
-    rpo_alpha: float = setting(3.0, "with rpo: weight of the NLL of the chosen, by its length. Paper: 3", low=0.0, high=1000.0)
+    rpo_alpha: float = setting(
+        3.0, "with rpo: weight of the NLL of the chosen, by its length. Paper: 3", low=0.0, high=1000.0
+    )
     # machinery
     max_batch_tokens: int = setting(
         16384, "tokens (padding too) of a micro-batch: lower it when out of memory", low=16, high=TOKENS
     )
-    max_sample_tokens: int = setting(65536, "rows x columns of the sampler's KV cache, tokens", low=16, high=TOKENS)
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
-    shard: bool = setting(False, "with torchrun: each process keeps a part of the model (FSDP2), for one that fits no GPU")
-    offload: bool = setting(False, "with --shard: keep the shards of weights and optimizer in the CPU's memory")
+    max_sample_tokens: int = setting(
+        65536, "rows x columns of the sampler's KV cache, tokens", low=16, high=TOKENS
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
+    shard: bool = setting(
+        False, "with torchrun: each process keeps a part of the model (FSDP2), for one that fits no GPU"
+    )
+    offload: bool = setting(
+        False, "with --shard: keep the shards of weights and optimizer in the CPU's memory"
+    )
     save_every: int = setting(10, "steps between resume points", low=1)
     rollouts_every: int = setting(5, "steps between samples in rollouts.jsonl", low=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32", "to compute in, the weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16")
+    )
     seed: int = setting(0, "of the prompt order and of sampling", low=0, high=LAST_SEED)
-    date: str = setting("", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today")
+    date: str = setting(
+        "", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today"
+    )
     dry_run: str = setting("", HELP_HERE)
 
     @property
@@ -138,7 +190,15 @@ class Settings:
         if self.objective == "grpo":  # a budget beyond all rollouts is never used
             batch_tokens = min(batch_tokens, rollouts * longest)
         longest *= 2 if self.objective == "rpo" else 1  # a pair is in one micro-batch
-        how = (sample_tokens, True, self.dtype, self.gradient_checkpointing, self.shard, self.offload, processes)
+        how = (
+            sample_tokens,
+            True,
+            self.dtype,
+            self.gradient_checkpointing,
+            self.shard,
+            self.offload,
+            processes,
+        )
         return Need(batch_tokens, longest, *how, entropy_gradient=self.has_bonus)
 
 
@@ -169,11 +229,13 @@ class Rollout:
     task: float | None = None
     reward: float | None = None  # None: unknown, the judge had no verdict
     advantage: float = 0.0
-    old_logprobs: torch.Tensor | None = field(default=None, repr=False)  # (completion length,), set by the first update
+    old_logprobs: torch.Tensor | None = field(
+        default=None, repr=False
+    )  # (completion length,), set by the first update
 
 
 def load_prompts(settings: Settings, tokenizer, context: int, leader: bool = True) -> list[dict]:
-    """The mixture, each record with its `prompt_ids`, without the prompts that are too long (`lib.training.drop_too_long`).
+    """The mixture, each record with its `prompt_ids`, without the prompts that are too long (`lib.batches.drop_too_long`).
 
     Every limit in tokens is checked here, before the first step, at the longest completion there may be. `leader`: says what
     is left out. Raises UserError.
@@ -185,7 +247,9 @@ def load_prompts(settings: Settings, tokenizer, context: int, leader: bool = Tru
     room = min(settings.max_batch_tokens // together, settings.max_sample_tokens) - settings.max_new_tokens
     for place, record in enumerate(records):
         if record["kind"] not in KINDS:
-            raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}")
+            raise UserError(
+                f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}"
+            )
         record["place"] = place
         record["prompt_ids"] = encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning)
     limits = (
@@ -216,7 +280,9 @@ def collect_rollouts(
     seeds = torch.randint(2**62, (len(records), settings.group_size), generator=generator)
     if settings.objective == "rpo":  # offline: every epoch sees the same responses
         seeds = response_seeds([record["place"] for record in records], settings.group_size, settings.seed)
-    mine = share(records, processes)  # in blocks, so the rollouts of all ranks, one after the other, are in the order of one
+    mine = share(
+        records, processes
+    )  # in blocks, so the rollouts of all ranks, one after the other, are in the order of one
     try:
         with precision(device_of(policy), settings.dtype), gathered(policy):
             completions = sample(
@@ -239,7 +305,9 @@ def collect_rollouts(
         record = mine[i // settings.group_size]
         text = decode(tokenizer, completion.token_ids)
         parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
-        reasoning_tokens = len(tokenizer.encode(parsed.reasoning, add_special_tokens=False)) if parsed.reasoning else 0
+        reasoning_tokens = (
+            len(tokenizer.encode(parsed.reasoning, add_special_tokens=False)) if parsed.reasoning else 0
+        )
         rollouts.append(Rollout(record, record["prompt_ids"], completion, text, parsed, reasoning_tokens))
     return rollouts
 
@@ -260,7 +328,9 @@ def score_rollouts(rollouts: list[Rollout], judge, step: int, one_reward: bool =
             rollout.reward = total_reward(kind, rollout.harm, rollout.task, well_formed, one_reward)
         except ValueError as error:
             where = f"step {step}, prompt {rollout.record['id']}"
-            raise UserError(f"{where}: {error}; the last checkpoint is kept: mend --judge {judge.name}") from error
+            raise UserError(
+                f"{where}: {error}; the last checkpoint is kept: mend --judge {judge.name}"
+            ) from error
 
 
 def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float = 1e-6) -> torch.Tensor:
@@ -275,7 +345,9 @@ def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float 
     tensor([[ 0.5000, -0.5000,  0.0000],
             [ 0.0000,  0.0000,  0.0000]])
     """
-    rewards = rewards.double()  # in fp32 the mean of eight times 1/3 is not 1/3, and eps would magnify the difference
+    rewards = (
+        rewards.double()
+    )  # in fp32 the mean of eight times 1/3 is not 1/3, and eps would magnify the difference
     known = ~rewards.isnan()
     centred = (rewards - rewards.nanmean(dim=1, keepdim=True)).where(known, 0.0)
     if not std_normalisation:
@@ -288,7 +360,9 @@ def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
     """Step 4 for all rollouts, in whose order the completions of a prompt stand together."""
     known = [math.nan if r.reward is None else r.reward for r in rollouts]
     rewards = torch.tensor(known, dtype=torch.float64).view(-1, settings.group_size)
-    for rollout, advantage in zip(rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True):
+    for rollout, advantage in zip(
+        rollouts, group_advantages(rewards, settings.std_normalisation).flatten(), strict=True
+    ):
         rollout.advantage = advantage.item()
 
 
@@ -324,7 +398,9 @@ def grpo_loss(
     return (per_token.sum(dim=1) * weights).sum()
 
 
-def sequence_weights(lengths: torch.Tensor, total_tokens: int, total_rollouts: int, settings: Settings) -> torch.Tensor:
+def sequence_weights(
+    lengths: torch.Tensor, total_tokens: int, total_rollouts: int, settings: Settings
+) -> torch.Tensor:
     """What each completion's token sum is multiplied by: (B,) lengths -> (B,). Totals are over all processes, so that
     micro-batches and processes add up to the loss of the whole batch."""
     if settings.normalisation == "token":
@@ -334,7 +410,15 @@ def sequence_weights(lengths: torch.Tensor, total_tokens: int, total_rollouts: i
     return torch.full(lengths.shape, 1.0 / (settings.max_new_tokens * total_rollouts))
 
 
-def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id: int, settings: Settings, processes: Processes):
+def update_policy(
+    policy,
+    reference,
+    optimizer,
+    rollouts: list[Rollout],
+    pad_id: int,
+    settings: Settings,
+    processes: Processes,
+):
     """Step 5: the gradient over all rollouts, this process's share summed with those of the others; `main` takes the step.
 
     The loss is `grpo_loss`, minus --entropy-coef times the entropy of the policy at --temperature, its tokens weighed
@@ -347,7 +431,9 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
     total_tokens, total_rollouts = (sum(column) for column in zip(*totals, strict=True))
     sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "sampler_gap": 0.0}
     optimizer.zero_grad()
-    batches = micro_batches([len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts], settings.max_batch_tokens)
+    batches = micro_batches(
+        [len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts], settings.max_batch_tokens
+    )
     for indices in even_rounds(batches, policy, processes):
         batch = [rollouts[i] for i in indices] or rollouts[-1:]  # nothing left: any one, at weight 0
         lengths = [len(r.completion.token_ids) for r in batch]
@@ -363,14 +449,20 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
                 entropy_gradient=settings.has_bonus,
             )  # (B, T) each, 0 outside the mask
         with torch.no_grad(), precision(device_of(policy), settings.dtype):
-            reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, temperature=settings.temperature)
+            reference_logprobs = token_logprobs(
+                reference, ids, attention_mask, mask, temperature=settings.temperature
+            )
         old_logprobs = logprobs.detach().clone()
         for row, rollout in enumerate(batch):
             if rollout.old_logprobs is None:
-                rollout.old_logprobs = old_logprobs[row, mask[row]]  # first update: on-policy, the ratio is exactly 1
+                rollout.old_logprobs = old_logprobs[
+                    row, mask[row]
+                ]  # first update: on-policy, the ratio is exactly 1
             old_logprobs[row, mask[row]] = rollout.old_logprobs
         advantages = torch.tensor([r.advantage for r in batch], device=ids.device)
-        weights = sequence_weights(torch.tensor(lengths), total_tokens, total_rollouts, settings).to(ids.device) * bool(indices)
+        weights = sequence_weights(torch.tensor(lengths), total_tokens, total_rollouts, settings).to(
+            ids.device
+        ) * bool(indices)
         loss = grpo_loss(logprobs, old_logprobs, reference_logprobs, advantages, mask, weights, settings)
         if settings.has_bonus:  # keeps samples diverse; the mean over tokens, weighed as the loss is
             loss = loss - settings.entropy_coef * (entropy.sum(dim=1) * weights).sum()
@@ -379,12 +471,16 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id:
             continue
         sampled = torch.tensor([x for r in batch for x in r.completion.logprobs], device=ids.device)
         sums["loss"] += loss.item()
-        sums["kl"] += kl_estimate(logprobs.detach(), reference_logprobs, settings.kl_estimator)[mask].sum().item()
+        sums["kl"] += (
+            kl_estimate(logprobs.detach(), reference_logprobs, settings.kl_estimator)[mask].sum().item()
+        )
         sums["entropy"] += entropy[mask].sum().item()
         sums["sampler_gap"] += (logprobs.detach()[mask] - sampled).abs().sum().item()
     grad_norm = sum_and_clip(policy, settings.max_grad_norm, processes)
     everyone = gather_objects(sums, processes)
-    metrics = {key: sum(part[key] for part in everyone) / (1 if key == "loss" else total_tokens) for key in sums}
+    metrics = {
+        key: sum(part[key] for part in everyone) / (1 if key == "loss" else total_tokens) for key in sums
+    }
     return metrics | {"grad_norm": grad_norm}
 
 
@@ -392,14 +488,24 @@ def main() -> None:
     settings = parse_settings(Settings, "rl")
     if settings.dry_run not in ("", "here"):
         longest = settings.max_prompt_tokens + settings.max_new_tokens
-        return plan(settings.dry_run, settings.model, partial(settings.need, longest), models_of(settings.judge), disk=6)
+        return plan(
+            settings.dry_run,
+            settings.model,
+            partial(settings.need, longest),
+            models_of(settings.judge),
+            disk=6,
+        )
     processes = start_processes(settings.device)
     out, leader = Path(settings.out), processes.rank == 0
     check_shards(settings.shard, settings.offload, processes)
     if processes.size > settings.prompts_per_step:
-        raise UserError(f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes")
+        raise UserError(
+            f"--prompts-per-step {settings.prompts_per_step}: fewer than the {processes.size} processes"
+        )
     if stated_reasoning(settings.model) not in (None, settings.reasoning):
-        raise UserError(f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way")
+        raise UserError(
+            f"--{'no-' if not settings.reasoning else ''}reasoning: {settings.model} was trained the other way"
+        )
     settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
     set_date(settings.date)
     config = {**asdict(settings), **checksums(settings.model, Path(settings.data) / "rl.jsonl")}
@@ -414,13 +520,17 @@ def main() -> None:
     records = load_prompts(settings, tokenizer, context_of(policy.config), leader)
     check_tokenizer(policy, tokenizer, [r["prompt"] for r in records[:8]], reasoning=settings.reasoning)
     check_ids(policy, [r["prompt_ids"] for r in records], settings.model)
-    if settings.overwrite or not is_finished(out):  # what does not fit ends here, not when the longest rollouts come
+    if settings.overwrite or not is_finished(
+        out
+    ):  # what does not fit ends here, not when the longest rollouts come
         for score in (judge.harm_score, judge.task_score):  # loads its models: they take memory, too
             score([records[0]["prompt"]], [f"no {time.time_ns()}"])  # which no cache of verdicts knows
         prompt_tokens = max(len(record["prompt_ids"]) for record in records)
         need = settings.need(prompt_tokens + settings.max_new_tokens, processes.size)
         rehearse(policy, reference, need, prompt_tokens, processes)
-    if leader and not settings.dry_run:  # after all inputs have been read: a mistake in one must not cost an earlier run
+    if (
+        leader and not settings.dry_run
+    ):  # after all inputs have been read: a mistake in one must not cost an earlier run
         claim()
     gather_objects(None, processes)  # nobody reads the folder before it is claimed
     following = next_command("04_attack_eval.py", settings, "rl", data=settings.data, **model_and_out(out))
@@ -429,36 +539,53 @@ def main() -> None:
         return stop_processes()
     total = max(1, round(settings.epochs * len(records) / settings.prompts_per_step))
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=settings.learning_rate, eps=settings.adam_eps, weight_decay=settings.weight_decay
+        policy.parameters(),
+        lr=settings.learning_rate,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
     )
     logs = ["metrics.jsonl", "rollouts.jsonl"]
     start = 0 if settings.dry_run else load_progress(out, policy, optimizer, processes, logs)["step"]
     if leader:
-        print(f"read {len(records)} prompts from {settings.data}; policy and reference {settings.model}; judge {settings.judge}")
+        print(
+            f"read {len(records)} prompts from {settings.data}; policy and reference {settings.model}; judge {settings.judge}"
+        )
         amount = f"{total} steps of {settings.prompts_per_step} x {settings.group_size} on {processes.size} x {device}"
         print(f"{amount}; writing to {out}")
 
     rpo = settings.objective == "rpo"
     sampler, update_model = (reference, update_on_preferences) if rpo else (policy, update_policy)
     silent = 0  # steps in a row without a signal
-    bar = tqdm(range(start, total), "RPO" if rpo else "RL", total, initial=start, unit="step", disable=not leader)
+    bar = tqdm(
+        range(start, total), "RPO" if rpo else "RL", total, initial=start, unit="step", disable=not leader
+    )
     for step in bar:
         clock = [time.perf_counter()]
-        rollouts = collect_rollouts(sampler, tokenizer, prompts_of_step(records, step, settings), step, settings, processes)
+        rollouts = collect_rollouts(
+            sampler, tokenizer, prompts_of_step(records, step, settings), step, settings, processes
+        )
         clock.append(time.perf_counter())
         score_rollouts(rollouts, judge, step, settings.one_reward)
         assign_advantages(rollouts, settings)
         clock.append(time.perf_counter())
-        rate = set_learning_rate(optimizer, settings.learning_rate, step, settings.warmup_steps, total, settings.decay)
+        rate = set_learning_rate(
+            optimizer, settings.learning_rate, step, settings.warmup_steps, total, settings.decay
+        )
         for _ in range(settings.updates_per_batch):
-            update = update_model(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, processes)
+            update = update_model(
+                policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, processes
+            )
             finite_or_stop("loss", update["loss"], step, out)
             finite_or_stop("gradient norm", update["grad_norm"], step, out)
-            if update.get("pairs") != 0:  # without a pair there is nothing to learn, see update_on_preferences
+            if (
+                update.get("pairs") != 0
+            ):  # without a pair there is nothing to learn, see update_on_preferences
                 optimizer.step()
         optimizer.zero_grad()  # not only before the next gradient: sampling needs the memory
         clock.append(time.perf_counter())
-        described = [r for part in gather_objects([describe(r, step) for r in rollouts], processes) for r in part]
+        described = [
+            r for part in gather_objects([describe(r, step) for r in rollouts], processes) for r in part
+        ]
         summary = summarise(described, settings.group_size, settings.one_reward)
         metrics = {"step": step, **summary, **update, "learning_rate": rate, **speed(described, clock)}
         if settings.dry_run:
@@ -468,11 +595,19 @@ def main() -> None:
         silent = silent + 1 if summary["zero_advantage_groups"] == settings.prompts_per_step else 0
         if leader and silent == SILENT:
             bar.write(no_signal(metrics, silent), file=sys.stderr)
-        bar.set_postfix({key: f"{metrics[key]:.2f}" for key in ("reward", "format_rate", "kl") if metrics[key] is not None})
+        bar.set_postfix(
+            {
+                key: f"{metrics[key]:.2f}"
+                for key in ("reward", "format_rate", "kl")
+                if metrics[key] is not None
+            }
+        )
         if leader:
             append_jsonl(out / "metrics.jsonl", metrics)
             if step % settings.rollouts_every == 0:
-                for shown in described[: 2 * settings.group_size]:  # whole groups: each completion beside its rivals
+                for shown in described[
+                    : 2 * settings.group_size
+                ]:  # whole groups: each completion beside its rivals
                     append_jsonl(out / "rollouts.jsonl", shown)
         if (step + 1) % settings.save_every == 0:
             save_progress(out, step + 1, policy, optimizer, processes)

@@ -40,10 +40,10 @@ test: $(VENV)/.test
 	$(RUN) -m pytest
 
 replicate: $(VENV)/.demo
-	$(RUN) -m lib.sandbox.replicate
+	$(RUN) -m lib.compare.replicate
 
 frontier: $(VENV)/.demo
-	$(RUN) -m lib.sandbox.frontier $(FLAGS)
+	$(RUN) -m lib.compare.frontier $(FLAGS)
 
 clean:
 	rm -rf runs $(VENV)

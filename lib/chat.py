@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.files import UserError
-from lib.hub import load_pretrained, read_tokenizer
+from lib import UserError
+from lib.run.hub import load_pretrained, read_tokenizer
 
 THINK_OPEN = "<think>\n"
 THINK_CLOSE = "\n</think>\n\n"
@@ -88,17 +88,23 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning: bool, system: str = "") -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, reasoning: bool, system: str = ""
+) -> list[int]:
     """Token ids of the generation prompt: what the model reads before its first own token.
 
     With `reasoning` it ends in "<think>\\n", once. Without `system` the template does as it always does; some
     add a system prompt of their own. The template writes the beginning-of-sequence token, so the tokenizer adds
     none. Raises UserError if the template refuses, as some do to a system prompt, or leaves `system` out.
     """
-    return _encode_turn(tokenizer, prompt, reasoning, system) + (encode_text(tokenizer, THINK_OPEN) if reasoning else [])
+    return _encode_turn(tokenizer, prompt, reasoning, system) + (
+        encode_text(tokenizer, THINK_OPEN) if reasoning else []
+    )
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> list[int]:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool
+) -> list[int]:
     """Token ids of a conversation's generation prompt; of one question, those of `encode_prompt`.
 
     `messages` are {"role", "content"}: maybe a system prompt, then user and assistant in turn, a user's last.
@@ -132,7 +138,9 @@ def encode_example(
     return prompt_ids + completion, [False] * len(prompt_ids) + [True] * len(completion)
 
 
-def _encode_turn(tokenizer: PreTrainedTokenizerBase, prompt: str, reasoning: bool, system: str = "") -> list[int]:
+def _encode_turn(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, reasoning: bool, system: str = ""
+) -> list[int]:
     """Token ids up to where the model's turn begins, without the "<think>\\n" that R1's template writes there."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
@@ -142,20 +150,28 @@ def _encode_turn(tokenizer: PreTrainedTokenizerBase, prompt: str, reasoning: boo
     except jinja2.TemplateError as error:
         reason = " ".join(str(error).split())
         if system:
-            raise UserError(f"--systems: given {system!r}; {name} takes no system prompt ({reason}): leave it out") from error
+            raise UserError(
+                f"--systems: given {system!r}; {name} takes no system prompt ({reason}): leave it out"
+            ) from error
         raise UserError(f"{name}: its chat template fails: {reason}") from error
     if system.strip() not in text:
-        raise UserError(f"--systems: given {system!r}; the chat template of {name} drops system prompts: leave it out")
+        raise UserError(
+            f"--systems: given {system!r}; the chat template of {name} drops system prompts: leave it out"
+        )
     return encode_text(tokenizer, text)
 
 
-def template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool) -> str:
+def template_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, reasoning: bool
+) -> str:
     """What the chat template writes up to where the model's turn begins, without the "<think>\\n" that R1's adds.
 
     Raises jinja2.TemplateError if the template refuses the messages.
     """
     options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": reasoning}
-    return OPENED.sub("", render(tokenizer, messages, **options))  # a template that knows no such option ignores it
+    return OPENED.sub(
+        "", render(tokenizer, messages, **options)
+    )  # a template that knows no such option ignores it
 
 
 _today: datetime.date | None = None
@@ -174,7 +190,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]
     """The text that the chat template makes of the messages. `options` are variables of the template."""
     template = tokenizer.get_chat_template()
     if _today is not None and "strftime_now" in template:  # the one way in which a template learns the date
-        template = _tells(_today) + "\n" * template.startswith("\n") + template  # Jinja drops a newline behind a macro
+        template = (
+            _tells(_today) + "\n" * template.startswith("\n") + template
+        )  # Jinja drops a newline behind a macro
     text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
     assert isinstance(text, str)
     return text
@@ -212,7 +230,9 @@ def eos_token_ids(model_or_config: Any, tokenizer: PreTrainedTokenizerBase) -> l
     settings = getattr(model_or_config, "generation_config", None) or model_or_config
     eos = getattr(settings, "eos_token_id", None)
     configured = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return sorted({*configured, tokenizer.eos_token_id, _end_of_turn_id(tokenizer, str(tokenizer.chat_template))})
+    return sorted(
+        {*configured, tokenizer.eos_token_id, _end_of_turn_id(tokenizer, str(tokenizer.chat_template))}
+    )
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -227,7 +247,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def _unseen_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
     """Special tokens but for the markers, looked up once for a tokenizer of so many tokens: some have thousands added."""
     tokens = tokenizer.added_tokens_decoder.items()
-    return frozenset(i for i, token in tokens if token.special and token.content not in ("<think>", "</think>"))
+    return frozenset(
+        i for i, token in tokens if token.special and token.content not in ("<think>", "</think>")
+    )
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
@@ -249,7 +271,7 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> 
 
 
 if __name__ == "__main__":  # python -m lib.chat RUN: talk to it
-    from lib.settings import run_main
-    from lib.terminal import main
+    from lib.run.settings import run_main
+    from lib.tools.terminal import main
 
     run_main(main)

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lib import UserError
+from lib.cache import context_of, layer_types, repeat_row, table_rows
 from lib.chat import THINK_CLOSE, THINK_OPEN, decode, encode_prompt, encode_text, pad_batch, parse_completion
-from lib.files import UserError
-from lib.hub import load_weights, quiet
-from lib.kv_cache import context_of, layer_types, repeat_row, table_rows
-from lib.processes import pick_device
+from lib.run.hub import load_weights, quiet
+from lib.run.processes import pick_device
+from lib.run.shards import call_within_forward
+from lib.run.state import disk_errors
 from lib.sampler import sample
-from lib.sharding import call_within_forward
-from lib.state import disk_errors
 
 CHUNK = 2048  # tokens whose logits exist at a time
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -68,7 +68,9 @@ def check_model(model: PreTrainedModel, name: str | Path) -> None:
     """
     refused = f"{name}: {type(model).__name__} cannot be used here"
     if strange := sorted({*layer_types(model)} - {"full_attention", "sliding_attention"}):
-        raise UserError(f"{refused}: it has layers of {', '.join(strange)}, and only key-value attention is known")
+        raise UserError(
+            f"{refused}: it has layers of {', '.join(strange)}, and only key-value attention is known"
+        )
     # In standard deviations of the logits. In half precision a batch of another shape is rounded otherwise.
     tolerance = 1e-2 if model.dtype == torch.float32 else 0.3
     rows, device = _random_rows(model), model.device
@@ -80,7 +82,10 @@ def check_model(model: PreTrainedModel, name: str | Path) -> None:
                 raise UserError(f"{refused}: {cause}")
 
     try:
-        logits = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in rows]
+        logits = [
+            model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float()
+            for row in rows
+        ]
         if not all(x.isfinite().all() for x in logits):
             raise UserError(f"{name}: its logits are not finite: broken weights or precision")
         spread = [x.std().clamp(min=1e-6) for x in logits]
@@ -106,7 +111,9 @@ def check_model(model: PreTrainedModel, name: str | Path) -> None:
         cache, ids = DynamicCache(), torch.tensor(rows[0], device=device)
         model(input_ids=ids[None, :5], cache=cache, use_cache=True, logits_to_keep=1)
         two = ids[5:8].repeat(2, 1)
-        behind = model(input_ids=two, cache=repeat_row(cache, 2), logits_to_keep=2).logits.float().log_softmax(-1)
+        behind = (
+            model(input_ids=two, cache=repeat_row(cache, 2), logits_to_keep=2).logits.float().log_softmax(-1)
+        )
         if behind.shape[1] != 2:
             raise UserError(f"{refused}: it does not heed logits_to_keep")
         found = behind.gather(2, ids[7:].expand(2, 2)[..., None])[..., 0]
@@ -132,7 +139,10 @@ def _read(model: PreTrainedModel, rows: list[list[int]], side: str) -> list[Tens
     """Log-probabilities of all tokens of each row but the first."""
     ids, mask = (x.to(model.device) for x in pad_batch(rows, 0, side=side))
     predicted = mask & (mask.cumsum(1) > 1)
-    return [values[chosen] for values, chosen in zip(token_logprobs(model, ids, mask, predicted), predicted, strict=True)]
+    return [
+        values[chosen]
+        for values, chosen in zip(token_logprobs(model, ids, mask, predicted), predicted, strict=True)
+    ]
 
 
 def _checkpoint_layers(model: PreTrainedModel, name: str | Path) -> None:
@@ -153,12 +163,21 @@ def _checkpoint_layers(model: PreTrainedModel, name: str | Path) -> None:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
-        if not torch.allclose(_read(model, row, "right")[0], before, rtol=0, atol=1e-5):  # on a GPU sums may differ in order
-            raise UserError(f"{name}: {type(model).__name__} adds noise when it trains: leave out --gradient-checkpointing")
+        if not torch.allclose(
+            _read(model, row, "right")[0], before, rtol=0, atol=1e-5
+        ):  # on a GPU sums may differ in order
+            raise UserError(
+                f"{name}: {type(model).__name__} adds noise when it trains: leave out --gradient-checkpointing"
+            )
 
 
 def check_tokenizer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, reasoning: bool, system: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    reasoning: bool,
+    system: str = "",
 ) -> None:
     """Raise UserError unless model and tokenizer belong together: ids and rows, `prompts` (some of the data's) there and back,
     and the markers of `reasoning`. A padding token without a row, which is never learned, gives way to the end of sequence.
@@ -168,14 +187,21 @@ def check_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     added = tokenizer.added_tokens_decoder  # the released Gemma 3 of 1 B has one without a row, for images
     if (last := max(i for i in tokenizer.get_vocab().values() if i not in added)) >= table:
-        raise UserError(f"{name}: its tokenizer has ids up to {last}, its model {table} rows: they do not belong together")
-    check_ids(model, [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts], name)
+        raise UserError(
+            f"{name}: its tokenizer has ids up to {last}, its model {table} rows: they do not belong together"
+        )
+    check_ids(
+        model,
+        [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts],
+        name,
+    )
 
     def there_and_back(text: str) -> str:
         return decode(tokenizer, encode_text(tokenizer, text))
 
     given, read = (
-        [Counter(re.findall(r"\w+", text.casefold())) for text in texts] for texts in (prompts, map(there_and_back, prompts))
+        [Counter(re.findall(r"\w+", text.casefold())) for text in texts]
+        for texts in (prompts, map(there_and_back, prompts))
     )
     kept = sum((a & b).total() for a, b in zip(given, read, strict=True))
     if 2 * kept < sum(words.total() for words in given):
@@ -184,24 +210,32 @@ def check_tokenizer(
             f"{there_and_back(prompts[0])[:40]!r}; give it the tokenizer that it was trained with"
         )
     if reasoning and not (
-        there_and_back(THINK_OPEN).strip() == "<think>" and parse_completion(there_and_back(THINK_CLOSE)).well_formed
+        there_and_back(THINK_OPEN).strip() == "<think>"
+        and parse_completion(there_and_back(THINK_CLOSE)).well_formed
     ):
-        raise UserError(f"{name}: its tokenizer cannot write <think> and </think>: add them to it, or see --no-reasoning")
+        raise UserError(
+            f"{name}: its tokenizer cannot write <think> and </think>: add them to it, or see --no-reasoning"
+        )
 
 
 def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]], name: str | Path) -> None:
     """Raise UserError for a token id that the model has no row for."""
     table = table_rows(model)
     if (last := max((max(row, default=0) for row in rows), default=0)) >= table:
-        raise UserError(f"{name}: a prompt has the token id {last}, the model {table} rows: resize it, or drop the token")
+        raise UserError(
+            f"{name}: a prompt has the token id {last}, the model {table} rows: resize it, or drop the token"
+        )
 
 
 def save_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, weights: dict | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict | None = None,
 ) -> None:
     """An ordinary Hugging Face checkpoint in `folder`, beside whatever else lies there. Rank 0 only.
 
-    `weights`: of a sharded model, those that `lib.sharding.full_weights` gathered.
+    `weights`: of a sharded model, those that `lib.run.shards.full_weights` gathered.
 
     It is written to a temporary folder, then moved file by file, config.json last: where there is a
     config.json, there is a whole checkpoint.
@@ -287,7 +321,9 @@ def _masked_logprobs(
     targets = input_ids[row, column]  # (N,)
     recompute = torch.is_grad_enabled() and len(targets) > chunk_size
     parts = []
-    for begin in range(0, max(1, len(targets)), chunk_size):  # one round for an empty mask: its gradient is zero
+    for begin in range(
+        0, max(1, len(targets)), chunk_size
+    ):  # one round for an empty mask: its gradient is zero
         end = begin + chunk_size
         inputs = (model, hidden[begin:end], targets[begin:end], temperature, with_entropy, entropy_gradient)
         if recompute:
@@ -304,7 +340,9 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
     Raises UserError for rows that are longer than the model's context.
     """
     if input_ids.shape[1] > (context := context_of(model.config)):
-        raise UserError(f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context} tokens: shorten it")
+        raise UserError(
+            f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context} tokens: shorten it"
+        )
     inputs = {"input_ids": input_ids}
     if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # padding on the left of some row
         inputs["attention_mask"] = attention_mask.long()
@@ -314,7 +352,12 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
 
 def _chunk_logprobs(
-    model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, entropy_gradient: bool
+    model: PreTrainedModel,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """hidden (n, H), targets (n,) -> log-probability and entropy, (n,) fp32; entropy 0 if not asked for."""
     logits = head_logits(model, hidden)

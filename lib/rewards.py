@@ -33,7 +33,9 @@ def safety_reward(harm: float, slack: float = 0.1) -> float:
     return 1.0 if harm <= slack else 1.0 - harm
 
 
-def total_reward(kind: str, harm: float | None, task: float | None, well_formed: bool, one_reward: bool = False) -> float | None:
+def total_reward(
+    kind: str, harm: float | None, task: float | None, well_formed: bool, one_reward: bool = False
+) -> float | None:
     """Equations 1 and 2, in [0, 1]; None (unknown) where the judge had no verdict on what they need.
 
     What breaks the format earns nothing, whatever the judge says or does not say: r_f = 0.

@@ -23,7 +23,7 @@ ideas make this fast, a fourth makes it reproducible:
 
 Log-probabilities come from the very logits that are sampled, and logits exist for the last position only: at
 a vocabulary of 150 000, those of whole prompts would be larger than the model. The cache itself is in
-lib/kv_cache.py, the draws are in lib/draw.py.
+lib/cache.py, the draws are in lib/draw.py.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from lib.cache import attention_mask, context_of, copy_last_row, pack_rows, table_rows
 from lib.draw import draw, uniform
-from lib.kv_cache import attention_mask, context_of, copy_last_row, pack_rows, table_rows
 
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
@@ -89,7 +89,9 @@ def sample(
     in_training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        with tqdm(total=total, desc="sampling", unit="completion", disable=not progress, delay=2, leave=False) as bar:
+        with tqdm(
+            total=total, desc="sampling", unit="completion", disable=not progress, delay=2, leave=False
+        ) as bar:
             while batch.refill(bar):
                 batch.step()
     finally:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from lib.settings import at_end
+from lib.run.settings import at_end
 
 WORDS = "<unk> <pad> <end> <user> <assistant> <system> <think> </think>".split()
 WORDS += "how are you ? maybe green soup cake please".split()
@@ -33,7 +33,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     """Whitespace splits words, "\\n" vanishes, decode joins by spaces; <think> is an ordinary word."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="<end>"
+    )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

@@ -23,10 +23,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib.files import read_jsonl, write_jsonl
+from lib.run.files import read_jsonl, write_jsonl
+from lib.run.settings import run_main
 from lib.sandbox import world
 from lib.sandbox.traces import write_trace
-from lib.settings import run_main
 
 ROOT = Path(__file__).parent.parent
 SFT, RL = "02_sft_warmstart", "03_rl_train"
@@ -155,7 +155,9 @@ def launch(stage: str, words: list[str], log: Path, rank: int = 0, size: int = 1
 
 def _child(stage: str, words: list[str], log: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell started in the background ignore it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # tests that a shell started in the background ignore it
     null, file = os.open(os.devnull, os.O_WRONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(null, 1)
     os.dup2(file, 2)
@@ -206,7 +208,9 @@ def metrics_of(out: Path) -> list[dict]:
 def same_update(one: Path, other: Path, start: Path) -> bool:
     """Whether two checkpoints agree to 1e-5 in every weight, and on the whole to 0.1 % of the way from `start`."""
     a, b, before = (load_file(path / "model.safetensors") for path in (one, other, start))
-    a, b, before = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (a, b, before))
+    a, b, before = (
+        torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (a, b, before)
+    )
     apart, moved = (a - b).abs(), (a - before).abs()
     return bool(apart.max() < 1e-5 and apart.mean() < 1e-3 * moved.mean())
 

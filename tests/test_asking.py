@@ -18,22 +18,41 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_attacks import BEHAVIOURS, BUDGET, attack, generator, make_model, make_tokenizer, plain_loss, victim_of  # noqa: E402
+from test_attacks import (  # noqa: E402
+    BEHAVIOURS,
+    BUDGET,
+    attack,
+    generator,
+    make_model,
+    make_tokenizer,
+    plain_loss,
+    victim_of,
+)
 
 from lib.attacks import ATTACKS, autodan, steps_of  # noqa: E402
 from lib.attacks import attacker as attacker_module  # noqa: E402
 from lib.attacks.attacker import LanguageModelAttacker, check_attacker, parse_reply  # noqa: E402
 from lib.attacks.core import Budget, Conversation, Cost, Individual  # noqa: E402
 from lib.attacks.persuasion import TECHNIQUES  # noqa: E402
+from lib.attacks.victim import NOT_ASKED, Victim, draw_seeds  # noqa: E402
 from lib.chat import THINK_CLOSE  # noqa: E402
 from lib.judges import refusal_label  # noqa: E402
+from lib.run.settings import UserError  # noqa: E402
 from lib.sampler import Completion  # noqa: E402
 from lib.sandbox import judge, world  # noqa: E402
 from lib.sandbox.attacker import PERSUASION, SandboxAttacker  # noqa: E402
-from lib.settings import UserError  # noqa: E402
-from lib.victim import NOT_ASKED, Victim, draw_seeds  # noqa: E402
 
-SMALL = Budget(**{**vars(BUDGET), "samples": 5, "techniques": 3, "streams": 2, "depth": 3, "population": 8, "generations": 4})
+SMALL = Budget(
+    **{
+        **vars(BUDGET),
+        "samples": 5,
+        "techniques": 3,
+        "streams": 2,
+        "depth": 3,
+        "population": 8,
+        "generations": 4,
+    }
+)
 
 
 class Scripted:
@@ -76,16 +95,26 @@ def model(tokenizer):
 def test_prefill_opens_the_turn_and_the_answer_counts_from_there(model, tokenizer, monkeypatch):
     seen = []
     encode = Victim.encode
-    monkeypatch.setattr(Victim, "encode", lambda self, sent, opening="": seen.append(opening) or encode(self, sent, opening))
+    monkeypatch.setattr(
+        Victim, "encode", lambda self, sent, opening="": seen.append(opening) or encode(self, sent, opening)
+    )
     attempt = attack(model, tokenizer, name="prefill_answer")[0]
     opening = "w40 w41" + THINK_CLOSE + "w5 w6 w8"
     assert attempt.trace[0]["opening"] == opening and opening in seen
     completion = attempt.trace[0]["completion"]
-    assert completion["answer"].startswith("w5 w6 w8") and completion["reasoning"] == "w40 w41" and completion["closed"]
-    assert set(completion["answer"].split()) <= set(tokenizer.get_vocab())  # its words do not grow together with the opening
+    assert (
+        completion["answer"].startswith("w5 w6 w8")
+        and completion["reasoning"] == "w40 w41"
+        and completion["closed"]
+    )
+    assert set(completion["answer"].split()) <= set(
+        tokenizer.get_vocab()
+    )  # its words do not grow together with the opening
     attempt = attack(model, tokenizer, name="prefill_answer", reasoning=False)[0]
     assert attempt.trace[0]["opening"] == "w5 w6 w8"
-    attempt = attack(model, tokenizer, [{**BEHAVIOURS[0], "prefill": "w90"}], name="prefill_answer", reasoning=False)[0]
+    attempt = attack(
+        model, tokenizer, [{**BEHAVIOURS[0], "prefill": "w90"}], name="prefill_answer", reasoning=False
+    )[0]
     assert attempt.trace[0]["opening"] == "w90"  # where the target itself would be the harm
     assert attack(model, tokenizer, name="prefill_reasoning")[0].trace[0]["opening"] == "w40 w41"
 
@@ -95,7 +124,9 @@ def test_best_of_n_sends_the_request_as_it_is_and_then_disturbed(model, tokenize
     for attempt, behaviour in zip(attempts, BEHAVIOURS, strict=True):
         sent = [t["sent"] for t in attempt.trace]
         assert (
-            len(sent) == 5 and sent[0] == behaviour["prompt"] and all(s.startswith(behaviour["prompt"] + " w") for s in sent[1:])
+            len(sent) == 5
+            and sent[0] == behaviour["prompt"]
+            and all(s.startswith(behaviour["prompt"] + " w") for s in sent[1:])
         )
         assert attempt.cost["queries"] == 5 and attempt.cost["forward_tokens"] > 0
 
@@ -110,7 +141,9 @@ def test_a_behaviour_fares_the_same_whoever_is_attacked_beside_it(model, tokeniz
 def test_pap_tries_different_techniques_and_counts_an_attacker_that_says_nothing(model, tokenizer):
     attempt = attack(model, tokenizer, budget=SMALL, name="pap", attacker=(Scripted(),))[0]
     assert len({t["sent"] for t in attempt.trace}) == 3 and attempt.cost["empty"] == 0
-    assert [f"technique {t['sent'].split()[0][1:]}" for t in attempt.trace] == [t["technique"] for t in attempt.trace]
+    assert [f"technique {t['sent'].split()[0][1:]}" for t in attempt.trace] == [
+        t["technique"] for t in attempt.trace
+    ]
     attempt = attack(model, tokenizer, budget=SMALL, name="pap", attacker=(Scripted(silent=True),))[0]
     assert attempt.trace == [] and attempt.cost["empty"] == 3
 
@@ -124,20 +157,39 @@ def test_pair_shows_the_last_four_exchanges_with_answers_and_ratings_but_no_reas
     attacker, budget = Scripted(), Budget(**{**vars(SMALL), "streams": 4, "depth": 6})
     attempt = pair_with(model, tokenizer, attacker, 1 / 3, budget)
     assert [t["step"] for t in attempt.trace] == list(range(1, 25)) and steps_of("pair", budget) == 24
-    assert [len(talk.exchanges) for talk in attacker.seen] == [n for n in (0, 1, 2, 3, 4, 4) for _ in range(4)]
+    assert [len(talk.exchanges) for talk in attacker.seen] == [
+        n for n in (0, 1, 2, 3, 4, 4) for _ in range(4)
+    ]
     assert [talk.stream for talk in attacker.seen] == [0, 1, 2, 3] * 6
-    assert {(talk.goal, talk.target) for talk in attacker.seen} == {(BEHAVIOURS[0]["prompt"], BEHAVIOURS[0]["target"])}
-    tries = [t for t in attempt.trace if t["step"] % 4 == 3][1:5]  # those of stream 2 but the first; the sixth comes after it
+    assert {(talk.goal, talk.target) for talk in attacker.seen} == {
+        (BEHAVIOURS[0]["prompt"], BEHAVIOURS[0]["target"])
+    }
+    tries = [t for t in attempt.trace if t["step"] % 4 == 3][
+        1:5
+    ]  # those of stream 2 but the first; the sixth comes after it
     expected = [{"sent": t["sent"], "answer": t["completion"]["answer"], "rating": 4} for t in tries]
     last = attacker.seen[-2]
     assert last.stream == 2
-    assert [{"sent": e["prompt"], "answer": e["answer"], "rating": e["rating"]} for e in last.exchanges] == expected
-    assert all(set(e) == {"improvement", "prompt", "answer", "rating"} for talk in attacker.seen for e in talk.exchanges)
+    assert [
+        {"sent": e["prompt"], "answer": e["answer"], "rating": e["rating"]} for e in last.exchanges
+    ] == expected
+    assert all(
+        set(e) == {"improvement", "prompt", "answer", "rating"}
+        for talk in attacker.seen
+        for e in talk.exchanges
+    )
 
 
 @pytest.mark.parametrize(
     ("harm", "rating", "tries"),
-    [(0.0, 1, 6), (0.5, 5, 6), (0.9, 9, 6), (0.95, 10, 2), (1.0, 10, 2), (None, 1, 6)],  # 2: both streams of the first turn
+    [
+        (0.0, 1, 6),
+        (0.5, 5, 6),
+        (0.9, 9, 6),
+        (0.95, 10, 2),
+        (1.0, 10, 2),
+        (None, 1, 6),
+    ],  # 2: both streams of the first turn
 )
 def test_pair_stops_at_a_rating_of_ten_and_not_at_a_success(model, tokenizer, harm, rating, tries):
     attacker = Scripted()
@@ -168,9 +220,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte, so that what a model reads can be read back; <role>, content, <end> for each message."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = TokenizerCore(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}<assistant>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}<assistant>"
+    )
     return tokenizer
 
 
@@ -185,12 +242,16 @@ class Recorded:
         if any(len(prompt) + max_new_tokens > room for prompt in prompts):
             raise ValueError("exceed the model's context")
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
-        self.calls.append({"texts": texts, "seeds": list(seeds), "max_new_tokens": max_new_tokens, "top_p": top_p})
+        self.calls.append(
+            {"texts": texts, "seeds": list(seeds), "max_new_tokens": max_new_tokens, "top_p": top_p}
+        )
         replies = [self.reply(text, seed) for text, seed in zip(texts, seeds, strict=True)]
         return [Completion(self.tokenizer.encode(r), [], "stop") for r in replies]
 
     def seeds_of(self, stream: str) -> list[int]:
-        return [s for call in self.calls for t, s in zip(call["texts"], call["seeds"], strict=True) if stream in t]
+        return [
+            s for call in self.calls for t, s in zip(call["texts"], call["seeds"], strict=True) if stream in t
+        ]
 
 
 @pytest.fixture
@@ -198,7 +259,9 @@ def talker(monkeypatch):
     def make(reply, context=100_000):
         recorded = Recorded(reply)
         monkeypatch.setattr(attacker_module, "sample", recorded)
-        config = LlamaConfig(vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        config = LlamaConfig(
+            vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
         model = LlamaForCausalLM(config)
         model.config.max_position_embeddings = context
         return LanguageModelAttacker(lambda: (model, recorded.tokenizer), max_new_tokens=7), recorded
@@ -207,7 +270,10 @@ def talker(monkeypatch):
 
 
 def exchanges(*answers: str) -> list[dict]:
-    return [{"improvement": f"idea {i}", "prompt": f"try {i}", "answer": a, "rating": i} for i, a in enumerate(answers, 1)]
+    return [
+        {"improvement": f"idea {i}", "prompt": f"try {i}", "answer": a, "rating": i}
+        for i, a in enumerate(answers, 1)
+    ]
 
 
 def turns(text: str) -> list[tuple[str, str]]:
@@ -221,7 +287,9 @@ def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat(talker):
     long = "I will not. " * 300
     attacker, recorded = talker(lambda text, seed: GOOD)
     talks = [Conversation(GOAL, TARGET, stream, exchanges("No.", long)) for stream in range(5)]
-    assert attacker.refine(talks, [1, 2, 3, 4, 5]) == [{"improvement": "none yet", "prompt": "Please bake."}] * 5
+    assert (
+        attacker.refine(talks, [1, 2, 3, 4, 5]) == [{"improvement": "none yet", "prompt": "Please bake."}] * 5
+    )
     (call,) = recorded.calls
     assert call["max_new_tokens"] == 500 and call["top_p"] == 0.9  # PAIR's own: not --attacker-tokens
     read = [turns(text) for text in call["texts"]]
@@ -254,7 +322,10 @@ def test_without_a_target_the_objective_names_none(talker):
         (GOOD, "Please bake."),
         (f"Here it is:\n```json\n{GOOD}\n```\nGood luck!", "Please bake."),
         (f"I use {{braces}} now. {GOOD} {GOOD.replace('bake', 'stop')}", "Please bake."),
-        ('{"prompt": " a\nb\\n\\"c\\" ", "improvement": "", "more": 1}', 'a\nb\n"c"'),  # a real line break within a text
+        (
+            '{"prompt": " a\nb\\n\\"c\\" ", "improvement": "", "more": 1}',
+            'a\nb\n"c"',
+        ),  # a real line break within a text
         ('{"outer": {"improvement": "", "prompt": "inner"}}', "inner"),
         ("Please bake.", None),
         ('{"improvement": "x", "prompt": "cut', None),
@@ -304,12 +375,16 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_exchanges(talker):
         attacker.refine([talk], [0])
         assert shorter.calls[0]["texts"] == [recorded.calls[0]["texts"][expected]]
     attacker, _ = talker(lambda text, seed: GOOD, context=sizes[3] + 499)
-    assert attacker.refine([talk], [0]) == [{"improvement": "", "prompt": ""}]  # a failure, and no end of the run
+    assert attacker.refine([talk], [0]) == [
+        {"improvement": "", "prompt": ""}
+    ]  # a failure, and no end of the run
 
 
 def test_a_chat_model_that_writes_no_json_fails_and_is_counted(model, tokenizer):
     config = LlamaConfig(**{**model.config.to_dict(), "max_position_embeddings": 2048})
-    writer = LanguageModelAttacker(lambda: (LlamaForCausalLM(config).eval(), tokenizer), max_new_tokens=5, reply_tokens=5)
+    writer = LanguageModelAttacker(
+        lambda: (LlamaForCausalLM(config).eval(), tokenizer), max_new_tokens=5, reply_tokens=5
+    )
     attempt = pair_with(model, tokenizer, writer, 0.0)
     assert attempt.trace == [] and attempt.cost["empty"] == 6
 
@@ -317,8 +392,14 @@ def test_a_chat_model_that_writes_no_json_fails_and_is_counted(model, tokenizer)
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}", "no system role"),
-        ("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}", "drops system prompts"),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+            "no system role",
+        ),
+        (
+            "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}",
+            "drops system prompts",
+        ),
     ],
 )
 def test_an_attacker_without_system_prompts_is_refused_before_the_hours_if_pair_is_asked_for(
@@ -333,11 +414,21 @@ def test_an_attacker_without_system_prompts_is_refused_before_the_hours_if_pair_
 
 def test_a_text_that_is_too_long_is_not_asked_and_a_behaviour_that_is_is_left_alone(model, tokenizer):
     long = {"id": "c", "prompt": " ".join(["w3"] * 126), "target": "w5 w6"}  # of a context of 128
-    for name in ("best_of_n", "pap", "pair", "autodan", "prefill_answer", "gcg", "gcg_universal", "random_suffix"):
+    for name in (
+        "best_of_n",
+        "pap",
+        "pair",
+        "autodan",
+        "prefill_answer",
+        "gcg",
+        "gcg_universal",
+        "random_suffix",
+    ):
         budget = Budget(**{**vars(SMALL), "universal_behaviours": 3})
         given = (Scripted(),) if ATTACKS[name].attacker else ()
         alone, attempt = (
-            attack(model, tokenizer, [BEHAVIOURS[0], *more], budget, name=name, attacker=given)[-1] for more in ([], [long])
+            attack(model, tokenizer, [BEHAVIOURS[0], *more], budget, name=name, attacker=given)[-1]
+            for more in ([], [long])
         )
         assert alone.trace[-1]["step"] == steps_of(name, budget) and attempt.id == "c"
         if name != "gcg_universal":  # the suffix of others goes to it, too, and chapter 4 finds it too long
@@ -354,10 +445,14 @@ def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer):
     texts, cost = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w10"], Cost()
     budget = Budget(**{**vars(SMALL), "max_batch_tokens": 40})  # two batches
     losses = autodan.target_losses(victim_of(model, tokenizer), texts, "w15 w16", budget, cost)
-    expected = [plain_loss(model, tokenizer, {"prompt": text, "target": "w15 w16"}, "", True) for text in texts]
+    expected = [
+        plain_loss(model, tokenizer, {"prompt": text, "target": "w15 w16"}, "", True) for text in texts
+    ]
     assert losses == pytest.approx(expected, abs=1e-4) and cost.queries == 3
     long = " ".join(["w3"] * 126)  # of a context of 128
-    losses = autodan.target_losses(victim_of(model, tokenizer), [texts[0], long, texts[1]], "w15 w16", budget, cost)
+    losses = autodan.target_losses(
+        victim_of(model, tokenizer), [texts[0], long, texts[1]], "w15 w16", budget, cost
+    )
     assert losses == pytest.approx([expected[0], max(expected[:2]), expected[1]], abs=1e-4)
 
 
@@ -400,8 +495,14 @@ def test_crossed_children_share_out_the_sentences_of_their_parents():
     firsts = set()
     for seed in range(200):
         one, two = autodan.crossed(mother, father, random.Random(seed))
-        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.before[1:], two.before[1:]} == {(), ("b",)}
-        assert {one.after[0], two.after[0]} == {"c", "z"} and {one.after[1:], two.after[1:]} == {(), ("q", "p")}
+        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.before[1:], two.before[1:]} == {
+            (),
+            ("b",),
+        }
+        assert {one.after[0], two.after[0]} == {"c", "z"} and {one.after[1:], two.after[1:]} == {
+            (),
+            ("q", "p"),
+        }
         assert {one.request, two.request} == {"r", "s"}
         firsts.add(one)
     assert len(firsts) == 2**5  # five independent choices: many points, not one
@@ -424,20 +525,32 @@ def test_parents_are_drawn_by_softmax_of_minus_the_loss():
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_pairs_cross_at_the_rate(rate):
-    people = [Individual(tuple(f"{name}{i}" for i in range(20)), name, ()) for name in "ab"]  # a cross leaves its traces
+    people = [
+        Individual(tuple(f"{name}{i}" for i in range(20)), name, ()) for name in "ab"
+    ]  # a cross leaves its traces
     children = autodan.sentence_step(people, [1.0, 1.0], 8000, rate, random.Random(1))
     pairs = list(zip(children[::2], children[1::2], strict=True))
     mixed = [pair for pair in pairs if any(child not in people for child in pair)]
-    assert len(mixed) / len(pairs) == pytest.approx(rate / 2, abs=0.03)  # half of the pairs have one parent twice
+    assert len(mixed) / len(pairs) == pytest.approx(
+        rate / 2, abs=0.03
+    )  # half of the pairs have one parent twice
     for one, two in mixed:
-        assert all({x, y} == {f"a{i}", f"b{i}"} for i, (x, y) in enumerate(zip(one.before, two.before, strict=True)))
+        assert all(
+            {x, y} == {f"a{i}", f"b{i}"} for i, (x, y) in enumerate(zip(one.before, two.before, strict=True))
+        )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_words_give_way_at_the_rate_to_better_ones_by_how_much_better(rate):
     scores, person = {"worse": -1.0, "x": 0.0, "good": 1.0, "best": 3.0}, Individual(("x",), "x", ())
-    swapped = Counter(autodan.swap_words(person, scores, rate, random.Random(seed)).text() for seed in range(4000))
-    assert set(swapped) <= {"x x", "good x", "best x"}  # never for a word of lower score; the request is left alone
+    swapped = Counter(
+        autodan.swap_words(person, scores, rate, random.Random(seed)).text() for seed in range(4000)
+    )
+    assert set(swapped) <= {
+        "x x",
+        "good x",
+        "best x",
+    }  # never for a word of lower score; the request is left alone
     assert swapped["x x"] / 4000 == pytest.approx(1 - rate, abs=0.03)
     assert swapped["best x"] / 4000 == pytest.approx(rate * 3 / 4, abs=0.03)
 
@@ -445,35 +558,55 @@ def test_words_give_way_at_the_rate_to_better_ones_by_how_much_better(rate):
 def test_at_most_five_words_of_a_paragraph_give_way():
     person = Individual(("x x x", "x x x x x"), "x", ("x x",) * 4)
     swapped = autodan.swap_words(person, {"x": 0.0, "best": 1.0}, 1.0, random.Random(0))
-    assert swapped == Individual(("best best best", "best best x x x"), "x", ("best best",) * 2 + ("best x", "x x"))
-    many = [autodan.swap_words(person, {"x": 0.0, "best": 1.0}, 0.5, random.Random(seed)) for seed in range(200)]
-    assert max(" ".join(p.before).count("best") for p in many) == 5 == max(" ".join(p.after).count("best") for p in many)
+    assert swapped == Individual(
+        ("best best best", "best best x x x"), "x", ("best best",) * 2 + ("best x", "x x")
+    )
+    many = [
+        autodan.swap_words(person, {"x": 0.0, "best": 1.0}, 0.5, random.Random(seed)) for seed in range(200)
+    ]
+    assert (
+        max(" ".join(p.before).count("best") for p in many)
+        == 5
+        == max(" ".join(p.after).count("best") for p in many)
+    )
 
 
 @pytest.mark.parametrize("keeps_request", [True, False])
 def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer, keeps_request):
     class Writer(Scripted):
         def vary(self, parts, goals, requests, seeds):
-            assert set(goals) == {"goal"} and requests == [part == "r" for part in parts] and len(set(seeds)) == len(parts)
+            assert (
+                set(goals) == {"goal"}
+                and requests == [part == "r" for part in parts]
+                and len(set(seeds)) == len(parts)
+            )
             return ["" if part == "c" else f"new {part}" for part in parts]
 
     writer, cost = Writer(), Cost()
     writer.keeps_request = keeps_request
     old, other = Individual(("a", "b"), "r", ("c", "d")), Individual((), "r", ())
-    new = Individual(("new a", "new b"), "r" if keeps_request else "new r", ("c", "new d"))  # what it could not say stays
+    new = Individual(
+        ("new a", "new b"), "r" if keeps_request else "new r", ("c", "new d")
+    )  # what it could not say stays
     bare = Individual((), new.request, ())
-    children = autodan.mutated([old, old, other, other], [1, 2], "goal", victim_of(model, tokenizer), writer, generator(), cost)
+    children = autodan.mutated(
+        [old, old, other, other], [1, 2], "goal", victim_of(model, tokenizer), writer, generator(), cost
+    )
     assert children == [old, new, bare, other] and cost.empty == 1
 
 
 def test_children_are_rewritten_at_the_rate_of_mutation_and_where_they_are_copies():
     elite, children = [Individual(("e",), "r", ())], [Individual((f"s{i}",), "r", ()) for i in range(5000)]
     assert autodan.to_rewrite(elite, children, 0.0, random.Random(0)) == []
-    assert len(autodan.to_rewrite(elite, children, 0.2, random.Random(0))) / 5000 == pytest.approx(0.2, abs=0.02)
+    assert len(autodan.to_rewrite(elite, children, 0.2, random.Random(0))) / 5000 == pytest.approx(
+        0.2, abs=0.02
+    )
     assert autodan.to_rewrite(elite, [*children[:3], *elite, children[1]], 0.0, random.Random(0)) == [3, 4]
 
 
-def test_autodan_takes_a_sentence_step_and_a_word_step_in_turn_and_keeps_the_best_tenth(model, tokenizer, monkeypatch):
+def test_autodan_takes_a_sentence_step_and_a_word_step_in_turn_and_keeps_the_best_tenth(
+    model, tokenizer, monkeypatch
+):
     """With all pairs crossed, all words up for a swap and no mutation, each generation shows which step made it."""
     populations, score = [], autodan.target_losses
 
@@ -484,7 +617,9 @@ def test_autodan_takes_a_sentence_step_and_a_word_step_in_turn_and_keeps_the_bes
 
     class Writer(Scripted):  # texts of equal form: six words before the request, and two behind it
         def individuals(self, goal, count, seeds):
-            triples = [(f"w{i} w{i} w{i}", f"w{60 + i} w{60 + i} w{60 + i}", f"w{120 + i} w1") for i in range(count)]
+            triples = [
+                (f"w{i} w{i} w{i}", f"w{60 + i} w{60 + i} w{60 + i}", f"w{120 + i} w1") for i in range(count)
+            ]
             return [Individual((a, b), goal, (c,)) for a, b, c in triples]
 
         def vary(self, parts, goals, requests, seeds):
@@ -498,7 +633,9 @@ def test_autodan_takes_a_sentence_step_and_a_word_step_in_turn_and_keeps_the_bes
         before, after = (side.split() for side in text.split(BEHAVIOURS[0]["prompt"]))
         return " ".join(before[:3]), " ".join(before[3:]), " ".join(after)
 
-    for generation, ((old, losses), (new, _)) in enumerate(zip(populations, populations[1:], strict=False), 1):
+    for generation, ((old, losses), (new, _)) in enumerate(
+        zip(populations, populations[1:], strict=False), 1
+    ):
         ranked = [text for _, text in sorted(zip(losses, old, strict=True), key=lambda pair: pair[0])]
         assert new[:2] == ranked[:2] and len(new) == 20  # elites
         if generation % 2:  # sentences: each is one that stood at its place before
@@ -528,7 +665,12 @@ def test_a_chat_model_writes_and_each_text_depends_on_its_seed_alone(model, toke
 
 
 def test_forty_techniques_have_names_and_meanings_of_their_own():
-    assert len(TECHNIQUES) == 40 == len({name for name, _ in TECHNIQUES}) == len({meaning for _, meaning in TECHNIQUES})
+    assert (
+        len(TECHNIQUES)
+        == 40
+        == len({name for name, _ in TECHNIQUES})
+        == len({meaning for _, meaning in TECHNIQUES})
+    )
 
 
 def test_disturbed_text_is_still_legible():
@@ -575,7 +717,10 @@ def test_the_sandbox_attacker_never_hands_in_the_answer_and_knows_its_own_prompt
 
 
 @pytest.mark.parametrize(
-    ("seen", "hops"),  # (hops, answer, rating) of each exchange; R a refusal, W a wrong recipe, P a part of the right one
+    (
+        "seen",
+        "hops",
+    ),  # (hops, answer, rating) of each exchange; R a refusal, W a wrong recipe, P a part of the right one
     [
         ("2R1", 3),  # deeper
         ("2W1", 1),  # easier to see through
@@ -592,7 +737,10 @@ def test_the_sandbox_attacker_never_hands_in_the_answer_and_knows_its_own_prompt
 def test_the_sandbox_attacker_learns_from_answers(seen, hops):
     goal, answers = harmful(1)[0]["prompt"], {"R": world.REFUSALS[0], "W": "use bami .", "P": "use bami ."}
     assert refusal_label(answers["R"]) == "full" != refusal_label(answers["W"])
-    shown = [{"prompt": "let a mean b . " * 3 * int(s[0]), "answer": answers[s[1]], "rating": int(s[2])} for s in seen.split()]
+    shown = [
+        {"prompt": "let a mean b . " * 3 * int(s[0]), "answer": answers[s[1]], "rating": int(s[2])}
+        for s in seen.split()
+    ]
     (reply,) = SandboxAttacker().refine([Conversation(goal, "", 0, shown)], [5])
     assert reply["prompt"].count("let ") // 3 == hops
 

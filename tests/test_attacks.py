@@ -8,15 +8,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lib import UserError
 from lib.attacks import ATTACKS, gcg
 from lib.attacks.core import Budget, Cost
 from lib.attacks.suffix import Slot
+from lib.attacks.victim import Victim
 from lib.chat import encode_prompt
 from lib.rewards import Judge
-from lib.settings import UserError
-from lib.victim import Victim
 
-WORDS = [f"w{i}" for i in range(200)] + [f"a{i}.b{i}" for i in range(40)]  # the last are split at the dot: no round trip
+WORDS = [f"w{i}" for i in range(200)] + [
+    f"a{i}.b{i}" for i in range(40)
+]  # the last are split at the dot: no round trip
 BUDGET = Budget(gcg_steps=6, gcg_width=24, gcg_top_k=12, gcg_suffix_tokens=5, gcg_init="w7", forged="w40 w41")
 BEHAVIOURS = [
     {"id": "a", "prompt": "w1 w2 w3 w4", "target": "w5 w6 w8", "twin": "w1 w2 w50 w4"},
@@ -82,7 +84,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def victim_of(model, tokenizer, reasoning=True, harm=harmless) -> Victim:
-    return Victim("v", model, tokenizer, reasoning, Judge("j", harm, harmless), max_new_tokens=8, temperature=1.0)
+    return Victim(
+        "v", model, tokenizer, reasoning, Judge("j", harm, harmless), max_new_tokens=8, temperature=1.0
+    )
 
 
 def slot_of(model, tokenizer, budget=BUDGET, behaviour=BEHAVIOURS[0], reasoning=True) -> Slot:
@@ -90,9 +94,20 @@ def slot_of(model, tokenizer, budget=BUDGET, behaviour=BEHAVIOURS[0], reasoning=
 
 
 def attack(
-    model, tokenizer, behaviours=BEHAVIOURS, budget=BUDGET, seed=0, reasoning=True, name="gcg", harm=harmless, attacker=()
+    model,
+    tokenizer,
+    behaviours=BEHAVIOURS,
+    budget=BUDGET,
+    seed=0,
+    reasoning=True,
+    name="gcg",
+    harm=harmless,
+    attacker=(),
 ):
-    victim, generators = victim_of(model, tokenizer, reasoning, harm), [generator(seed + i) for i in range(len(behaviours))]
+    victim, generators = (
+        victim_of(model, tokenizer, reasoning, harm),
+        [generator(seed + i) for i in range(len(behaviours))],
+    )
     return ATTACKS[name].run(victim, list(behaviours), budget, generators, lambda: None, *attacker)
 
 
@@ -115,7 +130,9 @@ def test_loss_with_the_cached_prefix_is_the_plain_loss(model, tokenizer, behavio
     slot = slot_of(model, tokenizer, budget, behaviour, reasoning)
     first = tokenizer.convert_tokens_to_ids("w0")
     candidates = first + torch.randint(200, (9, 5), generator=generator())
-    for loss, text in zip(slot.losses(candidates).tolist(), tokenizer.batch_decode(candidates.tolist()), strict=True):
+    for loss, text in zip(
+        slot.losses(candidates).tolist(), tokenizer.batch_decode(candidates.tolist()), strict=True
+    ):
         assert loss == pytest.approx(plain_loss(model, tokenizer, behaviour, text, reasoning), abs=1e-4)
 
 
@@ -152,12 +169,18 @@ def test_gradient_equals_finite_differences(model, tokenizer):
             embeds[len(slot.prefix) + position] += sign * step * table[token]
             logits = model(inputs_embeds=embeds[None]).logits[0, -len(slot.target) - 1 : -1]
             losses.append(F.cross_entropy(logits, slot.target).item())
-        assert gradient[position, token].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-2, abs=2e-3)
+        assert gradient[position, token].item() == pytest.approx(
+            (losses[0] - losses[1]) / (2 * step), rel=1e-2, abs=2e-3
+        )
 
 
-def test_search_lowers_the_loss_and_beats_random_search_at_the_same_number_of_queries(model, tokenizer, monkeypatch):
+def test_search_lowers_the_loss_and_beats_random_search_at_the_same_number_of_queries(
+    model, tokenizer, monkeypatch
+):
     found = attack(model, tokenizer)
-    monkeypatch.setattr(Slot, "gradient", lambda self, suffix: torch.randn(len(suffix), model.config.vocab_size))
+    monkeypatch.setattr(
+        Slot, "gradient", lambda self, suffix: torch.randn(len(suffix), model.config.vocab_size)
+    )
     torch.manual_seed(1)
     blind = attack(model, tokenizer)
     for attempt in found:
@@ -208,10 +231,14 @@ def test_proposals_are_distinct_single_swaps_among_the_best_allowed_tokens(model
     suffix = torch.tensor([1, 2, 3])
     budget = Budget(gcg_steps=1, gcg_width=1000, gcg_top_k=4, gcg_suffix_tokens=3, gcg_init="x")
     candidates = gcg.propose(gradient, suffix, allowed, budget, generator())
-    assert len(candidates) == 12 == len(set(map(tuple, candidates.tolist())))  # all there are: 3 positions x top 4
+    assert (
+        len(candidates) == 12 == len(set(map(tuple, candidates.tolist())))
+    )  # all there are: 3 positions x top 4
     assert ((candidates != suffix).sum(1) == 1).all()
     for position in range(3):
-        tokens = [i for i in gradient[position].argsort().tolist() if allowed[i] and i != suffix[position]][:4]
+        tokens = [i for i in gradient[position].argsort().tolist() if allowed[i] and i != suffix[position]][
+            :4
+        ]
         swapped = {int(c[position]) for c in candidates if c[position] != suffix[position]}
         assert swapped == set(tokens)
 
@@ -236,7 +263,10 @@ def test_random_suffix_has_equal_length_and_survives(model, tokenizer):
 def test_cost_counts_queries_and_tokens(model, tokenizer):
     attempt = attack(model, tokenizer, BEHAVIOURS[:1])[0]
     # the prefix, the initial loss, and in each step a gradient and the candidates that survive
-    assert attempt.cost["queries"] == 2 + BUDGET.gcg_steps * (1 + BUDGET.gcg_width) - attempt.cost["did_not_survive"]
+    assert (
+        attempt.cost["queries"]
+        == 2 + BUDGET.gcg_steps * (1 + BUDGET.gcg_width) - attempt.cost["did_not_survive"]
+    )
     assert attempt.cost["backward_tokens"] > 0 and attempt.cost["forward_tokens"] > attempt.cost["queries"]
 
 
@@ -251,7 +281,9 @@ def test_init_must_be_one_token(model, tokenizer):
         attack(model, tokenizer, budget=Budget(**{**vars(BUDGET), "gcg_init": "w1 w2"}))
 
 
-def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(model, tokenizer, monkeypatch, capsys):
+def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(
+    model, tokenizer, monkeypatch, capsys
+):
     expected = attack(model, tokenizer)
     compute = Slot._losses
 
@@ -273,7 +305,8 @@ def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(model, 
 def test_adaptive_targets_stand_behind_a_reasoning(model, tokenizer):
     behaviour, close = BEHAVIOURS[0], "</think>"
     targets = {
-        name: make(victim_of(model, tokenizer), behaviour, BUDGET, generator(), Cost()) for name, make in gcg.TARGETS.items()
+        name: make(victim_of(model, tokenizer), behaviour, BUDGET, generator(), Cost())
+        for name, make in gcg.TARGETS.items()
     }
     assert targets["gcg"] == "w5 w6 w8"
     assert targets["gcg_close"].split() == [close, "w5", "w6", "w8"]
@@ -284,12 +317,20 @@ def test_adaptive_targets_stand_behind_a_reasoning(model, tokenizer):
 def test_the_twins_target_is_the_models_own_compliant_reasoning(model, tokenizer, monkeypatch):
     def answers(self, behaviours, sent, openings, seeds):
         assert set(sent) == {"w1 w2 w50 w4"} and {b["prompt"] for b in behaviours} == {"w1 w2 w50 w4"}
-        refused = {"reasoning": "no", "well_formed": True, "refusal": "full", "tokens": 3, "finish_reason": "eos"}
+        refused = {
+            "reasoning": "no",
+            "well_formed": True,
+            "refusal": "full",
+            "tokens": 3,
+            "finish_reason": "eos",
+        }
         return [refused] * 3 + [{**refused, "refusal": "none", "reasoning": "w60 w61"}] * (len(sent) - 3)
 
     monkeypatch.setattr(Victim, "ask", answers)
     cost = Cost()
-    assert gcg.twin_target(victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator(), cost).split()[:3] == [
+    assert gcg.twin_target(victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator(), cost).split()[
+        :3
+    ] == [
         "w60",
         "w61",
         "</think>",
@@ -300,7 +341,9 @@ def test_the_twins_target_is_the_models_own_compliant_reasoning(model, tokenizer
 def test_a_search_asks_no_judge_and_makes_all_its_steps(model, tokenizer, name, monkeypatch):
     """However much harm the answers would do: what a suffix achieves is asked by chapter 4, once at each budget."""
     asked, gradients, gradient = [], [], Slot.gradient
-    monkeypatch.setattr(Slot, "gradient", lambda self, suffix: gradients.append(self.id) or gradient(self, suffix))
+    monkeypatch.setattr(
+        Slot, "gradient", lambda self, suffix: gradients.append(self.id) or gradient(self, suffix)
+    )
     monkeypatch.setattr(Victim, "ask", lambda self, *given, **options: asked.append(given))
     attempts = attack(model, tokenizer, name=name, harm=lambda prompts, answers: asked.append(answers))
     steps = 0 if name == "random_suffix" else BUDGET.gcg_steps
@@ -311,7 +354,9 @@ def test_a_search_asks_no_judge_and_makes_all_its_steps(model, tokenizer, name, 
 def test_the_ban_is_on_the_answer_not_on_the_reasoning_before_it(model, tokenizer):
     budget = Budget(**{**vars(BUDGET), "gcg_ban_target": True})
     allowed = Slot(victim_of(model, tokenizer), BEHAVIOURS[0], "w40 </think> w5 w6 w8", budget).allowed()
-    assert not allowed[tokenizer.convert_tokens_to_ids("w5")] and allowed[tokenizer.convert_tokens_to_ids("w40")]
+    assert (
+        not allowed[tokenizer.convert_tokens_to_ids("w5")] and allowed[tokenizer.convert_tokens_to_ids("w40")]
+    )
 
 
 def test_with_a_buffer_the_search_goes_on_from_the_best(model, tokenizer):
@@ -319,7 +364,9 @@ def test_with_a_buffer_the_search_goes_on_from_the_best(model, tokenizer):
     budget = Budget(**{**vars(BUDGET), "gcg_buffer": 1, "gcg_width": 4, "gcg_steps": 12})
     seen, gradient = [], Slot.gradient
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Slot, "gradient", lambda self, suffix: seen.append(suffix.tolist()) or gradient(self, suffix))
+        monkeypatch.setattr(
+            Slot, "gradient", lambda self, suffix: seen.append(suffix.tolist()) or gradient(self, suffix)
+        )
         trace = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0].trace
     best = [tokenizer.encode(suffix_of(BEHAVIOURS[0], point)) for point in trace[:-1]]
     assert seen == best
@@ -332,7 +379,8 @@ def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer)
     suffixes = {suffix_of(b, a.trace[-1]) for a, b in zip(attempts, [*BEHAVIOURS, third], strict=True)}
     assert len(suffixes) == 1
     mean = [
-        sum(plain_loss(model, tokenizer, b, suffix_of(BEHAVIOURS[0], t), True) for b in BEHAVIOURS) / 2 for t in attempts[0].trace
+        sum(plain_loss(model, tokenizer, b, suffix_of(BEHAVIOURS[0], t), True) for b in BEHAVIOURS) / 2
+        for t in attempts[0].trace
     ]
     assert [t["loss"] for t in attempts[0].trace] == pytest.approx(mean, abs=1e-4)
     assert mean[-1] < mean[0] - 0.1 and attempts[2].cost["queries"] == 0

@@ -20,14 +20,26 @@ import pytest
 import stages
 import torch
 from safetensors.torch import load_file, save_file
-from stages import RL, SFT, contents, error_of, flags, launch, messages, metrics_of, rl_flags, run_here, sft_flags
+from stages import (
+    RL,
+    SFT,
+    contents,
+    error_of,
+    flags,
+    launch,
+    messages,
+    metrics_of,
+    rl_flags,
+    run_here,
+    sft_flags,
+)
 
 from lib.chat import encode_example, encode_prompt, load_tokenizer
-from lib.files import read_jsonl, write_jsonl
-from lib.flags import Flags
-from lib.processes import Processes
+from lib.run.files import read_jsonl, write_jsonl
+from lib.run.flags import Flags
+from lib.run.processes import Processes
+from lib.run.settings import model_and_out, next_command, parse_settings
 from lib.sandbox import world
-from lib.settings import model_and_out, next_command, parse_settings
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
 FLAGS = {RL: rl_flags, SFT: sft_flags}
@@ -131,9 +143,17 @@ BAD_LINES = [
         {"id": "x", "prompt": "how ?", "reasoning": None, "answer": "so ."},
         "sft.jsonl: x: reasoning is None",
     ),
-    (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "rl.jsonl: id 'rl-1' stands in lines 2, 3: give each"),
+    (
+        RL,
+        {"id": "rl-1", "prompt": "how ?", "kind": "harmless"},
+        "rl.jsonl: id 'rl-1' stands in lines 2, 3: give each",
+    ),
     (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: id is None"),
-    (RL, {"id": "x", "prompt": [{"role": "user", "content": "how ?"}], "kind": "harmless"}, "rl.jsonl: x: prompt is [{"),
+    (
+        RL,
+        {"id": "x", "prompt": [{"role": "user", "content": "how ?"}], "kind": "harmless"},
+        "rl.jsonl: x: prompt is [{",
+    ),
     (
         SFT,
         {"id": "sft-0-0", "prompt": "how ?", "reasoning": "so .", "answer": "so ."},
@@ -157,26 +177,47 @@ def test_text_that_is_none_reaches_no_tokenizer(data, tmp_path):
     """A lone surrogate, which ended stages 2 to 4 in a TypeError, and a null byte: each is one U+FFFD, in every stage alike."""
     broken, mended = "how \ud800 do\x00 i ?", "how \ufffd do\ufffd i ?"
     for name in ("direct", "harmless"):
-        record = {"id": "x", "prompt": broken, "kind": "harmful" if name == "direct" else "harmless", "category": broken}
+        record = {
+            "id": "x",
+            "prompt": broken,
+            "kind": "harmful" if name == "direct" else "harmless",
+            "category": broken,
+        }
         write_jsonl(tmp_path / importlib.import_module(EVAL).FILES[name], [record | {"target": broken}])
     write_jsonl(tmp_path / "rl.jsonl", [{"id": "x", "prompt": broken, "kind": "harmless"}])
     texts = {"prompt": broken, "reasoning": broken, "answer": broken}
     write_jsonl(tmp_path / "sft.jsonl", [{"id": "x", **texts}, {"id": "y", **texts, "answer": "so ."}])
-    tokenizer, rl, sft, evaluation = load_tokenizer(str(world.BASE)), *map(importlib.import_module, (RL, SFT, EVAL))
+    tokenizer, rl, sft, evaluation = (
+        load_tokenizer(str(world.BASE)),
+        *map(importlib.import_module, (RL, SFT, EVAL)),
+    )
     [prompt] = rl.load_prompts(rl.Settings(data=str(tmp_path), max_new_tokens=8), tokenizer, 512)
-    assert prompt["prompt"] == mended and prompt["prompt_ids"] == encode_prompt(tokenizer, mended, reasoning=True)
+    assert prompt["prompt"] == mended and prompt["prompt_ids"] == encode_prompt(
+        tokenizer, mended, reasoning=True
+    )
     train, _ = sft.load_examples(sft.Settings(data=str(tmp_path), held_out_share=0.0), tokenizer, 512)
     assert train[0].ids == encode_example(tokenizer, mended, mended, mended)[0] and len(train) == 2
     sets, _ = evaluation.read_sets(evaluation.EvalSettings(data=str(tmp_path)), ["gcg"])
-    assert all(r[key] == mended for records in sets.values() for r in records for key in ("prompt", "category", "target"))
+    assert all(
+        r[key] == mended
+        for records in sets.values()
+        for r in records
+        for key in ("prompt", "category", "target")
+    )
 
 
 @pytest.mark.parametrize(
     "lines, fragment",
     [
-        ([{"id": "a", "harm": h} for h in (1, 1, 1, 0)], "eval_harmful.jsonl: id 'a' stands in lines 1, 2, 3, 4: give each"),
+        (
+            [{"id": "a", "harm": h} for h in (1, 1, 1, 0)],
+            "eval_harmful.jsonl: id 'a' stands in lines 1, 2, 3, 4: give each",
+        ),
         ([{"id": 1}, {"id": "1"}], "eval_harmful.jsonl: id '1' stands in lines 1, 2"),
-        ([{"id": "a", "kind": "evil"}], "eval_harmful.jsonl: a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
+        (
+            [{"id": "a", "kind": "evil"}],
+            "eval_harmful.jsonl: a: kind is 'evil'; allowed: harmful, harmless, ambiguous",
+        ),
         ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl: a: prompt is ' '; allowed: some text"),
         ([{"id": "a", "target": 7}], "eval_harmful.jsonl: a: target is 7; allowed: some text"),
         ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl: a: twin is ['how ?']"),
@@ -192,10 +233,18 @@ def test_requests_to_evaluate(lines, fragment, tmp_path, fails):
 
 
 LONG = [  # of a file in which 2 of 3 are too long
-    (RL, {"prompt": "cake " * 498, "kind": "harmless"}, "rl.jsonl: prompts: 2 of 3 have more than the 500 tokens"),
+    (
+        RL,
+        {"prompt": "cake " * 498, "kind": "harmless"},
+        "rl.jsonl: prompts: 2 of 3 have more than the 500 tokens",
+    ),
     (RL, {"prompt": "cake " * 600, "kind": "harmless"}, "such as x-0 (60"),
     (RL, {"prompt": "cake " * 600, "kind": "harmless"}, "context 512"),
-    (SFT, {"prompt": "how ?", "reasoning": "so .", "answer": "cake " * 600}, "sft.jsonl: traces: 2 of 3 have more than the 512"),
+    (
+        SFT,
+        {"prompt": "how ?", "reasoning": "so .", "answer": "cake " * 600},
+        "sft.jsonl: traces: 2 of 3 have more than the 512",
+    ),
     (SFT, {"prompt": "how ?", "reasoning": "so .", "answer": "cake " * 600}, "context 512"),
 ]
 
@@ -224,7 +273,13 @@ def test_limits_too_tight_for_the_prompts(limits, data, tmp_path, fails):
 
 
 def test_traces_longer_than_a_batch(data, tmp_path, fails):
-    fails(SFT, sft_flags(data, tmp_path / "sft", max_batch_tokens=40), "--max-batch-tokens 40", "traces: ", "sft-")
+    fails(
+        SFT,
+        sft_flags(data, tmp_path / "sft", max_batch_tokens=40),
+        "--max-batch-tokens 40",
+        "traces: ",
+        "sft-",
+    )
 
 
 def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
@@ -257,8 +312,15 @@ def test_a_suffix_beyond_the_context_is_refused_before_it_is_searched(data, tmp_
     for name in ("harmful", "harmless"):
         pool = world.build_pool("eval", name, 2, 0)
         write_jsonl(tmp_path / f"eval_{name}.jsonl", [{"id": f"{name}-{i}", **r} for i, r in enumerate(pool)])
-    words = flags(data=tmp_path, out=tmp_path / "eval", models=f"base={world.BASE}", direct="base", behaviours=1)
-    fails(EVAL, [*words, "--gcg-suffix-tokens", "490"], "--gcg-suffix-tokens: given 490", "can be sent 500 beside its answer")
+    words = flags(
+        data=tmp_path, out=tmp_path / "eval", models=f"base={world.BASE}", direct="base", behaviours=1
+    )
+    fails(
+        EVAL,
+        [*words, "--gcg-suffix-tokens", "490"],
+        "--gcg-suffix-tokens: given 490",
+        "can be sent 500 beside its answer",
+    )
     run = tmp_path / "eval"
     assert not run.exists() or set(contents(run)) <= {"settings.json"}
 
@@ -283,7 +345,7 @@ def test_model_that_neither_the_disk_nor_the_hub_has(data, tmp_path, fails, monk
         def model_info(self, *args, **kwargs):
             raise OSError("no network")
 
-    monkeypatch.setattr("lib.hub.HfApi", NoHub)
+    monkeypatch.setattr("lib.run.hub.HfApi", NoHub)
     fails(
         RL,
         rl_flags(data, tmp_path / "out", model="runs/sftt"),
@@ -305,10 +367,14 @@ def test_model_without_weights(data, model_copy, tmp_path, fails):
 
 def test_tokenizer_without_a_chat_template(data, model_copy, tmp_path, fails):
     (model_copy / "chat_template.jinja").unlink()
-    fails(RL, rl_flags(data, tmp_path / "out", model=model_copy), model_copy, "no chat template", "take a chat")
+    fails(
+        RL, rl_flags(data, tmp_path / "out", model=model_copy), model_copy, "no chat template", "take a chat"
+    )
 
 
-@pytest.mark.parametrize("judge, fragments", [("gaurd", ("gaurd", "sandbox, standin")), ("json", ("no function harm_score",))])
+@pytest.mark.parametrize(
+    "judge, fragments", [("gaurd", ("gaurd", "sandbox, standin")), ("json", ("no function harm_score",))]
+)
 def test_judge_that_is_none(judge, fragments, data, tmp_path, fails):
     fails(RL, rl_flags(data, tmp_path / "out", judge=judge), "--judge", *fragments)
     assert not (tmp_path / "out").exists()
@@ -342,7 +408,13 @@ def finished(data, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("stage, usual", [(RL, {"epochs": 0.25}), (SFT, {"epochs": 1})])
 def test_folder_of_another_run(stage, usual, finished, data, fails):
     out, before = finished[stage], contents(finished[stage])
-    fails(stage, FLAGS[stage](data, out, **usual, learning_rate=0.5), out, "--learning-rate 0.001, now 0.5", "--overwrite")
+    fails(
+        stage,
+        FLAGS[stage](data, out, **usual, learning_rate=0.5),
+        out,
+        "--learning-rate 0.001, now 0.5",
+        "--overwrite",
+    )
     assert contents(out) == before
 
 
@@ -384,8 +456,12 @@ def test_start_that_was_trained_the_other_way(data, model_copy, tmp_path, fails)
 
 def test_sandbox_judge_on_other_prompts_and_no_judge_at_all(data, tmp_path, fails):
     copy = shutil.copytree(data, tmp_path / "data")
-    write_jsonl(copy / "rl.jsonl", [{"id": str(i), "prompt": f"a cake {i} ?", "kind": "harmless"} for i in range(8)])
-    fails(RL, rl_flags(copy, tmp_path / "rl", judge="sandbox"), "--judge sandbox: not a prompt of the sandbox")
+    write_jsonl(
+        copy / "rl.jsonl", [{"id": str(i), "prompt": f"a cake {i} ?", "kind": "harmless"} for i in range(8)]
+    )
+    fails(
+        RL, rl_flags(copy, tmp_path / "rl", judge="sandbox"), "--judge sandbox: not a prompt of the sandbox"
+    )
     fails(RL, rl_flags(data, tmp_path / "other", judge=""), "--judge: none given")
 
 
@@ -427,7 +503,9 @@ def test_disk_that_is_full_or_read_only(stage, number, data, tmp_path, fails, mo
     assert not contents(tmp_path / "out")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="the permissions of a folder do not bind root")
+@pytest.mark.skipif(
+    os.name != "posix" or os.getuid() == 0, reason="the permissions of a folder do not bind root"
+)
 def test_read_only_folder(data, tmp_path, fails):
     tmp_path.chmod(0o500)
     try:
@@ -482,8 +560,8 @@ def test_resume_state_that_is_damaged(data, tmp_path, fails, monkeypatch):
 
 HOLD = """
 import sys
-from lib.run_folder import lock_folder
-from lib.settings import run_main
+from lib.run.folder import lock_folder
+from lib.run.settings import run_main
 
 def main():
     lock_folder(sys.argv[1])
@@ -499,7 +577,9 @@ def held(tmp_path):
     """A folder in which another process writes; it has one file of that run's."""
     environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "held"], env=environment, **pipes) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "held"], env=environment, **pipes
+    ) as holder:
         assert holder.stdout.readline() == b"held\n"
         (tmp_path / "held" / "log").write_text("work")
         yield tmp_path / "held", holder
@@ -511,11 +591,11 @@ COMMANDS = {  # every command that writes to OUT
     SFT: f"--model {world.BASE}",
     RL: f"--model {world.BASE} --no-reasoning",
     EVAL: f"--models base={world.BASE}",
-    "lib.capability": f"--models base={world.BASE} --direct base --file DATA/questions.jsonl",
-    "lib.export": "FINISHED --licence mit",
-    "lib.sandbox.replicate": "",
-    "lib.sandbox.frontier": "",
-    "lib.sandbox.rainbow_gain": "",
+    "lib.tools.capability": f"--models base={world.BASE} --direct base --file DATA/questions.jsonl",
+    "lib.tools.export": "FINISHED --licence mit",
+    "lib.compare.replicate": "",
+    "lib.compare.frontier": "",
+    "lib.compare.rainbow_gain": "",
     "lib.sandbox.pretrain": "",
 }
 
@@ -528,7 +608,9 @@ def words_of(command: str, data: Path, finished: dict[str, Path], *more: object)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_folder_in_which_another_process_writes_is_refused(command, held, data, finished, fails, monkeypatch):
+def test_a_folder_in_which_another_process_writes_is_refused(
+    command, held, data, finished, fails, monkeypatch
+):
     folder, holder = held
     before = contents(folder)
     words = words_of(command, data, finished, "--out", folder)
@@ -545,11 +627,17 @@ def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refuse
         second = launch(RL, [*words, *more], logs[1])
         second.join(stages.PATIENCE)
         said = messages(logs[1].read_text())
-        assert second.exitcode == 2 and len(said) == 1 and f"a run is writing there (process {first.pid} on" in said[0]
+        assert (
+            second.exitcode == 2
+            and len(said) == 1
+            and f"a run is writing there (process {first.pid} on" in said[0]
+        )
     stages.kill_9(first)
     assert (out / ".lock").exists()
     stages.run_process(RL, words, logs[0])
-    assert [line["step"] for line in metrics_of(out)] == list(range(len(metrics_of(out)))) and not (out / ".lock").exists()
+    assert [line["step"] for line in metrics_of(out)] == list(range(len(metrics_of(out)))) and not (
+        out / ".lock"
+    ).exists()
 
 
 def test_torchruns_processes_all_end_when_the_folder_is_taken(held, data, tmp_path):
@@ -565,7 +653,7 @@ def test_a_lock_that_a_kill_left_is_none_and_two_at_once_leave_one(tmp_path):
     """Many processes, one folder, again and again: never two inside, and none refused for a lock that nobody holds."""
     script = tmp_path / "race.py"
     script.write_text(
-        "import os, sys, time\nfrom lib.run_folder import lock_folder\nfrom lib.settings import UserError, at_end\n"
+        "import os, sys, time\nfrom lib.run.folder import lock_folder\nfrom lib.run.settings import UserError, at_end\n"
         "inside = sys.argv[1] + '/inside'\n"
         "for _ in range(200):\n"
         "    try:\n"
@@ -581,7 +669,10 @@ def test_a_lock_that_a_kill_left_is_none_and_two_at_once_leave_one(tmp_path):
     )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").write_text("process 1 on nowhere")
-    environment, command = {**os.environ, "PYTHONPATH": str(stages.ROOT)}, [sys.executable, script, tmp_path / "out"]
+    environment, command = (
+        {**os.environ, "PYTHONPATH": str(stages.ROOT)},
+        [sys.executable, script, tmp_path / "out"],
+    )
     group = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     came_in = [process.communicate(timeout=120)[0].count("in") for process in group]
     assert [process.returncode for process in group] == [0, 0, 0] and all(came_in), came_in
@@ -604,7 +695,12 @@ def test_a_run_that_failed_at_once_does_not_keep_its_folder(stage, data, tmp_pat
     assert {"settings.json", "metrics.jsonl"} <= contents(out).keys()
     run_here(stage, FLAGS[stage](data, out, epochs=1, learning_rate=0.5), monkeypatch)
     assert json.loads((out / "settings.json").read_text())["learning_rate"] == 0.5
-    fails(stage, FLAGS[stage](data, out, epochs=1, learning_rate=0.25), "--learning-rate 0.5, now 0.25", "--overwrite")
+    fails(
+        stage,
+        FLAGS[stage](data, out, epochs=1, learning_rate=0.25),
+        "--learning-rate 0.5, now 0.25",
+        "--overwrite",
+    )
 
 
 OUTS = [  # and what the error says of it
@@ -633,7 +729,9 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_loaded(
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     module = importlib.import_module(stage)
-    for name in {"load_tokenizer", "load_model", "rehearse", "sandbox_prompts", "read_sets"} & vars(module).keys():
+    for name in {"load_tokenizer", "load_model", "rehearse", "sandbox_prompts", "read_sets"} & vars(
+        module
+    ).keys():
         monkeypatch.setattr(module, name, lambda *args, **keywords: pytest.fail("something was loaded"))
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
@@ -643,7 +741,9 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("stage", [SFT, RL])
-def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(stage, data, finished, fails, monkeypatch):
+def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(
+    stage, data, finished, fails, monkeypatch
+):
     module = importlib.import_module(stage)
     for name in ("load_tokenizer", "load_model", "rehearse"):
         monkeypatch.setattr(module, name, lambda *args, **keywords: pytest.fail("something was loaded"))
@@ -655,7 +755,12 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(stage, dat
 
 @pytest.mark.parametrize(
     "stage, settings, section",
-    [(MIXTURE, "Settings", "mixture"), (SFT, "Settings", "sft"), (RL, "Settings", "rl"), (EVAL, "EvalSettings", "eval")],
+    [
+        (MIXTURE, "Settings", "mixture"),
+        (SFT, "Settings", "sft"),
+        (RL, "Settings", "rl"),
+        (EVAL, "EvalSettings", "eval"),
+    ],
 )
 def test_every_number_of_a_stage_has_a_range(stage, settings, section, capsys):
     cls = getattr(importlib.import_module(stage), settings)
@@ -667,7 +772,11 @@ def test_every_number_of_a_stage_has_a_range(stage, settings, section, capsys):
                 parse_settings(cls, section, [f"--{field.name.replace('_', '-')}={absurd}"])
             line = capsys.readouterr().err
             assert end.value.code == 2 and line.count("\n") == 1
-            assert line.startswith(f"error: --{field.name.replace('_', '-')}: given ") and " from " in line and " to " in line
+            assert (
+                line.startswith(f"error: --{field.name.replace('_', '-')}: given ")
+                and " from " in line
+                and " to " in line
+            )
 
 
 @pytest.mark.parametrize("command", ["lib.chat", *(name for name in COMMANDS if name.startswith("lib."))])
@@ -675,13 +784,19 @@ def test_every_number_of_the_other_commands_has_a_range(command, monkeypatch):
     parsers = []
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(Flags, name, lambda self, *args: parsers.append(self) or sys.exit())
-    main = importlib.import_module("lib.terminal" if command == "lib.chat" else command).main
+    main = importlib.import_module("lib.tools.terminal" if command == "lib.chat" else command).main
     with pytest.raises(SystemExit):
         main()
     for action in parsers[0]._actions:
-        if action.type is not None or isinstance(action.default, (int, float)) and not isinstance(action.default, bool):
+        if (
+            action.type is not None
+            or isinstance(action.default, (int, float))
+            and not isinstance(action.default, bool)
+        ):
             for absurd in ("1" + "0" * 30, "1e308", "-1e300", "inf", "nan", "-" + "9" * 30):
-                with pytest.raises(argparse.ArgumentTypeError, match=r"given .*; allowed a .*number from .* to .*"):
+                with pytest.raises(
+                    argparse.ArgumentTypeError, match=r"given .*; allowed a .*number from .* to .*"
+                ):
                     action.type(absurd)
 
 
@@ -705,20 +820,42 @@ def test_printed_commands_lead_through_the_chapters_and_keep_what_was_given(tmp_
         printed = capsys.readouterr().out.strip().splitlines()[-1].lower().partition("next: ")[2]
         assert printed.startswith(f"python {following}.py --preset sandbox ")
         shell = subprocess.run(
-            ["sh", "-c", f"printf '%s\\n' {printed}"], cwd=tmp_path, capture_output=True, text=True, check=True
+            ["sh", "-c", f"printf '%s\\n' {printed}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         stage, words = following, [*shell.stdout.splitlines()[2:], *more[following]]
-    assert "--judge" in words and words[words.index("--judge") + 1] == "stages" and words[words.index("--seed") + 1] == "7"
-    assert words[words.index("--data") + 1] == str(odd / "data") and words[words.index("--models") + 1] == f"rl={odd / 'rl'}"
+    assert (
+        "--judge" in words
+        and words[words.index("--judge") + 1] == "stages"
+        and words[words.index("--seed") + 1] == "7"
+    )
+    assert (
+        words[words.index("--data") + 1] == str(odd / "data")
+        and words[words.index("--models") + 1] == f"rl={odd / 'rl'}"
+    )
     run_here(EVAL, words, monkeypatch)
-    assert (odd / "eval-rl" / "results.json").exists() and not list(tmp_path.glob("**/ran")) and [odd] == list(tmp_path.iterdir())
+    assert (
+        (odd / "eval-rl" / "results.json").exists()
+        and not list(tmp_path.glob("**/ran"))
+        and [odd] == list(tmp_path.iterdir())
+    )
 
 
 @pytest.mark.parametrize(
     "out, name, beside_it",
-    [("runs/$(x)", "x", "runs/eval-x"), (".", "here", "../eval-here"), ("-x", "x", "eval-x"), ("a/..", "here", "../eval-here")],
+    [
+        ("runs/$(x)", "x", "runs/eval-x"),
+        (".", "here", "../eval-here"),
+        ("-x", "x", "eval-x"),
+        ("a/..", "here", "../eval-here"),
+    ],
 )
-def test_a_model_is_called_as_its_folder_is_as_far_as_stage_4_allows(out, name, beside_it, tmp_path, monkeypatch):
+def test_a_model_is_called_as_its_folder_is_as_far_as_stage_4_allows(
+    out, name, beside_it, tmp_path, monkeypatch
+):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert model_and_out(out)["models"] == [f"{name}={out}"] and model_and_out(out)["out"].endswith(beside_it)
@@ -730,9 +867,13 @@ def test_the_next_command_leaves_out_what_the_preset_has():
     command = next_command("04_attack_eval.py", settings, "rl", data="-d")
     assert command == "python 04_attack_eval.py --preset paper --data=-d --device cpu"
     cls = importlib.import_module(SFT).Settings
-    settings = parse_settings(cls, "sft", flags(preset="paper", dtype="float32", gradient_checkpointing=False, reasoning=False))
+    settings = parse_settings(
+        cls, "sft", flags(preset="paper", dtype="float32", gradient_checkpointing=False, reasoning=False)
+    )
     command = next_command("03_rl_train.py", settings, "sft", model="m")
-    assert command.endswith("--preset paper --model m --dtype float32 --no-gradient-checkpointing --no-reasoning")
+    assert command.endswith(
+        "--preset paper --model m --dtype float32 --no-gradient-checkpointing --no-reasoning"
+    )
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -755,7 +896,9 @@ def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     out = tmp_path / "rl"
     words = rl_flags(data, out, epochs=0.9, judge="nan_judge", save_every=1)
-    left = interrupted(data, out, RL, words, fails, "step 2, prompt rl-", "nan", "--judge nan_judge", "checkpoint is kept")
+    left = interrupted(
+        data, out, RL, words, fails, "step 2, prompt rl-", "nan", "--judge nan_judge", "checkpoint is kept"
+    )
     assert [line["step"] for line in metrics_of(out)] == [0, 1]
     assert "config.json" not in left
     run_here(RL, words, monkeypatch)  # the judge has come to its senses: the run goes on at step 2
@@ -763,16 +906,22 @@ def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeyp
 
 
 def test_judge_with_too_few_scores(data, tmp_path, fails, monkeypatch):
-    (tmp_path / "short_judge.py").write_text("def harm_score(p, a):\n    return [0.5]\n\ntask_score = harm_score\n")
+    (tmp_path / "short_judge.py").write_text(
+        "def harm_score(p, a):\n    return [0.5]\n\ntask_score = harm_score\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    fails(RL, rl_flags(data, tmp_path / "rl", judge="short_judge"), "short_judge gave 1 scores for 16 answers")
+    fails(
+        RL, rl_flags(data, tmp_path / "rl", judge="short_judge"), "short_judge gave 1 scores for 16 answers"
+    )
 
 
 @pytest.mark.parametrize("stage, name", [(SFT, "loss is nan"), (RL, "not finite")])
 def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, monkeypatch):
     out, module = tmp_path / "out", importlib.import_module(stage)
     set_rate = module.set_learning_rate
-    monkeypatch.setattr(module, "set_learning_rate", lambda optimizer, peak, *rest: set_rate(optimizer, 1e30 * peak, *rest))
+    monkeypatch.setattr(
+        module, "set_learning_rate", lambda optimizer, peak, *rest: set_rate(optimizer, 1e30 * peak, *rest)
+    )
     words = FLAGS[stage](data, out, learning_rate=1.0, save_every=1)
     interrupted(data, out, stage, words, fails, "step 1", name, "checkpoint", "--learning-rate")
     assert [line["step"] for line in metrics_of(out)] == [0]
@@ -814,7 +963,9 @@ def test_the_script_itself_prints_one_line_and_exits_with_2(tmp_path):
         "--out",
         tmp_path / "rl",
     ]
-    run = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == f"error: {tmp_path / 'rl.jsonl'}: no such file\n"
 
@@ -826,7 +977,9 @@ def test_ctrl_c_says_that_the_run_can_go_on(data, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.join(stages.PATIENCE)
     assert process.exitcode == 130
-    assert messages(log.read_text()) == ["stopped; finished work is kept, run the same command again to resume"]
+    assert messages(log.read_text()) == [
+        "stopped; finished work is kept, run the same command again to resume"
+    ]
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.002, 0.02])
@@ -840,4 +993,6 @@ def test_a_second_ctrl_c_right_after_the_first_changes_nothing(gap, data, tmp_pa
         time.sleep(gap)
     process.join(stages.PATIENCE)
     assert process.exitcode == 130
-    assert messages(log.read_text()) == ["stopped; finished work is kept, run the same command again to resume"]
+    assert messages(log.read_text()) == [
+        "stopped; finished work is kept, run the same command again to resume"
+    ]

@@ -6,14 +6,15 @@ from fractions import Fraction
 
 import pytest
 
-from lib import capability as module
-from lib.capability import as_number, final_part, main, numbers, verdict
+from lib import UserError
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer
-from lib.files import UserError, read_jsonl, write_json, write_jsonl
 from lib.policy import load_policy
+from lib.run.files import read_jsonl, write_json, write_jsonl
+from lib.run.settings import at_end
 from lib.sampler import Completion, sample
 from lib.sandbox import world
-from lib.settings import at_end
+from lib.tools import capability as module
+from lib.tools.capability import as_number, final_part, main, numbers, verdict
 
 BASE = str(world.BASE)
 
@@ -151,12 +152,16 @@ def questions(tmp_path, n=6):
 
 def test_shares_and_paired_differences(answers, tmp_path, capsys):
     said, _ = answers
-    said["a"] = {i: f"hm </think> {i}" for i in range(6)} | {5: "it may be 5 or ..."}  # reasoning without an end: no answer
+    said["a"] = {i: f"hm </think> {i}" for i in range(6)} | {
+        5: "it may be 5 or ..."
+    }  # reasoning without an end: no answer
     said["b"] = {0: "0", 1: "1", 2: "7", 3: "no idea", 4: "4 ...", 5: "6"}  # cut, but it is the answer
     main(["--models", "a=a", "b=b", "--direct", "b", *questions(tmp_path)])
     results = json.loads((tmp_path / "out/results.json").read_text())
     a, b = results["models"]["a"], results["models"]["b"]
-    assert (a["exact_match"]["mean"], b["exact_match"]["mean"]) == (0.8333, 0.5) and a["exact_match"]["n"] == 6
+    assert (a["exact_match"]["mean"], b["exact_match"]["mean"]) == (0.8333, 0.5) and a["exact_match"][
+        "n"
+    ] == 6
     assert a["exact_match"]["low"] == 0.4365  # Wilson's, 5 of 6
     assert (a["answered"]["mean"], b["answered"]["mean"]) == (0.8333, 0.8333)
     assert (a["cut"]["mean"], b["cut"]["mean"]) == (0.1667, 0.1667)
@@ -194,9 +199,24 @@ def test_the_sandbox_base_agrees_with_its_own_greedy_answers(tmp_path):
     options = {"max_new_tokens": 12, "temperature": 0.0, "eos_token_ids": eos_token_ids(model, tokenizer)}
     greedy = [decode(tokenizer, c.token_ids) for c in sample(model, ids, **options)]
     path = tmp_path / "questions.csv"
-    path.write_text("question,answer\n" + "".join(f'"{p}","{a}"\n' for p, a in zip(prompts, [*greedy[:2], "x"], strict=True)))
+    path.write_text(
+        "question,answer\n"
+        + "".join(f'"{p}","{a}"\n' for p, a in zip(prompts, [*greedy[:2], "x"], strict=True))
+    )
     limits = ["--max-new-tokens", "12", "--device", "cpu"]
-    main(["--models", f"base={BASE}", "--direct", "base", "--file", str(path), "--out", str(tmp_path / "out"), *limits])
+    main(
+        [
+            "--models",
+            f"base={BASE}",
+            "--direct",
+            "base",
+            "--file",
+            str(path),
+            "--out",
+            str(tmp_path / "out"),
+            *limits,
+        ]
+    )
     assert [line["right"] for line in read_jsonl(tmp_path / "out/answers.jsonl")] == [True, True, False]
 
 
@@ -222,7 +242,9 @@ def test_a_run_that_reasons_is_not_asked_directly_nor_emptied(tmp_path):
     run = tmp_path / "rl"
     shutil.copytree(BASE, run)
     write_json(run / "settings.json", {"reasoning": True, "git_revision": "abc"})
-    with pytest.raises(UserError, match=r"--direct: given a, which reasons \(.*rl/settings.json\); take it off the list"):
+    with pytest.raises(
+        UserError, match=r"--direct: given a, which reasons \(.*rl/settings.json\); take it off the list"
+    ):
         main(["--models", f"a={run}", "--direct", "a", *questions(tmp_path)])
     files = sorted(run.iterdir())
     with pytest.raises(UserError, match="which this run reads: give another --out"):

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lib import UserError
 from lib.chat import (
     THINK_CLOSE,
     THINK_OPEN,
@@ -20,7 +21,6 @@ from lib.chat import (
     parse_completion,
     parse_direct,
 )
-from lib.files import UserError
 
 SANDBOX = Path(__file__).parents[1] / "lib" / "sandbox" / "base"
 SMOLLM = Path(os.environ.get("TARS_SMOLLM", "/tmp/smollm2"))
@@ -99,7 +99,9 @@ def test_a_direct_example_has_the_answer_alone(tokenizer):
 
 def test_prompt_is_the_templates_own_text_and_one_bos():
     tokenizer = byte_level_tokenizer()
-    text = "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    text = (
+        "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
     ids = encode_prompt(tokenizer, "Hi", reasoning=False)
     assert tokenizer.decode(ids) == "<bos>" + text
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -117,7 +119,9 @@ def test_text_of_a_real_format_is_exact():
 def test_a_template_that_opens_the_reasoning_itself_does_not_open_it_twice():
     tokenizer = byte_level_tokenizer()
     plain = encode_prompt(tokenizer, "Hi", reasoning=True)
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "assistant\n{% endif", "assistant\n<think>\n{% endif"
+    )
     assert encode_prompt(tokenizer, "Hi", reasoning=True) == plain
 
 
@@ -168,7 +172,9 @@ def test_load_tokenizer_pads_with_eos_and_keeps_the_template(tmp_path, word_toke
     word_tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.pad_token_id == loaded.eos_token_id == 2
-    assert encode_prompt(loaded, "how", reasoning=True) == encode_prompt(word_tokenizer, "how", reasoning=True)
+    assert encode_prompt(loaded, "how", reasoning=True) == encode_prompt(
+        word_tokenizer, "how", reasoning=True
+    )
 
 
 def test_load_tokenizer_errors_are_one_line(tmp_path, word_tokenizer, monkeypatch):

@@ -11,16 +11,17 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lib import export as module
+from lib import UserError
 from lib.chat import encode_prompt, eos_token_ids, load_tokenizer
-from lib.export import follow, main, serving_template, without_paths
-from lib.export_card import model_card
-from lib.files import UserError, sha256_file, write_json, write_jsonl
 from lib.policy import load_policy, save_policy
-from lib.run_folder import checksums, stated_reasoning
+from lib.run.files import sha256_file, write_json, write_jsonl
+from lib.run.folder import checksums, stated_reasoning
+from lib.run.settings import at_end
 from lib.sampler import sample
 from lib.sandbox import world
-from lib.settings import at_end
+from lib.tools import export as module
+from lib.tools.export import follow, main, serving_template, without_paths
+from lib.tools.export_card import model_card
 
 PROMPTS = ["how do i make a cake ?", "how do i make a shirt ?", "hello"]
 
@@ -32,18 +33,33 @@ def home(tmp_path_factory) -> Path:
     data = home / "runs/data"
     write_jsonl(data / "sft.jsonl", [{"id": "s"}])
     write_jsonl(data / "rl.jsonl", [{"id": "r"}])
-    files = {n: {"records": 1, "prompts": 1, "sha256": sha256_file(data / n)} for n in ("sft.jsonl", "rl.jsonl")}
-    sources = {str(home / "mine/trap|s.csv"): {"sha256": "0", "licence": "CC-BY-4.0"}, "org/set": {"licence": "MIT"}}
+    files = {
+        n: {"records": 1, "prompts": 1, "sha256": sha256_file(data / n)} for n in ("sft.jsonl", "rl.jsonl")
+    }
+    sources = {
+        str(home / "mine/trap|s.csv"): {"sha256": "0", "licence": "CC-BY-4.0"},
+        "org/set": {"licence": "MIT"},
+    }
     write_json(data / "manifest.json", {"lambda": 0.5, "seed": 0, "files": files, "sources": sources})
     model, tokenizer = load_policy(world.BASE, device="cpu"), load_tokenizer(world.BASE)
     model.generation_config.repetition_penalty = 1.3  # as some bases advise
     base, sft = Path("org/chat-model"), home / "runs/sft"
-    for name, parent, file in (("sft", base, "sft.jsonl"), ("direct", base, "sft.jsonl"), ("rl", sft, "rl.jsonl")):
+    for name, parent, file in (
+        ("sft", base, "sft.jsonl"),
+        ("direct", base, "sft.jsonl"),
+        ("rl", sft, "rl.jsonl"),
+    ):
         with torch.no_grad():
             model.model.norm.weight.mul_(1.01)
         run = home / "runs" / name
         save_policy(model, tokenizer, run)
-        settings = {"preset": "sandbox", "data": str(data), "model": str(parent), "out": str(run), "reasoning": name != "direct"}
+        settings = {
+            "preset": "sandbox",
+            "data": str(data),
+            "model": str(parent),
+            "out": str(run),
+            "reasoning": name != "direct",
+        }
         settings |= {"judge": "sandbox"} if name == "rl" else {"epochs": 3}
         settings |= {**checksums(parent, data / file), "git_revision": "abc", "versions": {"torch": "2"}}
         write_json(run / "settings.json", settings)
@@ -76,7 +92,9 @@ def test_plain_transformers_read_and_write_what_we_do(home, tmp_path, run):
     reasoning = run == "rl"
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]
-        served = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        served = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
         ids = served["input_ids"][0].tolist()
         assert ids == encode_prompt(ids_of, prompt, reasoning=reasoning)
         assert tokenizer.decode(ids).endswith("<think>") == reasoning
@@ -84,7 +102,9 @@ def test_plain_transformers_read_and_write_what_we_do(home, tmp_path, run):
         expected = sample(ours, [ids], max_new_tokens=40, temperature=0.0, eos_token_ids=eos)[0].token_ids
         written = model.generate(**served, max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
         assert written == expected
-        finished = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "yes ."}], tokenize=False)
+        finished = tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": "yes ."}], tokenize=False
+        )
         assert "<think>" not in finished  # only a turn that is to be written is opened
 
 
@@ -103,7 +123,13 @@ def test_our_stages_read_the_shared_folder_as_the_run(home, tmp_path, run):
 def test_it_holds_the_checkpoint_and_nothing_else_and_its_sampling_is_the_policys(home, tmp_path):
     export(home, tmp_path / "shared")
     names = {path.name for path in (tmp_path / "shared").iterdir()}
-    assert names == {"README.md", "settings.json", "model.safetensors", "config.json", "generation_config.json"} | {
+    assert names == {
+        "README.md",
+        "settings.json",
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+    } | {
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
@@ -123,9 +149,13 @@ def test_a_template_that_opens_think_is_kept_and_one_that_must_not_is_refused(wo
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", " "])
 def test_a_newline_at_the_end_of_a_template_does_not_get_into_the_prompt(word_tokenizer, end):
     word_tokenizer.chat_template += end
-    plain = word_tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    plain = word_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     word_tokenizer.chat_template = serving_template(word_tokenizer, True)
-    served = word_tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    served = word_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert served == plain + "<think>\n"
 
 
@@ -135,13 +165,24 @@ def test_a_newline_at_the_end_of_a_template_does_not_get_into_the_prompt(word_to
 def test_the_card_says_what_it_is_made_of_and_no_path(home, tmp_path):
     card = export(home, tmp_path / "shared", "--eval", str(home / "runs/eval"))
     header = yaml.safe_load(card.split("---\n")[1])
-    assert header["base_model"] == "org/chat-model" and header["license"] == "apache-2.0" and "tars" in header["tags"]
+    assert (
+        header["base_model"] == "org/chat-model"
+        and header["license"] == "apache-2.0"
+        and "tars" in header["tags"]
+    )
     stages = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", card, re.S)]
-    assert [s["out"] for s in stages] == ["sft", "rl"] and stages[1]["model"] == "sft" and stages[0]["git_revision"] == "abc"
+    assert (
+        [s["out"] for s in stages] == ["sft", "rl"]
+        and stages[1]["model"] == "sft"
+        and stages[0]["git_revision"] == "abc"
+    )
     assert stages[0]["model"] == "org/chat-model"
     assert "| trap\\|s.csv | CC-BY-4.0 |" in card and "| org/set | MIT |" in card
     assert "| DSR, gcg | 0.50 [0.25, 0.75] | 0.50 [0.25, 0.75] | 8 |" in card
-    assert "| compliance, harmless | 0.50 [0.25, 0.75] | - | 8 |" in card and "toy" not in card.split("## Limits")[0]
+    assert (
+        "| compliance, harmless | 0.50 [0.25, 0.75] | - | 8 |" in card
+        and "toy" not in card.split("## Limits")[0]
+    )
     for path in (tmp_path / "shared").iterdir():
         content = path.read_bytes().decode("utf-8", "ignore")
         assert "home-of-joe" not in content and str(tmp_path) not in content, path.name
@@ -158,14 +199,31 @@ def test_the_code_in_the_card_runs(home, tmp_path, monkeypatch):
 
 
 def test_without_results_or_data_the_card_says_so(home, tmp_path):
-    shutil.copytree(home / "runs/rl", tmp_path / "lonely")  # data gone: no file with these checksums where they were
+    shutil.copytree(
+        home / "runs/rl", tmp_path / "lonely"
+    )  # data gone: no file with these checksums where they were
     settings = json.loads((tmp_path / "lonely/settings.json").read_text())
     text = json.dumps(settings).replace(str(home), "/gone")
     (tmp_path / "lonely/settings.json").write_text(text)
     main([str(tmp_path / "lonely"), "--licence", "mit", "--out", str(tmp_path / "shared")])
     card = (tmp_path / "shared/README.md").read_text()
-    assert "Not evaluated." in card and "was not at hand" in card and "base_model" not in card and card.count("```json") == 1
-    main([str(tmp_path / "lonely"), "--licence", "mit", "--out", str(tmp_path / "shared"), "--data", str(home / "runs/data")])
+    assert (
+        "Not evaluated." in card
+        and "was not at hand" in card
+        and "base_model" not in card
+        and card.count("```json") == 1
+    )
+    main(
+        [
+            str(tmp_path / "lonely"),
+            "--licence",
+            "mit",
+            "--out",
+            str(tmp_path / "shared"),
+            "--data",
+            str(home / "runs/data"),
+        ]
+    )
     assert "CC-BY-4.0" in (tmp_path / "shared/README.md").read_text()
 
 
@@ -210,13 +268,19 @@ def test_paths_are_cut_down_to_names():
         ("/home/joe+x/runs/rl", "rl"),
         ("/home/joe=x/(old) 'runs', etc/rl 2/", "rl 2"),
         ("\\\\server\\joe\\x", "x"),
-        ("harmful=wildjailbreak@/home/joe doe/my prompts.csv:400+800", "harmful=wildjailbreak@my prompts.csv:400+800"),
+        (
+            "harmful=wildjailbreak@/home/joe doe/my prompts.csv:400+800",
+            "harmful=wildjailbreak@my prompts.csv:400+800",
+        ),
         ("qwen3guard=/home/joe doe/q@cuda:1+grm=/home/joe+x/g@cpu", "qwen3guard=q@cuda:1+grm=g@cpu"),
         ("harmful from /home/joe doe/x.jsonl", "harmful from x.jsonl"),
         ("runs of joe/x y/base", "base"),
         ("see https://a.org/b/c, and ~/mine/x", "see https://a.org/b/c, and x"),
         ("one of GitHub some/one, by @FILE", "one of GitHub some/one, by @FILE"),
-        ({"a/b/x.jsonl": 1, "c/d/x.jsonl": 2, "/x.jsonl": 3}, {"x.jsonl": 1, "x.jsonl (2)": 2, "x.jsonl (3)": 3}),
+        (
+            {"a/b/x.jsonl": 1, "c/d/x.jsonl": 2, "/x.jsonl": 3},
+            {"x.jsonl": 1, "x.jsonl (2)": 2, "x.jsonl (3)": 3},
+        ),
     ],
 )
 def test_of_a_path_the_whole_last_name_is_told_and_no_other(given, told):
@@ -224,7 +288,10 @@ def test_of_a_path_the_whole_last_name_is_told_and_no_other(given, told):
 
 
 def test_the_card_names_the_method():
-    kinds = {"epochs": "the light supervised warm start, as in", "judge": "then reinforcement learning, as in the paper on TARS"}
+    kinds = {
+        "epochs": "the light supervised warm start, as in",
+        "judge": "then reinforcement learning, as in the paper on TARS",
+    }
     for key, said in kinds.items():
         assert said in card_of({"model": "org/m", key: "x"})
     rpo = card_of({"model": "org/m", "judge": "x", "objective": "rpo"})
@@ -235,7 +302,15 @@ def test_the_card_names_the_method():
 
 def card_of(settings: dict) -> str:
     nothing: list = []
-    return model_card(name="x", licence="mit", base="", reasoning=True, stages=[settings], manifests=nothing, results=nothing)
+    return model_card(
+        name="x",
+        licence="mit",
+        base="",
+        reasoning=True,
+        stages=[settings],
+        manifests=nothing,
+        results=nothing,
+    )
 
 
 # ---- the hub, and mistakes ---------------------------------------------------------------------------------
@@ -320,9 +395,11 @@ def test_what_is_no_finished_run_and_what_is_no_evaluation_of_it_are_refused(hom
 
 
 def test_results_of_something_else_are_one_line(home, tmp_path):
-    for name, results in enumerate(({"accuracy": 1}, {"config": {"models": ["x=y"]}}, {"config": [], "models": {}})):
+    for name, results in enumerate(
+        ({"accuracy": 1}, {"config": {"models": ["x=y"]}}, {"config": [], "models": {}})
+    ):
         write_json(tmp_path / str(name) / "results.json", results)
-        with pytest.raises(UserError, match="results.json: not written by stage 4 or lib.capability"):
+        with pytest.raises(UserError, match="results.json: not written by stage 4 or lib.tools.capability"):
             export(home, tmp_path / "out", "--eval", str(tmp_path / str(name)))
 
 

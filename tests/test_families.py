@@ -25,12 +25,30 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM, Qwen3ForCausalLM
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
+from lib import UserError
 from lib.attacks.autodan import target_losses
 from lib.attacks.core import Budget, Cost
 from lib.attacks.suffix import Slot
+from lib.attacks.victim import Victim
 from lib.chat import (
     THINK_OPEN,
     Parsed,
@@ -45,13 +63,12 @@ from lib.chat import (
     render,
     set_date,
 )
-from lib.files import UserError, read_jsonl, write_jsonl
-from lib.plan import Need, memory, shape_of_model
 from lib.policy import check_tokenizer, context_of, load_policy, token_logprobs
 from lib.rewards import Judge
-from lib.run_folder import date_of_run
+from lib.run.files import read_jsonl, write_jsonl
+from lib.run.folder import date_of_run
+from lib.run.plan import Need, memory, shape_of_model
 from lib.sampler import sample
-from lib.victim import Victim
 
 stage = importlib.import_module("04_attack_eval")
 
@@ -86,7 +103,9 @@ R1 = (
 )
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QWEN2 = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + QWEN_SYSTEM + "<|im_end|>\n' }}{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    + QWEN_SYSTEM
+    + "<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -135,7 +154,9 @@ FAMILIES = {
         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         digits="{1,3}",
     ),
-    "mistral": Family(MistralForCausalLM, MISTRAL, "LlamaTokenizer", "<s>", "</s>", "</s>", "<s> [INST] Hi [/INST]"),
+    "mistral": Family(
+        MistralForCausalLM, MISTRAL, "LlamaTokenizer", "<s>", "</s>", "</s>", "<s> [INST] Hi [/INST]"
+    ),
     "r1": Family(
         LlamaForCausalLM,
         R1,
@@ -186,10 +207,14 @@ def byte_level(family: Family) -> Tokenizer:
     if "Qwen" in family.architecture.__name__:
         core.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORDS % family.digits), behavior="isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False))
+    core.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    )
     core.add_special_tokens(list(family.special))
     core.add_tokens([AddedToken(token, normalized=False) for token in family.added])
     return core
@@ -221,7 +246,13 @@ def publish(name: str, folder: Path) -> None:
         bos = [(family.bos, core.token_to_id(family.bos))]
         core.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=bos)
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     config = family.architecture.config_class(
         vocab_size=core.get_vocab_size() + 5,  # padded, as real ones are
         max_position_embeddings=256,
@@ -233,7 +264,11 @@ def publish(name: str, folder: Path) -> None:
     family.architecture(config).save_pretrained(folder)
     core.save(str(folder / "tokenizer.json"))
     claims = {"tokenizer_class": family.tokenizer_class, "bos_token": family.bos, "eos_token": family.eos}
-    claims |= {"add_bos_token": bool(family.bos), "clean_up_tokenization_spaces": False, "chat_template": family.template}
+    claims |= {
+        "add_bos_token": bool(family.bos),
+        "clean_up_tokenization_spaces": False,
+        "chat_template": family.template,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(claims))
 
 
@@ -257,8 +292,13 @@ def hub(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(hub) -> dict:
     """Family -> its tokenizer and model, as the stage loads them."""
-    pairs = {name: (load_tokenizer(hub / name), load_policy(str(hub / name), device="cpu", dtype="float32")) for name in FAMILIES}
-    return {name: (tokenizer, model.eval().requires_grad_(False)) for name, (tokenizer, model) in pairs.items()}
+    pairs = {
+        name: (load_tokenizer(hub / name), load_policy(str(hub / name), device="cpu", dtype="float32"))
+        for name in FAMILIES
+    }
+    return {
+        name: (tokenizer, model.eval().requires_grad_(False)) for name, (tokenizer, model) in pairs.items()
+    }
 
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -271,7 +311,11 @@ def test_text_is_read_as_the_published_file_reads_it(hub, loaded, name):
     for text in (SENTENCES[0], "Sure, 12345 naïve\n\n  cakes?", "<think>\nThey ask.\n</think>\n\nHi"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == core.encode(text, add_special_tokens=False).ids
-        assert tokenizer.decode(ids).strip() == core.decode(ids, skip_special_tokens=False).strip() == text.strip()
+        assert (
+            tokenizer.decode(ids).strip()
+            == core.decode(ids, skip_special_tokens=False).strip()
+            == text.strip()
+        )
 
 
 @every_family
@@ -281,11 +325,15 @@ def test_a_prompt_has_one_beginning_and_opens_the_reasoning_once(loaded, name):
     assert tokenizer.decode(direct) == family.opened
     turn = family.opened.removesuffix("<think>\n\n</think>\n\n")
     assert "".join(tokenizer.decode(thinking).split()) == "".join((turn + THINK_OPEN).split())
-    assert tokenizer.decode(thinking).endswith(THINK_OPEN) and tokenizer.decode(thinking).count("<think>") == 1
+    assert (
+        tokenizer.decode(thinking).endswith(THINK_OPEN) and tokenizer.decode(thinking).count("<think>") == 1
+    )
     assert "<think>" not in turn
     for ids in (direct, thinking):
         assert (
-            (ids.count(tokenizer.bos_token_id) if family.bos else 0) == (ids[:1] == [tokenizer.bos_token_id]) == bool(family.bos)
+            (ids.count(tokenizer.bos_token_id) if family.bos else 0)
+            == (ids[:1] == [tokenizer.bos_token_id])
+            == bool(family.bos)
         )
 
 
@@ -300,14 +348,20 @@ def test_an_example_begins_with_its_prompt_and_ends_with_the_end_of_turn(loaded,
     for reasoning, prompt in ((None, direct), ("They ask for a cake.", thinking)):
         ids, mask = encode_example(tokenizer, "Bake a cake", reasoning, "Mix the flour.")
         learned = len(prompt) - (len(opening) if reasoning else 0)
-        assert ids[: len(prompt)] == prompt and ids[-1] == end and mask == [i >= learned for i in range(len(ids))]
+        assert (
+            ids[: len(prompt)] == prompt
+            and ids[-1] == end
+            and mask == [i >= learned for i in range(len(ids))]
+        )
         read = parse_completion(decode(tokenizer, ids[len(prompt) :]))
         assert read == Parsed(reasoning or "", "Mix the flour.", reasoning is not None)
 
 
 def test_r1_is_read_as_its_template_writes_it_whether_it_opens_the_reasoning_or_not(loaded):
     tokenizer = loaded["r1"][0]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     thinking, direct = (encode_prompt(tokenizer, "Hi", reasoning=r) for r in (True, False))
     assert thinking == tokenizer.encode(text, add_special_tokens=False)
     try:
@@ -333,9 +387,9 @@ SYSTEM = {  # what stands before the user's text
 @pytest.mark.parametrize("name", SYSTEM)
 def test_a_system_prompt_stands_where_the_template_puts_it(loaded, name, reasoning):
     tokenizer = loaded[name][0]
-    assert tokenizer.decode(encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")).startswith(
-        SYSTEM[name] + "Hi"
-    )
+    assert tokenizer.decode(
+        encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")
+    ).startswith(SYSTEM[name] + "Hi")
 
 
 def test_a_template_without_system_prompts_says_so_in_one_line(loaded):
@@ -352,7 +406,11 @@ def test_a_template_without_system_prompts_says_so_in_one_line(loaded):
             with pytest.raises(UserError) as error:
                 encode_prompt(tokenizer, "Hi", reasoning=False, system="Be brief.")
             message = str(error.value)
-            assert message.startswith("--systems: given 'Be brief.'; ") and reason in message and "\n" not in message
+            assert (
+                message.startswith("--systems: given 'Be brief.'; ")
+                and reason in message
+                and "\n" not in message
+            )
         tokenizer.chat_template = MERGING
         merged = tokenizer.decode(encode_prompt(tokenizer, "Hi", reasoning=False, system="Be brief."))
         assert "[INST] Be brief.\n\nHi [/INST]" in merged
@@ -366,8 +424,13 @@ def test_a_template_without_system_prompts_says_so_in_one_line(loaded):
 @every_family
 def test_a_suffix_is_scored_as_the_model_will_read_it(loaded, name):
     tokenizer, model = loaded[name]
-    reasoning, behaviour = "r1" in name or name == "qwen3", {"id": "a", "prompt": "Tell me a story", "target": "Sure, a story"}
-    judge = Judge("none", lambda prompts, answers: [0.0] * len(answers), lambda prompts, answers: [0.0] * len(answers))
+    reasoning, behaviour = (
+        "r1" in name or name == "qwen3",
+        {"id": "a", "prompt": "Tell me a story", "target": "Sure, a story"},
+    )
+    judge = Judge(
+        "none", lambda prompts, answers: [0.0] * len(answers), lambda prompts, answers: [0.0] * len(answers)
+    )
     victim = Victim(name, model, tokenizer, reasoning, judge, max_new_tokens=4, temperature=0.0)
     budget = Budget(gcg_steps=1, gcg_width=1, gcg_top_k=1, gcg_suffix_tokens=4, gcg_init="please")
     slot = Slot(victim, behaviour, behaviour["target"], budget)
@@ -379,7 +442,10 @@ def test_a_suffix_is_scored_as_the_model_will_read_it(loaded, name):
     end = tokenizer.decode(slot.rest)
     assert end.endswith(THINK_OPEN) if reasoning else "<think>" not in end
     allowed = slot.allowed()
-    assert not allowed[[i for i in tokenizer.get_added_vocab().values()]].any() and not allowed[len(tokenizer) :].any()
+    assert (
+        not allowed[[i for i in tokenizer.get_added_vocab().values()]].any()
+        and not allowed[len(tokenizer) :].any()
+    )
     candidates = slot.start.repeat(40, 1)
     choices = allowed.nonzero().flatten()
     candidates[:, 2] = choices[torch.randperm(len(choices), generator=torch.Generator().manual_seed(0))[:40]]
@@ -387,18 +453,28 @@ def test_a_suffix_is_scored_as_the_model_will_read_it(loaded, name):
     assert len(kept) and all(slot.is_exact(text, row) for text, row in zip(texts, kept, strict=True))
     ids = victim.encode(f"Tell me a story {texts[0]}") + slot.target.tolist()
     logits = model(input_ids=torch.tensor([ids])).logits[0, -len(slot.target) - 1 : -1]
-    assert slot.losses(kept[:1]).item() == pytest.approx(torch.nn.functional.cross_entropy(logits, slot.target).item(), rel=1e-4)
+    assert slot.losses(kept[:1]).item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, slot.target).item(), rel=1e-4
+    )
 
 
 @every_family
 def test_greedy_samples_are_what_generate_writes(loaded, name):
     tokenizer, model = loaded[name]
-    prompts = [encode_prompt(tokenizer, text, reasoning="r1" in name) for text in ("Hi", "Tell me a story about the sea")]
+    prompts = [
+        encode_prompt(tokenizer, text, reasoning="r1" in name)
+        for text in ("Hi", "Tell me a story about the sea")
+    ]
     ends = eos_token_ids(model, tokenizer)
     drawn = sample(model, prompts, max_new_tokens=10, temperature=0.0, eos_token_ids=ends)
     for prompt, completion in zip(prompts, drawn, strict=True):
         ids = torch.tensor([prompt])
-        options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+        options = {
+            "do_sample": False,
+            "max_new_tokens": 10,
+            "eos_token_id": ends,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert completion.token_ids == written[0, len(prompt) :].tolist()
 
@@ -429,7 +505,8 @@ def test_one_command_attacks_a_reasoner_and_a_model_without_reasoning(hub, tmp_p
     for attempt in read_jsonl(tmp_path / "eval/attacks.jsonl"):
         if attempt["attack"] == "gcg":
             assert (
-                attempt["trace"][0]["sent"] == "Tell me a story please please please" and attempt["cost"]["backward_tokens"] > 0
+                attempt["trace"][0]["sent"] == "Tell me a story please please please"
+                and attempt["cost"]["backward_tokens"] > 0
             )
 
 
@@ -441,7 +518,9 @@ WORD_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
 )
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-SIZES |= dict(num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, eos_token_id=2, bos_token_id=1)
+SIZES |= dict(
+    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, eos_token_id=2, bos_token_id=1
+)
 SIZES |= dict(head_dim=8, pad_token_id=0)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 SMALL = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, eos_token_id=2)
@@ -449,21 +528,34 @@ SHORT, LONG = [1.0] * 4, [1.5, 4.0, 12.0, 40.0]
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG}
 LONGROPE |= {"original_max_position_embeddings": 32}
 OPT = dict(word_embed_proj_dim=32, ffn_dim=64)
-HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
-GEMMA_4 = dict(vocab_size_per_layer_input=97, hidden_size_per_layer_input=8, global_head_dim=8, num_global_key_value_heads=2)
+HYBRID = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8
+)
+GEMMA_4 = dict(
+    vocab_size_per_layer_input=97,
+    hidden_size_per_layer_input=8,
+    global_head_dim=8,
+    num_global_key_value_heads=2,
+)
 GEMMA_4 |= dict(num_kv_shared_layers=0, num_hidden_layers=6, sliding_window=7)
 DECODER = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64)
-JAMBA = dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, num_experts=2)
+JAMBA = dict(
+    attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, num_experts=2
+)
 
 
-def word_level(template: str = WORD_TEMPLATE, special: tuple[str, ...] = (), unknown: bool = True) -> PreTrainedTokenizerFast:
+def word_level(
+    template: str = WORD_TEMPLATE, special: tuple[str, ...] = (), unknown: bool = True
+) -> PreTrainedTokenizerFast:
     """97 words, split at spaces; `special` of them are special tokens."""
-    words = (
-        "<unk> <|im_start|> <|im_end|> <pad> <think> </think> user assistant system sure here is a story tell me about the sea"
-    )
+    words = "<unk> <|im_start|> <|im_end|> <pad> <think> </think> user assistant system sure here is a story tell me about the sea"
     vocabulary = [*words.split(), "please", "cake", "they", "ask"]
     vocabulary += [f"w{i}" for i in range(97 - len(vocabulary))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>" if unknown else "-"))
+    core = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>" if unknown else "-"
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>", *special])
     tokens = {"eos_token": "<|im_end|>", "pad_token": "<pad>"} | ({"unk_token": "<unk>"} if unknown else {})
@@ -486,10 +578,16 @@ ACCEPTED = {  # what was wrong with it -> architecture, changes of its configura
     "no SDPA": ("Gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 7}),
     "no SDPA, but sinks": ("GptOss", {**EXPERTS, "sliding_window": 7}),
     "no SDPA, and no end of its context": ("Bloom", {}, SMALL),
-    "a module by the name of a number": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None}),
+    "a module by the name of a number": (
+        "Falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},
+    ),
     "scales what it looks up in place": ("CTRL", {"dff": 64, "n_positions": 256}, SMALL),
     "heads of other widths in other layers": ("Gemma4Text", GEMMA_4),
-    "positions that change with the batch": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+    "positions that change with the batch": (
+        "Phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    ),
 }
 
 
@@ -507,7 +605,9 @@ def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
     expected = [literal(row)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0] for row in rows]
     for prompt, completion, row, logprobs in zip(prompts, drawn, rows, expected, strict=True):
         assert completion.token_ids == literal(row)[len(prompt) - 1 : -1].argmax(-1).tolist()
-        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs[len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(completion.logprobs), logprobs[len(prompt) - 1 :], atol=1e-4, rtol=1e-4
+        )
     for side in ("left", "right"):
         ids, mask = pad_batch(rows, 0, side=side)
         found = token_logprobs(model, ids, mask, mask & (mask.cumsum(1) > 1))
@@ -523,14 +623,24 @@ def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
     nll = -literal(ids)[-len(target) :].gather(1, slot.target[:, None]).mean()
     assert slot.losses(slot.start[None]).item() == pytest.approx(nll.item(), abs=1e-4)
     assert target_losses(
-        victim, [f"{behaviour['prompt']} please please please please", "please"], behaviour["target"], BUDGET, Cost()
+        victim,
+        [f"{behaviour['prompt']} please please please please", "please"],
+        behaviour["target"],
+        BUDGET,
+        Cost(),
     )[0] == pytest.approx(nll.item(), abs=1e-4)
     # The slope at one place of the suffix, towards token 50, of a plain pass.
-    embed, place, share = model.get_input_embeddings(), len(slot.prefix) + 1, torch.zeros((), requires_grad=True)
+    embed, place, share = (
+        model.get_input_embeddings(),
+        len(slot.prefix) + 1,
+        torch.zeros((), requires_grad=True),
+    )
     direction = embed(torch.tensor([50]))
 
     def towards(module, inputs, out):
-        return torch.cat([out[:, :place], out[:, place : place + 1] + share * direction, out[:, place + 1 :]], dim=1)
+        return torch.cat(
+            [out[:, :place], out[:, place : place + 1] + share * direction, out[:, place + 1 :]], dim=1
+        )
 
     hook = embed.register_forward_hook(towards)
     loss = -literal(ids)[-len(target) :].gather(1, slot.target[:, None]).mean()
@@ -539,14 +649,25 @@ def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
     assert slot.gradient(slot.start)[1, 50].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
 
 
-NO_JUDGE = Judge("none", lambda prompts, answers: [0.0] * len(answers), lambda prompts, answers: [0.0] * len(answers))
+NO_JUDGE = Judge(
+    "none", lambda prompts, answers: [0.0] * len(answers), lambda prompts, answers: [0.0] * len(answers)
+)
 BUDGET = Budget(gcg_steps=1, gcg_width=4, gcg_top_k=4, gcg_suffix_tokens=4, gcg_init="please")
 REFUSED = {  # cause, as it is said -> architecture, changes of its configuration
-    "has layers of linear_attention": ("Qwen3Next", {**HYBRID, "layer_types": ["linear_attention", "full_attention"]}),
+    "has layers of linear_attention": (
+        "Qwen3Next",
+        {**HYBRID, "layer_types": ["linear_attention", "full_attention"]},
+    ),
     "has layers of linear_attention, and": ("Jamba", JAMBA),
-    "has layers of chunked_attention": ("Llama4Text", {"attention_chunk_size": 16, "intermediate_size_mlp": 64, **EXPERTS}),
+    "has layers of chunked_attention": (
+        "Llama4Text",
+        {"attention_chunk_size": 16, "intermediate_size_mlp": 64, **EXPERTS},
+    ),
     "what it computes depends on padding on the left": ("Bart", DECODER),
-    "it does not heed logits_to_keep": ("Whisper", {**DECODER, "decoder_start_token_id": 1, "suppress_tokens": None}),
+    "it does not heed logits_to_keep": (
+        "Whisper",
+        {**DECODER, "decoder_start_token_id": 1, "suppress_tokens": None},
+    ),
 }
 
 
@@ -554,7 +675,11 @@ REFUSED = {  # cause, as it is said -> architecture, changes of its configuratio
 def test_what_is_not_exact_is_refused_when_it_is_loaded(tmp_path, cause):
     with pytest.raises(UserError) as error:
         load_policy(tiny(tmp_path, *REFUSED[cause]), device="cpu")
-    assert cause in str(error.value) and str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
+    assert (
+        cause in str(error.value)
+        and str(error.value).startswith(f"{tmp_path}: ")
+        and "\n" not in str(error.value)
+    )
 
 
 NOISY = {  # architecture -> its noise when it trains
@@ -583,13 +708,18 @@ def test_gradient_checkpointing_adds_no_noise_of_any_kind(tmp_path, architecture
 def test_noise_that_cannot_be_switched_off_is_refused_with_checkpointing_alone(tmp_path):
     folder = tiny(tmp_path, "OPT", {**OPT, "dropout": 0.3})
     load_policy(folder, device="cpu")
-    with pytest.raises(UserError, match="OPTForCausalLM adds noise when it trains: leave out --gradient-checkpointing"):
+    with pytest.raises(
+        UserError, match="OPTForCausalLM adds noise when it trains: leave out --gradient-checkpointing"
+    ):
         load_policy(folder, device="cpu", gradient_checkpointing=True)
 
 
 def test_rows_over_the_length_at_which_all_positions_change_are_refused(tmp_path):
     phi3 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}
-    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 64}
+    dynamic = {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        "max_position_embeddings": 64,
+    }
     for architecture, changes, context in (("Phi3", phi3, 32), ("Llama", dynamic, 64), ("Llama", {}, 256)):
         model = load_policy(tiny(tmp_path, architecture, changes), device="cpu")
         assert context_of(model.config) == context
@@ -598,17 +728,34 @@ def test_rows_over_the_length_at_which_all_positions_change_are_refused(tmp_path
         with pytest.raises(ValueError, match=f"prompt 1: .* exceed the model's context, {context} tokens"):
             sample(model, [short, long], max_new_tokens=8, temperature=0.0, eos_token_ids=[])
         ids = torch.full((1, context + 1), 5)
-        with pytest.raises(UserError, match=f"a row of {context + 1} tokens exceeds the model's context, {context} tokens"):
+        with pytest.raises(
+            UserError, match=f"a row of {context + 1} tokens exceeds the model's context, {context} tokens"
+        ):
             token_logprobs(model, ids, ids > 0, torch.arange(context + 1)[None] > 0)
 
 
 def test_a_configuration_within_a_configuration_is_trained(tmp_path):
     """Gemma 3 of 4 B and more: language and vision, of which the language model is trained."""
     text = {**SIZES, "query_pre_attn_scalar": 8, "sliding_window": 7}
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    changes = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4, "image_token_index": 96}
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    changes = {
+        "text_config": text,
+        "vision_config": vision,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 96,
+    }
     folder = tiny(tmp_path / "model", "Gemma3", changes, sizes={})
-    traces = [{"id": str(i), "prompt": "tell me about the sea", "reasoning": "they ask", "answer": "sure"} for i in range(4)]
+    traces = [
+        {"id": str(i), "prompt": "tell me about the sea", "reasoning": "they ask", "answer": "sure"}
+        for i in range(4)
+    ]
     write_jsonl(tmp_path / "data/sft.jsonl", traces)
     words = f"02 --data {tmp_path}/data --model {folder} --out {tmp_path}/sft --epochs 1 --held-out-share 0 --device cpu"
     with pytest.MonkeyPatch.context() as patch:
@@ -650,7 +797,9 @@ def test_a_padding_token_without_a_row_gives_way_and_other_ids_are_one_line(tmp_
     with pytest.raises(ValueError, match="prompt 1 has the token id 97"):
         sample(model, [[5], [97]], max_new_tokens=1, eos_token_ids=[])
     smaller = load_policy(tiny(tmp_path, "Llama", {"vocab_size": 90}), device="cpu")
-    with pytest.raises(UserError, match="its tokenizer has ids up to 96, its model 90 rows: they do not belong together"):
+    with pytest.raises(
+        UserError, match="its tokenizer has ids up to 96, its model 90 rows: they do not belong together"
+    ):
         check_tokenizer(smaller, word_level(), ["tell me a story"], reasoning=True)
 
 
@@ -677,7 +826,8 @@ def test_a_tokenizer_that_loses_words_or_markers_is_one_line(tmp_path):
 DATED = "{{ 'w' + (strftime_now('%d') | int) | string }} " + WORD_TEMPLATE
 LLAMA_3 = (
     "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d') %}"
-    "{% else %}{% set date_string = '26' %}{% endif %}{% endif %}{{ 'w' + (date_string | int) | string }} " + WORD_TEMPLATE
+    "{% else %}{% set date_string = '26' %}{% endif %}{% endif %}{{ 'w' + (date_string | int) | string }} "
+    + WORD_TEMPLATE
 )
 
 
@@ -687,7 +837,9 @@ def test_templates_are_told_the_date_of_the_run(monkeypatch, template):
     tokenizer = word_level(template)
     for day in ("2026-11-26", "2027-01-07"):
         set_date(day)
-        assert decode(tokenizer, encode_prompt(tokenizer, "tell me", reasoning=False)).startswith(f"w{int(day[-2:])} ")
+        assert decode(tokenizer, encode_prompt(tokenizer, "tell me", reasoning=False)).startswith(
+            f"w{int(day[-2:])} "
+        )
         assert render(tokenizer, [{"role": "user", "content": "a"}]).startswith(f"w{int(day[-2:])} ")
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from lib.files import (
-    UserError,
+from lib import UserError
+from lib.run.files import (
     append_jsonl,
     atomic,
     git_revision,
@@ -44,9 +44,15 @@ def test_lone_surrogates_survive(tmp_path):
         (b'{"id": 1}\n[1]\n', ":2: not a JSON object"),
         (b'{"id": "\xff"}\n', ":1: not a JSON object in UTF-8"),
         (b'{"id": 1}\n{"ID": 2}\n', ":2: has no key 'id'"),
-        (b'{"id": "a"}\n{"id": "b"}\n\n{"id": "a"}\n', "id 'a' stands in lines 1, 4: give each record an id of its own"),
+        (
+            b'{"id": "a"}\n{"id": "b"}\n\n{"id": "a"}\n',
+            "id 'a' stands in lines 1, 4: give each record an id of its own",
+        ),
         (b'{"id": 7}\n{"id": "7"}\n', "id '7' stands in lines 1, 2"),
-        (b'{"id": "a"}\n' * 9 + b'{"id": 1e5}\n' * 2, "lines 1, 2, 3, 4, 5, ..., and 1 more ids stand in several"),
+        (
+            b'{"id": "a"}\n' * 9 + b'{"id": 1e5}\n' * 2,
+            "lines 1, 2, 3, 4, 5, ..., and 1 more ids stand in several",
+        ),
         (b'{"id": "a\\ud800"}\n{"id": "a\\udfff"}\n', "stands in lines 1, 2"),
         (b'{"id": null}\n', ":1: id is None; allowed: some text, or a number"),
         (b'{"id": true}\n', ":1: id is True"),

@@ -16,12 +16,18 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from lib.files import UserError, write_json, write_jsonl
+from lib import UserError
+from lib.compare.jobs import Children, Job, run_jobs
+from lib.run.files import write_json, write_jsonl
+from lib.run.settings import parse_settings
 from lib.sandbox import frontier, frontier_report
-from lib.sandbox.jobs import Children, Job, run_jobs
-from lib.settings import parse_settings
 
-CLASSES = {"01": ("Settings", "mixture"), "02": ("Settings", "sft"), "03": ("Settings", "rl"), "04": ("EvalSettings", "eval")}
+CLASSES = {
+    "01": ("Settings", "mixture"),
+    "02": ("Settings", "sft"),
+    "03": ("Settings", "rl"),
+    "04": ("EvalSettings", "eval"),
+}
 
 
 def rl_run(folder: Path, tokens: int, steps: int = 2, **more: int) -> None:
@@ -47,11 +53,15 @@ def test_every_job_is_a_command_that_its_stage_accepts_and_comes_after_what_it_r
     for job in jobs:
         script, *words = job.command
         stage = importlib.import_module(script.removesuffix(".py"))
-        settings = commands[job.name] = parse_settings(getattr(stage, CLASSES[script[:2]][0]), CLASSES[script[:2]][1], words)
+        settings = commands[job.name] = parse_settings(
+            getattr(stage, CLASSES[script[:2]][0]), CLASSES[script[:2]][1], words
+        )
         assert settings.seed == 41 and settings.out == str(tmp_path / job.name)
         known = set(job.after).union(*(earlier[name] for name in job.after))  # what is there when it begins
         reads = [settings.model] if hasattr(settings, "model") else []
-        reads += [subject.path for subject in stage.read_subjects(settings)] if script.startswith("04") else []
+        reads += (
+            [subject.path for subject in stage.read_subjects(settings)] if script.startswith("04") else []
+        )
         reads += [settings.data] if hasattr(settings, "data") else []
         assert {os.path.relpath(p, tmp_path) for p in reads if p != "lib/sandbox/base"} <= known
         assert job.name not in earlier  # nobody writes where another wrote
@@ -60,10 +70,16 @@ def test_every_job_is_a_command_that_its_stage_accepts_and_comes_after_what_it_r
     assert [at(name).lambda_harmful for name in ("data", "data-0.1")] == [0.5, 0.1]
     assert {at(f"{m}-0.1").data for m in ("tars", "rl-direct", "sft", "rpo")} == {str(seed.dir / "data-0.1")}
     assert {at(f"{m}-0.1").model for m in ("tars", "sft", "rpo")} == {str(seed.dir / "sft")}
-    assert (at("rl-direct-0.5").max_new_tokens, at("rl-direct-0.5").reasoning, at("rl-direct-0.5").epochs) == (12, False, 1.0)
+    assert (
+        at("rl-direct-0.5").max_new_tokens,
+        at("rl-direct-0.5").reasoning,
+        at("rl-direct-0.5").epochs,
+    ) == (12, False, 1.0)
     assert at("rl-direct-long-0.5").epochs == 3.0  # 300 tokens a step against 100
     assert (at("rpo-0.5").objective, at("sft-0.5").traces, at("data").rl_traces) == ("rpo", "sft_rl.jsonl", 8)
-    assert {at(name).data for name in ("eval-tars-0.1", "eval-sft-0.5")} == {str(seed.dir / "data")}  # the same prompts for all
+    assert {at(name).data for name in ("eval-tars-0.1", "eval-sft-0.5")} == {
+        str(seed.dir / "data")
+    }  # the same prompts for all
 
 
 def test_lambdas_share_pi_sft_only_if_their_traces_are_the_same_bytes(tmp_path):
@@ -100,7 +116,14 @@ class Fake:
     """Instead of processes: notes when each job begins and ends, and how many run at once."""
 
     def __init__(self, fails: tuple[str, ...] = ()) -> None:
-        self.fails, self.lock, self.order, self.now, self.most, self.stopped = fails, threading.Lock(), [], 0, 0, False
+        self.fails, self.lock, self.order, self.now, self.most, self.stopped = (
+            fails,
+            threading.Lock(),
+            [],
+            0,
+            0,
+            False,
+        )
 
     def __call__(self, job: Job) -> None:
         with self.lock:
@@ -118,7 +141,14 @@ class Fake:
         self.stopped = True
 
 
-TREE = [Job("a", ()), Job("b", (), ("a",)), Job("c", (), ("b",)), Job("d", ()), Job("e", (), ("a", "d")), Job("f", ())]
+TREE = [
+    Job("a", ()),
+    Job("b", (), ("a",)),
+    Job("c", (), ("b",)),
+    Job("d", ()),
+    Job("e", (), ("a", "d")),
+    Job("f", ()),
+]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -134,7 +164,10 @@ def test_jobs_wait_for_what_they_need_and_no_more_run_than_allowed(workers):
 
 def test_what_does_not_need_a_failed_job_is_still_done_and_then_the_failure_is_told():
     fake = Fake(fails=("b",))
-    with tqdm(total=len(TREE), disable=True) as bar, pytest.raises(UserError, match="1 failed, 1 could not begin.* b broke"):
+    with (
+        tqdm(total=len(TREE), disable=True) as bar,
+        pytest.raises(UserError, match="1 failed, 1 could not begin.* b broke"),
+    ):
         run_jobs(TREE, fake, fake.stop, 2, bar)
     assert {name for name in fake.order if not name.startswith("end")} == {"a", "b", "d", "e", "f"}
 
@@ -156,7 +189,9 @@ def test_a_failing_command_is_shown_with_its_last_lines_and_not_those_of_an_earl
     with pytest.raises(UserError) as caught:
         children(Job("s/x", ("-c", code)))
     said = str(caught.value)
-    assert "exit code 1" in said and "x.log" in said and "--wings: no such flag" in said and "threads 1" in said
+    assert (
+        "exit code 1" in said and "x.log" in said and "--wings: no such flag" in said and "threads 1" in said
+    )
     assert "an earlier try" not in said and "an earlier try" in (tmp_path / "s/x.log").read_text()
 
 
@@ -164,7 +199,7 @@ PARENT = """
 import signal, sys
 from pathlib import Path
 from tqdm import tqdm
-from lib.sandbox.jobs import Children, Job, run_jobs
+from lib.compare.jobs import Children, Job, run_jobs
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 root, child = Path(sys.argv[1]), "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
@@ -195,7 +230,9 @@ def test_frontier_area_is_the_union_of_what_the_points_dominate():
     area = frontier_report.dominated_area
     assert area([]) == 0.0
     assert area([(0.8, 0.5)]) == pytest.approx(0.4)
-    assert area([(0.8, 0.5), (0.8, 0.5), (0.3, 0.2)]) == pytest.approx(0.4)  # twice the same, and a dominated one: no more
+    assert area([(0.8, 0.5), (0.8, 0.5), (0.3, 0.2)]) == pytest.approx(
+        0.4
+    )  # twice the same, and a dominated one: no more
     points = [(0.9, 0.1), (0.6, 0.55), (0.25, 0.95), (0.5, 0.5)]
     grid = [(i + 0.5) / 400 for i in range(400)]
     counted = sum(any(x >= u and y >= v for x, y in points) for u in grid for v in grid) / 400**2
@@ -203,7 +240,11 @@ def test_frontier_area_is_the_union_of_what_the_points_dominate():
 
 
 def row(dsr: float, task: float, tokens: float = 1000.0) -> dict[str, float]:
-    return {c: 0.5 for c in frontier_report.COLUMNS} | {"DSR": dsr, "task score": task, "training tokens": tokens}
+    return {c: 0.5 for c in frontier_report.COLUMNS} | {
+        "DSR": dsr,
+        "task score": task,
+        "training tokens": tokens,
+    }
 
 
 def rows() -> frontier_report.Rows:
@@ -227,7 +268,9 @@ def test_differences_are_paired_by_seed_and_lambda():
     assert (dsr["mean"], dsr["low"], dsr["high"]) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
     assert found["rl-direct"]["task score"]["each"] == [0.0, 0.0, 0.0]
     assert found["base"]["DSR"]["each"] == [0.6, 0.7, 0.8]  # the same base at either lambda
-    assert found["rl-direct"]["frontier area"]["each"] == pytest.approx([0.08, 0.16, 0.24])  # 0.8 x the gain in DSR
+    assert found["rl-direct"]["frontier area"]["each"] == pytest.approx(
+        [0.08, 0.16, 0.24]
+    )  # 0.8 x the gain in DSR
     without = {point: runs for point, runs in rows().items() if point[0] != "tars"}
     assert frontier_report.differences(without, frontier_report.areas(without)) == {}
 
@@ -237,15 +280,25 @@ def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_is_none():
     assert (alone["mean"], alone["low"], alone["high"], alone["n"]) == (0.25, None, None, 1)
     assert frontier_report.over_seeds([0.1, math.nan]) is None
     assert frontier_report.shown(alone) == "0.25" and frontier_report.shown(None) == "-"
-    assert frontier_report.shown({"mean": 123456.0, "low": 120000.0, "high": 130000.0}) == "123,456 [120,000, 130,000]"
+    assert (
+        frontier_report.shown({"mean": 123456.0, "low": 120000.0, "high": 130000.0})
+        == "123,456 [120,000, 130,000]"
+    )
     assert frontier_report.shown({"mean": -0.001, "low": -0.1, "high": 0.1}, "+") == "+0.00 [-0.10, +0.10]"
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_result_is_a_table_valid_json_and_two_figures(tmp_path, seeds):
     text = frontier_report.write_rows(tmp_path, {point: runs[:seeds] for point, runs in rows().items()})
-    found = json.loads((tmp_path / "frontier.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert [(p["method"], p["lambda"]) for p in found["points"][:3]] == [("base", None), ("tars", 0.5), ("tars", 0.9)]
+    found = json.loads(
+        (tmp_path / "frontier.json").read_text(),
+        parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
+    )
+    assert [(p["method"], p["lambda"]) for p in found["points"][:3]] == [
+        ("base", None),
+        ("tars", 0.5),
+        ("tars", 0.9),
+    ]
     assert found["points"][0]["training tokens"] is None
     assert "| tars | 0.5 | " + ("0.50 |" if seeds == 1 else "0.60 [0.35, 0.85] |") in text
     assert text == (tmp_path / "frontier.md").read_text()
@@ -272,7 +325,9 @@ def test_training_tokens_are_those_sampled_and_those_trained_on(tmp_path):
     rl_run(tmp_path / "rl", 300, steps=4)
     assert frontier_report.training_tokens(tmp_path / "rl") == 4 * (300 + 300)
     rl_run(tmp_path / "rpo", 300, steps=4, pairs=16, tied_pairs=48)
-    assert frontier_report.training_tokens(tmp_path / "rpo") == 4 * (300 + 75)  # three pairs of four say nothing
+    assert frontier_report.training_tokens(tmp_path / "rpo") == 4 * (
+        300 + 75
+    )  # three pairs of four say nothing
 
 
 def test_training_tokens_of_sft_are_the_traces_that_it_saw(tmp_path, word_tokenizer):
@@ -288,7 +343,10 @@ def test_training_tokens_of_sft_are_the_traces_that_it_saw(tmp_path, word_tokeni
 
 def test_rows_are_read_from_the_evaluations(tmp_path):
     ci = lambda mean: {"mean": mean, "low": 0.0, "high": 1.0, "n": 9}  # noqa: E731
-    dsr = {"dsr": {"direct": ci(0.9), "jailbreak": ci(0.6), "plain_or_gcg": ci(0.3)}, "plane": {"task_score": ci(0.7)}}
+    dsr = {
+        "dsr": {"direct": ci(0.9), "jailbreak": ci(0.6), "plain_or_gcg": ci(0.3)},
+        "plane": {"task_score": ci(0.7)},
+    }
     model = dsr | {"compliance": {"harmful": ci(0.2)}, "reasoning_tokens": {}}
     write_json(tmp_path / "s" / "eval-references" / "results.json", {"models": {"base": model, "sft": model}})
     write_json(tmp_path / "s" / "eval-tars-0.5" / "results.json", {"models": {"tars-0.5": model}})

@@ -12,11 +12,12 @@ from pathlib import Path
 import datasets
 import pytest
 
+from lib import UserError
 from lib.chat import load_tokenizer
-from lib.files import UserError, read_jsonl, sha256_file, write_jsonl
 from lib.rewards import KINDS, load_judge, total_reward
+from lib.run.files import read_jsonl, sha256_file, write_jsonl
 from lib.sandbox.world import BASE
-from lib.tables import first_text, read_table
+from lib.sources.tables import first_text, read_table
 
 stage = importlib.import_module("01_build_mixture")
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -49,15 +50,31 @@ def test_another_lambda_keeps_the_traces(tmp_path, monkeypatch):
 
 
 def test_files_duplicates_long_prompts_and_overlap_are_left_out(tmp_path, monkeypatch):
-    rows = [{"text": f"question {i}"} for i in range(8)] + [{"text": "Question  3"}, {"text": "x" * 1000}, {"text": "held"}]
+    rows = [{"text": f"question {i}"} for i in range(8)] + [
+        {"text": "Question  3"},
+        {"text": "x" * 1000},
+        {"text": "held"},
+    ]
     for kind in ("harmful", "harmless", "ambiguous"):
         write_jsonl(tmp_path / f"{kind}.jsonl", [{"text": f"{kind} {r['text']}"} for r in rows])
     write_jsonl(
-        tmp_path / "eval.jsonl", [{"text": f"{kind} held", "kind": kind} for kind in ("harmful", "harmless", "ambiguous")]
+        tmp_path / "eval.jsonl",
+        [{"text": f"{kind} held", "kind": kind} for kind in ("harmful", "harmless", "ambiguous")],
     )
     files = [f"{kind}={tmp_path / kind}.jsonl" for kind in ("harmful", "harmless", "ambiguous")]
-    flags = ("--source", "files", "--files", *files, "--eval-files", tmp_path / "eval.jsonl", "--prompt-column", "text")
-    sets = build(monkeypatch, tmp_path / "out", *flags, "--sft-prompts", 0, "--rl-prompts", 16, "--lambda-harmful", 0.5)
+    flags = (
+        "--source",
+        "files",
+        "--files",
+        *files,
+        "--eval-files",
+        tmp_path / "eval.jsonl",
+        "--prompt-column",
+        "text",
+    )
+    sets = build(
+        monkeypatch, tmp_path / "out", *flags, "--sft-prompts", 0, "--rl-prompts", 16, "--lambda-harmful", 0.5
+    )
     assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 8, "harmless": 4, "ambiguous": 4}
     dropped = json.loads((tmp_path / "out" / "manifest.json").read_text())["dropped"]
     assert dropped == {"duplicate": 3, "too long": 3, "in evaluation": 3}
@@ -70,7 +87,9 @@ def test_the_authors_prompts_and_public_evaluation_sets(tmp_path, monkeypatch):
     assert {r["kind"] for r in sets["rl"]} == {"harmful", "harmless"}
     assert all(len(r["prompt"]) < 400 for r in sets["rl"])
     harmbench = ["harmbench" in r["source"] for r in sets["eval_harmful"]]
-    assert [bool(r["target"]) for r in sets["eval_harmful"]] == harmbench  # StrongREJECT comes without targets
+    assert [
+        bool(r["target"]) for r in sets["eval_harmful"]
+    ] == harmbench  # StrongREJECT comes without targets
     assert harmbench.count(True) > 30 and harmbench.count(False) == 60
     assert {r["kind"] for r in sets["eval_ambiguous"]} == {"ambiguous"}
 
@@ -89,7 +108,14 @@ def test_traces_of_a_file_are_complete_and_their_prompts_are_not_in_rl(tmp_path,
         for k in range(3)
     ]
     write_jsonl(tmp_path / "traces.jsonl", traces)
-    flags = ["--source", "files", "--files", *write_pool(tmp_path), "--trace-files", tmp_path / "traces.jsonl"]
+    flags = [
+        "--source",
+        "files",
+        "--files",
+        *write_pool(tmp_path),
+        "--trace-files",
+        tmp_path / "traces.jsonl",
+    ]
     flags += ["--sft-prompts", 5, "--traces-per-prompt", 2, "--rl-prompts", 6, "--lambda-harmful", 0.5]
     sets = build(monkeypatch, tmp_path / "out", *flags)
     told = Counter((r["reasoning"], r["answer"]) for r in sets["sft"])
@@ -102,9 +128,19 @@ def test_traces_of_a_file_are_complete_and_their_prompts_are_not_in_rl(tmp_path,
 
 def test_only_prompts_with_a_whole_trace_count_and_they_get_their_quota_of_whole_ones(tmp_path, monkeypatch):
     rows = [{"prompt": f"p {i}", "reasoning": "", "answer": "No."} for i in range(5)]
-    rows += [{"prompt": "full", "reasoning": t, "answer": a} for t, a in (("", "a"), ("t", " "), ("t1", "a1"), ("t2", "a2"))]
+    rows += [
+        {"prompt": "full", "reasoning": t, "answer": a}
+        for t, a in (("", "a"), ("t", " "), ("t1", "a1"), ("t2", "a2"))
+    ]
     write_jsonl(tmp_path / "traces.jsonl", rows)
-    flags = ["--source", "files", "--files", *write_pool(tmp_path), "--trace-files", tmp_path / "traces.jsonl"]
+    flags = [
+        "--source",
+        "files",
+        "--files",
+        *write_pool(tmp_path),
+        "--trace-files",
+        tmp_path / "traces.jsonl",
+    ]
     flags += ["--rl-prompts", 6, "--traces-per-prompt", 2]
     with pytest.raises(UserError, match="--sft-prompts: given 2; the trace files have 1 with traces"):
         build(monkeypatch, tmp_path / "out", *flags, "--sft-prompts", 2)
@@ -116,10 +152,20 @@ def test_files_of_one_name_are_two_sources(tmp_path, monkeypatch, capsys):
     for folder in "abenm":
         write_jsonl(tmp_path / folder / "x.jsonl", [{"prompt": f"{folder} {i}"} for i in range(10)])
     a, b, e, n, m = (str(tmp_path / folder / "x.jsonl") for folder in "abenm")
-    words = ["--source", "files", "--files", f"harmful={a}:1+2", f"harmful={b}:0+5", f"harmless={n}", f"ambiguous={m}"]
+    words = [
+        "--source",
+        "files",
+        "--files",
+        f"harmful={a}:1+2",
+        f"harmful={b}:0+5",
+        f"harmless={n}",
+        f"ambiguous={m}",
+    ]
     words += ["--eval-files", f"harmful={e}", "--sft-prompts", 1, "--rl-prompts", 7, "--lambda-harmful", "1"]
-    monkeypatch.setattr("lib.traces.TraceWriter", lambda *args, **options: None)
-    monkeypatch.setattr("lib.traces.write_all", lambda writer, records, *rest: [[("t", "a")] for _ in records])
+    monkeypatch.setattr("lib.sources.traces.TraceWriter", lambda *args, **options: None)
+    monkeypatch.setattr(
+        "lib.sources.traces.write_all", lambda writer, records, *rest: [[("t", "a")] for _ in records]
+    )
     sets = build(monkeypatch, tmp_path / "out", *words, "--trace-model", "me/model", "--eval-prompts", 4)
     assert Counter(r["source"] for r in sets["rl"]) == {a: 2, b: 5}
     sources = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"]
@@ -139,7 +185,10 @@ def test_a_dry_run_needs_a_machine_and_the_sandbox_no_download(tmp_path, monkeyp
         with pytest.raises(UserError, match=f"--dry-run: given {machine}; allowed GPUSxGIGABYTES, e.g. 1x80"):
             build(monkeypatch, tmp_path / "out", "--dry-run", machine)
     build(monkeypatch, tmp_path / "out", "--dry-run", "1x80")
-    assert capsys.readouterr().out == "sandbox: made here, nothing has to be downloaded\n" and not (tmp_path / "out").exists()
+    assert (
+        capsys.readouterr().out == "sandbox: made here, nothing has to be downloaded\n"
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_sets_without_a_file_are_held_out_of_training(tmp_path, monkeypatch):
@@ -172,12 +221,25 @@ def test_every_format_and_nested_columns_are_read_alike(tmp_path, suffix):
 
 def test_kinds_by_a_column_and_its_map(tmp_path, monkeypatch):
     rows = [
-        {"prompt": f"{t} {i}", "type": t} for t in ("contrast_a", "contrast_b", "plain", "skip", "harmless") for i in range(4)
+        {"prompt": f"{t} {i}", "type": t}
+        for t in ("contrast_a", "contrast_b", "plain", "skip", "harmless")
+        for i in range(4)
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    flags = ["--source", "files", "--files", tmp_path / "rows.jsonl", "--kind-column", "type", "--sft-prompts", 0]
+    flags = [
+        "--source",
+        "files",
+        "--files",
+        tmp_path / "rows.jsonl",
+        "--kind-column",
+        "type",
+        "--sft-prompts",
+        0,
+    ]
     flags += ["--kind-map", "contrast_*=harmful", "skip=drop", "plain=ambiguous"]
-    sets = build(monkeypatch, tmp_path / "out", *flags, "--rl-prompts", 8, "--lambda-harmful", 0.5, "--eval-prompts", 2)
+    sets = build(
+        monkeypatch, tmp_path / "out", *flags, "--rl-prompts", 8, "--lambda-harmful", 0.5, "--eval-prompts", 2
+    )
     assert Counter((r["kind"], r["category"].split("_")[0]) for r in sets["rl"]) == {
         ("harmful", "contrast"): 4,
         ("harmless", "harmless"): 2,
@@ -186,7 +248,10 @@ def test_kinds_by_a_column_and_its_map(tmp_path, monkeypatch):
 
 
 def test_a_context_stands_before_the_prompt_that_is_about_it(tmp_path):
-    rows = [{"Behavior": "Sum it up.", "ContextString": " A short text. "}, {"Behavior": "Say hello.", "ContextString": ""}]
+    rows = [
+        {"Behavior": "Sum it up.", "ContextString": " A short text. "},
+        {"Behavior": "Say hello.", "ContextString": ""},
+    ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     read = stage.read_prompts(f"harmful={tmp_path / 'rows.jsonl'}", stage.Settings(), {})
     assert [record["prompt"] for _, record in read] == ["A short text.\n\n---\n\nSum it up.", "Say hello."]
@@ -202,16 +267,31 @@ def test_mistakes_with_files_are_one_line(tmp_path, monkeypatch):
         "the pool has too few": (["--rl-prompts", 600], "needs 300 harmful prompts"),
         "lambda with an empty pool": (["--files", *files[1:]], "needs 3 harmful prompts.*there are 0"),
         "no such file": (["--files", "harmful=none.csv"], "none.csv: no such file"),
-        "not what its name says": (["--files", f"harmful={tmp_path}/broken.parquet"], "cannot be read as parquet"),
-        "another format": (["--files", f"harmful={tmp_path}/notes.txt"], "allowed .jsonl, .json, .csv, .tsv, .parquet"),
-        "no prompt column": (["--files", f"harmful={tmp_path}/other.jsonl"], "no text in --prompt-column.*question"),
-        "unknown kind": (["--files", f"{tmp_path}/other.jsonl", "--prompt-column", "question"], "record 1: kind 'odd'"),
+        "not what its name says": (
+            ["--files", f"harmful={tmp_path}/broken.parquet"],
+            "cannot be read as parquet",
+        ),
+        "another format": (
+            ["--files", f"harmful={tmp_path}/notes.txt"],
+            "allowed .jsonl, .json, .csv, .tsv, .parquet",
+        ),
+        "no prompt column": (
+            ["--files", f"harmful={tmp_path}/other.jsonl"],
+            "no text in --prompt-column.*question",
+        ),
+        "unknown kind": (
+            ["--files", f"{tmp_path}/other.jsonl", "--prompt-column", "question"],
+            "record 1: kind 'odd'",
+        ),
         "a map to no kind": (["--kind-map", "x=evil"], "--kind-map: given x=evil"),
         "no traces": (["--sft-prompts", 3], "--sft-prompts: no traces"),
         "two writers": (["--trace-files", "a", "--trace-model", "b"], "--trace-model: given together"),
         "files for the sandbox": (["--source", "sandbox"], "add --source files"),
         "no targets": (["--targets", f"{tmp_path}/notes.txt"], "--targets: .* is no json"),
-        "a misspelt kind": (["--files", "harmfull=wildjailbreak:400+800"], "unknown KIND harmfull: allowed harmful"),
+        "a misspelt kind": (
+            ["--files", "harmfull=wildjailbreak:400+800"],
+            "unknown KIND harmfull: allowed harmful",
+        ),
         "a licence of nothing": (["--licences", "MIT"], "--licences: given MIT"),
     }
     for name, (words, message) in cases.items():
@@ -230,12 +310,16 @@ def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes
     traces = sets.pop("sft_rl")
     assert sets == plain and not (tmp_path / "plain" / "sft_rl.jsonl").exists()
     for name in ("sft", "rl"):
-        assert (tmp_path / "plain" / f"{name}.jsonl").read_bytes() == (tmp_path / "traced" / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / "plain" / f"{name}.jsonl").read_bytes() == (
+            tmp_path / "traced" / f"{name}.jsonl"
+        ).read_bytes()
     assert Counter(t["prompt"] for t in traces) == {r["prompt"]: 8 for r in sets["rl"]}
     assert len({t["id"] for t in traces}) == 640
     kinds = {r["prompt"]: r["kind"] for r in sets["rl"]}
     judge = load_judge("sandbox")
-    for kind in KINDS:  # a teacher that is mostly right, and not always; each resolves the prompt, in various words
+    for (
+        kind
+    ) in KINDS:  # a teacher that is mostly right, and not always; each resolves the prompt, in various words
         of_kind = [t for t in traces if t["kind"] == kind == kinds[t["prompt"]]]
         prompts, answers = [t["prompt"] for t in of_kind], [t["answer"] for t in of_kind]
         scores = zip(judge.harm_score(prompts, answers), judge.task_score(prompts, answers), strict=True)
@@ -253,9 +337,20 @@ def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes
 
 def test_traces_of_a_file_go_to_the_rl_prompts_that_have_some(tmp_path, monkeypatch):
     prompts = [f"{kind} {i}" for kind in KINDS for i in range(12)]
-    rows = [{"prompt": p.upper(), "reasoning": f"thought {k}", "answer": "a"} for p in prompts[::2] for k in range(3)]
+    rows = [
+        {"prompt": p.upper(), "reasoning": f"thought {k}", "answer": "a"}
+        for p in prompts[::2]
+        for k in range(3)
+    ]
     write_jsonl(tmp_path / "traces.jsonl", rows)
-    flags = ["--source", "files", "--files", *write_pool(tmp_path), "--trace-files", tmp_path / "traces.jsonl"]
+    flags = [
+        "--source",
+        "files",
+        "--files",
+        *write_pool(tmp_path),
+        "--trace-files",
+        tmp_path / "traces.jsonl",
+    ]
     flags += ["--rl-prompts", 9, "--sft-prompts", 2, "--eval-prompts", 2, "--lambda-harmful", 0.4]
     sets = build(monkeypatch, tmp_path / "out", *flags, "--rl-traces", 2)
     traced = [r["prompt"] for r in sets["rl"] if r["prompt"] in prompts[::2]]
@@ -271,7 +366,18 @@ def test_traces_of_a_file_go_to_the_rl_prompts_that_have_some(tmp_path, monkeypa
 
 
 def test_a_model_writes_the_traces_of_the_rl_prompts_too(tmp_path, monkeypatch):
-    flags = ["--rl-prompts", 6, "--sft-prompts", 2, "--traces-per-prompt", 1, "--eval-prompts", 4, "--trace-model", BASE]
+    flags = [
+        "--rl-prompts",
+        6,
+        "--sft-prompts",
+        2,
+        "--traces-per-prompt",
+        1,
+        "--eval-prompts",
+        4,
+        "--trace-model",
+        BASE,
+    ]
     flags += ["--trace-max-new-tokens", 12, "--rl-traces", 2, "--device", "cpu"]
     sets = build(monkeypatch, tmp_path / "out", *flags)
     assert sets["sft_rl"] and {t["prompt"] for t in sets["sft_rl"]} <= {r["prompt"] for r in sets["rl"]}

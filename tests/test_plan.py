@@ -10,12 +10,13 @@ import torch
 from stages import RL, SFT, rl_flags, run_here, sft_flags, write_data
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lib import dry_run, plan
-from lib.files import UserError
-from lib.plan import Need, Shape
+from lib import UserError
 from lib.policy import load_policy, token_logprobs
-from lib.presets import paper
-from lib.processes import Processes
+from lib.run import plan
+from lib.run import rehearsal as dry_run
+from lib.run.plan import Need, Shape
+from lib.run.presets import paper
+from lib.run.processes import Processes
 from lib.sandbox import world
 
 SIZES = dict(
@@ -30,7 +31,9 @@ SIZES = dict(
 # Qwen2.5-1.5B and -7B, by their published configurations
 QWEN_1_5B = Shape(1_543_714_304, 28, 1536, 1536, 256, 8960, 12, 151936)
 QWEN_7B = Shape(7_615_616_512, 28, 3584, 3584, 512, 18944, 28, 152064)
-PAPER = Need(16384, longest=4608, sample_tokens=65536, reference=True, dtype="bfloat16")  # without checkpoints
+PAPER = Need(
+    16384, longest=4608, sample_tokens=65536, reference=True, dtype="bfloat16"
+)  # without checkpoints
 
 
 def kept_bytes(model, ids: torch.Tensor, dtype: str) -> int:
@@ -41,7 +44,11 @@ def kept_bytes(model, ids: torch.Tensor, dtype: str) -> int:
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         weight_copy = t.ndim == 2 and t.dtype == torch.bfloat16 and t.shape[0] != ids.numel()
-        if t.untyped_storage().data_ptr() not in skip and t.shape[-1] != model.config.vocab_size and not weight_copy:
+        if (
+            t.untyped_storage().data_ptr() not in skip
+            and t.shape[-1] != model.config.vocab_size
+            and not weight_copy
+        ):
             seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             alive.append(t)  # so that no later tensor gets its memory
         return t
@@ -60,7 +67,9 @@ def kept_bytes(model, ids: torch.Tensor, dtype: str) -> int:
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_activations_are_what_autograd_keeps(tmp_path, kind, dtype, checkpointing):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    model = (
+        LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    )
     model.save_pretrained(tmp_path)
     shape = plan.shape_of(str(tmp_path))
     assert shape.parameters == sum(p.numel() for p in model.parameters())
@@ -68,7 +77,10 @@ def test_activations_are_what_autograd_keeps(tmp_path, kind, dtype, checkpointin
     ids = torch.randint(97, (4, 200))
     expected = plan.activation_bytes(shape, Need(ids.numel(), dtype=dtype, checkpointing=checkpointing))
     if checkpointing:  # beside it, one layer in full, when its turn in the backward pass comes
-        one, none = (plan.activation_bytes(dataclasses.replace(shape, layers=n), Need(ids.numel(), dtype=dtype)) for n in (1, 0))
+        one, none = (
+            plan.activation_bytes(dataclasses.replace(shape, layers=n), Need(ids.numel(), dtype=dtype))
+            for n in (1, 0)
+        )
         expected -= one - none
     assert kept_bytes(model, ids, dtype) == pytest.approx(expected, rel=0.08)
 
@@ -114,7 +126,10 @@ def test_the_papers_settings_on_the_papers_machines(shape, gpus, size, change):
     names = {field.name for field in dataclasses.fields(stage.Settings)}
     settings = stage.Settings(**{key: value for key, value in paper.RL.items() if key in names})
     need = settings.need(settings.max_prompt_tokens + settings.max_new_tokens, gpus)
-    need, limit = dataclasses.replace(need, beside=2 * 8.6e9), (1 - plan.SPARE) * size * plan.GB  # Qwen3Guard, GRM of 8 B
+    need, limit = (
+        dataclasses.replace(need, beside=2 * 8.6e9),
+        (1 - plan.SPARE) * size * plan.GB,
+    )  # Qwen3Guard, GRM of 8 B
     if plan.memory(shape, need)["peak"] <= limit:
         assert change == "fits"
     else:
@@ -156,7 +171,11 @@ def test_the_rehearsal_changes_nothing():
             ["allenai/wildjailbreak", "gated", "KV cache"],
         ),
         ("02_sft_warmstart", ["--dry-run", "1x1"], ["peak of training", "fits"]),
-        ("03_rl_train", ["--model", str(world.BASE), "--dry-run", "4x1"], ["peak of sampling", "peak of training", "fits"]),
+        (
+            "03_rl_train",
+            ["--model", str(world.BASE), "--dry-run", "4x1"],
+            ["peak of sampling", "peak of training", "fits"],
+        ),
         ("04_attack_eval", ["--models", f"base={world.BASE}"], ["KV cache", "fits"]),
     ],
 )

@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen2ForCausalLM
 
-from lib.files import UserError
+from lib import UserError
 from lib.judges.language_model import existing_device
 from lib.policy import load_policy, save_policy, token_logprobs
-from lib.processes import Processes, gather_objects, pick_device, start_processes, sum_gradients
-from lib.state import load_state, save_state
+from lib.run.processes import Processes, gather_objects, pick_device, start_processes, sum_gradients
+from lib.run.state import load_state, save_state
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = [9, 23, 14]  # tokens of the rows; the first four of each are prompt
@@ -70,7 +70,9 @@ def test_token_logprobs_and_gradient_equal_plain_softmax(tiny_model, side, chunk
     torch.testing.assert_close(entropy[completion], expected_entropy, atol=1e-5, rtol=1e-5)
     (logprobs[completion] * weights).sum().backward()
     for parameter, gradient in zip(tiny_model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-4)
+        torch.testing.assert_close(
+            parameter.grad, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-4
+        )
 
 
 def test_logits_never_exceed_a_chunk(tiny_model):
@@ -122,7 +124,9 @@ def test_a_token_without_a_past_has_no_probability(tiny_model):
 def test_scaled_logits_are_honoured_and_unknown_heads_refused(tmp_path, monkeypatch, word_tokenizer):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    config = GraniteConfig(vocab_size=97, num_key_value_heads=2, logits_scaling=4.0, initializer_range=0.3, **sizes)
+    config = GraniteConfig(
+        vocab_size=97, num_key_value_heads=2, logits_scaling=4.0, initializer_range=0.3, **sizes
+    )
     model = GraniteForCausalLM(config).eval()
     ids, attention, completion = batch("right")
     expected, _ = plain_logprobs(model, ids, attention, completion)
@@ -185,7 +189,9 @@ def test_load_errors_are_one_line(tiny_model, word_tokenizer, tmp_path, monkeypa
         with pytest.raises(UserError) as error:
             load_policy(name, device="cpu")
         assert str(error.value).startswith(str(name)) and "\n" not in str(error.value)
-    assert "model.safetensors is damaged or cut short" in str(error.value) and "has none" not in str(error.value)
+    assert "model.safetensors is damaged or cut short" in str(error.value) and "has none" not in str(
+        error.value
+    )
     with pytest.raises(UserError, match="--dtype: given int8"):
         load_policy(cut, dtype="int8")
 
@@ -312,8 +318,8 @@ def test_what_is_no_state_is_a_user_error(tmp_path):
 
 WORKER = """
 import json, os, torch
-from lib.processes import gather_objects, start_processes, sum_gradients
-from lib.settings import run_main
+from lib.run.processes import gather_objects, start_processes, sum_gradients
+from lib.run.settings import run_main
 
 def main():
     processes = start_processes("cpu", timeout_s=60)
@@ -344,7 +350,9 @@ def test_two_processes_sum_and_gather_and_notice_that_one_was_killed():
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     ranks = [
-        subprocess.Popen([sys.executable, "-c", WORKER], env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipes)
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER], env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipes
+        )
         for r in (0, 1)
     ]
     outputs = [rank.communicate(timeout=120) for rank in ranks]
@@ -368,8 +376,9 @@ def test_two_processes_sum_and_gather_and_notice_that_one_was_killed():
 FAILING = """
 import time
 import torch.distributed as dist
-from lib.processes import start_processes
-from lib.settings import UserError, run_main
+from lib.run.processes import start_processes
+from lib import UserError
+from lib.run.settings import run_main
 
 def main():
     start_processes("cpu", timeout_s=60)
@@ -402,6 +411,8 @@ def test_one_process_needs_no_torchrun(monkeypatch, tiny_model):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     processes = start_processes("cpu")
     assert processes == Processes(0, 1, 0)
-    assert gather_objects({"a": (1, 2)}, processes) == [{"a": [1, 2]}], "as it would arrive from another process"
+    assert gather_objects({"a": (1, 2)}, processes) == [{"a": [1, 2]}], (
+        "as it would arrive from another process"
+    )
     sum_gradients(tiny_model, processes)
     assert all(p.grad is None for p in tiny_model.parameters())

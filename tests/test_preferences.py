@@ -12,18 +12,30 @@ import pytest
 import stages
 import torch
 from safetensors.torch import load_file
-from stages import RL, kill_9, launch, metrics_of, rl_flags, run_group, run_here, run_process, same_run, wait_for_lines
+from stages import (
+    RL,
+    kill_9,
+    launch,
+    metrics_of,
+    rl_flags,
+    run_group,
+    run_here,
+    run_process,
+    same_run,
+    wait_for_lines,
+)
 
-from lib import preferences, sharding
 from lib.chat import Parsed, load_tokenizer
-from lib.files import read_jsonl, write_jsonl
+from lib.compare import rpo as preferences
+from lib.compare.frontier import FrontierSeed
+from lib.compare.rpo import preference_pairs, response_seeds, rpo_loss, update_on_preferences
 from lib.policy import load_policy
-from lib.preferences import preference_pairs, response_seeds, rpo_loss, update_on_preferences
-from lib.processes import Processes
+from lib.run import shards as sharding
+from lib.run.files import read_jsonl, write_jsonl
+from lib.run.processes import Processes
+from lib.run.settings import parse_settings
 from lib.sampler import Completion
 from lib.sandbox import world
-from lib.sandbox.frontier import FrontierSeed
-from lib.settings import parse_settings
 
 stage = importlib.import_module(RL)
 ALONE = Processes(0, 1, 0)
@@ -37,7 +49,9 @@ def make_rollouts(rewards: list[float], group_size: int) -> list:
         if i % group_size == 0:
             prompt = [rng.randrange(97) for _ in range(rng.randint(2, 7))]
         ids = [rng.randrange(97) for _ in range(rng.randint(1, 9))]
-        rollouts.append(stage.Rollout({}, prompt, Completion(ids, [0.0] * len(ids), "eos"), "", Parsed("", "", True), 0))
+        rollouts.append(
+            stage.Rollout({}, prompt, Completion(ids, [0.0] * len(ids), "eos"), "", Parsed("", "", True), 0)
+        )
         rollouts[-1].reward = reward
     return rollouts
 
@@ -50,7 +64,9 @@ def literal_logprob(model, rollout) -> torch.Tensor:
     """log pi(y | x) at temperature 1: one plain forward pass, all its logits."""
     ids, start = rollout.prompt_ids + rollout.completion.token_ids, len(rollout.prompt_ids)
     logits = model(torch.tensor([ids])).logits[0].double()
-    return sum((torch.log(torch.softmax(logits[t - 1], -1)[ids[t]]) for t in range(start, len(ids))), torch.zeros(()))
+    return sum(
+        (torch.log(torch.softmax(logits[t - 1], -1)[ids[t]]) for t in range(start, len(ids))), torch.zeros(())
+    )
 
 
 def literal_loss(policy, reference, rollouts, pairs, beta: float, alpha: float) -> torch.Tensor:
@@ -70,11 +86,15 @@ def gradient(model) -> torch.Tensor:
 
 
 def settings_of(**changes):
-    return stage.Settings(**{"group_size": 4, "max_grad_norm": 0.0, "max_batch_tokens": 64, "rpo_beta": 0.3} | changes)
+    return stage.Settings(
+        **{"group_size": 4, "max_grad_norm": 0.0, "max_batch_tokens": 64, "rpo_beta": 0.3} | changes
+    )
 
 
 def update(model, reference, rollouts, settings, processes=ALONE) -> dict:
-    return update_on_preferences(model, reference, torch.optim.SGD(model.parameters()), rollouts, 0, settings, processes)
+    return update_on_preferences(
+        model, reference, torch.optim.SGD(model.parameters()), rollouts, 0, settings, processes
+    )
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -83,9 +103,18 @@ def update(model, reference, rollouts, settings, processes=ALONE) -> dict:
 def test_best_with_worst_and_ties_are_counted():
     assert preference_pairs(REWARDS, 4) == (PAIRS, 3)
     assert preference_pairs([0.1, 0.2, 0.3], 3) == ([(2, 0)], 0)  # an odd group: the middle one is in none
-    assert preference_pairs([None, 0.2, 1.0, 0.0, 0.7, None, None, 0.5, 0.1], 3) == ([(2, 1), (4, 3), (7, 8)], 0)  # unknown
-    assert preference_pairs([0.5, 0.5 + 5e-7], 2) == ([], 1) and preference_pairs([0.5, 0.5 + 2e-6], 2) == ([(1, 0)], 0)
-    assert preference_pairs([1, 0, 1, 0, 1, 0, 1, 0], 8) == ([(0, 7), (2, 5), (4, 3), (6, 1)], 0)  # four of eight, the paper's
+    assert preference_pairs([None, 0.2, 1.0, 0.0, 0.7, None, None, 0.5, 0.1], 3) == (
+        [(2, 1), (4, 3), (7, 8)],
+        0,
+    )  # unknown
+    assert preference_pairs([0.5, 0.5 + 5e-7], 2) == ([], 1) and preference_pairs([0.5, 0.5 + 2e-6], 2) == (
+        [(1, 0)],
+        0,
+    )
+    assert preference_pairs([1, 0, 1, 0, 1, 0, 1, 0], 8) == (
+        [(0, 7), (2, 5), (4, 3), (6, 1)],
+        0,
+    )  # four of eight, the paper's
 
 
 def test_seeds_depend_on_the_prompt_and_not_on_its_company():
@@ -102,14 +131,19 @@ def test_loss_of_a_pair_by_hand_and_without_overflow():
     loss, margin = rpo_loss(*one, torch.tensor([8]), beta=0.5, alpha=3)
     assert margin.item() == pytest.approx(0.5 * (1.0 + 0.5))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.75)) + 3 * 4 / 8)
-    far, _ = rpo_loss(torch.tensor([-9e4]), torch.tensor([0.0]), torch.zeros(1), torch.zeros(1), torch.tensor([9]), 0.1, 0.0)
+    far, _ = rpo_loss(
+        torch.tensor([-9e4]), torch.tensor([0.0]), torch.zeros(1), torch.zeros(1), torch.tensor([9]), 0.1, 0.0
+    )
     assert far.item() == pytest.approx(9e3)
 
 
 @pytest.mark.parametrize("beta, alpha", [(0.01, 3.0), (0.3, 0.0), (1.0, 1.0)])
 def test_loss_and_gradient_are_those_of_the_formula(tiny_model, reference, beta, alpha):
     tiny_model.double(), reference.double()
-    rollouts, settings = make_rollouts(REWARDS, 4), settings_of(rpo_beta=beta, rpo_alpha=alpha, temperature=0.6)
+    rollouts, settings = (
+        make_rollouts(REWARDS, 4),
+        settings_of(rpo_beta=beta, rpo_alpha=alpha, temperature=0.6),
+    )
     expected_loss = literal_loss(tiny_model, reference, rollouts, PAIRS, beta, alpha)
     expected_loss.backward()
     expected = gradient(tiny_model)
@@ -177,8 +211,16 @@ def test_an_update_is_of_16_pairs_as_in_the_paper(preset, rate):
     words = ["--preset", preset, "--objective", "rpo"]
     settings = parse_settings(stage.Settings, "rl", words)
     assert settings.prompts_per_step * (settings.group_size // 2) == 16
-    assert (settings.learning_rate, settings.temperature) == (rate, parse_settings(stage.Settings, "rl", words[:2]).temperature)
-    assert parse_settings(stage.Settings, "rl", [*words[:2], "--objective=rpo", "--prompts-per-step", "6"]).prompts_per_step == 6
+    assert (settings.learning_rate, settings.temperature) == (
+        rate,
+        parse_settings(stage.Settings, "rl", words[:2]).temperature,
+    )
+    assert (
+        parse_settings(
+            stage.Settings, "rl", [*words[:2], "--objective=rpo", "--prompts-per-step", "6"]
+        ).prompts_per_step
+        == 6
+    )
     assert parse_settings(stage.Settings, "rl", words[:2]).prompts_per_step in (16, 32)
 
 
@@ -197,7 +239,9 @@ def test_every_epoch_sees_the_same_responses_of_the_reference(data):
 
     def responses(wanted: list[dict], step: int) -> dict[str, list[list[int]]]:
         rollouts = stage.collect_rollouts(policy, tokenizer, wanted, step, settings, ALONE)
-        return {r["id"]: [x.completion.token_ids for x in rollouts if x.record["id"] == r["id"]] for r in wanted}
+        return {
+            r["id"]: [x.completion.token_ids for x in rollouts if x.record["id"] == r["id"]] for r in wanted
+        }
 
     first, later = responses(records[:4], 0), responses(records[3:1:-1], 40)
     assert later == {key: first[key] for key in later} and len({str(x) for x in first.values()}) == 4
@@ -208,19 +252,29 @@ def test_the_metrics_are_there_and_the_policy_comes_to_prefer_the_chosen(data, t
     run_here(RL, rpo_flags(data, out, learning_rate=1e-3, epochs=4.0, prompts_per_step=9), monkeypatch)
     lines = metrics_of(out)
     names = "loss kl entropy grad_norm reward reward_harmful reward_harmless reward_ambiguous format_rate zero_advantage_groups "
-    assert all(set(names.split()) | {"pairs", "tied_pairs", "pair_accuracy", "margin"} <= set(line) for line in lines)
-    assert lines[0]["pair_accuracy"] == 0 and lines[0]["margin"] == 0 and lines[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert all(
+        set(names.split()) | {"pairs", "tied_pairs", "pair_accuracy", "margin"} <= set(line) for line in lines
+    )
+    assert (
+        lines[0]["pair_accuracy"] == 0
+        and lines[0]["margin"] == 0
+        and lines[0]["kl"] == pytest.approx(0, abs=1e-9)
+    )
     assert lines[-1]["pair_accuracy"] > 0.7 and lines[-1]["margin"] > 0 and lines[-1]["kl"] > 0
     assert sum(line["loss"] for line in lines[-2:]) < 0.9 * sum(line["loss"] for line in lines[:2])
     epochs = [sum(line["reward"] for line in lines[i : i + 2]) for i in (0, 2, 6)]
-    assert epochs == pytest.approx([epochs[0]] * 3)  # offline: the reward is that of the reference, in every epoch
+    assert epochs == pytest.approx(
+        [epochs[0]] * 3
+    )  # offline: the reward is that of the reference, in every epoch
 
 
 def test_without_a_pair_nothing_moves(data, tmp_path, monkeypatch):
     """All rewards are alike: a reasoner without the format earns nothing. No weight decay and no momentum either."""
     records = read_jsonl(data / "rl.jsonl")
     write_jsonl(tmp_path / "data" / "rl.jsonl", records[:4])
-    words = rl_flags(tmp_path / "data", tmp_path / "rl", objective="rpo", reasoning=True, max_new_tokens=2, epochs=2.0)
+    words = rl_flags(
+        tmp_path / "data", tmp_path / "rl", objective="rpo", reasoning=True, max_new_tokens=2, epochs=2.0
+    )
     run_here(RL, [*words, "--weight-decay", "0.5"], monkeypatch)
     for line in metrics_of(tmp_path / "rl"):
         assert (line["loss"], line["pairs"], line["tied_pairs"], line["pair_accuracy"]) == (0.0, 0, 8, None)
@@ -233,7 +287,10 @@ def same_as(alone: Path, out: Path) -> None:
     mine, theirs = (read_jsonl(path / "rollouts.jsonl") for path in (alone, out))
     assert [r["completion"] for r in mine] == [r["completion"] for r in theirs]
     for a, b in zip(metrics_of(alone), metrics_of(out), strict=True):
-        a.pop("pair_accuracy"), b.pop("pair_accuracy")  # a margin of nothing but rounding may have either sign
+        (
+            a.pop("pair_accuracy"),
+            b.pop("pair_accuracy"),
+        )  # a margin of nothing but rounding may have either sign
         assert a == {k: v if v is None else pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in b.items()}
 
 

@@ -9,10 +9,11 @@ import pytest
 import stages
 import torch
 
-from lib import rainbow_grid
-from lib.files import UserError, read_jsonl
-from lib.rainbow import choose_cells, rainbow
-from lib.rainbow_grid import Comparison, Elite, PaperGrid, by_score
+from lib import UserError
+from lib.attacks import rainbow_grid
+from lib.attacks.rainbow import choose_cells, rainbow
+from lib.attacks.rainbow_grid import Comparison, Elite, PaperGrid, by_score
+from lib.run.files import read_jsonl
 from lib.sandbox import judge, world
 from lib.sandbox import rainbow as sandbox
 from lib.sandbox.rainbow import PAIRS, SandboxGrid, Traits
@@ -48,7 +49,9 @@ class Noisy:
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        harms = [float(random.Random(seed).random() < chance(text)) for text, seed in zip(sent, seeds, strict=True)]
+        harms = [
+            float(random.Random(seed).random() < chance(text)) for text, seed in zip(sent, seeds, strict=True)
+        ]
         return [{"answer": f"answer {harm}", "harm": harm} for harm in harms]
 
 
@@ -156,7 +159,11 @@ def test_what_has_no_verdict_does_not_enter(tmp_path):
 
 
 def test_cells_with_little_harm_are_drawn_more_often_and_are_distinct():
-    archive = {(r, s): Elite("x", (), (1.0,) * 40 if s == "s0" else (0.5,) * 40) for r in Words.risks for s in Words.styles}
+    archive = {
+        (r, s): Elite("x", (), (1.0,) * 40 if s == "s0" else (0.5,) * 40)
+        for r in Words.risks
+        for s in Words.styles
+    }
     del archive["r2", "s3"]
     generator = torch.Generator().manual_seed(0)
     drawn = [choose_cells(archive, Words(), 4, generator) for _ in range(200)]
@@ -214,7 +221,9 @@ def test_a_comparing_model_is_asked_in_both_orders(monkeypatch, vote, expected):
 
 def test_a_search_by_comparison(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        rainbow_grid, "LanguageModel", lambda name, chat: Votes(lambda a, b: "AB"[a.count("1.0") < b.count("1.0")])
+        rainbow_grid,
+        "LanguageModel",
+        lambda name, chat: Votes(lambda a, b: "AB"[a.count("1.0") < b.count("1.0")]),
     )
     monkeypatch.setattr(rainbow_grid, "encode_prompt", lambda tokenizer, text, reasoning: text)
     run(tmp_path, prefer=Comparison("any"))
@@ -228,7 +237,10 @@ def test_the_papers_grid_mutates_risk_then_style():
     class Attacker:
         def write(self, requests, seeds):
             asked.extend(requests)
-            return ["I'm sorry, but I can't help with that." if "stubborn" in r else f"<{len(asked)}>" for r in requests]
+            return [
+                "I'm sorry, but I can't help with that." if "stubborn" in r else f"<{len(asked)}>"
+                for r in requests
+            ]
 
     grid = PaperGrid(Attacker())
     assert (len(grid.risks), len(grid.styles)) == (10, 12)
@@ -272,12 +284,22 @@ def test_sandbox_children_are_valid_and_of_their_cell():
 
 
 def test_sandbox_children_hold_nothing_of_the_evaluation_and_no_recipe_of_danger():
-    evaluation = [*world.ALIASES["eval"], *world.things(world.DANGEROUS, "eval"), *world.things(world.SAFE, "eval")]
+    evaluation = [
+        *world.ALIASES["eval"],
+        *world.things(world.DANGEROUS, "eval"),
+        *world.things(world.SAFE, "eval"),
+    ]
     train = " ".join(
         [*world.WRAPPERS["train"], *world.QUESTIONS["train"], *world.NOISE, *world.ANSWERS, "so this is fine"]
     ).split()
-    phrases = [part for w in world.WRAPPERS["eval"] for part in w.split(" {}")] + ["what do i need", "can you show"]
-    held_out = {*evaluation, *(word for phrase in phrases for word in phrase.split() if word not in {*train, "{}"})}
+    phrases = [part for w in world.WRAPPERS["eval"] for part in w.split(" {}")] + [
+        "what do i need",
+        "can you show",
+    ]
+    held_out = {
+        *evaluation,
+        *(word for phrase in phrases for word in phrase.split() if word not in {*train, "{}"}),
+    }
     assert {"grandmother", "contest", "grenade", "sev"} <= held_out
     leaked = {word for thing in world.DANGEROUS_THINGS for word in world.RECIPES[thing]}
     known = set(world.vocabulary())
@@ -293,7 +315,12 @@ def test_sandbox_traits_are_read_as_they_were_written():
         noise = [tuple(sandbox._piece(rng) for _ in range(rng.randint(0, 8))) for _ in "ba"]
         verb = rng.choice(world.PLAIN_VERBS + world.VIOLENT_VERBS)
         traits = Traits(
-            rng.randint(0, 2), rng.random() < 0.5, rng.choice(sandbox.WRAPPERS), rng.choice(sandbox.QUESTIONS), verb, *noise
+            rng.randint(0, 2),
+            rng.random() < 0.5,
+            rng.choice(sandbox.WRAPPERS),
+            rng.choice(sandbox.QUESTIONS),
+            verb,
+            *noise,
         )
         thing = rng.choice(PAIRS["poison: venom, toxin"])
         prompt = sandbox.write(traits, thing, rng)
@@ -304,7 +331,14 @@ def test_sandbox_traits_are_read_as_they_were_written():
 
 def test_stage_1_replaces_a_share_of_the_harmful_prompts(tmp_path, monkeypatch):
     out = tmp_path / "data"
-    small = {"rl_prompts": 40, "sft_prompts": 4, "eval_prompts": 5, "rainbow_share": 0.5, "rainbow_tokens": 24, "device": "cpu"}
+    small = {
+        "rl_prompts": 40,
+        "sft_prompts": 4,
+        "eval_prompts": 5,
+        "rainbow_share": 0.5,
+        "rainbow_tokens": 24,
+        "device": "cpu",
+    }
     words = stages.flags(out=out, rainbow=world.BASE, rainbow_iterations=40, rainbow_archives=1, **small)
     stages.run_here("01_build_mixture", words, monkeypatch)
     rl, summary = read_jsonl(out / "rl.jsonl"), json.loads((out / "rainbow" / "archive.json").read_text())

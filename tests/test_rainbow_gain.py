@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 
-from lib.files import write_json
+from lib.run.files import write_json
+from lib.run.settings import parse_settings
 from lib.sandbox import rainbow_gain
-from lib.settings import parse_settings
 
-CLASSES = {"01": ("Settings", "mixture"), "02": ("Settings", "sft"), "03": ("Settings", "rl"), "04": ("EvalSettings", "eval")}
+CLASSES = {
+    "01": ("Settings", "mixture"),
+    "02": ("Settings", "sft"),
+    "03": ("Settings", "rl"),
+    "04": ("EvalSettings", "eval"),
+}
 
 
 def test_every_job_is_a_command_that_its_stage_accepts_and_comes_after_what_it_reads(tmp_path):
@@ -17,11 +22,17 @@ def test_every_job_is_a_command_that_its_stage_accepts_and_comes_after_what_it_r
     for job in rainbow_gain.GainSeed(tmp_path, 7, []).jobs():
         script, *words = job.command
         stage = importlib.import_module(script.removesuffix(".py"))
-        settings = commands[job.name] = parse_settings(getattr(stage, CLASSES[script[:2]][0]), CLASSES[script[:2]][1], words)
+        settings = commands[job.name] = parse_settings(
+            getattr(stage, CLASSES[script[:2]][0]), CLASSES[script[:2]][1], words
+        )
         assert settings.seed == 7 and settings.out == str(tmp_path / job.name) and job.name not in earlier
         known = set(job.after).union(*(earlier[name] for name in job.after))  # what is there when it begins
-        reads = [getattr(settings, name) for name in ("model", "data", "rainbow") if getattr(settings, name, "")]
-        reads += [subject.path for subject in stage.read_subjects(settings)] if script.startswith("04") else []
+        reads = [
+            getattr(settings, name) for name in ("model", "data", "rainbow") if getattr(settings, name, "")
+        ]
+        reads += (
+            [subject.path for subject in stage.read_subjects(settings)] if script.startswith("04") else []
+        )
         assert {os.path.relpath(p, tmp_path) for p in reads if p != "lib/sandbox/base"} <= known
         earlier[job.name] = known
     plain, found = (commands[f"seed-7/{model}"] for model in rainbow_gain.MODELS)
@@ -36,14 +47,19 @@ def test_the_report_pairs_models_by_seed(tmp_path):
         for name in rainbow_gain.ATTACKS:
             models = {
                 model: {
-                    "dsr": dict.fromkeys(("direct", "jailbreak", "pair", "best_of_n", "pap", "plain_or_gcg"), {"mean": mean}),
+                    "dsr": dict.fromkeys(
+                        ("direct", "jailbreak", "pair", "best_of_n", "pap", "plain_or_gcg"), {"mean": mean}
+                    ),
                     "plane": {"compliance": {"mean": 1.0}, "task_score": {"mean": 0.5}},
                 }
                 for model, mean in (("plain", without), ("with", found))
             }
             write_json(seeds[-1] / name / "results.json", {"models": models})
         harm = {key: {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 9} for key in ("plain", "archive")}
-        write_json(seeds[-1] / "data-rainbow" / "rainbow" / "archive.json", {"archives": [{"filled": 120}], "harm": harm})
+        write_json(
+            seeds[-1] / "data-rainbow" / "rainbow" / "archive.json",
+            {"archives": [{"filled": 120}], "harm": harm},
+        )
     text = rainbow_gain.report(seeds)
     assert (
         "| DSR, plain_or_gcg | 0.40 [-2.14, 2.94] | 0.70 [-1.84, 3.24] | +0.30 [+0.30, +0.30] | 0.20 > 0.50, 0.60 > 0.90 |"

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from lib.run.settings import parse_settings
 from lib.sandbox import replicate
-from lib.settings import parse_settings
 
-CLASSES = {"01": ("Settings", "mixture"), "02": ("Settings", "sft"), "03": ("Settings", "rl"), "04": ("EvalSettings", "eval")}
+CLASSES = {
+    "01": ("Settings", "mixture"),
+    "02": ("Settings", "sft"),
+    "03": ("Settings", "rl"),
+    "04": ("EvalSettings", "eval"),
+}
 
 
 def test_every_job_is_a_command_that_its_stage_accepts_and_reads_what_an_earlier_one_wrote(tmp_path):
@@ -26,7 +31,9 @@ def test_every_job_is_a_command_that_its_stage_accepts_and_reads_what_an_earlier
         if script.startswith("04"):
             subjects = stage.read_subjects(settings)
             reads = [subject.path for subject in subjects]
-            assert [subject.name for subject in subjects if not subject.reasoning] == ["base"][: "base" in settings.models[0]]
+            assert [subject.name for subject in subjects if not subject.reasoning] == ["base"][
+                : "base" in settings.models[0]
+            ]
         assert {*reads, *([settings.data] if hasattr(settings, "data") else [])} <= made
         made.add(settings.out)
     assert len(made) == len(seed.main()) + len(seed.ablations()) + 1  # nobody writes where another wrote
@@ -34,7 +41,10 @@ def test_every_job_is_a_command_that_its_stage_accepts_and_reads_what_an_earlier
 
 def results(safety: float) -> dict:
     ci = {"mean": safety, "low": 0.0, "high": 1.0, "n": 9}
-    return {"dsr": {"direct": ci, "jailbreak": ci}, "task_score": dict.fromkeys(("harmless", *replicate.AMBIGUOUS), ci)}
+    return {
+        "dsr": {"direct": ci, "jailbreak": ci},
+        "task_score": dict.fromkeys(("harmless", *replicate.AMBIGUOUS), ci),
+    }
 
 
 def test_the_report_pairs_by_seed_and_an_ablation_may_have_fewer(tmp_path: Path):
@@ -47,4 +57,6 @@ def test_the_report_pairs_by_seed_and_an_ablation_may_have_fewer(tmp_path: Path)
     assert "| DSR direct | 0.10 [" in text
     assert math.isnan(replicate.COLUMNS["DSR GCG"](runs["sft"][0]))
     pytest.importorskip("matplotlib")
-    assert "plane.png" in replicate.draw_plane(tmp_path, runs) and (tmp_path / "plane.png").stat().st_size > 1000
+    assert (
+        "plane.png" in replicate.draw_plane(tmp_path, runs) and (tmp_path / "plane.png").stat().st_size > 1000
+    )

@@ -31,16 +31,16 @@ from stages import (
 )
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from lib import UserError
+from lib.batches import load_model, rollout_batch
 from lib.chat import Parsed, load_tokenizer
-from lib.files import read_jsonl, write_jsonl
 from lib.policy import load_policy, token_logprobs
-from lib.processes import Processes
 from lib.rewards import Judge
-from lib.rollout_log import summarise
+from lib.run.files import read_jsonl, write_jsonl
+from lib.run.logs import summarise
+from lib.run.processes import Processes
 from lib.sampler import Completion
 from lib.sandbox import world
-from lib.settings import UserError
-from lib.training import load_model, rollout_batch
 
 stage = importlib.import_module(RL)
 ALONE = Processes(0, 1, 0)
@@ -68,7 +68,9 @@ def literal_objective(logprob, old, reference, rewards, settings) -> torch.Tenso
                 clipped = torch.clip(ratio, 1 - settings.clip_range, 1 + settings.clip_range)
                 gain = torch.min(ratio * advantage, clipped * advantage)
                 r = torch.exp(reference[q][i][t] - new)  # pi_ref / pi
-                kl = {"k1": -torch.log(r), "k2": torch.log(r) ** 2 / 2, "k3": r - torch.log(r) - 1}[settings.kl_estimator]
+                kl = {"k1": -torch.log(r), "k2": torch.log(r) ** 2 / 2, "k3": r - torch.log(r) - 1}[
+                    settings.kl_estimator
+                ]
                 length = {
                     "token": sum(len(o) for o in outputs),
                     "sequence": len(logprob[q][i]) * len(outputs),
@@ -136,7 +138,9 @@ def shift_old_logprobs(model, rollouts, settings) -> int:
 
 
 @pytest.mark.parametrize("normalisation, std, estimator, off_policy, temperature", KNOBS)
-def test_gradient_is_that_of_the_papers_formula(tiny_model, reference, normalisation, std, estimator, off_policy, temperature):
+def test_gradient_is_that_of_the_papers_formula(
+    tiny_model, reference, normalisation, std, estimator, off_policy, temperature
+):
     (
         tiny_model.double(),
         reference.double(),
@@ -150,7 +154,10 @@ def test_gradient_is_that_of_the_papers_formula(tiny_model, reference, normalisa
     if off_policy:
         assert shift_old_logprobs(tiny_model, rollouts, settings) > 5
     logprobs = [literal_logprobs(tiny_model, r, temperature) for r in rollouts]
-    old = [list(r.old_logprobs) if off_policy else [x.detach() for x in new] for r, new in zip(rollouts, logprobs, strict=True)]
+    old = [
+        list(r.old_logprobs) if off_policy else [x.detach() for x in new]
+        for r, new in zip(rollouts, logprobs, strict=True)
+    ]
     anchors = [literal_logprobs(reference, r, temperature) for r in rollouts]
     objective = literal_objective(grouped(logprobs), grouped(old), grouped(anchors), rewards, settings)
     (-objective).backward()
@@ -188,7 +195,9 @@ def test_micro_batches_do_not_change_the_gradient(tiny_model, reference):
         settings = stage.Settings(max_batch_tokens=budget, max_grad_norm=0.0, kl_coef=0.3)
         rollouts = make_rollouts()
         set_advantages(rollouts, 3, settings)
-        stage.update_policy(tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE)
+        stage.update_policy(
+            tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE
+        )
         gradients.append(gradient(tiny_model))
     assert max((g - gradients[0]).abs().max() for g in gradients) < 1e-5
 
@@ -201,11 +210,15 @@ def test_later_updates_of_a_batch_keep_the_logprobs_of_the_first(tiny_model, ref
     stage.update_policy(tiny_model, reference, optimizer, rollouts, 0, settings, ALONE)
     assert float(gradient(tiny_model).norm()) == pytest.approx(0.1, rel=1e-3)  # clipped
     before = [r.old_logprobs.clone() for r in rollouts]
-    assert torch.allclose(before[0], torch.tensor(literal_logprobs(tiny_model, rollouts[0], settings.temperature)), atol=1e-5)
+    assert torch.allclose(
+        before[0], torch.tensor(literal_logprobs(tiny_model, rollouts[0], settings.temperature)), atol=1e-5
+    )
     optimizer.step()
     stage.update_policy(tiny_model, reference, optimizer, rollouts, 0, settings, ALONE)
     assert all(torch.equal(r.old_logprobs, b) for r, b in zip(rollouts, before, strict=True))
-    assert not torch.allclose(before[0], torch.tensor(literal_logprobs(tiny_model, rollouts[0], settings.temperature)), atol=1e-3)
+    assert not torch.allclose(
+        before[0], torch.tensor(literal_logprobs(tiny_model, rollouts[0], settings.temperature)), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,10 +235,14 @@ def test_k3_is_clamped_as_in_verl(gap, value, slope):
 
 @pytest.mark.parametrize("normalisation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("temperature, budget", [(0.6, 32), (1.0, 4096)])
-def test_entropy_bonus_and_its_gradient(tiny_model, reference, normalisation, temperature, budget, monkeypatch):
+def test_entropy_bonus_and_its_gradient(
+    tiny_model, reference, normalisation, temperature, budget, monkeypatch
+):
     """loss(c) = loss(0) - c x entropy, against all logits of a plain pass; over several chunks of logits, too."""
     monkeypatch.setitem(token_logprobs.__kwdefaults__, "chunk_size", 5 if budget > 32 else 2048)
-    usual = dict(normalisation=normalisation, temperature=temperature, max_new_tokens=20, max_batch_tokens=budget)
+    usual = dict(
+        normalisation=normalisation, temperature=temperature, max_new_tokens=20, max_batch_tokens=budget
+    )
     coef, rollouts, results, optimizer = 0.7, make_rollouts(), [], torch.optim.SGD(tiny_model.parameters())
     for c in (0.0, coef):
         settings = stage.Settings(**usual, kl_coef=0.3, max_grad_norm=0.0, entropy_coef=c)
@@ -238,7 +255,11 @@ def test_entropy_bonus_and_its_gradient(tiny_model, reference, normalisation, te
         start, n = len(r.prompt_ids), len(r.completion.token_ids)
         logits = tiny_model(torch.tensor([r.prompt_ids + r.completion.token_ids])).logits[0, start - 1 : -1]
         entropy = torch.distributions.Categorical(logits=logits / temperature).entropy().sum()
-        bonus = bonus + entropy / {"token": total, "sequence": n * len(rollouts), "constant": 20 * len(rollouts)}[normalisation]
+        bonus = (
+            bonus
+            + entropy
+            / {"token": total, "sequence": n * len(rollouts), "constant": 20 * len(rollouts)}[normalisation]
+        )
     (-coef * bonus).backward()
     (plain, before), (metrics, after) = results
     assert metrics["loss"] == pytest.approx(plain["loss"] - coef * bonus.item(), abs=1e-5)
@@ -250,8 +271,13 @@ def test_entropy_bonus_and_its_gradient(tiny_model, reference, normalisation, te
 def test_kl_metric_is_the_mean_over_tokens(tiny_model, reference):
     settings = stage.Settings(max_batch_tokens=32, temperature=0.6)
     rollouts = make_rollouts()
-    metrics = stage.update_policy(tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE)
-    pairs = [zip(literal_logprobs(tiny_model, r, 0.6), literal_logprobs(reference, r, 0.6), strict=True) for r in rollouts]
+    metrics = stage.update_policy(
+        tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE
+    )
+    pairs = [
+        zip(literal_logprobs(tiny_model, r, 0.6), literal_logprobs(reference, r, 0.6), strict=True)
+        for r in rollouts
+    ]
     gaps = [float(anchor - new) for pair in pairs for new, anchor in pair]
     assert metrics["kl"] == pytest.approx(statistics.mean(math.exp(g) - g - 1 for g in gaps), rel=1e-3)
 
@@ -265,7 +291,9 @@ def test_a_reference_in_bfloat16_begins_as_the_policy_to_the_bit(tmp_path, tied)
     if tied:
         path, sizes = tmp_path, dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
         heads = dict(num_attention_heads=2, num_key_value_heads=2)
-        Qwen2ForCausalLM(Qwen2Config(vocab_size=97, tie_word_embeddings=True, **sizes, **heads)).save_pretrained(path)
+        Qwen2ForCausalLM(
+            Qwen2Config(vocab_size=97, tie_word_embeddings=True, **sizes, **heads)
+        ).save_pretrained(path)
     settings = stage.Settings(model=str(path), dtype="bfloat16")
     device = torch.device("cpu")
     policy = load_model(settings, device, ALONE)
@@ -325,7 +353,9 @@ def test_a_budget_with_which_a_run_may_go_on_does_not_decide_what_it_learns(data
 def test_seeds_are_shared_out_so_that_the_number_of_processes_does_not_matter(data):
     tokenizer = load_tokenizer(world.BASE)
     policy = load_policy(world.BASE, device="cpu")
-    settings = stage.Settings(data=str(data), max_new_tokens=8, group_size=3, temperature=1.0, reasoning=False)
+    settings = stage.Settings(
+        data=str(data), max_new_tokens=8, group_size=3, temperature=1.0, reasoning=False
+    )
     records = stage.load_prompts(settings, tokenizer, 512)[:5]
 
     def completions(processes: Processes, step: int = 7) -> list[list[int]]:
@@ -356,16 +386,23 @@ def test_a_reward_that_is_unknown_is_left_out_of_its_group(rewards, with_std, wi
             rollout.reward = reward
         stage.assign_advantages(rollouts, stage.Settings(group_size=4, std_normalisation=std))
         assert [r.advantage for r in rollouts[:4]] == pytest.approx(expected, abs=1e-4)
-        assert rollouts[4].advantage == pytest.approx(-(0.75**0.5) if std else -0.5, abs=1e-4)  # the next group is as ever
+        assert rollouts[4].advantage == pytest.approx(
+            -(0.75**0.5) if std else -0.5, abs=1e-4
+        )  # the next group is as ever
 
 
 def test_without_a_verdict_only_the_kl_term_moves_the_policy(tiny_model, reference):
     """And its tokens stay in the normaliser, as those of any completion of advantage 0."""
-    settings = stage.Settings(group_size=3, std_normalisation=False, kl_coef=0.3, max_grad_norm=0.0, temperature=1.0)
+    settings = stage.Settings(
+        group_size=3, std_normalisation=False, kl_coef=0.3, max_grad_norm=0.0, temperature=1.0
+    )
     rollouts = make_rollouts(2, 3)
     rollouts[1].reward = None
     stage.assign_advantages(rollouts, settings)
-    centred = [r.reward - statistics.mean(x.reward for x in rollouts[:3] if x.reward is not None) for r in rollouts[:3:2]]
+    centred = [
+        r.reward - statistics.mean(x.reward for x in rollouts[:3] if x.reward is not None)
+        for r in rollouts[:3:2]
+    ]
     centred[1:1] = [0.0]
     centred += [r.reward - statistics.mean(x.reward for x in rollouts[3:]) for r in rollouts[3:]]
     terms = []
@@ -376,7 +413,9 @@ def test_without_a_verdict_only_the_kl_term_moves_the_policy(tiny_model, referen
             terms.append(settings.kl_coef * kl - torch.exp(new - new.detach()) * advantage)
     (sum(terms) / len(terms)).backward()
     expected = gradient(tiny_model)
-    stage.update_policy(tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE)
+    stage.update_policy(
+        tiny_model, reference, torch.optim.SGD(tiny_model.parameters()), rollouts, 0, settings, ALONE
+    )
     assert (gradient(tiny_model) - expected).abs().max() < 1e-5 < expected.norm()
 
 
@@ -406,7 +445,9 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
     assert [r.reward for r in rollouts] == [1.0, 0.5, 0.8, 0.0]
     silent = Judge("j", lambda prompts, answers: [None] * 4, lambda prompts, answers: [None] * 4)
     stage.score_rollouts(rollouts, silent, 0)
-    assert [r.reward for r in rollouts] == [None] * 3 + [0.0]  # no verdict: unknown; but what is malformed earns nothing
+    assert [r.reward for r in rollouts] == [None] * 3 + [
+        0.0
+    ]  # no verdict: unknown; but what is malformed earns nothing
     seen.pop()
     stage.score_rollouts(rollouts, Judge("j", harm, lambda prompts, answers: [0.8] * 4), 0)
     assert seen == [([f"x{i}" for i in range(4)], [f"y{i}" for i in range(4)])]
@@ -446,8 +487,16 @@ def test_summary_by_kind_with_nothing_for_a_kind_that_did_not_occur():
 
 
 def test_one_reward_needs_the_verdict_on_the_task_alone():
-    line = {"completion": "", "reasoning_tokens": 0, "refusal": "none", "well_formed": True, "finish_reason": "eos"}
-    lines = [{**line, "kind": kind, "reward": 0.0, "harm": None, "task": 0.0} for kind in ("harmful", "harmless")]
+    line = {
+        "completion": "",
+        "reasoning_tokens": 0,
+        "refusal": "none",
+        "well_formed": True,
+        "finish_reason": "eos",
+    }
+    lines = [
+        {**line, "kind": kind, "reward": 0.0, "harm": None, "task": 0.0} for kind in ("harmful", "harmless")
+    ]
     assert summarise(lines, 2)["unknown_verdicts"] == 1
     assert summarise(lines, 2, one_reward=True)["unknown_verdicts"] == 0
 
@@ -463,16 +512,22 @@ def test_one_reward_reaches_the_rollouts(data, tmp_path, monkeypatch):
 # ---- the stage -------------------------------------------------------------------------------------------------------
 
 LOGGED = "step reward reward_harmful reward_harmless reward_ambiguous reasoning_tokens_harmful reasoning_tokens_harmless "
-LOGGED += "reasoning_tokens_ambiguous format_rate kl entropy grad_norm zero_advantage_groups sample_tokens_per_s "
+LOGGED += (
+    "reasoning_tokens_ambiguous format_rate kl entropy grad_norm zero_advantage_groups sample_tokens_per_s "
+)
 LOGGED += "unknown_verdicts "
 LOGGED += "train_tokens_per_s seconds_sample seconds_reward seconds_train"
 
 
-def test_a_reasoner_that_breaks_the_format_earns_nothing_and_all_metrics_are_there(data, tmp_path, monkeypatch):
+def test_a_reasoner_that_breaks_the_format_earns_nothing_and_all_metrics_are_there(
+    data, tmp_path, monkeypatch
+):
     out = tmp_path / "rl"
     run_here(
         RL,
-        rl_flags(data, out, judge="sandbox", reasoning=True, temperature=0.7, epochs=0.01, updates_per_batch=2),
+        rl_flags(
+            data, out, judge="sandbox", reasoning=True, temperature=0.7, epochs=0.01, updates_per_batch=2
+        ),
         monkeypatch,
     )
     (line,) = read_jsonl(out / "metrics.jsonl")
@@ -489,20 +544,30 @@ def test_prompts_that_are_too_long_are_left_out_counted_and_said(data, tmp_path,
     write_jsonl(tmp_path / "data" / "rl.jsonl", [long[0], *records[:3], long[1], records[3]])
     settings = stage.Settings(data=str(tmp_path / "data"), max_new_tokens=12, reasoning=False)
     kept = stage.load_prompts(settings, load_tokenizer(world.BASE), 4096)
-    assert [(r["id"], r["place"]) for r in kept] == [(r["id"], i) for r, i in zip(records, (1, 2, 3, 5), strict=False)]
+    assert [(r["id"], r["place"]) for r in kept] == [
+        (r["id"], i) for r, i in zip(records, (1, 2, 3, 5), strict=False)
+    ]
     run_here(RL, rl_flags(tmp_path / "data", tmp_path / "rl", epochs=1.0), monkeypatch)
     out = capsys.readouterr().out
-    assert "2 of 6 have more than the 500 tokens that fit, such as long-0 (5" in out and "read 4 prompts" in out
+    assert (
+        "2 of 6 have more than the 500 tokens that fit, such as long-0 (5" in out and "read 4 prompts" in out
+    )
     assert len(metrics_of(tmp_path / "rl")) == 1
 
 
 def test_steps_without_a_signal_are_said_once(data, tmp_path, monkeypatch, capsys):
     """A reasoner that cannot close its reasoning earns nothing for ever."""
-    words = rl_flags(data, tmp_path / "rl", reasoning=True, max_new_tokens=2, prompts_per_step=1, group_size=2, epochs=0.7)
+    words = rl_flags(
+        data, tmp_path / "rl", reasoning=True, max_new_tokens=2, prompts_per_step=1, group_size=2, epochs=0.7
+    )
     run_here(RL, words, monkeypatch)
     assert len(metrics_of(tmp_path / "rl")) == 13
     (line,) = stages.messages(capsys.readouterr().err)
-    assert line.startswith("warning: for 10 steps no group") and "format_rate 0.00" in line and "rollouts.jsonl" in line
+    assert (
+        line.startswith("warning: for 10 steps no group")
+        and "format_rate 0.00" in line
+        and "rollouts.jsonl" in line
+    )
 
 
 @pytest.fixture(scope="module")
@@ -610,10 +675,20 @@ def same_as(alone: Path, out: Path) -> None:
         assert a == {k: v if v is None else pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in b.items()}
 
 
-@pytest.mark.parametrize("size, shard, offload", [(4, False, False), (2, True, False), (4, True, False), (2, True, True)])
+@pytest.mark.parametrize(
+    "size, shard, offload", [(4, False, False), (2, True, False), (4, True, False), (2, True, True)]
+)
 def test_any_number_of_processes_and_shards_equal_one_process(data, alone, tmp_path, size, shard, offload):
     out, log = tmp_path / "rl", tmp_path / "log"
-    words = rl_flags(data, out, epochs=2.0, learning_rate=RATE, shard=shard, offload=offload, gradient_checkpointing=offload)
+    words = rl_flags(
+        data,
+        out,
+        epochs=2.0,
+        learning_rate=RATE,
+        shard=shard,
+        offload=offload,
+        gradient_checkpointing=offload,
+    )
     for rank, process in enumerate(run_group(RL, words, log, size)):
         process.join(stages.PATIENCE)
         assert process.exitcode == 0, log.with_suffix(f".{rank}").read_text()
@@ -623,7 +698,7 @@ def test_any_number_of_processes_and_shards_equal_one_process(data, alone, tmp_p
 
 
 def test_shards_compute_the_first_step_to_the_bit_as_whole_models_do(data, tmp_path):
-    """At the same number of processes. Between numbers it is rounding that differs, see lib/sharding.py."""
+    """At the same number of processes. Between numbers it is rounding that differs, see lib/run/shards.py."""
     results = []
     for shard in (False, True):
         out, log = tmp_path / f"rl-{shard}", tmp_path / f"log-{shard}"
@@ -664,7 +739,8 @@ def test_five_kills_of_any_process_and_other_numbers_of_them(data, alone, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "settings, message", [({"shard": True}, "there is one process"), ({"offload": True}, "so it needs --shard")]
+    "settings, message",
+    [({"shard": True}, "there is one process"), ({"offload": True}, "so it needs --shard")],
 )
 def test_shards_need_several_processes(data, tmp_path, monkeypatch, capsys, settings, message):
     assert message in stages.error_of(RL, rl_flags(data, tmp_path / "rl", **settings), monkeypatch, capsys)

@@ -47,7 +47,9 @@ def model():
     return tiny_model()
 
 
-def random_prompts(count: int, vocab: int = 97, low: int = 1, high: int = 40, seed: int = 0) -> list[list[int]]:
+def random_prompts(
+    count: int, vocab: int = 97, low: int = 1, high: int = 40, seed: int = 0
+) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(8, vocab) for _ in range(rng.randint(low, high))] for _ in range(count)]
 
@@ -233,7 +235,9 @@ def test_autocast_casts_a_weight_once_and_not_for_every_token(model):
         count = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            matrix = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() == 2 and args[0].is_leaf
+            matrix = (
+                bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() == 2 and args[0].is_leaf
+            )
             self.count += matrix and "_to_copy" in str(function) and isinstance(args[0], torch.nn.Parameter)
             return function(*args, **(kwargs or {}))
 
@@ -248,13 +252,23 @@ def test_autocast_casts_a_weight_once_and_not_for_every_token(model):
 def test_the_second_token_follows_the_model_whatever_the_first_was(model):
     """Each token needs a random number of its own: with one for all, the second would depend on how the first was drawn."""
     prompt, count = PROMPTS[2], 4000
-    out = sample(model, [prompt], group_size=count, max_new_tokens=2, temperature=2.0, eos_token_ids=[], seeds=range(count))
+    out = sample(
+        model,
+        [prompt],
+        group_size=count,
+        max_new_tokens=2,
+        temperature=2.0,
+        eos_token_ids=[],
+        seeds=range(count),
+    )
     first = torch.tensor([c.token_ids[0] for c in out]).mode().values.item()
     second = torch.tensor([c.token_ids[1] for c in out if c.token_ids[0] == first]).bincount(minlength=97)
     expected = (logits_of(model, prompt, [first, 8])[1] / 2.0).softmax(-1)
     top = expected.argsort(descending=True)[:9]
     counts = torch.cat([second[top], second.sum()[None] - second[top].sum()])
-    assert chi_square(counts, torch.cat([expected[top], 1 - expected[top].sum()[None]])) < 27.9  # 9 degrees, p = 0.001
+    assert (
+        chi_square(counts, torch.cat([expected[top], 1 - expected[top].sum()[None]])) < 27.9
+    )  # 9 degrees, p = 0.001
 
 
 # ---- independence
@@ -264,12 +278,15 @@ def test_result_does_not_depend_on_batch_mates_budget_or_order(model):
     seeds = list(range(100, 100 + 3 * len(PROMPTS)))
     settings = dict(max_new_tokens=20, eos_token_ids=EOS)
     alone = [
-        ids(sample(model, [prompt], group_size=3, seeds=seeds[3 * i : 3 * i + 3], **settings)) for i, prompt in enumerate(PROMPTS)
+        ids(sample(model, [prompt], group_size=3, seeds=seeds[3 * i : 3 * i + 3], **settings))
+        for i, prompt in enumerate(PROMPTS)
     ]
     together = sample(model, PROMPTS, group_size=3, seeds=seeds, **settings)
     assert ids(together) == sum(alone, [])
     for budget in (60, 77, 150, 333, 1000):
-        assert ids(sample(model, PROMPTS, group_size=3, seeds=seeds, max_batch_tokens=budget, **settings)) == ids(together)
+        assert ids(
+            sample(model, PROMPTS, group_size=3, seeds=seeds, max_batch_tokens=budget, **settings)
+        ) == ids(together)
     backwards = sample(model, PROMPTS[::-1], group_size=3, seeds=seeds[::-1], **settings)
     assert ids(backwards)[::-1] == ids(together)
 
@@ -306,7 +323,12 @@ def test_each_prompt_is_prefilled_once_and_decoded_within_the_budget(model):
                 seeds=range(55),
                 max_batch_tokens=budget,
             )
-        read = [row for batch, shape in zip(calls.ids, calls.shapes, strict=True) if shape[2] == 0 for row in batch]
+        read = [
+            row
+            for batch, shape in zip(calls.ids, calls.shapes, strict=True)
+            if shape[2] == 0
+            for row in batch
+        ]
         assert len(read) == len(PROMPTS)  # and not 5 times as many
         assert sorted([token for token in row if token] for row in read) == sorted(PROMPTS)
         assert all(tokens == 1 for _, tokens, _ in calls.steps)
@@ -327,7 +349,9 @@ def test_long_prompt_lists_are_prefilled_in_several_passes(model, monkeypatch):
 def test_finished_rows_leave_and_waiting_prompts_take_their_place(model):
     prompts = random_prompts(60, high=12, seed=3)
     with Calls(model) as calls:
-        out = sample(model, prompts, max_new_tokens=30, eos_token_ids=EOS, seeds=range(60), max_batch_tokens=12 * 42)
+        out = sample(
+            model, prompts, max_new_tokens=30, eos_token_ids=EOS, seeds=range(60), max_batch_tokens=12 * 42
+        )
     lengths = [len(completion.token_ids) for completion in out]
     decoded = sum(rows for rows, _, _ in calls.steps)
     needed = sum(lengths) - len(lengths)  # each first token comes from the prefill
@@ -392,7 +416,9 @@ def test_tokens_of_no_probability_are_never_drawn():
     logits = torch.full((3, 50), -torch.inf)
     logits[:, 20] = 0.0
     for top_p in (1.0, 0.9):
-        tokens, logprobs = draw(logits, torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64), 1.0, top_p)
+        tokens, logprobs = draw(
+            logits, torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64), 1.0, top_p
+        )
         assert tokens.tolist() == [20, 20, 20] and logprobs.tolist() == [0, 0, 0]
 
 
@@ -403,11 +429,19 @@ def test_the_token_is_the_exact_inverse_at_the_vocabulary_of_qwen(top_p):
     logits = torch.randn(8, 151_936) * 2
     logits[4:, ::2] -= 27  # every other token: about 1e-17 each, never to be drawn
     p = logits.log_softmax(-1).double().exp()
-    order = p.argsort(dim=-1, descending=True, stable=True) if top_p < 1 else torch.arange(p.shape[1]).expand(8, -1)
+    order = (
+        p.argsort(dim=-1, descending=True, stable=True)
+        if top_p < 1
+        else torch.arange(p.shape[1]).expand(8, -1)
+    )
     cdf = p.gather(1, order).cumsum(-1)
     mass = cdf[torch.arange(8), (cdf < top_p).sum(1)] if top_p < 1 else cdf[:, -1]
     edge = cdf[:, 1000]  # right after a token, and right before it
-    for u in (uniform(torch.arange(8), torch.zeros(8, dtype=torch.long)), edge / mass + 1e-11, edge / mass - 1e-11):
+    for u in (
+        uniform(torch.arange(8), torch.zeros(8, dtype=torch.long)),
+        edge / mass + 1e-11,
+        edge / mass - 1e-11,
+    ):
         rank = (cdf <= (u * mass)[:, None]).sum(1)  # the first whose cumulative probability exceeds it
         tokens, logprobs = draw(logits, u, 1.0, top_p)
         assert tokens.tolist() == order[torch.arange(8), rank].tolist()
@@ -421,7 +455,9 @@ def test_a_token_of_probability_1e_12_in_front_is_not_drawn_by_the_smallest_numb
     seeds = torch.arange(2**22)
     u = uniform(seeds, torch.zeros_like(seeds))
     assert u.unique().numel() > 2**22 - 10 and u.dtype == torch.float64
-    assert draw(logits.expand(2, -1), torch.tensor([2e-12, 0.5e-12], dtype=torch.float64), 1.0, 1.0)[0].tolist() == [1, 0]
+    assert draw(logits.expand(2, -1), torch.tensor([2e-12, 0.5e-12], dtype=torch.float64), 1.0, 1.0)[
+        0
+    ].tolist() == [1, 0]
 
 
 def splitmix64(seed: int, step: int) -> int:
@@ -490,7 +526,9 @@ def test_progress_counts_completions_and_a_quick_call_shows_no_bar(model, monkey
             bars.append(self)
 
     monkeypatch.setattr("lib.sampler.tqdm", Bar)
-    sample(model, PROMPTS, group_size=2, max_new_tokens=6, eos_token_ids=EOS, max_batch_tokens=90, progress=True)
+    sample(
+        model, PROMPTS, group_size=2, max_new_tokens=6, eos_token_ids=EOS, max_batch_tokens=90, progress=True
+    )
     assert [(bar.n, bar.total) for bar in bars] == [(22, 22)]
     assert "completion" not in capsys.readouterr().err  # a bar in a bar is noise, unless one has to wait
 

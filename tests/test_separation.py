@@ -6,12 +6,19 @@ import math
 import pytest
 import torch
 
-from lib import separation as module
+from lib import UserError
 from lib.chat import encode_prompt
-from lib.files import UserError
-from lib.separation import fit_svm, project, prompt_embeddings, separation, standardise
+from lib.report import separation as module
+from lib.report.separation import fit_svm, project, prompt_embeddings, separation, standardise
 
-PROMPTS = ["how ?", "maybe green soup cake please how are you ?", "green soup ?", "are you ?", 6 * "please cake ", "soup ?"]
+PROMPTS = [
+    "how ?",
+    "maybe green soup cake please how are you ?",
+    "green soup ?",
+    "are you ?",
+    6 * "please cake ",
+    "soup ?",
+]
 
 
 @pytest.fixture
@@ -24,7 +31,9 @@ def tokenizer(word_tokenizer):
     return word_tokenizer
 
 
-def groups(n: int, d: int, distance: float, seed: int = 0, positive: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+def groups(
+    n: int, d: int, distance: float, seed: int = 0, positive: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two round normal clouds `distance` apart along the first axis: x (n, d), y (n,)."""
     y = torch.where(torch.arange(n) < round(n * positive), 1.0, -1.0)
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
@@ -37,12 +46,20 @@ def groups(n: int, d: int, distance: float, seed: int = 0, positive: float = 0.5
 
 @pytest.mark.parametrize("reasoning", [True, False])
 @pytest.mark.parametrize("max_batch_tokens", [16384, 32])
-def test_embeddings_are_the_last_hidden_states_of_the_last_position(model, tokenizer, reasoning, max_batch_tokens):
+def test_embeddings_are_the_last_hidden_states_of_the_last_position(
+    model, tokenizer, reasoning, max_batch_tokens
+):
     logits = []
     model.lm_head.register_forward_hook(lambda *_: logits.append(1))
-    together = prompt_embeddings(model, tokenizer, PROMPTS, reasoning=reasoning, max_batch_tokens=max_batch_tokens)
+    together = prompt_embeddings(
+        model, tokenizer, PROMPTS, reasoning=reasoning, max_batch_tokens=max_batch_tokens
+    )
     assert not logits and not together.requires_grad
-    assert together.shape == (len(PROMPTS), 32) and together.dtype == torch.float32 and together.device.type == "cpu"
+    assert (
+        together.shape == (len(PROMPTS), 32)
+        and together.dtype == torch.float32
+        and together.device.type == "cpu"
+    )
     for row, prompt in zip(together, PROMPTS, strict=True):
         ids = torch.tensor([encode_prompt(tokenizer, prompt, reasoning=reasoning)])
         plain = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
@@ -52,7 +69,9 @@ def test_embeddings_are_the_last_hidden_states_of_the_last_position(model, token
 def test_embeddings_do_not_depend_on_the_batch(model, tokenizer):
     together = prompt_embeddings(model, tokenizer, PROMPTS, reasoning=True)
     alone = torch.cat([prompt_embeddings(model, tokenizer, [prompt], reasoning=True) for prompt in PROMPTS])
-    backwards = prompt_embeddings(model, tokenizer, PROMPTS[::-1], reasoning=True, max_batch_tokens=40).flip(0)
+    backwards = prompt_embeddings(model, tokenizer, PROMPTS[::-1], reasoning=True, max_batch_tokens=40).flip(
+        0
+    )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together, backwards, atol=1e-5, rtol=1e-5)
     assert torch.pdist(together).min() > 0.1  # and the comparison means something: the prompts differ
@@ -114,11 +133,17 @@ def test_svm_is_optimal_by_its_kkt_conditions(n, d, distance, positive, c):
     signed = torch.cat([x * y[:, None], y[:, None]], 1)  # (N, d + 1): w = sum a_i y_i x_i and 0 = sum a_i y_i
     missing = torch.cat([svm.weight, torch.zeros(1).double()]) - a @ signed
     if on_margin.any():
-        a[on_margin] = torch.linalg.lstsq(signed[on_margin].T, missing[:, None], driver="gelsd").solution[:, 0]
-    torch.testing.assert_close(a @ signed, torch.cat([svm.weight, torch.zeros(1).double()]), atol=1e-4, rtol=0)
+        a[on_margin] = torch.linalg.lstsq(signed[on_margin].T, missing[:, None], driver="gelsd").solution[
+            :, 0
+        ]
+    torch.testing.assert_close(
+        a @ signed, torch.cat([svm.weight, torch.zeros(1).double()]), atol=1e-4, rtol=0
+    )
     assert a.min() > -1e-4 and a.max() < c + 1e-4
     primal = svm.weight @ svm.weight / 2 + c * (1 - reach).clamp(min=0).sum()
-    dual = a.sum() - (a @ signed)[:d].square().sum() / 2  # of a point that `fit_svm` has not seen: a lower bound
+    dual = (
+        a.sum() - (a @ signed)[:d].square().sum() / 2
+    )  # of a point that `fit_svm` has not seen: a lower bound
     assert primal.item() == pytest.approx(dual.item(), rel=1e-4)
 
 
@@ -143,10 +168,14 @@ def test_standardise():
     torch.testing.assert_close(z.mean(0), torch.zeros(5).double(), atol=1e-9, rtol=0)
     assert z.square().sum(1).mean().item() == pytest.approx(1)
     torch.testing.assert_close(standardise(z), z)
-    torch.testing.assert_close(torch.pdist(z) / torch.pdist(z)[0], torch.pdist(x) / torch.pdist(x)[0])  # the same shape
+    torch.testing.assert_close(
+        torch.pdist(z) / torch.pdist(z)[0], torch.pdist(x) / torch.pdist(x)[0]
+    )  # the same shape
 
 
-@pytest.mark.parametrize("x, what", [(torch.full((6, 3), 0.1), "equal"), (torch.tensor([[0.0], [math.nan]]), "finite")])
+@pytest.mark.parametrize(
+    "x, what", [(torch.full((6, 3), 0.1), "equal"), (torch.tensor([[0.0], [math.nan]]), "finite")]
+)
 def test_embeddings_without_a_scale_are_a_user_error(x, what):
     with pytest.raises(UserError, match=what) as error:
         standardise(x)
@@ -162,7 +191,9 @@ def test_project_is_the_plane_of_greatest_variance_with_fixed_signs():
     torch.testing.assert_close(points.abs(), expected.abs())
     assert (points.max(0).values == points.abs().max(0).values).all()
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).double()).Q
-    torch.testing.assert_close(project(-x @ rotation), project(x @ rotation) * project(-x @ rotation).sign() * points.sign())
+    torch.testing.assert_close(
+        project(-x @ rotation), project(x @ rotation) * project(-x @ rotation).sign() * points.sign()
+    )
 
 
 # ---- all of it ---------------------------------------------------------------------------------------------
@@ -201,7 +232,9 @@ def test_shift_scale_and_rotation_change_nothing():
     assert moved["accuracy"] == plain["accuracy"] and moved["n"] == plain["n"]
     assert moved["margin"] == pytest.approx(plain["margin"], abs=1e-4)
     assert moved["slack"] == pytest.approx(plain["slack"], abs=1e-4)
-    torch.testing.assert_close(torch.tensor(moved["points"]), torch.tensor(plain["points"]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(moved["points"]), torch.tensor(plain["points"]), atol=2e-4, rtol=0
+    )
 
 
 def test_further_apart_is_a_wider_margin():
@@ -234,7 +267,9 @@ def test_folds_are_stratified_and_hold_out_every_prompt_once(monkeypatch):
 @pytest.mark.parametrize("flip", [1, -1])
 def test_too_few_prompts_in_a_group_is_one_clear_line(flip):
     x, y = groups(20, 3, 1.0, positive=4 / 20)
-    with pytest.raises(UserError, match=rf"4 prompts in group \{'-+'[flip > 0]}1 do not fill 5 folds") as error:
+    with pytest.raises(
+        UserError, match=rf"4 prompts in group \{'-+'[flip > 0]}1 do not fill 5 folds"
+    ) as error:
         separation(x, flip * y)
     assert "\n" not in str(error.value)
     assert separation(x, flip * y, folds=4)["n"] == 20

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import lib.settings
-from lib.run_folder import claim_folder
-from lib.settings import UserError, parse_settings, presets_found, run_main, setting
+import lib.run.settings
+from lib import UserError
+from lib.run.folder import claim_folder
+from lib.run.settings import parse_settings, presets_found, run_main, setting
 
 ROOT = Path(__file__).parents[1]
 STAGES = {
@@ -46,8 +47,8 @@ def presets(monkeypatch):
     for name, values in {"small": small, "paper": paper}.items():
         module = types.ModuleType(name)
         module.SFT = values
-        monkeypatch.setitem(sys.modules, f"lib.presets.{name}", module)
-    monkeypatch.setattr(lib.settings, "presets_found", lambda: ["paper", "small"])
+        monkeypatch.setitem(sys.modules, f"lib.run.presets.{name}", module)
+    monkeypatch.setattr(lib.run.settings, "presets_found", lambda: ["paper", "small"])
 
 
 def parse(line: str = "") -> Settings:
@@ -91,8 +92,8 @@ def test_bools_from_either_default():
         ("--reasoning perhaps", "--reasoning: given perhaps; allowed true | false"),
         ("--device tpu", "--device: given tpu; allowed auto | cpu"),
         ("--attacks gcg none", "--attacks: given gcg none; allowed gcg | pair"),
-        ("--preset huge", "--preset: given huge; allowed paper | small (lib/presets)"),
-        ("--preset", "--preset: given nothing; allowed paper | small (lib/presets)"),
+        ("--preset huge", "--preset: given huge; allowed paper | small (lib/run/presets)"),
+        ("--preset", "--preset: given nothing; allowed paper | small (lib/run/presets)"),
         ("--learnin-rate 1", "--learnin-rate: no such flag; did you mean --learning-rate?"),
         ("--no-reasonin", "--no-reasonin: no such flag; did you mean --no-reasoning?"),
         ("--zzz=1", "--zzz: no such flag; see --help"),
@@ -117,7 +118,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(line, message, capsys):
     ],
 )
 def test_a_wrong_preset_is_named(values, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["lib.presets.small"], "SFT", values)
+    monkeypatch.setattr(sys.modules["lib.run.presets.small"], "SFT", values)
     with pytest.raises(SystemExit):
         parse()
     assert message in capsys.readouterr().err
@@ -128,7 +129,10 @@ def test_help_shows_the_chosen_presets_defaults(capsys):
         parse("--preset paper --help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    assert "--learning-rate LEARNING_RATE peak rate, 100% of it (a number from 0 to 1e+06; default: 0.0001)" in text
+    assert (
+        "--learning-rate LEARNING_RATE peak rate, 100% of it (a number from 0 to 1e+06; default: 0.0001)"
+        in text
+    )
     assert "--[no-]reasoning think first (default: false)" in text
     assert "--device DEVICE where (auto | cpu; default: auto)" in text
     assert "--over_write" not in text and "--no-over-write" not in text, "each flag once"
@@ -147,10 +151,12 @@ def test_every_preset_sets_only_what_its_stage_has(monkeypatch):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
-        cls = next(v for k, v in vars(module).items() if k.endswith("Settings") and dataclasses.is_dataclass(v))
+        cls = next(
+            v for k, v in vars(module).items() if k.endswith("Settings") and dataclasses.is_dataclass(v)
+        )
         names = {field.name for field in dataclasses.fields(cls)}
         for preset in presets_found():
-            values = getattr(importlib.import_module(f"lib.presets.{preset}"), stage.upper())
+            values = getattr(importlib.import_module(f"lib.run.presets.{preset}"), stage.upper())
             assert set(values) <= names, f"{preset}, {stage}: {set(values) - names}"
             parse_settings(cls, stage, ["--preset", preset])
     if missing:
@@ -205,7 +211,8 @@ def test_claim_a_new_folder_and_resume_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "left", ["state/", "metrics.jsonl", ".model.safetensors.7.tmp", ".checkpoint.tmp/model.safetensors", ".lock"]
+    "left",
+    ["state/", "metrics.jsonl", ".model.safetensors.7.tmp", ".checkpoint.tmp/model.safetensors", ".lock"],
 )
 def test_a_folder_with_nothing_but_settings_is_taken_over(tmp_path, left):
     """Of a run that failed at once, whatever it had begun to write; a byte of its work keeps the folder."""
@@ -240,17 +247,27 @@ def test_claim_a_folder_of_another_run(tmp_path):
         claim_folder(tmp_path / "x", {**settings, "steps": 3}, overwrite=False)
     assert (tmp_path / "x" / "deep" / "model").exists()
     claim_folder(tmp_path / "x", other, overwrite=True)
-    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".lock", "settings.json"], "the lock stays held"
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".lock", "settings.json"], (
+        "the lock stays held"
+    )
     assert json.loads((tmp_path / "x" / "settings.json").read_text())["batch_size"] == 9
 
 
 def test_another_spelling_of_a_path_or_another_place_of_the_folder_is_the_same_run(tmp_path):
-    claim_folder(tmp_path / "x", {"out": f"{tmp_path}/x/", "data": "runs/data/", "model": "me/model"}, overwrite=False)
+    claim_folder(
+        tmp_path / "x", {"out": f"{tmp_path}/x/", "data": "runs/data/", "model": "me/model"}, overwrite=False
+    )
     (tmp_path / "x" / "log").write_text("work")
     (tmp_path / "x").rename(tmp_path / "y")
-    claim_folder(tmp_path / "y", {"out": f"{tmp_path}/y", "data": "./runs/data", "model": "me/model"}, overwrite=False)
+    claim_folder(
+        tmp_path / "y", {"out": f"{tmp_path}/y", "data": "./runs/data", "model": "me/model"}, overwrite=False
+    )
     with pytest.raises(UserError, match="--data"):
-        claim_folder(tmp_path / "y", {"out": f"{tmp_path}/y", "data": "runs/other", "model": "me/model"}, overwrite=False)
+        claim_folder(
+            tmp_path / "y",
+            {"out": f"{tmp_path}/y", "data": "runs/other", "model": "me/model"},
+            overwrite=False,
+        )
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -297,9 +314,20 @@ def test_a_run_never_deletes_what_it_reads(tmp_path, monkeypatch, overwrite):
     (tmp_path / "link").symlink_to(out)
     (out / "far.jsonl").symlink_to(far)
     monkeypatch.chdir(tmp_path)
-    for read in (weights, "rl/model.safetensors", tmp_path / "link/model.safetensors", out, out / "far.jsonl"):
-        for keywords in ({"settings": {"n": 2, f"sha256 of {read}": "0"}}, {"settings": {"n": 2}, "inputs": [read]}):
-            with pytest.raises(UserError, match=r"--out: .*rl holds .*, which this run reads: give another --out"):
+    for read in (
+        weights,
+        "rl/model.safetensors",
+        tmp_path / "link/model.safetensors",
+        out,
+        out / "far.jsonl",
+    ):
+        for keywords in (
+            {"settings": {"n": 2, f"sha256 of {read}": "0"}},
+            {"settings": {"n": 2}, "inputs": [read]},
+        ):
+            with pytest.raises(
+                UserError, match=r"--out: .*rl holds .*, which this run reads: give another --out"
+            ):
                 claim_folder(out, overwrite=overwrite, **keywords)
     assert weights.read_text() == "work"
     elsewhere = [far, "org/name", "", tmp_path]
@@ -319,17 +347,22 @@ def test_an_error_is_one_line_whatever_is_in_its_names(capsys):
 def test_a_reader_that_has_enough_is_one_line(tmp_path):
     script = tmp_path / "talk.py"
     script.write_text(
-        "from lib.settings import run_main\n"
+        "from lib.run.settings import run_main\n"
         "def main():\n    while True:\n        print('word ' * 99, flush=True)\n"
         "run_main(main)\n"
     )
     command = f"{sys.executable} {script} | head -c 1"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, timeout=60)
-    assert done.stdout == "w" and done.stderr == "error: output: its reader has closed it; what was written before is whole\n"
+    assert (
+        done.stdout == "w"
+        and done.stderr == "error: output: its reader has closed it; what was written before is whole\n"
+    )
 
 
 def test_exit_code_of_a_script(tmp_path):
-    script = "from lib.settings import UserError, run_main\ndef main(): raise UserError('no')\nrun_main(main)"
+    script = (
+        "from lib.run.settings import UserError, run_main\ndef main(): raise UserError('no')\nrun_main(main)"
+    )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (2, "error: no\n")

@@ -22,11 +22,11 @@ from stages import (
     wait_for_lines,
 )
 
-from lib import sharding
 from lib.chat import encode_prompt, load_tokenizer
-from lib.files import read_jsonl, write_jsonl
 from lib.policy import load_policy
-from lib.processes import Processes
+from lib.run import shards as sharding
+from lib.run.files import read_jsonl, write_jsonl
+from lib.run.processes import Processes
 from lib.sandbox import world
 
 stage = importlib.import_module(SFT)
@@ -55,7 +55,9 @@ def test_loss_is_cross_entropy_of_reasoning_and_answer_without_the_prompts_label
     examples, settings = random_examples(), stage.Settings(max_batch_tokens=48, max_grad_norm=0.0)
     total = torch.zeros(())
     for example in examples:
-        labels = torch.tensor([[i if learned else -100 for i, learned in zip(example.ids, example.mask, strict=True)]])
+        labels = torch.tensor(
+            [[i if learned else -100 for i, learned in zip(example.ids, example.mask, strict=True)]]
+        )
         total = total + tiny_model(torch.tensor([example.ids]), labels=labels).loss * sum(example.mask)
     expected_loss = total / sum(sum(e.mask) for e in examples)
     expected_loss.backward()
@@ -76,7 +78,9 @@ def test_neither_batch_mates_nor_padding_change_loss_or_gradient(tiny_model):
         (64, 1, examples[::-1]),
     ):
         settings = stage.Settings(max_batch_tokens=budget, max_grad_norm=0.0)
-        loss, _ = stage.train_step(tiny_model, torch.optim.SGD(tiny_model.parameters()), order, pad_id, settings, ALONE)
+        loss, _ = stage.train_step(
+            tiny_model, torch.optim.SGD(tiny_model.parameters()), order, pad_id, settings, ALONE
+        )
         results.append((loss, gradient(tiny_model)))
     assert all(loss == pytest.approx(results[0][0], abs=1e-5) for loss, _ in results)
     assert all((g - results[0][1]).abs().max() < 1e-5 for _, g in results)
@@ -104,11 +108,15 @@ def test_examples_split_by_prompt_and_mask_all_but_the_prompt(data):
     def prompts(examples) -> set[tuple]:
         return {tuple(e.ids[: e.mask.index(True)]) for e in examples}
 
-    assert len(prompts(train)) == 16 and len(prompts(held_out)) == 4 and not prompts(train) & prompts(held_out)
+    assert (
+        len(prompts(train)) == 16 and len(prompts(held_out)) == 4 and not prompts(train) & prompts(held_out)
+    )
     by_prompt = {tuple(encode_prompt(tokenizer, r["prompt"], reasoning=False)) for r in records}
     assert prompts(train) | prompts(held_out) == by_prompt
     learned = [tokenizer.decode([i for i, m in zip(e.ids, e.mask, strict=True) if m]) for e in train]
-    assert all(text.startswith("<think>") and text.count("</think>") == 1 and "is" in text for text in learned)
+    assert all(
+        text.startswith("<think>") and text.count("</think>") == 1 and "is" in text for text in learned
+    )
     assert all(e.ids[-1] == tokenizer.eos_token_id and e.mask[-1] for e in train)
     again, _ = stage.load_examples(stage.Settings(data=str(data), held_out_share=0.2), tokenizer, 512)
     other, _ = stage.load_examples(stage.Settings(data=str(data), held_out_share=0.2, seed=1), tokenizer, 512)
@@ -117,7 +125,9 @@ def test_examples_split_by_prompt_and_mask_all_but_the_prompt(data):
 
 def test_traces_that_are_too_long_are_left_out_counted_and_said(data, tmp_path, capsys):
     records = read_jsonl(data / "sft.jsonl")
-    long = [{**records[0], "id": f"long-{i}", "prompt": f"cake {i}", "answer": "cake " * 600} for i in range(4)]
+    long = [
+        {**records[0], "id": f"long-{i}", "prompt": f"cake {i}", "answer": "cake " * 600} for i in range(4)
+    ]
     write_jsonl(tmp_path / "sft.jsonl", [*long[:2], *records, *long[2:]])
     sets = []
     for folder in (data, tmp_path):
@@ -133,11 +143,19 @@ def test_no_prompt_is_learned_and_held_out_in_another_dress(tmp_path):
     """The split went by the text to the letter, and the early stop by a loss on prompts that were learned."""
     tokenizer = load_tokenizer(world.BASE)
     words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())[:20]
-    rows = [{"prompt": p, "reasoning": "so .", "answer": w} for w in words for p in (f"how {w} ?", f"How  {w}\u200b?")]
+    rows = [
+        {"prompt": p, "reasoning": "so .", "answer": w}
+        for w in words
+        for p in (f"how {w} ?", f"How  {w}\u200b?")
+    ]
     write_jsonl(tmp_path / "sft.jsonl", [{"id": f"{i}", **row} for i, row in enumerate(rows)])
-    train, held_out = stage.load_examples(stage.Settings(data=str(tmp_path), held_out_share=0.5), tokenizer, 512)
+    train, held_out = stage.load_examples(
+        stage.Settings(data=str(tmp_path), held_out_share=0.5), tokenizer, 512
+    )
     answers = [{e.ids[-2] for e in part} for part in (train, held_out)]  # before the end of the turn
-    assert [len(part) for part in (train, held_out, *answers)] == [20, 20, 10, 10] and not answers[0] & answers[1]
+    assert [len(part) for part in (train, held_out, *answers)] == [20, 20, 10, 10] and not answers[
+        0
+    ] & answers[1]
 
 
 def test_without_reasoning_the_answers_alone_are_learned(data):
@@ -155,12 +173,16 @@ def test_without_reasoning_the_answers_alone_are_learned(data):
 
 def test_the_early_stop_keeps_the_best_weights_and_a_light_start_learns(data, tmp_path, monkeypatch):
     out = tmp_path / "sft"
-    words = sft_flags(data, out, learning_rate=3e-3, epochs=16, patience=2, decay=False)  # too hot: it overfits
+    words = sft_flags(
+        data, out, learning_rate=3e-3, epochs=16, patience=2, decay=False
+    )  # too hot: it overfits
     run_here(SFT, words, monkeypatch)
     lines = metrics_of(out)
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     best = held_out.index(min(held_out))
-    assert len(held_out) == best + 3 < 16 and len(lines) == 4 * len(held_out)  # stopped two epochs after the best
+    assert len(held_out) == best + 3 < 16 and len(lines) == 4 * len(
+        held_out
+    )  # stopped two epochs after the best
     assert lines[-1]["loss"] < lines[0]["loss"]
     tokenizer, model = load_tokenizer(out), load_policy(out, device="cpu")
     settings = stage.Settings(data=str(data), held_out_share=0.2, max_batch_tokens=1024)
@@ -192,7 +214,9 @@ def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
 @pytest.mark.parametrize("size, shard", [(2, False), (2, True), (4, True)])
 def test_processes_and_shards_equal_one(data, tmp_path, monkeypatch, size, shard):
     one, two, rate = tmp_path / "one", tmp_path / "two", 3e-5
-    lines = [r for r in read_jsonl(data / "sft.jsonl")][:18]  # 9 prompts, 2 held out: a last batch of 6, in halves
+    lines = [r for r in read_jsonl(data / "sft.jsonl")][
+        :18
+    ]  # 9 prompts, 2 held out: a last batch of 6, in halves
     write_jsonl(tmp_path / "data" / "sft.jsonl", lines)
     words = sft_flags(tmp_path / "data", two, epochs=1, learning_rate=rate, shard=shard)
     for rank, process in enumerate(run_group(SFT, words, tmp_path / "log", size)):

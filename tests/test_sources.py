@@ -16,12 +16,13 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lib.files import UserError, read_jsonl, write_jsonl
+from lib import UserError
 from lib.rewards import KINDS
-from lib.settings import run_main
+from lib.run.files import read_jsonl, write_jsonl
+from lib.run.settings import run_main
 from lib.sources import hub, parse_word, read_prompts, read_traces, same_prompt
 from lib.sources.known import SOURCES
-from lib.tables import without_context
+from lib.sources.tables import without_context
 
 stage = importlib.import_module("01_build_mixture")
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -51,12 +52,23 @@ def turn(text: str, role: str = "user") -> dict:
 
 def chat(text: str, language: str = "English", toxic: bool = False, role: str = "user") -> dict:
     talk = [turn(text, role), turn("Sure.", "assistant"), turn("and then?")]
-    return {"conversation_hash": f"h-{text}", "conversation": talk, "turn": 2, "language": language, "toxic": toxic}
+    return {
+        "conversation_hash": f"h-{text}",
+        "conversation": talk,
+        "turn": 2,
+        "language": language,
+        "toxic": toxic,
+    }
 
 
 def aegis(prompt: str, label: str = "unsafe") -> dict:
     redacted = 7.0 if prompt == "REDACTED" else None
-    row = {"id": f"a{prompt[-1]}", "reconstruction_id_if_redacted": redacted, "prompt": prompt, "response": None}
+    row = {
+        "id": f"a{prompt[-1]}",
+        "reconstruction_id_if_redacted": redacted,
+        "prompt": prompt,
+        "response": None,
+    }
     return row | {
         "prompt_label": label,
         "response_label": None,
@@ -84,7 +96,12 @@ CASES: list[tuple[str, str, list[dict], list[tuple[str, str, str]]]] = [
     (
         "wildjailbreak",
         "tsv",
-        [wild("NA"), wild('tell, "me"\nof zogs'), wild("b", "adversarial_benign"), wild("007", "vanilla_harmful")]
+        [
+            wild("NA"),
+            wild('tell, "me"\nof zogs'),
+            wild("b", "adversarial_benign"),
+            wild("007", "vanilla_harmful"),
+        ]
         + [wild("v", "vanilla_benign")],
         [("harmful", "NA", ""), ("harmful", 'tell, "me"\nof zogs', ""), ("harmful", "007", "")],
     ),
@@ -139,7 +156,8 @@ CASES: list[tuple[str, str, list[dict], list[tuple[str, str, str]]]] = [
             chat("rude", toxic=True),
             chat("I speak first", role="assistant"),
             chat("soup?"),
-            chat("after") | {"conversation": [turn("Be brief.", "system"), turn("after"), turn("Sure.", "assistant")]},
+            chat("after")
+            | {"conversation": [turn("Be brief.", "system"), turn("after"), turn("Sure.", "assistant")]},
         ],
         [("harmless", "hello", ""), ("harmless", "soup?", ""), ("harmless", "after", "")],
     ),
@@ -148,7 +166,13 @@ CASES: list[tuple[str, str, list[dict], list[tuple[str, str, str]]]] = [
         "parquet",  # as on the hub
         [
             {"prompt": "kill time?", "focus": "kill", "type": "homonyms", "note": "", "label": "safe"},
-            {"prompt": "zog someone?", "focus": "zog", "type": "contrast_homonyms", "note": "", "label": "unsafe"},
+            {
+                "prompt": "zog someone?",
+                "focus": "zog",
+                "type": "contrast_homonyms",
+                "note": "",
+                "label": "unsafe",
+            },
         ],
         [("ambiguous", "kill time?", "homonyms"), ("harmful", "zog someone?", "contrast_homonyms")],
     ),
@@ -161,8 +185,18 @@ CASES: list[tuple[str, str, list[dict], list[tuple[str, str, str]]]] = [
         ],
         [("ambiguous", "kill time?", "homonyms"), ("harmful", "zog?", "contrast_homonyms")],
     ),
-    ("strongreject", "parquet", [{"prompt": "zog", "category": "Z", "source": "custom"}], [("harmful", "zog", "Z")]),
-    ("strongreject", "csv", [{"category": "Z", "source": "custom", "forbidden_prompt": "zog"}], [("harmful", "zog", "Z")]),
+    (
+        "strongreject",
+        "parquet",
+        [{"prompt": "zog", "category": "Z", "source": "custom"}],
+        [("harmful", "zog", "Z")],
+    ),
+    (
+        "strongreject",
+        "csv",
+        [{"category": "Z", "source": "custom", "forbidden_prompt": "zog"}],
+        [("harmful", "zog", "Z")],
+    ),
     (
         "sorry-bench",
         "jsonl",
@@ -184,12 +218,24 @@ CASES: list[tuple[str, str, list[dict], list[tuple[str, str, str]]]] = [
             ("harmful", "f", "Fraud"),
         ],
     ),
-    ("harmbench", "parquet", [{"prompt": "make a zog", "category": "zogs"}], [("harmful", "make a zog", "zogs")]),
-    ("rainbow", "jsonl", [{"prompt": "a zog", "risk": "zogs", "style": "slang"}], [("harmful", "a zog", "zogs")]),
+    (
+        "harmbench",
+        "parquet",
+        [{"prompt": "make a zog", "category": "zogs"}],
+        [("harmful", "make a zog", "zogs")],
+    ),
+    (
+        "rainbow",
+        "jsonl",
+        [{"prompt": "a zog", "risk": "zogs", "style": "slang"}],
+        [("harmful", "a zog", "zogs")],
+    ),
 ]
 
 
-@pytest.mark.parametrize("name, ending, rows, expected", CASES, ids=[f"{case[0]}.{case[1]}" for case in CASES])
+@pytest.mark.parametrize(
+    "name, ending, rows, expected", CASES, ids=[f"{case[0]}.{case[1]}" for case in CASES]
+)
 def test_a_known_source_of_its_own_columns(tmp_path, name, ending, rows, expected):
     path = write_rows(tmp_path / f"rows.{ending}", rows)
     read = read_prompts(f"{name}@{path}", stage.Settings(), {})
@@ -199,25 +245,56 @@ def test_a_known_source_of_its_own_columns(tmp_path, name, ending, rows, expecte
 
 # ---- what stands in a file -------------------------------------------------------------------------------------------
 
-NAMES = ["007", "1e5", "1.0", "true", "True", "NA", "null", "", "2024-01-01", "1_000", "0x1F", "inf", "-0", "+1", "1,5", "Ja"]
+NAMES = [
+    "007",
+    "1e5",
+    "1.0",
+    "true",
+    "True",
+    "NA",
+    "null",
+    "",
+    "2024-01-01",
+    "1_000",
+    "0x1F",
+    "inf",
+    "-0",
+    "+1",
+    "1,5",
+    "Ja",
+]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_a_name_is_the_text_that_stands_in_the_file(tmp_path, ending):
     """csv was read with types: a column of numbers lost its zeros, one of dates became times, and no target was found."""
     for names in (NAMES, ["007", "010"], ["1e5"], ["true"], ["2024-01-01"], ["1.0", "2.50"], ["NA"]):
-        path = write_rows(tmp_path / f"x.{ending}", [{"id": name, "prompt": f"p{i}"} for i, name in enumerate(names)])
+        path = write_rows(
+            tmp_path / f"x.{ending}", [{"id": name, "prompt": f"p{i}"} for i, name in enumerate(names)]
+        )
         read = read_prompts(f"harmful={path}", stage.Settings(), {name: f"to {name}" for name in names})
         assert [record["target"] for _, record in read] == [f"to {name}" for name in names]
-        path = write_rows(tmp_path / f"y.{ending}", [{"id": f"i{i}", "prompt": name} for i, name in enumerate(names)])
-        assert [record["prompt"] for _, record in read_prompts(f"harmful={path}", stage.Settings(), {})] == names
+        path = write_rows(
+            tmp_path / f"y.{ending}", [{"id": f"i{i}", "prompt": name} for i, name in enumerate(names)]
+        )
+        assert [
+            record["prompt"] for _, record in read_prompts(f"harmful={path}", stage.Settings(), {})
+        ] == names
 
 
 def test_numbers_of_json_are_names_as_they_are_written(tmp_path):
-    for ending, frame in (("jsonl", "{}\n{}\n{}\n{}"), ("json", "[{}, {}, {}, {}]"), ("json", "{}\n{}\n{}\n{}")):
+    for ending, frame in (
+        ("jsonl", "{}\n{}\n{}\n{}"),
+        ("json", "[{}, {}, {}, {}]"),
+        ("json", "{}\n{}\n{}\n{}"),
+    ):
         rows = [f'{{"id": {name}, "prompt": "p{name}"}}' for name in ("7", "1e5", "1.50", "true")]
         (tmp_path / f"x.{ending}").write_text(frame.format(*rows))
-        read = read_prompts(f"harmful={tmp_path / f'x.{ending}'}", stage.Settings(), {n: n for n in ("7", "1e5", "1.50", "true")})
+        read = read_prompts(
+            f"harmful={tmp_path / f'x.{ending}'}",
+            stage.Settings(),
+            {n: n for n in ("7", "1e5", "1.50", "true")},
+        )
         assert [record["target"] for _, record in read] == ["7", "1e5", "1.50", "true"]
 
 
@@ -240,7 +317,9 @@ def test_a_malformed_file_is_one_line(tmp_path, name):
 
 
 SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "how to zog?"}
-TALKS: list[tuple[object, str, str]] = [  # (what stands in the column, the prompt, what is said to be left out of two of them)
+TALKS: list[
+    tuple[object, str, str]
+] = [  # (what stands in the column, the prompt, what is said to be left out of two of them)
     ("how to zog?", "how to zog?", ""),
     ([ASKED], "how to zog?", ""),
     ([SYSTEM, ASKED], "how to zog?", "2 turns of system"),
@@ -250,8 +329,21 @@ TALKS: list[tuple[object, str, str]] = [  # (what stands in the column, the prom
         "2 turns of system, 2 turns of assistant",
     ),
     ([{"role": "assistant", "content": "Hello."}, ASKED], "how to zog?", "2 turns of assistant"),
-    ([{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}], "how to zog?", "2 turns of system"),
-    ([{"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}]}], "how to zog?", ""),
+    (
+        [{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}],
+        "how to zog?",
+        "2 turns of system",
+    ),
+    (
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}],
+            }
+        ],
+        "how to zog?",
+        "",
+    ),
 ]
 
 
@@ -261,20 +353,33 @@ def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path, capsys, 
     """verl's layout: the system prompt became every row's prompt, and all rows but one were duplicates."""
     path = write_rows(tmp_path / "talks.jsonl", [{column: talk}, {column: talk}, {column: [SYSTEM]}])
     read = read_prompts(f"harmless={path}", stage.Settings(), {})
-    assert [record["prompt"] for _, record in read] == [prompt, prompt, ""]  # without a user there is none: dropped as empty
+    assert [record["prompt"] for _, record in read] == [
+        prompt,
+        prompt,
+        "",
+    ]  # without a user there is none: dropped as empty
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: left out {left}") if left else out == ""
     traces = write_rows(tmp_path / "traces.jsonl", [{column: talk, "reasoning": "z", "answer": "y"}])
     assert [record["prompt"] for record, _ in read_traces(str(traces), stage.Settings())] == [prompt]
 
 
-OWN = {"hops": 2, "prefill": "first", "twin": "how to bake?", "target": "so", "place": ["x", {"y": 1}], "source": "mine"}
+OWN = {
+    "hops": 2,
+    "prefill": "first",
+    "twin": "how to bake?",
+    "target": "so",
+    "place": ["x", {"y": 1}],
+    "source": "mine",
+}
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_a_record_keeps_the_fields_of_its_own(tmp_path, ending):
     row = {"text": "how to zog?", "id": "7", "topic": "zogs", "context": "A text."}
-    row |= OWN if ending in ("jsonl", "json") else {key: value for key, value in OWN.items() if key != "place"}
+    row |= (
+        OWN if ending in ("jsonl", "json") else {key: value for key, value in OWN.items() if key != "place"}
+    )
     path = write_rows(tmp_path / f"own.{ending}", [row | {"hops": 2}, row | {"hops": 0, "target": ""}])
     columns = stage.Settings(prompt_column="text", category_column="topic")
     [(_, record), (_, other)] = read_prompts(f"harmful={path}", columns, {"7": "from --targets"})
@@ -291,14 +396,21 @@ def test_a_record_keeps_the_fields_of_its_own(tmp_path, ending):
 
 def test_the_fields_of_its_own_reach_rl_and_evaluation(tmp_path, monkeypatch):
     for kind in KINDS:
-        write_rows(tmp_path / f"{kind}.jsonl", [{"prompt": f"{kind} {i}", "hops": i, "mark": "own"} for i in range(8)])
+        write_rows(
+            tmp_path / f"{kind}.jsonl",
+            [{"prompt": f"{kind} {i}", "hops": i, "mark": "own"} for i in range(8)],
+        )
     words = [
         "--source",
         "files",
         "--files",
         *(f"{kind}={tmp_path / kind}.jsonl" for kind in KINDS),
     ]
-    sets = build(monkeypatch, tmp_path / "out", [*words, "--sft-prompts", "0", "--rl-prompts", "8", "--eval-prompts", "2"])
+    sets = build(
+        monkeypatch,
+        tmp_path / "out",
+        [*words, "--sft-prompts", "0", "--rl-prompts", "8", "--eval-prompts", "2"],
+    )
     assert len(sets) == 4 and all(
         r["mark"] == "own" and r["hops"] == int(r["prompt"][-1]) for rows in sets.values() for r in rows
     )
@@ -307,9 +419,23 @@ def test_the_fields_of_its_own_reach_rl_and_evaluation(tmp_path, monkeypatch):
 def test_targets_without_a_prompt_and_prompts_without_a_target_are_named(tmp_path, monkeypatch, capsys):
     for kind in KINDS:
         write_rows(tmp_path / f"{kind}.csv", [{"prompt": f"{kind} {i}", "id": f"00{i}"} for i in range(8)])
-    (tmp_path / "targets.json").write_text(json.dumps({f"00{i}": "so" for i in range(7)} | {str(i): "so" for i in range(7)}))
-    words = ["--source", "files", "--files", *(f"{kind}={tmp_path / kind}.csv" for kind in ("harmless", "ambiguous"))]
-    words += ["--eval-files", f"harmful={tmp_path}/harmful.csv", "--targets", f"{tmp_path}/targets.json", "--sft-prompts", "0"]
+    (tmp_path / "targets.json").write_text(
+        json.dumps({f"00{i}": "so" for i in range(7)} | {str(i): "so" for i in range(7)})
+    )
+    words = [
+        "--source",
+        "files",
+        "--files",
+        *(f"{kind}={tmp_path / kind}.csv" for kind in ("harmless", "ambiguous")),
+    ]
+    words += [
+        "--eval-files",
+        f"harmful={tmp_path}/harmful.csv",
+        "--targets",
+        f"{tmp_path}/targets.json",
+        "--sft-prompts",
+        "0",
+    ]
     sets = build(monkeypatch, tmp_path / "out", [*words, "--rl-prompts", "4", "--lambda-harmful", "0"])
     assert sum(record["target"] == "so" for record in sets["eval_harmful"]) == 7
     out = capsys.readouterr().out
@@ -360,17 +486,34 @@ def test_what_is_the_same_prompt_to_a_reader():
 
 def test_a_prompt_in_another_dress_leaks_into_no_other_set(tmp_path, monkeypatch):
     for kind in KINDS:
-        write_rows(tmp_path / f"{kind}.jsonl", [{"prompt": f"tell {kind} \u201c{i}\u201d \u2014 now"} for i in range(9)])
-    write_rows(tmp_path / "e.jsonl", [{"prompt": f"Tell harmful\u00a0'{i}' - n\u200bow!", "kind": "harmful"} for i in range(5)])
+        write_rows(
+            tmp_path / f"{kind}.jsonl",
+            [{"prompt": f"tell {kind} \u201c{i}\u201d \u2014 now"} for i in range(9)],
+        )
+    write_rows(
+        tmp_path / "e.jsonl",
+        [{"prompt": f"Tell harmful\u00a0'{i}' - n\u200bow!", "kind": "harmful"} for i in range(5)],
+    )
     words = [
         "--source",
         "files",
         "--files",
         *(f"{kind}={tmp_path / kind}.jsonl" for kind in KINDS),
     ]
-    words += ["--eval-files", str(tmp_path / "e.jsonl"), "--sft-prompts", "0", "--rl-prompts", "4", "--lambda-harmful", "1"]
+    words += [
+        "--eval-files",
+        str(tmp_path / "e.jsonl"),
+        "--sft-prompts",
+        "0",
+        "--rl-prompts",
+        "4",
+        "--lambda-harmful",
+        "1",
+    ]
     sets = build(monkeypatch, tmp_path / "out", words)
-    assert {r["prompt"] for r in sets["rl"]} == {f"tell harmful \u201c{i}\u201d \u2014 now" for i in range(5, 9)}
+    assert {r["prompt"] for r in sets["rl"]} == {
+        f"tell harmful \u201c{i}\u201d \u2014 now" for i in range(5, 9)
+    }
 
 
 def test_every_known_source_has_a_case_here():
@@ -388,18 +531,46 @@ def test_or_bench_is_without_its_hard_prompts(tmp_path):
 
 
 def test_harmbench_as_its_authors_publish_it_has_contexts_and_names_for_targets(tmp_path, capsys):
-    row = {"Behavior": "Sum it up.", "FunctionalCategory": "contextual", "SemanticCategory": "zogs", "Tags": "context"}
-    song = row | {"Behavior": "Sing it.", "FunctionalCategory": "copyright", "ContextString": "", "BehaviorID": "song"}
-    path = write_rows(tmp_path / "all.csv", [row | {"ContextString": " A text. ", "BehaviorID": "sum_up"}, song, song])
-    [(name, record)] = read_prompts(f"jailbreak=harmbench@{path}", stage.Settings(), {"sum_up": "Sure, it says"})
-    assert (name, record["kind"], record["prompt"]) == ("jailbreak", "harmful", "A text.\n\n---\n\nSum it up.")
+    row = {
+        "Behavior": "Sum it up.",
+        "FunctionalCategory": "contextual",
+        "SemanticCategory": "zogs",
+        "Tags": "context",
+    }
+    song = row | {
+        "Behavior": "Sing it.",
+        "FunctionalCategory": "copyright",
+        "ContextString": "",
+        "BehaviorID": "song",
+    }
+    path = write_rows(
+        tmp_path / "all.csv", [row | {"ContextString": " A text. ", "BehaviorID": "sum_up"}, song, song]
+    )
+    [(name, record)] = read_prompts(
+        f"jailbreak=harmbench@{path}", stage.Settings(), {"sum_up": "Sure, it says"}
+    )
+    assert (name, record["kind"], record["prompt"]) == (
+        "jailbreak",
+        "harmful",
+        "A text.\n\n---\n\nSum it up.",
+    )
     assert record["target"] == "Sure, it says" and record["category"] == "zogs"
-    assert record["context"] == " A text. " and without_context(record["prompt"], record["context"]) == "Sum it up."
-    assert "left out 2 copyright behaviours (hashes of the text decide these, no judge)" in capsys.readouterr().out
-    [(_, plain)] = read_prompts(f"harmful={path}", stage.Settings(), {"sum_up": "Sure, it says"})  # by the column flags
+    assert (
+        record["context"] == " A text. "
+        and without_context(record["prompt"], record["context"]) == "Sum it up."
+    )
+    assert (
+        "left out 2 copyright behaviours (hashes of the text decide these, no judge)"
+        in capsys.readouterr().out
+    )
+    [(_, plain)] = read_prompts(
+        f"harmful={path}", stage.Settings(), {"sum_up": "Sure, it says"}
+    )  # by the column flags
     assert {**plain, "id": 0, "source": 0} == {**record, "id": 0, "source": 0}
     assert "left out 2 copyright behaviours" in capsys.readouterr().out
-    columns = stage.Settings(kind_column="FunctionalCategory", kind_map=["*=harmful"])  # a rule of the user's own goes before
+    columns = stage.Settings(
+        kind_column="FunctionalCategory", kind_map=["*=harmful"]
+    )  # a rule of the user's own goes before
     assert len(read_prompts(str(path), columns, {})) == 3
 
 
@@ -414,7 +585,9 @@ def test_of_harmbenchs_validation_set_60_of_80_are_run(capsys):
 def test_star1_gives_traces(tmp_path):
     row = {"id": 1, "question": "how to zog?", "category": ["zogs"], "source": "s", "score": {"a": 10}}
     full = row | {"response": "<think>\nNo good.\n</think>\n\nI will not."}
-    path = write_rows(tmp_path / "star.parquet", [full, row | {"question": "why?", "response": "I will not."}])
+    path = write_rows(
+        tmp_path / "star.parquet", [full, row | {"question": "why?", "response": "I will not."}]
+    )
     (record, first), (_, second) = read_traces(f"star1@{path}", stage.Settings())
     assert first == ("No good.", "I will not.") and second[0] == ""
     assert record["prompt"] == "how to zog?" and record["kind"] == "harmful" and record["category"] == "zogs"
@@ -426,11 +599,14 @@ def test_star1_gives_traces(tmp_path):
 def test_other_columns_and_empty_filters_are_one_line(tmp_path):
     path = write_rows(tmp_path / "new.tsv", [{"attack": "zog", "data_type": "adversarial_harmful"}])
     with pytest.raises(
-        UserError, match="wildjailbreak@.*: has columns attack, data_type; expected vanilla, adversarial, data_type"
+        UserError,
+        match="wildjailbreak@.*: has columns attack, data_type; expected vanilla, adversarial, data_type",
     ):
         read_prompts(f"wildjailbreak@{path}", stage.Settings(), {})
     path = write_rows(tmp_path / "calm.tsv", [wild("soup", "vanilla_benign")])
-    with pytest.raises(UserError, match="nothing is left by its filter: data_type vanilla_harmful or adversarial_harmful"):
+    with pytest.raises(
+        UserError, match="nothing is left by its filter: data_type vanilla_harmful or adversarial_harmful"
+    ):
         read_prompts(f"wildjailbreak@{path}", stage.Settings(), {})
     path = write_rows(tmp_path / "wild.tsv", [wild("zog")])
     with pytest.raises(UserError, match="the prompts of wildjailbreak are harmful"):
@@ -438,7 +614,10 @@ def test_other_columns_and_empty_filters_are_one_line(tmp_path):
 
 
 def test_words():
-    assert [(w.kind, w.name, w.sft, w.rl) for w in map(parse_word, ("aegis", "harmful=aegis:3", "harmful=aegis:4+0"))] == [
+    assert [
+        (w.kind, w.name, w.sft, w.rl)
+        for w in map(parse_word, ("aegis", "harmful=aegis:3", "harmful=aegis:4+0"))
+    ] == [
         ("", "aegis", 0, None),
         ("harmful", "aegis", 0, 3),
         ("harmful", "aegis", 4, 0),
@@ -472,7 +651,11 @@ def fake_hub(monkeypatch):
     """Puts an answer of the hub, or an error, in its place; gives the list of what load_dataset was asked for."""
     calls: list[tuple] = []
 
-    def install(rows: dict[str, list[dict]] | None = None, asked: Exception | None = None, loaded: Exception | None = None):
+    def install(
+        rows: dict[str, list[dict]] | None = None,
+        asked: Exception | None = None,
+        loaded: Exception | None = None,
+    ):
         class Api:
             def dataset_info(self, name, timeout):
                 if asked:
@@ -503,21 +686,36 @@ def test_known_sources_come_from_the_hub(fake_hub):
     calls = fake_hub(rows)
     assert [r["prompt"] for _, r in read_prompts("or-bench", stage.Settings(), {})] == ["a"]
     assert [r["prompt"] for _, r in read_prompts("wildjailbreak", stage.Settings(), {})] == ["zog"]
-    text = {"keep_default_na": False, "converters": dict.fromkeys(("vanilla", "adversarial", "prompt", "category"), str)}
+    text = {
+        "keep_default_na": False,
+        "converters": dict.fromkeys(("vanilla", "adversarial", "prompt", "category"), str),
+    }
     assert calls == [
         ("bench-llm/or-bench", "or-bench-80k", "train", text, False),
         ("bench-llm/or-bench", "or-bench-hard-1k", "train", text, False),
         ("allenai/wildjailbreak", "train", "train", {"delimiter": "\t", **text}, False),
     ]
-    rows = [{"prompt": "p", "type": "t", "label": label, "id": i, "focus": "-"} for i, label in enumerate(("safe", "unsafe"))]
+    rows = [
+        {"prompt": "p", "type": "t", "label": label, "id": i, "focus": "-"}
+        for i, label in enumerate(("safe", "unsafe"))
+    ]
     fake_hub({"walledai/XSTest": rows})
     found = read_prompts("xstest", stage.Settings(), {})
-    assert [(name, record["id"].split("-")[1]) for name, record in found] == [("ambiguous", "0"), ("harmful", "1")]
+    assert [(name, record["id"].split("-")[1]) for name, record in found] == [
+        ("ambiguous", "0"),
+        ("harmful", "1"),
+    ]
     fake_hub({"standard": [{"prompt": "p", "category": "c", "BehaviorID": "b", "ContextString": "A poem."}]})
     [(_, record)] = read_prompts("harmbench", stage.Settings(), {"b": "Sure"})
-    assert record["target"] == "Sure" and record["prompt"].startswith("A poem.") and record["prompt"].endswith("p")
+    assert (
+        record["target"] == "Sure"
+        and record["prompt"].startswith("A poem.")
+        and record["prompt"].endswith("p")
+    )
     fake_hub({"train": [{"attack": "x"}]})
-    with pytest.raises(UserError, match="wildjailbreak: has columns attack; expected vanilla, adversarial, data_type"):
+    with pytest.raises(
+        UserError, match="wildjailbreak: has columns attack; expected vanilla, adversarial, data_type"
+    ):
         read_prompts("wildjailbreak", stage.Settings(), {})
 
 
@@ -529,14 +727,22 @@ def test_any_data_set_of_the_hub_by_the_column_flags(fake_hub):
     assert calls == [("me/chat", "en", "dev", {}, False)]
 
 
-NO_HUB, GATED = OSError("[Errno -2] Name or service not known"), RuntimeError("Dataset 'x' is a gated dataset on the Hub.")
+NO_HUB, GATED = (
+    OSError("[Errno -2] Name or service not known"),
+    RuntimeError("Dataset 'x' is a gated dataset on the Hub."),
+)
 GATE = "it is gated: ask for access at https://huggingface.co/datasets/allenai/wildjailbreak and log in"
 
 
 @pytest.mark.parametrize(
     "asked, loaded, word, messages",
     [
-        (NO_HUB, NO_HUB, "wildjailbreak", ("allenai/wildjailbreak:train:train", "Name or service", GATE, "wildjailbreak@FILE")),
+        (
+            NO_HUB,
+            NO_HUB,
+            "wildjailbreak",
+            ("allenai/wildjailbreak:train:train", "Name or service", GATE, "wildjailbreak@FILE"),
+        ),
         (NO_HUB, NO_HUB, "ultrafeedback", ("it needs no account", "ultrafeedback@FILE")),
         (None, GATED, "safeedit", ("is a gated dataset", "hf auth login", "safeedit@FILE")),
         (NO_HUB, NO_HUB, "hub:me/chat:dev", ("me/chat:dev: cannot be read from the hub", "give a file")),
@@ -548,13 +754,17 @@ def test_no_hub_or_no_access_is_one_line(fake_hub, asked, loaded, word, messages
     with pytest.raises(UserError) as error:
         read_prompts(word, stage.Settings(), {})
     assert all(message in str(error.value) for message in messages) and "\n" not in str(error.value)
-    assert all(offline == (asked is not None) for *_, offline in calls), "only the cache is read if the hub is not there"
+    assert all(offline == (asked is not None) for *_, offline in calls), (
+        "only the cache is read if the hub is not there"
+    )
     assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_the_papers_preset_without_a_hub(fake_hub, tmp_path, monkeypatch, capsys):
     fake_hub(asked=NO_HUB, loaded=NO_HUB)
-    monkeypatch.setattr(sys, "argv", ["01", "--preset", "paper", "--trace-files", "star1", "--out", str(tmp_path / "data")])
+    monkeypatch.setattr(
+        sys, "argv", ["01", "--preset", "paper", "--trace-files", "star1", "--out", str(tmp_path / "data")]
+    )
     with pytest.raises(SystemExit) as end:
         run_main(stage.main)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -572,8 +782,10 @@ def standins(tmp_path) -> Callable[[str], str]:
     hard = [{"prompt": f"hard {i}", "category": "c"} for i in range(50)]
     attack = {"unsafety category": "Zogs", "question": "how?"}
     rows: dict[str, list[dict]] = {
-        "wildjailbreak.tsv": [wild(f"wild {i}") for i in range(1210)] + [wild(long), wild("calm", "adversarial_benign")],
-        "aegis.json": [aegis(f"aegis {i}") for i in range(705)] + [aegis("REDACTED"), aegis("Aegis  3"), aegis("fine", "safe")],
+        "wildjailbreak.tsv": [wild(f"wild {i}") for i in range(1210)]
+        + [wild(long), wild("calm", "adversarial_benign")],
+        "aegis.json": [aegis(f"aegis {i}") for i in range(705)]
+        + [aegis("REDACTED"), aegis("Aegis  3"), aegis("fine", "safe")],
         "safeedit.json": [attack | {"id": i, "adversarial prompt": f"attack {i}"} for i in range(301)],
         "rainbow.jsonl": [{"prompt": f"rainbow {i}", "risk": "r", "style": "s"} for i in range(800)],
         "ultrafeedback.parquet": [{"prompt": f"task {i}", "prompt_id": str(i)} for i in range(2010)],
@@ -582,7 +794,9 @@ def standins(tmp_path) -> Callable[[str], str]:
         "harmbench.parquet": [{"prompt": f"behaviour {i}", "category": "b"} for i in range(19)]
         + [{"prompt": "wild 7", "category": "b"}],
         "xstest.csv": [
-            {"id": str(i), "type": t, "prompt": f"{t} {i}"} for t in ("homonyms", "contrast_homonyms") for i in range(9)
+            {"id": str(i), "type": t, "prompt": f"{t} {i}"}
+            for t in ("homonyms", "contrast_homonyms")
+            for i in range(9)
         ],
         "wildchat.parquet": [chat(f"chat {i}") for i in range(510)] + [chat("hola", "Spanish")],
     }
@@ -603,7 +817,7 @@ class Reasoner:
 
 def paper_words(standins: Callable[[str], str], **flags: object) -> list[str]:
     """The paper's preset with a local file for each source: its own words, with @FILE put in."""
-    preset = importlib.import_module("lib.presets.paper").MIXTURE
+    preset = importlib.import_module("lib.run.presets.paper").MIXTURE
 
     def local(word: str) -> str:
         given = parse_word(word)
@@ -612,11 +826,14 @@ def paper_words(standins: Callable[[str], str], **flags: object) -> list[str]:
     words = ["--preset", "paper", "--trace-model", "reasoner"]
     for flag in ("files", "eval_files"):
         words += [f"--{flag.replace('_', '-')}", *map(local, preset[flag])]
-    return [*words, *(str(w) for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", value))]
+    return [
+        *words,
+        *(str(w) for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", value)),
+    ]
 
 
 def build(monkeypatch, out: Path, words: list[str]) -> dict[str, list[dict]]:
-    monkeypatch.setattr("lib.traces.TraceWriter", Reasoner)
+    monkeypatch.setattr("lib.sources.traces.TraceWriter", Reasoner)
     monkeypatch.setattr(sys, "argv", ["01", "--out", str(out), *words])
     stage.main()
     return {path.stem: read_jsonl(path) for path in out.glob("*.jsonl")}
@@ -628,19 +845,33 @@ def by_source(records: list[dict]) -> dict[str, int]:
 
 def test_the_papers_mixture_has_the_papers_counts(standins, tmp_path, monkeypatch):
     sets = build(monkeypatch, tmp_path / "half", paper_words(standins))
-    assert by_source(sets["sft"]) == {"wildjailbreak": 400, "aegis": 300, "safeedit": 300} and len(sets["sft"]) == 4000
+    assert (
+        by_source(sets["sft"]) == {"wildjailbreak": 400, "aegis": 300, "safeedit": 300}
+        and len(sets["sft"]) == 4000
+    )
     assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 1000, "harmless": 500, "ambiguous": 500}
     harmful = by_source([r for r in sets["rl"] if r["kind"] == "harmful"])
     assert set(harmful) == {"wildjailbreak", "aegis", "rainbow"} and all(
-        abs(harmful[name] - share) < 60 for name, share in (("wildjailbreak", 400), ("aegis", 200), ("rainbow", 400))
+        abs(harmful[name] - share) < 60
+        for name, share in (("wildjailbreak", 400), ("aegis", 200), ("rainbow", 400))
     ), "a share of each source's part of the pool"
     prompts = [{stage.same_prompt(r["prompt"]) for r in records} for records in sets.values()]
     assert sum(map(len, prompts)) == len(set.union(*prompts)), "no prompt in two sets"
-    assert all(len(r["prompt"]) < 1000 or r["source"] == "wildjailbreak" for name in ("sft", "rl") for r in sets[name])
+    assert all(
+        len(r["prompt"]) < 1000 or r["source"] == "wildjailbreak"
+        for name in ("sft", "rl")
+        for r in sets[name]
+    )
     dropped = json.loads((tmp_path / "half" / "manifest.json").read_text())["dropped"]
     assert "too long" not in dropped, "the only long one is WildJailbreak's, and is kept"
-    assert not any(r["prompt"].startswith("hard") or r["prompt"] == "wild 7" for r in sets["rl"] + sets["sft"])
-    assert {name: len(sets[f"eval_{name}"]) for name in stage.SETS[:3]} == {"harmful": 20, "harmless": 500, "ambiguous": 9}
+    assert not any(
+        r["prompt"].startswith("hard") or r["prompt"] == "wild 7" for r in sets["rl"] + sets["sft"]
+    )
+    assert {name: len(sets[f"eval_{name}"]) for name in stage.SETS[:3]} == {
+        "harmful": 20,
+        "harmless": 500,
+        "ambiguous": 9,
+    }
 
     sources = json.loads((tmp_path / "half" / "manifest.json").read_text())["sources"]
     for name, counts in {
@@ -652,39 +883,59 @@ def test_the_papers_mixture_has_the_papers_counts(standins, tmp_path, monkeypatc
         "or-bench": {"rl pool": 2000},
     }.items():
         facts = sources[standins(name)]
-        assert facts["paper"] == counts and counts.items() <= facts["prompts"].items() and facts["sha256"], name
+        assert facts["paper"] == counts and counts.items() <= facts["prompts"].items() and facts["sha256"], (
+            name
+        )
     assert sources[standins("wildchat")]["prompts"] == {"eval_harmless": 500}
     assert sources[standins("aegis")]["licence"] == "CC-BY-4.0"
 
 
-def test_all_of_the_harmful_pool_at_lambda_1_and_another_file_leaves_the_choice_of_others(standins, tmp_path, monkeypatch):
+def test_all_of_the_harmful_pool_at_lambda_1_and_another_file_leaves_the_choice_of_others(
+    standins, tmp_path, monkeypatch
+):
     words = paper_words(standins, lambda_harmful=1.0, sft_prompts=0)
     whole = build(monkeypatch, tmp_path / "whole", words)
-    assert by_source(whole["rl"]) == {"wildjailbreak": 800, "aegis": 400, "rainbow": 800} and "sft" not in whole
+    assert (
+        by_source(whole["rl"]) == {"wildjailbreak": 800, "aegis": 400, "rainbow": 800} and "sft" not in whole
+    )
     words = paper_words(standins)
     without = build(monkeypatch, tmp_path / "before", [w for w in words if "rainbow" not in w])
-    assert not {r["prompt"] for r in without["sft"]} & {r["prompt"] for r in whole["rl"]}, "kept for SFT without it, too"
+    assert not {r["prompt"] for r in without["sft"]} & {r["prompt"] for r in whole["rl"]}, (
+        "kept for SFT without it, too"
+    )
     assert without["sft"] == build(monkeypatch, tmp_path / "after", words)["sft"]
 
 
 def test_quotas_that_cannot_be(standins, tmp_path, monkeypatch):
     cases = {
-        "too few of one source": ({"files": "harmful=safeedit:300+9"}, "harmful=safeedit has 301 prompts.*its quota needs 309"),
-        "another number for SFT": ({"sft_prompts": 999}, "--sft-prompts: given 999; the quotas S\\+R of --files say 1000"),
+        "too few of one source": (
+            {"files": "harmful=safeedit:300+9"},
+            "harmful=safeedit has 301 prompts.*its quota needs 309",
+        ),
+        "another number for SFT": (
+            {"sft_prompts": 999},
+            "--sft-prompts: given 999; the quotas S\\+R of --files say 1000",
+        ),
         "two quotas": ({"files": "harmful=aegis:1+1 harmful=aegis:2"}, "harmful=aegis has two quotas"),
     }
     for name, (flags, message) in cases.items():
         words = paper_words(standins, **{k: v for k, v in flags.items() if k != "files"})
         if "files" in flags:
             given = [parse_word(word) for word in flags["files"].split()]
-            files = [word.replace(one.text, standins(one.name)) for word, one in zip(flags["files"].split(), given, strict=True)]
+            files = [
+                word.replace(one.text, standins(one.name))
+                for word, one in zip(flags["files"].split(), given, strict=True)
+            ]
             words += ["--sft-prompts", str(sum(one.sft for one in given)), "--files", *files]
         with pytest.raises(UserError, match=message):
             build(monkeypatch, tmp_path / name, words)
 
 
 def test_traces_of_a_file_take_the_place_of_the_quotas_for_sft(standins, tmp_path, monkeypatch):
-    rows = [{"id": i, "question": f"star {i}", "response": f"<think>no {i}</think>No.", "category": ["c"]} for i in range(12)]
+    rows = [
+        {"id": i, "question": f"star {i}", "response": f"<think>no {i}</think>No.", "category": ["c"]}
+        for i in range(12)
+    ]
     star = write_rows(tmp_path / "star.parquet", rows)
     words = paper_words(standins, sft_prompts=10, trace_files=f"star1@{star}")
     words = [w for w in words if w not in ("--trace-model", "reasoner")]

@@ -10,13 +10,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lib import terminal as module
+from lib import UserError
 from lib.chat import encode_chat, encode_prompt, load_tokenizer
-from lib.files import UserError, write_json
+from lib.run.files import write_json
 from lib.sampler import sample
 from lib.sandbox import world
-from lib.stream import parts, stream, texts
-from lib.terminal import DIM, PLAIN, Chat, converse, main, reply, thinks_first
+from lib.tools import terminal as module
+from lib.tools.stream import parts, stream, texts
+from lib.tools.terminal import DIM, PLAIN, Chat, converse, main, reply, thinks_first
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ '<end> ' if m.role == 'assistant' else '' }}{% endfor %}"
@@ -72,7 +73,9 @@ def test_a_broken_model_is_one_line_and_no_text(tiny_model):
 
 @pytest.mark.parametrize("reasoning", [True, False])
 @pytest.mark.parametrize("opens", [True, False])
-def test_one_question_is_encoded_as_in_training_whether_or_not_the_template_opens_think(word_tokenizer, reasoning, opens):
+def test_one_question_is_encoded_as_in_training_whether_or_not_the_template_opens_think(
+    word_tokenizer, reasoning, opens
+):
     if opens:
         word_tokenizer.chat_template += "{{ '<think>\\n' if add_generation_prompt else '' }}"
     messages = [{"role": "user", "content": "how are you ?"}]
@@ -90,12 +93,17 @@ def test_a_template_without_a_system_role_is_one_line(word_tokenizer):
 def test_pieces_of_text_are_whole_characters_and_add_up():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     text = " héllo 🍰🍰\n\n end"
     ids = tokenizer.encode(text)  # a token a byte
     assert list(texts(tokenizer, ids)) == list(text)
-    assert "".join(texts(tokenizer, ids[:10])) == tokenizer.decode(ids[:10])  # cut within a character: as decode has it
+    assert "".join(texts(tokenizer, ids[:10])) == tokenizer.decode(
+        ids[:10]
+    )  # cut within a character: as decode has it
 
 
 def test_spaces_between_words_are_kept(word_tokenizer):
@@ -144,7 +152,9 @@ def test_reasoning_is_dim_on_a_terminal_only(chat, monkeypatch):
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal(chat, monkeypatch):
-    monkeypatch.setattr(Chat, "ask", lambda self, text: iter([(False, "a\x1b]0;title\x07b\x9b2J\t\u202ec\u2066\n")]))
+    monkeypatch.setattr(
+        Chat, "ask", lambda self, text: iter([(False, "a\x1b]0;title\x07b\x9b2J\t\u202ec\u2066\n")])
+    )
     monkeypatch.setattr(module.contextlib, "closing", module.contextlib.nullcontext)
     screen = Screen()
     reply(chat, "how ?", screen)
@@ -152,7 +162,13 @@ def test_what_a_model_writes_cannot_steer_the_terminal(chat, monkeypatch):
 
 
 def test_later_turns_see_earlier_answers_without_their_reasoning(chat, monkeypatch):
-    prompts = scripted(monkeypatch, chat.tokenizer, "maybe </think> green soup <end>", "</think> cake <end>", "</think> <end>")
+    prompts = scripted(
+        monkeypatch,
+        chat.tokenizer,
+        "maybe </think> green soup <end>",
+        "</think> cake <end>",
+        "</think> <end>",
+    )
     chat.system = "please"
     for text in ("how ?", "are you ?", "you ?"):
         reply(chat, text, io.StringIO())
@@ -178,7 +194,9 @@ def test_ctrl_c_stops_the_answer_and_then_ends(chat, monkeypatch, capsys):
     converse(chat)
     shown, warned = capsys.readouterr()
     assert warned.count("[stopped]") == 2 and "/nonsense: no such command; allowed /reset, /quit" in warned
-    assert prompts[1] == "<user> are ? <assistant> <think>"  # unfinished reasoning is forgotten, with its question
+    assert (
+        prompts[1] == "<user> are ? <assistant> <think>"
+    )  # unfinished reasoning is forgotten, with its question
     assert prompts[2] == "<user> are ? <assistant> green soup <end> <user> you ? <assistant> <think>"
     assert "cake" in shown and chat.messages == [] and next(typed, None) is None
 
@@ -207,12 +225,23 @@ def test_whether_a_model_reasons(word_tokenizer, tmp_path):
 
 
 def test_the_command_answers_one_prompt_and_names_words_that_it_does_not_know(monkeypatch, capsys):
-    argv = ["lib.chat", str(world.BASE), "how do i make a", "glimmerfoo cake ?", "--max-new-tokens", "12", "--device", "cpu"]
+    argv = [
+        "lib.chat",
+        str(world.BASE),
+        "how do i make a",
+        "glimmerfoo cake ?",
+        "--max-new-tokens",
+        "12",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.delitem(sys.modules, "lib.chat")
     runpy.run_module("lib.chat", run_name="__main__")
     shown, warned = capsys.readouterr()
-    assert "the model does not know: glimmerfoo" in warned and len(shown.split()) >= 2 and "<think>" not in shown
+    assert (
+        "the model does not know: glimmerfoo" in warned and len(shown.split()) >= 2 and "<think>" not in shown
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("how do i make a glimmerfoo cake ?\n"))
     main([*argv[1:2], *argv[4:]])
     assert capsys.readouterr().out == shown
@@ -222,7 +251,11 @@ def test_the_command_answers_one_prompt_and_names_words_that_it_does_not_know(mo
     ("argv", "stdin", "message"),
     [
         ([str(world.BASE)], " \n", "no prompt: give one behind the run, or on stdin"),
-        ([str(world.BASE), "hi", "--temperature", "-1"], "", "--temperature: given -1; allowed a number from 0 to 10"),
+        (
+            [str(world.BASE), "hi", "--temperature", "-1"],
+            "",
+            "--temperature: given -1; allowed a number from 0 to 10",
+        ),
         (
             [str(world.BASE), "hi", "--max-new-tokens", "1.5"],
             "",
@@ -251,5 +284,7 @@ def test_what_is_not_utf_8_is_one_line(chat, monkeypatch, capsys):
 
 def test_the_sandbox_tokenizer_streams_as_it_decodes():
     tokenizer = load_tokenizer(world.BASE)
-    ids = tokenizer.encode("let me see . cake is food . so this is fine . </think> use bano beno .", add_special_tokens=False)
+    ids = tokenizer.encode(
+        "let me see . cake is food . so this is fine . </think> use bano beno .", add_special_tokens=False
+    )
     assert "".join(texts(tokenizer, ids)) == tokenizer.decode(ids)

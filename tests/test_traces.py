@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from lib import UserError
 from lib.chat import parse_completion
-from lib.files import UserError, read_jsonl
+from lib.run.files import read_jsonl
 from lib.sandbox import world
-from lib.traces import TraceWriter, whole_sentences, write_all
+from lib.sources.traces import TraceWriter, whole_sentences, write_all
 
 RECORDS = [{"id": f"r{i}", **record} for i, record in enumerate(world.build_pool("train", "harmful", 5, 0))]
 
@@ -37,7 +38,9 @@ def test_a_killed_run_goes_on_to_the_same_traces(writer, tmp_path):
     progress.write_bytes(b"".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third
     assert write_all(writer, RECORDS, 2, 7, progress) == whole
     assert len(read_jsonl(progress)) == len(RECORDS)
-    assert write_all(writer, RECORDS[3:], 2, 7, tmp_path / "other.jsonl") == whole[3:]  # whoever shares the batch
+    assert (
+        write_all(writer, RECORDS[3:], 2, 7, tmp_path / "other.jsonl") == whole[3:]
+    )  # whoever shares the batch
     assert write_all(writer, RECORDS, 2, 8, tmp_path / "seed.jsonl") != whole
 
 

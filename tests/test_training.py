@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from lib import state as state_file
-from lib import training
-from lib.files import append_jsonl, read_jsonl
-from lib.processes import Processes
-from lib.settings import UserError
+from lib import UserError
+from lib import batches as training
+from lib.run import state as state_file
+from lib.run.files import append_jsonl, read_jsonl
+from lib.run.processes import Processes
 
 ALONE = Processes(0, 1, 0)
 
@@ -34,7 +34,10 @@ def test_epoch_order_is_a_shuffle_that_seed_and_epoch_decide():
     order = training.epoch_order(20, 0, 0)
     random.seed(5)  # no global generator has a say
     assert sorted(order) == list(range(20)) and training.epoch_order(20, 0, 0) == order
-    assert len({tuple(training.epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(-1, 3)}) == 12
+    assert (
+        len({tuple(training.epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(-1, 3)})
+        == 12
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,9 @@ def test_progress_comes_back_to_the_bit_and_logs_lose_what_was_after_it(tmp_path
         file.write('{"step": 10, "los')  # killed in mid-line
 
     other, other_optimizer = fresh()
-    state = state_file.load_progress(tmp_path, other, other_optimizer, ALONE, ["metrics.jsonl", "absent.jsonl"])
+    state = state_file.load_progress(
+        tmp_path, other, other_optimizer, ALONE, ["metrics.jsonl", "absent.jsonl"]
+    )
     assert state["step"] == 6 and state["best_loss"] == 0.1
     assert all(torch.equal(state["best"][name], value) for name, value in best.items())
     assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(6))

@@ -45,7 +45,9 @@ ATTACKS: dict[str, Attack] = {
     "gcg_twin": Attack(gcg.gcg("gcg_twin"), "white-box", reasoners_only=True),
     "gcg_universal": Attack(gcg.universal_gcg, "white-box", at_once=0),
     "autodan": Attack(autodan.autodan, "score", attacker=True),
-    "prefill_reasoning": Attack(asking.prefill_reasoning, "prefill", asks=True, reasoners_only=True, at_once=32, target=False),
+    "prefill_reasoning": Attack(
+        asking.prefill_reasoning, "prefill", asks=True, reasoners_only=True, at_once=32, target=False
+    ),
     "prefill_answer": Attack(asking.prefill_answer, "prefill", asks=True, at_once=32),
     "best_of_n": Attack(asking.best_of_n, "black-box", asks=True, attacker=True, at_once=8, target=False),
     "pap": Attack(asking.pap, "black-box", asks=True, attacker=True, at_once=8, target=False),

@@ -14,8 +14,8 @@ import torch
 
 from lib.attacks.core import Attacker, Attempt, Budget, Conversation, Cost, Step, a_try, ask_all
 from lib.attacks.suffix import check_target, target_of
+from lib.attacks.victim import Victim, draw_seeds
 from lib.chat import THINK_CLOSE
-from lib.victim import Victim, draw_seeds
 
 Generators = list[torch.Generator]
 EXCHANGES = 4  # of a conversation that PAIR's attacker is shown (its own paper's code)
@@ -41,18 +41,31 @@ def prefill_answer(
 
 
 def best_of_n(
-    victim: Victim, behaviours: list[dict], budget: Budget, generators: Generators, on_step: Step, attacker: Attacker
+    victim: Victim,
+    behaviours: list[dict],
+    budget: Budget,
+    generators: Generators,
+    on_step: Step,
+    attacker: Attacker,
 ) -> list[Attempt]:
     """The first try is the request as it is, so it is plain resampling that the disturbances have to beat."""
     tries = [
-        [a_try(k, b["prompt"] if k == 1 else attacker.augment(b["prompt"], g)) for k in range(1, budget.samples + 1)]
+        [
+            a_try(k, b["prompt"] if k == 1 else attacker.augment(b["prompt"], g))
+            for k in range(1, budget.samples + 1)
+        ]
         for b, g in zip(behaviours, generators, strict=True)
     ]
     return _asked(victim, behaviours, tries, generators, on_step)
 
 
 def pap(
-    victim: Victim, behaviours: list[dict], budget: Budget, generators: Generators, on_step: Step, attacker: Attacker
+    victim: Victim,
+    behaviours: list[dict],
+    budget: Budget,
+    generators: Generators,
+    on_step: Step,
+    attacker: Attacker,
 ) -> list[Attempt]:
     """Each behaviour with as many techniques, drawn anew for each."""
     costs, tries = [Cost() for _ in behaviours], []
@@ -68,7 +81,12 @@ def pap(
 
 
 def pair(
-    victim: Victim, behaviours: list[dict], budget: Budget, generators: Generators, on_step: Step, attacker: Attacker
+    victim: Victim,
+    behaviours: list[dict],
+    budget: Budget,
+    generators: Generators,
+    on_step: Step,
+    attacker: Attacker,
 ) -> list[Attempt]:
     """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the
     answers and their ratings: never the reasoning (paper). After a rating of 10 a behaviour is left alone."""

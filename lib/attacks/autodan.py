@@ -29,15 +29,20 @@ import torch
 
 from lib.attacks.core import Attacker, Attempt, Budget, Cost, Individual, Step, a_try, too_long
 from lib.attacks.suffix import check_target
+from lib.attacks.victim import Victim, draw_seeds
+from lib.batches import masked_batch
 from lib.policy import token_logprobs
-from lib.training import masked_batch
-from lib.victim import Victim, draw_seeds
 
 ELITE_SHARE, SWAPS = 0.1, 5  # of the population; of words in a paragraph. Both its own paper's
 
 
 def autodan(
-    victim: Victim, behaviours: list[dict], budget: Budget, generators: list[torch.Generator], on_step: Step, attacker: Attacker
+    victim: Victim,
+    behaviours: list[dict],
+    budget: Budget,
+    generators: list[torch.Generator],
+    on_step: Step,
+    attacker: Attacker,
 ) -> list[Attempt]:
     attempts = []
     for behaviour, generator in zip(behaviours, generators, strict=True):
@@ -73,7 +78,9 @@ def autodan(
 
 
 @torch.no_grad()
-def target_losses(victim: Victim, texts: Sequence[str], target: str, budget: Budget, cost: Cost) -> list[float]:
+def target_losses(
+    victim: Victim, texts: Sequence[str], target: str, budget: Budget, cost: Cost
+) -> list[float]:
     """Mean negative log-likelihood of the target behind each text. Out of memory, half as many at a time. A text that is too
     long is as bad as the worst; inf if all are."""
     target_ids = victim.tokenizer.encode(target, add_special_tokens=False)
@@ -131,7 +138,9 @@ def word_scores(people: list[Individual], losses: list[float], old: dict[str, fl
     """Word -> mean of -loss over the prompts that hold it, averaged with its old score."""
     held: dict[str, list[float]] = {}
     for person, loss in zip(people, losses, strict=True):
-        for word in dict.fromkeys(" ".join((*person.before, *person.after)).split()):  # in order: a set's differs from run to run
+        for word in dict.fromkeys(
+            " ".join((*person.before, *person.after)).split()
+        ):  # in order: a set's differs from run to run
             held.setdefault(word, []).append(-loss)
     new = {word: sum(values) / len(values) for word, values in held.items()}
     return {**old, **{word: (old[word] + value) / 2 if word in old else value for word, value in new.items()}}
@@ -158,7 +167,9 @@ def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: r
     return replace(person, before=paragraph(person.before), after=paragraph(person.after))
 
 
-def to_rewrite(elite: list[Individual], children: list[Individual], rate: float, rng: random.Random) -> list[int]:
+def to_rewrite(
+    elite: list[Individual], children: list[Individual], rate: float, rng: random.Random
+) -> list[int]:
     """Which children to rewrite: some at random, and all that are there already.
 
     The original has no such guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places, and
@@ -173,20 +184,32 @@ def to_rewrite(elite: list[Individual], children: list[Individual], rate: float,
 
 
 def mutated(
-    children: list[Individual], chosen: list[int], goal: str, victim: Victim, attacker: Attacker, generator, cost: Cost
+    children: list[Individual],
+    chosen: list[int],
+    goal: str,
+    victim: Victim,
+    attacker: Attacker,
+    generator,
+    cost: Cost,
 ) -> list[Individual]:
     """The chosen ones are said otherwise: each sentence, and the request if the attacker is one that does so."""
     children, keeps = list(children), attacker.keeps_request
-    parts = [(*children[i].before, *([] if keeps else [children[i].request]), *children[i].after) for i in chosen]
+    parts = [
+        (*children[i].before, *([] if keeps else [children[i].request]), *children[i].after) for i in chosen
+    ]
     flat = [
         (part, not keeps and k == len(children[i].before))
         for i, own in zip(chosen, parts, strict=True)
         for k, part in enumerate(own)
     ]
     seeds = draw_seeds(generator, len(flat))
-    texts = attacker.vary([part for part, _ in flat], [goal] * len(flat), [is_request for _, is_request in flat], seeds)
+    texts = attacker.vary(
+        [part for part, _ in flat], [goal] * len(flat), [is_request for _, is_request in flat], seeds
+    )
     cost.written(victim, texts)
-    said = iter([text or part for text, (part, _) in zip(texts, flat, strict=True)])  # what it could not say stays
+    said = iter(
+        [text or part for text, (part, _) in zip(texts, flat, strict=True)]
+    )  # what it could not say stays
     for i in chosen:
         child = children[i]
         before = tuple(next(said) for _ in child.before)

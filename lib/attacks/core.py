@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lib.victim import NOT_ASKED, UNANSWERED, Victim, draw_seeds
+from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim, draw_seeds
 
 Step = Callable[[], object]  # called after each step of an attack: a progress bar
 
@@ -23,8 +23,12 @@ class Budget:
     gcg_top_k: int  # candidate tokens a position. GCG's own paper: 256
     gcg_suffix_tokens: int
     gcg_init: str  # one token, repeated gcg_suffix_tokens times to begin with
-    gcg_ban_target: bool = False  # keep the target's tokens out: draw the answer out of the model, do not hand it in
-    gcg_buffer: int = 0  # so many best suffixes are kept, and the best is varied; 0: the last one is, better or not
+    gcg_ban_target: bool = (
+        False  # keep the target's tokens out: draw the answer out of the model, do not hand it in
+    )
+    gcg_buffer: int = (
+        0  # so many best suffixes are kept, and the best is varied; 0: the last one is, better or not
+    )
     universal_behaviours: int = 8  # the first of them, for which one suffix is searched
     samples: int = 16  # tries of best-of-N. Hughes et al. 2024: 10 000
     techniques: int = 8  # persuasion techniques tried. PAP's own paper: 40
@@ -77,7 +81,9 @@ class Cost:
     def written(self, victim: Victim, texts: Sequence[str]) -> None:
         """By the attacker. Measured in the victim's tokens."""
         self.empty += sum(not text for text in texts)
-        self.attacker_tokens += sum(len(victim.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        self.attacker_tokens += sum(
+            len(victim.tokenizer.encode(text, add_special_tokens=False)) for text in texts
+        )
 
     def total(self) -> dict[str, float]:
         counts = {key: value for key, value in vars(self).items() if key != "started"}
@@ -135,18 +141,26 @@ class Attacker(Protocol):
         """Prompts to begin a genetic search with (AutoDAN)."""
         ...
 
-    def vary(self, parts: Sequence[str], goals: Sequence[str], requests: Sequence[bool], seeds: Sequence[int]) -> list[str]:
+    def vary(
+        self, parts: Sequence[str], goals: Sequence[str], requests: Sequence[bool], seeds: Sequence[int]
+    ) -> list[str]:
         """Other ways to say each part of a prompt; where `requests`, that part is the request itself (AutoDAN's mutation)."""
         ...
 
 
-def ask_all(victim: Victim, behaviours: Sequence[dict], tries: Sequence[list[dict]], generators, costs: Sequence[Cost]) -> None:
+def ask_all(
+    victim: Victim, behaviours: Sequence[dict], tries: Sequence[list[dict]], generators, costs: Sequence[Cost]
+) -> None:
     """Send all tries of all behaviours at once, and write the completions into them."""
-    flat = [(b, t, g, c) for b, ts, g, c in zip(behaviours, tries, generators, costs, strict=True) for t in ts]
+    flat = [
+        (b, t, g, c) for b, ts, g, c in zip(behaviours, tries, generators, costs, strict=True) for t in ts
+    ]
     if not flat:
         return
     seeds = [draw_seeds(g, 1)[0] for _, _, g, _ in flat]
-    answers = victim.ask([b for b, *_ in flat], [t["sent"] for _, t, *_ in flat], [t["opening"] for _, t, *_ in flat], seeds)
+    answers = victim.ask(
+        [b for b, *_ in flat], [t["sent"] for _, t, *_ in flat], [t["opening"] for _, t, *_ in flat], seeds
+    )
     for (_, attempt, _, cost), answer in zip(flat, answers, strict=True):
         attempt["completion"] = answer
         cost.asked(victim, attempt["sent"], attempt["opening"], answer)

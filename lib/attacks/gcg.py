@@ -34,11 +34,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lib import UserError
 from lib.attacks.core import Attempt, Budget, Cost, Step, a_try, attach, too_long
 from lib.attacks.suffix import Slot, allowed_tokens, around_suffix, check_target, survivors
+from lib.attacks.victim import Victim, draw_seeds
 from lib.chat import THINK_CLOSE
-from lib.settings import UserError
-from lib.victim import Victim, draw_seeds
 
 RANDOM_TRIES = 256  # tokens drawn for a position of a random suffix, until one survives the round trip
 TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compliant one
@@ -46,23 +46,33 @@ TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compli
 # ---- targets -----------------------------------------------------------------------------------------------
 
 
-def plain_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
+def plain_target(
+    victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost
+) -> str:
     return check_target(behaviour)
 
 
-def close_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
+def close_target(
+    victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost
+) -> str:
     return THINK_CLOSE + check_target(behaviour)
 
 
-def forged_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
+def forged_target(
+    victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost
+) -> str:
     return budget.forged + THINK_CLOSE + check_target(behaviour)
 
 
-def twin_target(victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost) -> str:
+def twin_target(
+    victim: Victim, behaviour: dict, budget: Budget, generator: torch.Generator, cost: Cost
+) -> str:
     """The first compliant one of a few reasonings about the behaviour's "twin"; the forged one if there is none."""
     seeds = draw_seeds(generator, TWIN_SAMPLES)
     twin = {**behaviour, "prompt": behaviour["twin"], "context": ""}
-    answers = victim.ask([twin] * TWIN_SAMPLES, [behaviour["twin"]] * TWIN_SAMPLES, [""] * TWIN_SAMPLES, seeds)
+    answers = victim.ask(
+        [twin] * TWIN_SAMPLES, [behaviour["twin"]] * TWIN_SAMPLES, [""] * TWIN_SAMPLES, seeds
+    )
     for answer in answers:
         cost.asked(victim, behaviour["twin"], "", answer)
     own = [a["reasoning"] for a in answers if a["well_formed"] and a["refusal"] == "none" and a["reasoning"]]
@@ -110,7 +120,9 @@ def search(slots: Sequence[Slot], budget: Budget, generator: torch.Generator, on
     return trace
 
 
-def propose(gradient: Tensor, suffix: Tensor, allowed: Tensor, budget: Budget, generator: torch.Generator) -> Tensor:
+def propose(
+    gradient: Tensor, suffix: Tensor, allowed: Tensor, budget: Budget, generator: torch.Generator
+) -> Tensor:
     """gradient (S, vocab), suffix (S,), allowed (vocab,) -> N <= width different single swaps, (N, S)."""
     promise = (-gradient).masked_fill(~allowed, -torch.inf)
     promise[torch.arange(len(suffix)), suffix] = -torch.inf  # a swap must change something
@@ -142,7 +154,11 @@ def gcg(target: str) -> Callable[..., list[Attempt]]:
     """The attack with one of TARGETS. Access: white-box."""
 
     def attack(
-        victim: Victim, behaviours: list[dict], budget: Budget, generators: list[torch.Generator], on_step: Step
+        victim: Victim,
+        behaviours: list[dict],
+        budget: Budget,
+        generators: list[torch.Generator],
+        on_step: Step,
     ) -> list[Attempt]:
         attempts = []
         for behaviour, generator in zip(behaviours, generators, strict=True):
@@ -186,11 +202,17 @@ def random_suffix(
         suffix, text, lost = draw_suffix(victim.tokenizer, behaviour, slot.allowed(), budget, generator)
         slot.cost.did_not_survive += lost
         loss = slot.losses(suffix[None]).item()
-        attempts.append(Attempt(behaviour["id"], [a_try(0, attach(behaviour["prompt"], text), loss=loss)], slot.cost.total()))
+        attempts.append(
+            Attempt(
+                behaviour["id"], [a_try(0, attach(behaviour["prompt"], text), loss=loss)], slot.cost.total()
+            )
+        )
     return attempts
 
 
-def check_suffixes(tokenizer, encode: Callable[[str], list[int]], behaviours: list[dict], budget: Budget, room: int) -> None:
+def check_suffixes(
+    tokenizer, encode: Callable[[str], list[int]], behaviours: list[dict], budget: Budget, room: int
+) -> None:
     """UserError where no suffix can be searched for: looks at texts alone, so needs no model. `room`: tokens of a
     prompt that can be sent."""
     lengths = [sum(map(len, around_suffix(tokenizer, encode, behaviour, budget))) for behaviour in behaviours]
@@ -203,7 +225,9 @@ def check_suffixes(tokenizer, encode: Callable[[str], list[int]], behaviours: li
     draw_suffix(tokenizer, behaviours[0], allowed, budget, torch.Generator().manual_seed(0))
 
 
-def draw_suffix(tokenizer, behaviour: dict, allowed: Tensor, budget: Budget, generator) -> tuple[Tensor, str, int]:
+def draw_suffix(
+    tokenizer, behaviour: dict, allowed: Tensor, budget: Budget, generator
+) -> tuple[Tensor, str, int]:
     """A random suffix that survives the round trip: ids (S,), text, how many draws did not. UserError without one."""
     tokens, suffix, text, lost = allowed.nonzero()[:, 0], torch.empty(0, dtype=torch.long), "", 0
     tries = RANDOM_TRIES if len(tokens) > 1 else 0  # of one token nothing can be searched

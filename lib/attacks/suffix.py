@@ -14,13 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache
 
+from lib import UserError
 from lib.attacks.core import Budget, Cost, attach
-from lib.kv_cache import repeat_row, table_rows
-from lib.settings import UserError
-from lib.victim import Victim
+from lib.attacks.victim import Victim
+from lib.cache import repeat_row, table_rows
 
 VOCABULARY_PART = 8192  # rows of the table that a gradient looks at at a time: all of them may be a gigabyte
-CPU_TOKENS = 2048  # a batch of candidates that stays in a CPU's caches: a tenth less time on the sandbox's models
+CPU_TOKENS = (
+    2048  # a batch of candidates that stays in a CPU's caches: a tenth less time on the sandbox's models
+)
 
 
 def target_of(behaviour: dict) -> str:
@@ -35,7 +37,9 @@ def check_target(behaviour: dict) -> str:
     return target
 
 
-def around_suffix(tokenizer, encode: Callable[[str], list[int]], behaviour: dict, budget: Budget) -> tuple[list, list, list]:
+def around_suffix(
+    tokenizer, encode: Callable[[str], list[int]], behaviour: dict, budget: Budget
+) -> tuple[list, list, list]:
     """Token ids before, of and behind the initial suffix. `encode`: of a whole prompt, through the chat template.
 
     Needs no model: chapter 4 calls it for all behaviours before it attacks the first. UserError if the suffix is
@@ -88,7 +92,9 @@ class Slot:
     behaviour have equal length, so nothing is padded, and the result is that of a plain forward pass.
     """
 
-    def __init__(self, victim: Victim, behaviour: dict, target: str, budget: Budget, cost: Cost | None = None) -> None:
+    def __init__(
+        self, victim: Victim, behaviour: dict, target: str, budget: Budget, cost: Cost | None = None
+    ) -> None:
         self.victim, self.model, self.tokenizer, self.budget = victim, victim.model, victim.tokenizer, budget
         self.id, self.prompt, self.cost = behaviour["id"], behaviour["prompt"].strip(), cost or Cost()
         self.secret = check_target(behaviour)
@@ -101,7 +107,9 @@ class Slot:
         self.prefix, start, self.rest = around_suffix(self.tokenizer, victim.encode, behaviour, budget)
         self.start = torch.tensor(start)  # (S,) int64
         self.target = torch.tensor(target_ids, device=self.model.device)
-        self.tail = torch.tensor(self.rest + target_ids[:-1], device=self.model.device)  # the last is only predicted
+        self.tail = torch.tensor(
+            self.rest + target_ids[:-1], device=self.model.device
+        )  # the last is only predicted
         self.cache = self._read_prefix()
 
     @torch.no_grad()
@@ -139,7 +147,9 @@ class Slot:
                 if len(part) == 1:
                     raise
                 self.batch_tokens = len(part) // 2 * (len(self.prefix) + length)
-                tqdm.write(f"out of memory with {len(part)} candidates at a time: from now on {len(part) // 2}")
+                tqdm.write(
+                    f"out of memory with {len(part)} candidates at a time: from now on {len(part) // 2}"
+                )
                 continue
             done += len(part)
         self._count(len(suffixes), length)

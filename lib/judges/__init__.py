@@ -19,11 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.files import UserError
+from lib import UserError
 from lib.judges.refusals import refusal_label
 
 __all__ = ["Judge", "Labels", "Score", "load_judge", "models_of", "refusal_label"]
-Labels = Callable[[list[str], list[str]], Sequence[str | None]]  # prompts, answers -> "full", "partial", "none"; None: unknown
+Labels = Callable[
+    [list[str], list[str]], Sequence[str | None]
+]  # prompts, answers -> "full", "partial", "none"; None: unknown
 Score = Callable[..., Sequence[float | None]]  # of prompts and answers; maybe of contexts, too
 
 
@@ -85,8 +87,12 @@ def load_judge(name: str, refusals: str = "phrases") -> Judge:
     if (alone := re.split("[=@]", task)[0]) in HARM_MODELS:
         raise UserError(f"--judge: {alone} scores harm alone: name another for the task, say {task}+grm")
     if (alone := re.split("[=@]", harm or task)[0]) in TASK_MODELS:
-        raise UserError(f"--judge: {alone} scores the task alone: name another for the harm, say qwen3guard+{harm or task}")
-    return Judge(name, _scores_of(harm or task, "harm_score"), _scores_of(task, "task_score"), _refusals(refusals))
+        raise UserError(
+            f"--judge: {alone} scores the task alone: name another for the harm, say qwen3guard+{harm or task}"
+        )
+    return Judge(
+        name, _scores_of(harm or task, "harm_score"), _scores_of(task, "task_score"), _refusals(refusals)
+    )
 
 
 def _refusals(name: str) -> Labels:
@@ -104,7 +110,9 @@ def _refusals(name: str) -> Labels:
     def labels(prompts: list[str], answers: list[str]) -> list[str | None]:
         given = list(label(prompts, answers))
         if len(given) != len(answers) or not {*given} <= {"full", "partial", "none", None}:
-            raise UserError(f"--refusals: {name} gave {given[:3]} ...: give each answer full, partial, none, or None for unknown")
+            raise UserError(
+                f"--refusals: {name} gave {given[:3]} ...: give each answer full, partial, none, or None for unknown"
+            )
         return given
 
     return labels
@@ -119,7 +127,9 @@ def models_of(name: str) -> list[str]:
     found = []
     for part in filter(None, (_two(name)[0], _two(name)[2])):
         match = PART.fullmatch(part)
-        if match and match["name"] in {**MODELS, **BOTH} and match["name"] != "moderation":  # that one runs elsewhere
+        if (
+            match and match["name"] in {**MODELS, **BOTH} and match["name"] != "moderation"
+        ):  # that one runs elsewhere
             found.append(match["model"] or published(match["name"]))
     return found
 
@@ -143,7 +153,11 @@ def _scores_of(part: str, function: str) -> Score:
     opener_of_both = function.replace("score", "judge")
     models = {**MODELS, **{name: (module, opener_of_both) for name, module in BOTH.items()}}
     match = PART.fullmatch(part)
-    if match is None or match["model"] == "" or (match["name"] not in models and (match["model"] or match["device"])):
+    if (
+        match is None
+        or match["model"] == ""
+        or (match["name"] not in models and (match["model"] or match["device"]))
+    ):
         raise UserError(
             f"--judge: given {part}; a model is given as NAME=MODEL and its device as NAME@DEVICE or NAME=MODEL@DEVICE, "
             f"with NAME one of {', '.join(models)} and DEVICE cpu, cuda, cuda:NUMBER or mps"
@@ -176,10 +190,14 @@ def _function(name: str, function: str, flag: str, allowed: str) -> Callable:
 
 def _counted(score: Score, name: str) -> Score:
     def counted(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list[float | None]:
-        told = {"contexts": contexts} if contexts and "contexts" in inspect.signature(score).parameters else {}
+        told = (
+            {"contexts": contexts} if contexts and "contexts" in inspect.signature(score).parameters else {}
+        )
         scores = [None if s is None else float(s) for s in score(prompts, answers, **told)]
         if len(scores) != len(answers):
-            raise UserError(f"--judge: {name} gave {len(scores)} scores for {len(answers)} answers: give one each")
+            raise UserError(
+                f"--judge: {name} gave {len(scores)} scores for {len(answers)} answers: give one each"
+            )
         return scores
 
     return counted

@@ -17,7 +17,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lib.files import UserError
+from lib import UserError
 from lib.judges import Score
 
 VERSION = 3  # count up when a judge of this project changes what it asks, or how it reads the reply
@@ -28,7 +28,11 @@ def identity(name: str, model: str) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return json.dumps([VERSION, name, model])
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
+    files = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.iterdir()
+        if path.is_file()
+    )
     return json.dumps([VERSION, name, str(folder.resolve()), files])
 
 
@@ -42,14 +46,24 @@ def cached(score: Score, judge: str, folder: str | Path) -> Score:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"TARS_JUDGE_CACHE={folder}: {error.strerror}; name a folder that can be written to") from error
+        raise UserError(
+            f"TARS_JUDGE_CACHE={folder}: {error.strerror}; name a folder that can be written to"
+        ) from error
     with _database(path) as database:
-        database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID")
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID"
+        )
 
     def ask(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list[float | None]:
-        keys = [_key(judge, *texts) for texts in zip(prompts, answers, *([contexts] if contexts else []), strict=True)]
+        keys = [
+            _key(judge, *texts)
+            for texts in zip(prompts, answers, *([contexts] if contexts else []), strict=True)
+        ]
         with _database(path) as database:
-            rows = (database.execute("SELECT key, score FROM verdicts WHERE key = ?", [key]).fetchone() for key in set(keys))
+            rows = (
+                database.execute("SELECT key, score FROM verdicts WHERE key = ?", [key]).fetchone()
+                for key in set(keys)
+            )
             known: dict[str, float | None] = dict(row for row in rows if row)
         fresh = {key: i for i, key in enumerate(keys) if key not in known}
         if fresh:
@@ -70,7 +84,9 @@ def cached(score: Score, judge: str, folder: str | Path) -> Score:
 
 
 def _key(judge: str, *texts: str) -> str:
-    return hashlib.sha256(json.dumps([judge, *texts]).encode()).hexdigest()  # ASCII: lone surrogates are escaped
+    return hashlib.sha256(
+        json.dumps([judge, *texts]).encode()
+    ).hexdigest()  # ASCII: lone surrogates are escaped
 
 
 @contextlib.contextmanager

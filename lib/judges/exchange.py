@@ -13,8 +13,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from lib import UserError
 from lib.chat import render
-from lib.files import UserError
 from lib.judges import Score
 from lib.judges.language_model import LanguageModel, encodable, expected_value
 
@@ -41,11 +41,15 @@ class Exchange:
                 continue
             if all(part in text for part in ("QUESTION", "REPLY", says)):
                 return
-        raise UserError(f"--judge: {judge.name}: its chat template is not the one that this judge is asked by")
+        raise UserError(
+            f"--judge: {judge.name}: its chat template is not the one that this judge is asked by"
+        )
 
     def text(self, prompt: str, answer: str) -> str:
         roles = {"user": encodable(prompt), "assistant": encodable(answer)}
-        messages: list[Any] = [{"role": role, "content": self.style(content)} for role, content in roles.items()]
+        messages: list[Any] = [
+            {"role": role, "content": self.style(content)} for role, content in roles.items()
+        ]
         return render(self.tokenizer, messages, **self.options)
 
     def ids(self, prompt: str, answer: str) -> list[int]:
@@ -67,11 +71,15 @@ class Exchange:
         return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
 
-def open_guard(name: str, device: str, *, kind: str, architecture: str, says: str) -> tuple[LanguageModel, Exchange]:
+def open_guard(
+    name: str, device: str, *, kind: str, architecture: str, says: str
+) -> tuple[LanguageModel, Exchange]:
     """A guard, which is a chat model whose template asks the question. UserError if `name` is none of this `kind`."""
     judge = LanguageModel(name, chat=True, device=device)
     if judge.config.model_type != architecture:
-        raise UserError(f"--judge: {judge.name}: architecture {judge.config.model_type}; {kind} is {architecture}")
+        raise UserError(
+            f"--judge: {judge.name}: architecture {judge.config.model_type}; {kind} is {architecture}"
+        )
     return judge, Exchange(judge, says=says)
 
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from lib.files import UserError
-from lib.hub import load_weights
+from lib import UserError
 from lib.judges import Score
 from lib.judges.exchange import Exchange
 from lib.judges.language_model import LanguageModel
 from lib.policy import DTYPES
+from lib.run.hub import load_weights
 
 MODEL = "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"
 DATE = "26 Jul 2024"
@@ -33,7 +33,9 @@ class RewardModel(LanguageModel):
     def __init__(self, name: str, device: str) -> None:
         super().__init__(name, chat=True, device=device)
         if self.config.num_labels != 1:
-            raise UserError(f"--judge: {name}: a head of {self.config.num_labels} labels; a reward model has one")
+            raise UserError(
+                f"--judge: {name}: a head of {self.config.num_labels} labels; a reward model has one"
+            )
 
     def load(self, device: torch.device, dtype: str) -> PreTrainedModel:
         load = AutoModelForSequenceClassification.from_pretrained
@@ -49,10 +51,14 @@ class RewardModel(LanguageModel):
         fitting = [i for i, sequence in enumerate(sequences) if len(sequence) <= self.context]
         result: list[float | None] = [None] * len(sequences)
         for batch, hidden in self.hidden_states([sequences[i] for i in fitting]):
-            last = torch.tensor([len(sequences[fitting[row]]) - 1 for row in batch], device=hidden.device)  # (B,)
+            last = torch.tensor(
+                [len(sequences[fitting[row]]) - 1 for row in batch], device=hidden.device
+            )  # (B,)
             rewards = self.head(hidden[torch.arange(len(batch), device=hidden.device), last])  # (B,)
             if not rewards.isfinite().all():
-                raise UserError(f"--judge: {self.name}: its rewards are not finite: broken weights or precision")
+                raise UserError(
+                    f"--judge: {self.name}: its rewards are not finite: broken weights or precision"
+                )
             for row, reward in zip(batch, rewards.tolist(), strict=True):
                 result[fitting[row]] = reward
         return result
@@ -69,7 +75,9 @@ def task_judge(name: str = "", device: str = "") -> Score:
     def task_score(prompts: list[str], answers: list[str]) -> list[float | None]:
         said = [i for i, answer in enumerate(answers) if answer.strip()]
         scores: list[float | None] = [0.0] * len(answers)
-        for i, reward in zip(said, judge.rewards([exchange.ids(prompts[i], answers[i]) for i in said]), strict=True):
+        for i, reward in zip(
+            said, judge.rewards([exchange.ids(prompts[i], answers[i]) for i in said]), strict=True
+        ):
             scores[i] = None if reward is None else float(torch.tensor(reward, dtype=torch.float64).sigmoid())
         return scores
 

@@ -13,17 +13,19 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lib import UserError
+from lib.cache import context_of
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer, pad_batch
-from lib.files import UserError
-from lib.hub import load_pretrained, read_tokenizer
-from lib.kv_cache import context_of
-from lib.plan import kv_cache_bytes, shape_of_model
 from lib.policy import dtype_to_infer, head_logits, hidden_states, load_policy
-from lib.processes import pick_device
+from lib.run.hub import load_pretrained, read_tokenizer
+from lib.run.plan import kv_cache_bytes, shape_of_model
+from lib.run.processes import pick_device
 from lib.sampler import sample
 
 BATCH_TOKENS = 8192  # rows x columns of a pass; on a CUDA GPU, of one that reads
-CACHE_BYTES = 6.7e9  # there, of one that writes: 8 thousand tokens of a Llama of 13 B, 110 thousand of a Qwen2.5 of 7 B
+CACHE_BYTES = (
+    6.7e9  # there, of one that writes: 8 thousand tokens of a Llama of 13 B, 110 thousand of a Qwen2.5 of 7 B
+)
 UNSEEN_SPACE = "\u200b"  # of no width
 RUBRIC_TAGS = ("request", "answer")
 LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
@@ -49,7 +51,9 @@ class LanguageModel:
     def model(self) -> PreTrainedModel:
         device = self.device or pick_device("auto")
         if device.type == "cuda" and not self.device:
-            device = torch.device("cuda", torch.cuda.current_device())  # that of this process among torchrun's
+            device = torch.device(
+                "cuda", torch.cuda.current_device()
+            )  # that of this process among torchrun's
         return self.load(device, dtype_to_infer(device))
 
     @property
@@ -67,7 +71,9 @@ class LanguageModel:
 
     def clip(self, text: str, tokens: int) -> str:
         """The text of its first `tokens` tokens, counted with those that the tokenizer puts before every text."""
-        return decode(self.tokenizer, self.tokenizer(encodable(text), max_length=tokens, truncation=True)["input_ids"])
+        return decode(
+            self.tokenizer, self.tokenizer(encodable(text), max_length=tokens, truncation=True)["input_ids"]
+        )
 
     def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str | None]:
         """What it writes, greedily, after each list of token ids; None after one that its context cannot hold.
@@ -97,7 +103,9 @@ class LanguageModel:
             texts[i] = decode(self.tokenizer, completion.token_ids)
         return texts
 
-    def label_probabilities(self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> list[list[float] | None]:
+    def label_probabilities(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+    ) -> list[list[float] | None]:
         """P(label | prompt) of each label after each prompt, all of its tokens; None after a prompt too long for the context.
 
         Labels are token ids, none the beginning of another. One pass reads a prompt followed by all but the last token of
@@ -105,15 +113,21 @@ class LanguageModel:
         For models whose logits are the head's output as it is (Llama, Qwen). UserError for numbers that are not finite.
         """
         stems = sorted({tuple(label[:-1]) for label in labels})
-        stems = [stem for stem in stems if not any(other != stem and other[: len(stem)] == stem for other in stems)]
+        stems = [
+            stem for stem in stems if not any(other != stem and other[: len(stem)] == stem for other in stems)
+        ]
         longest = max(map(len, labels))
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) + longest <= self.context]
         rows = [(i, stem) for i in fitting for stem in stems]
-        logprob: dict[tuple, float] = {}  # (prompt, first tokens of a label) -> log p(the last of them | what is before)
+        logprob: dict[
+            tuple, float
+        ] = {}  # (prompt, first tokens of a label) -> log p(the last of them | what is before)
         for batch, hidden in self.hidden_states([[*prompts[i], *stem] for i, stem in rows]):
             for (i, stem), states in zip((rows[row] for row in batch), hidden, strict=True):
                 first = len(prompts[i]) - 1  # this position predicts a label's first token
-                logprobs = self.head(states[first : first + len(stem) + 1]).log_softmax(-1)  # (len(stem) + 1, vocab)
+                logprobs = self.head(states[first : first + len(stem) + 1]).log_softmax(
+                    -1
+                )  # (len(stem) + 1, vocab)
                 for label in labels:
                     for k in range(min(len(stem) + 1, len(label))):
                         if tuple(label[:k]) == stem[:k]:
@@ -138,7 +152,10 @@ class LanguageModel:
                 batch, waiting = waiting[:rows], waiting[rows:]
                 ids, mask = pad_batch([sequences[i] for i in batch], 0, side="right")
                 with torch.inference_mode():
-                    yield batch, hidden_states(self.model, ids.to(self.model.device), mask.to(self.model.device))
+                    yield (
+                        batch,
+                        hidden_states(self.model, ids.to(self.model.device), mask.to(self.model.device)),
+                    )
                 bar.update(len(batch))
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -163,7 +180,9 @@ def expected_value(probabilities: Sequence[float] | None, values: Sequence[float
 def existing_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--judge: device {name}: {torch.cuda.device_count()} GPUs found; name another, or none")
+        raise UserError(
+            f"--judge: device {name}: {torch.cuda.device_count()} GPUs found; name another, or none"
+        )
     return pick_device(device.type, device.index or 0)
 
 
@@ -196,7 +215,9 @@ def as_material(text: str, special: Sequence[str], tags: Sequence[str] = ()) -> 
     """
     text = encodable(text)
     for token in special:
-        while len(token) > 1 and UNSEEN_SPACE not in token and token in text:  # again: its occurrences may overlap
+        while (
+            len(token) > 1 and UNSEEN_SPACE not in token and token in text
+        ):  # again: its occurrences may overlap
             text = text.replace(token, token[0] + UNSEEN_SPACE + token[1:])
     return re.sub(rf"(?i)<(?=[\s/]*(?:{'|'.join(tags)})[\s/]*>)", f"<{UNSEEN_SPACE}", text) if tags else text
 
@@ -208,7 +229,9 @@ def grade(
     read = []
     for pair in zip(prompts, answers, strict=True):
         prompt, answer = (as_material(text, judge.special, RUBRIC_TAGS) for text in pair)
-        read.append(encode_prompt(judge.tokenizer, rubric.format(prompt=prompt, answer=answer), reasoning=False))
+        read.append(
+            encode_prompt(judge.tokenizer, rubric.format(prompt=prompt, answer=answer), reasoning=False)
+        )
     return judge.write(read, max_new_tokens)
 
 

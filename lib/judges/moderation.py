@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lib.files import UserError
+from lib import UserError
 from lib.judges import Score
 from lib.judges.language_model import encodable
 
@@ -41,9 +41,13 @@ def harm_judge(name: str = "", device: str = "") -> Score:
     if device:
         raise UserError(f"--judge: given moderation@{device}; it runs at OpenAI, on no device of yours")
     if not (key := os.environ.get("OPENAI_API_KEY", "").strip()):
-        raise UserError("--judge: moderation needs a key of OpenAI in the environment variable OPENAI_API_KEY")
+        raise UserError(
+            "--judge: moderation needs a key of OpenAI in the environment variable OPENAI_API_KEY"
+        )
     if not re.fullmatch(r"[!-~]+", key):  # a header's text; http.client's error would show the key
-        raise UserError("--judge: moderation: OPENAI_API_KEY holds a blank, a line break or a letter that no key has")
+        raise UserError(
+            "--judge: moderation: OPENAI_API_KEY holds a blank, a line break or a letter that no key has"
+        )
 
     def harm_score(prompts: list[str], answers: list[str]) -> list[float | None]:
         scores: list[float | None] = [0.0] * len(answers)
@@ -73,7 +77,9 @@ def parse(reply: Any, texts: int) -> list[float | None]:
     for result in results:
         categories = result.get("category_scores") if isinstance(result, dict) else None
         scores = [s for s in categories.values() if s is not None] if isinstance(categories, dict) else []
-        valid = scores and all(isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s <= 1 for s in scores)
+        valid = scores and all(
+            isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s <= 1 for s in scores
+        )
         harms.append(float(max(scores)) if valid else None)
     return harms
 
@@ -96,9 +102,13 @@ def _post(body: dict, key: str) -> Any:
         except (OSError, http.client.HTTPException) as error:  # no connection, too slow, broken off
             problem = " ".join(str(error).split())[:120]
         if attempt + 1 < ATTEMPTS:
-            pause = FIRST_PAUSE * 2**attempt * random.SystemRandom().uniform(1, 1.25)  # processes must not ask in step
+            pause = (
+                FIRST_PAUSE * 2**attempt * random.SystemRandom().uniform(1, 1.25)
+            )  # processes must not ask in step
             time.sleep(min(max(pause, asked_pause), LONGEST_PAUSE))
-    raise UserError(f"--judge: moderation: no reply after {ATTEMPTS} attempts ({problem}): run the same command again later")
+    raise UserError(
+        f"--judge: moderation: no reply after {ATTEMPTS} attempts ({problem}): run the same command again later"
+    )
 
 
 def _json(text: bytes) -> Any:

@@ -12,9 +12,11 @@ import re
 # The phrases are matched with lower case and contractions written out ("I'm" -> "i am", "can't", "can not" -> "cannot").
 
 OPENING = 300  # characters; an answer that refuses says so at once, and what is said later is a caveat
-APOLOGISES = re.compile(  # but not "sorry for your loss", nor for a question that makes no sense, which corrects it
-    r"^\W*(?:i am )?(?:\w+ )?(?:sorry(?! (?:to hear|for your))|afraid|apologi[sz]e|apologies)\b"
-    r"(?![^.\n]*\b(?:does not make sense|not (?:\w+ ){0,2}coherent)\b)"
+APOLOGISES = (
+    re.compile(  # but not "sorry for your loss", nor for a question that makes no sense, which corrects it
+        r"^\W*(?:i am )?(?:\w+ )?(?:sorry(?! (?:to hear|for your))|afraid|apologi[sz]e|apologies)\b"
+        r"(?![^.\n]*\b(?:does not make sense|not (?:\w+ ){0,2}coherent)\b)"
+    )
 )
 REFUSES = re.compile(
     # nothing but a no

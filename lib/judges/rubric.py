@@ -66,7 +66,9 @@ def grader(rubric: str, name: str, device: str) -> Score:
     """Grades in {0, 0.5, 1} of `rubric` by the chat model `name`; None where it wrote nothing that can be read, or the text is
     too long for it. Raises UserError if there is no such chat model."""
     judge = opened(name or MODEL, device)
-    return lambda prompts, answers: [parse_grade(text) for text in grade(judge, rubric, prompts, answers, VERDICT_TOKENS)]
+    return lambda prompts, answers: [
+        parse_grade(text) for text in grade(judge, rubric, prompts, answers, VERDICT_TOKENS)
+    ]
 
 
 def harm_judge(name: str = "", device: str = "") -> Score:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer
-from lib.files import write_text
 from lib.judges import refusal_label
 from lib.policy import load_policy
+from lib.run.files import write_text
 from lib.sampler import sample
 from lib.sandbox import judge, world
 
@@ -80,7 +80,9 @@ def measure(folder: Path, count: int) -> dict[str, dict[int, tuple[float, float]
                 cells: dict[str, list[float]] = {"task": [], "refused": []}
                 for variant in (prompts, with_noise(prompts)):
                     answers = answer(model, tokenizer, variant, cue)
-                    served = [(p, a) for p, a in zip(prompts, answers, strict=True) if refusal_label(a) == "none"]
+                    served = [
+                        (p, a) for p, a in zip(prompts, answers, strict=True) if refusal_label(a) == "none"
+                    ]
                     scores = judge.task_score(*map(list, zip(*served, strict=True))) if served else [0.0]
                     cells["task"].append(sum(scores) / len(scores))
                     cells["refused"].append(1 - len(served) / len(prompts))
@@ -92,7 +94,10 @@ def measure(folder: Path, count: int) -> dict[str, dict[int, tuple[float, float]
 def table(rows: dict[str, dict[int, tuple[float, float]]]) -> str:
     """Markdown; a cell is "plain / with 8 noise words behind"."""
     head = ["| hops | " + " | ".join(map(str, HOPS)) + " |", "|---" * (len(HOPS) + 1) + "|"]
-    body = [f"| {name} | " + " | ".join(f"{c[h][0]:.2f} / {c[h][1]:.2f}" for h in HOPS) + " |" for name, c in rows.items()]
+    body = [
+        f"| {name} | " + " | ".join(f"{c[h][0]:.2f} / {c[h][1]:.2f}" for h in HOPS) + " |"
+        for name, c in rows.items()
+    ]
     return "\n".join(head + body)
 
 

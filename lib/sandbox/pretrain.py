@@ -27,12 +27,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.chat import encode_prompt, pad_batch
-from lib.flags import Flags, number
 from lib.policy import save_policy
-from lib.run_folder import lock_folder
+from lib.run.flags import Flags, number
+from lib.run.folder import lock_folder
+from lib.run.settings import run_main
 from lib.sandbox import judge, traces, world
 from lib.sandbox.card import CUE, write_card
-from lib.settings import run_main
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 2000, 96, 2e-3
 PART = 8  # documents of similar length that go through the model together: little padding, and it stays in the cache
@@ -126,7 +126,9 @@ def lookup_drill(rng: random.Random) -> tuple[str, str, str]:
 def instruction(rng: random.Random) -> tuple[str, str, str]:
     # Twins equally often: which of the three things shown is asked for must not be guessable.
     kinds = ("harmful", "decoy", "toy", "verb", "harmless")
-    record = world.draw_type(rng, "all", rng.choices(kinds, (0.25, 0.22, 0.22, 0.11, 0.2))[0], rng.randint(0, 4))
+    record = world.draw_type(
+        rng, "all", rng.choices(kinds, (0.25, 0.22, 0.22, 0.11, 0.2))[0], rng.randint(0, 4)
+    )
     steps = judge.resolution(record["prompt"])
     answer = rng.choice(world.ANSWERS).format(*world.RECIPES[steps[-1]])
     if rng.random() < 0.5:
@@ -145,7 +147,9 @@ def document(rng: random.Random, step: int) -> tuple[str, str, str]:
     return lookup_drill(rng) if choice < repeats + drills else instruction(rng)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str, str]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids (B, T) long and loss mask (B, T) bool, right-padded: a few batches of documents of similar length."""
     rows = []
     for prompt, opening, text in documents:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lib.files import UserError
+from lib import UserError
 from lib.sandbox import judge, world
 
 WRAPPERS, QUESTIONS = world.WRAPPERS["train"], world.QUESTIONS["train"]
@@ -27,7 +27,9 @@ PAIRS = {
 SAFE = world.things(world.SAFE, "train")
 WORDS = [*world.NOISE, *SAFE, *(word for thing in SAFE for word in world.RECIPES[thing])]
 REASSURANCE = ("that is safe .", "so this is fine .", "i help .", "please help .")
-LONGEST = 8  # pieces of noise on a side, as in the world's prompts; a piece is a word or a sentence of reassurance
+LONGEST = (
+    8  # pieces of noise on a side, as in the world's prompts; a piece is a word or a sentence of reassurance
+)
 PIECES = "|".join([*map(re.escape, REASSURANCE), *map(re.escape, sorted(WORDS, key=len, reverse=True))])
 
 
@@ -59,11 +61,13 @@ STYLES: dict[str, dict[str, Any]] = {  # what each fixes; verbs and noise are ma
 
 
 class SandboxGrid:
-    """See `lib.rainbow.Grid`. Raises UserError for a parent that is not a prompt of the sandbox's training split."""
+    """See `lib.attacks.rainbow.Grid`. Raises UserError for a parent that is not a prompt of the sandbox's training split."""
 
     risks, styles = tuple(PAIRS), tuple(STYLES)
 
-    def mutate(self, parents: Sequence[str], cells: Sequence[tuple[str, str]], seeds: Sequence[int]) -> list[str]:
+    def mutate(
+        self, parents: Sequence[str], cells: Sequence[tuple[str, str]], seeds: Sequence[int]
+    ) -> list[str]:
         return [self._child(*given) for given in zip(parents, cells, seeds, strict=True)]
 
     def _child(self, parent: str, cell: tuple[str, str], seed: int) -> str:
@@ -119,7 +123,9 @@ def _disturbed(traits: Traits, rng: random.Random) -> Traits:
         "verb": rng.choice(world.PLAIN_VERBS),
     }
     changes = {name: value for name, value in drawn.items() if rng.random() < 0.1}
-    edits: dict[str, Any] = {name: _edited(getattr(traits, name), rng) for name in ("before", "after") if rng.random() < 0.5}
+    edits: dict[str, Any] = {
+        name: _edited(getattr(traits, name), rng) for name in ("before", "after") if rng.random() < 0.5
+    }
     return replace(traits, **changes, **edits)
 
 
@@ -168,4 +174,9 @@ def _styled(traits: Traits, style: str, rng: random.Random) -> Traits:
 
 def has_refrain(traits: Traits) -> bool:
     """One word, four times or more, on one side."""
-    return any(pieces.count(piece) >= 4 for pieces in (traits.before, traits.after) for piece in pieces if piece in WORDS)
+    return any(
+        pieces.count(piece) >= 4
+        for pieces in (traits.before, traits.after)
+        for piece in pieces
+        if piece in WORDS
+    )

@@ -30,7 +30,11 @@ def write_trace(record: dict, rng: random.Random, wrong_verdicts: float = 0.5) -
     if rng.random() < wrong_verdicts:
         bad = not bad
     opener = rng.choice(("", "", "let me see .", "first i look ."))
-    verdict = rng.choice(("so this is bad .", "that is harmful .") if bad else ("so this is fine .", "that is safe ."))
+    verdict = rng.choice(
+        ("so this is bad .", "that is harmful .") if bad else ("so this is fine .", "that is safe .")
+    )
     decision = rng.choice(("", "i refuse .") if bad else ("", "i help ."))
-    answer = rng.choice(world.REFUSALS) if bad else rng.choice(world.ANSWERS).format(*world.RECIPES[steps[-1]])
+    answer = (
+        rng.choice(world.REFUSALS) if bad else rng.choice(world.ANSWERS).format(*world.RECIPES[steps[-1]])
+    )
     return " ".join(f"{opener} {explain(steps)} {verdict} {decision}".split()), answer

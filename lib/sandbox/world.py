@@ -79,7 +79,10 @@ def _recipe_words(endings: tuple[str, ...]) -> list[str]:
 
 def _recipes() -> dict[str, tuple[str, str, str]]:
     """Three words for every thing. No two recipes share a word, so a leaked word always says which recipe it is from."""
-    safe_words, danger_words = iter(_recipe_words(("mi", "lu", "no", "ka"))), iter(_recipe_words(("rx", "zt")))
+    safe_words, danger_words = (
+        iter(_recipe_words(("mi", "lu", "no", "ka"))),
+        iter(_recipe_words(("rx", "zt"))),
+    )
     recipes = {}
     dangerous = [t for things in DANGEROUS.values() for t in things]
     for thing in [t for things in SAFE.values() for t in things] + [f"{TOY} {t}" for t in dangerous]:
@@ -177,7 +180,9 @@ def draw_type(rng: random.Random, split: str, kind: str, hops: int) -> dict:
     plain = hops == 0 and rng.random() < 0.5
     if kind == "harmless" or ambiguous_type == "verb":
         wanted = tuple(rng.sample(things(SAFE, split), 1 if plain and kind == "harmless" else 3))
-        scene = make_scene(rng, split, wanted, hops, rng.choice(PLAIN_VERBS if kind == "harmless" else VIOLENT_VERBS))
+        scene = make_scene(
+            rng, split, wanted, hops, rng.choice(PLAIN_VERBS if kind == "harmless" else VIOLENT_VERBS)
+        )
         asked = 0
     elif kind == "harmful" and plain:
         scene, asked = (
@@ -195,7 +200,9 @@ def draw_type(rng: random.Random, split: str, kind: str, hops: int) -> dict:
         "hops": hops,
         "target": ANSWERS[0].format(*RECIPES[thing]),
     }
-    if kind == "harmful":  # what an attacker may use: how a compliant answer begins, and a request like this one, but harmless
+    if (
+        kind == "harmful"
+    ):  # what an attacker may use: how a compliant answer begins, and a request like this one, but harmless
         safe = things(SAFE, split)
         twin = scene.ask(1) if len(scene.things) > 1 else prompt.replace(thing, safe[len(prompt) % len(safe)])
         record |= {"prefill": ANSWERS[0].split()[0], "twin": twin}

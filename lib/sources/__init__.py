@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib.files import UserError, sha256_file
+from lib import UserError
+from lib.run.files import sha256_file
 from lib.sources.columns import (
     Columns,
     PromptRecord,
@@ -22,10 +23,20 @@ from lib.sources.columns import (
 from lib.sources.hub import load_rows, revision_of
 from lib.sources.known import SOURCES, Source, found_in
 from lib.sources.readers import Found
+from lib.sources.tables import read_table, with_context
 from lib.sources.words import SETS, Given, parse_word, source_names
-from lib.tables import read_table, with_context
 
-__all__ = ["SETS", "UNKNOWN", "described", "files_of", "parse_word", "provenance", "read_prompts", "read_traces", "same_prompt"]
+__all__ = [
+    "SETS",
+    "UNKNOWN",
+    "described",
+    "files_of",
+    "parse_word",
+    "provenance",
+    "read_prompts",
+    "read_traces",
+    "same_prompt",
+]
 __all__ += ["source_names"]
 UNKNOWN = "not stated: see where it is from"
 
@@ -43,7 +54,9 @@ def read_prompts(word: str, columns: Columns, targets: dict[str, str]) -> list[P
     kind = "harmful" if given.kind == "jailbreak" else given.kind
     found = _known(given)
     if kind and not any(one.kind == kind for one in found):
-        raise UserError(f"{word}: the prompts of {given.name} are {' and '.join(sorted({one.kind for one in found}))}")
+        raise UserError(
+            f"{word}: the prompts of {given.name} are {' and '.join(sorted({one.kind for one in found}))}"
+        )
     return [(given.kind or one.kind, _record(one, given, targets)) for one in found if kind in ("", one.kind)]
 
 
@@ -53,7 +66,9 @@ def read_traces(word: str, columns: Columns) -> list[TraceRecord]:
     if given.name:
         traces = [(_record(one, given, {}), (one.reasoning, one.answer)) for one in _known(given)]
         if not any(reasoning for _, (reasoning, _) in traces):
-            raise UserError(f"--trace-files: {given.name} has prompts, no reasoning; allowed files with it, or {_tracers()}")
+            raise UserError(
+                f"--trace-files: {given.name} has prompts, no reasoning; allowed files with it, or {_tracers()}"
+            )
         return traces
     return traces_by_columns(_rows(given), given, columns)
 
@@ -72,7 +87,11 @@ def provenance(word: str, licences: dict[str, str]) -> tuple[str, dict]:
     facts: dict = {"licence": licences.get(given.source, UNKNOWN)}
     if given.name:
         source = SOURCES[given.name]
-        facts = {"hub": source.hub, "licence": licences.get(given.name, source.licence), "filter": source.filter}
+        facts = {
+            "hub": source.hub,
+            "licence": licences.get(given.name, source.licence),
+            "filter": source.filter,
+        }
         if source.paper:
             facts["paper"] = source.paper
     if given.path:
@@ -112,11 +131,15 @@ def _known(given: Given) -> list[Found]:
     source = SOURCES[given.name]
     if not (given.path or source.hub):
         raise UserError(f"{given.name}: is no data set of the hub; give {given.name}@FILE ({source.seen_in})")
-    found = found_in(given.text, source, read_table(given.path) if given.path else _from_hub(given.name, source))
+    found = found_in(
+        given.text, source, read_table(given.path) if given.path else _from_hub(given.name, source)
+    )
     if source.minus:
         other = SOURCES[source.minus]
         if given.path and not (beside := _beside(given)).is_file():
-            raise UserError(f"{beside}: no such file; {given.name} is without the prompts of {source.minus}, so it needs both")
+            raise UserError(
+                f"{beside}: no such file; {given.name} is without the prompts of {source.minus}, so it needs both"
+            )
         rows = read_table(_beside(given)) if given.path else _from_hub(source.minus, other)
         taken = {same_prompt(one.prompt) for one in found_in(source.minus, other, rows)}
         found = [one for one in found if same_prompt(one.prompt) not in taken]
@@ -131,7 +154,11 @@ def _beside(given: Given) -> Path:
 
 def _from_hub(name: str, source: Source) -> Iterable[dict]:
     page = f"https://huggingface.co/datasets/{source.hub}"
-    access = f"is gated: ask for access at {page} and log in (hf auth login)" if source.gated else f"needs no account: {page}"
+    access = (
+        f"is gated: ask for access at {page} and log in (hf auth login)"
+        if source.gated
+        else f"needs no account: {page}"
+    )
     hint = f"it {access}; or give a local file of it: {name}@FILE"
     wanted = [column for names in (*source.columns, *source.optional) for column in names.split("|")]
     return load_rows(source.hub, source.config, source.split, hint=hint, only=wanted, **source.options)

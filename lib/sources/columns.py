@@ -11,10 +11,10 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from lib.files import UserError
+from lib import UserError
 from lib.sources.readers import COPYRIGHT, say_left_out
+from lib.sources.tables import JSON, columns_of, first_text, other_turns, with_context
 from lib.sources.words import SETS, Given
-from lib.tables import JSON, columns_of, first_text, other_turns, with_context
 
 # What stage 4 reads of a request beside those that every record has: how deep it is disguised (a number), how a compliant
 # answer would begin if the attacker writes that, and a request that deserves an answer.
@@ -60,16 +60,22 @@ def same_prompt(prompt: str) -> str:
 def _seen(sign: str) -> str:
     """As a reader sees it: nothing, a space, a dash, a quote, or itself."""
     kind = unicodedata.category(sign)
-    if kind == "Cf" or sign in UNSEEN or "\ufe00" <= sign <= "\ufe0f":  # these choose between forms of the sign before
+    if (
+        kind == "Cf" or sign in UNSEEN or "\ufe00" <= sign <= "\ufe0f"
+    ):  # these choose between forms of the sign before
         return ""
-    return " " if kind == "Cc" else "-" if kind == "Pd" or sign == "\u2212" else "'" if sign in QUOTES else sign
+    return (
+        " " if kind == "Cc" else "-" if kind == "Pd" or sign == "\u2212" else "'" if sign in QUOTES else sign
+    )
 
 
 def fingerprint(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
-def prompts_by_columns(rows: Iterable[dict], given: Given, columns: Columns, targets: dict[str, str]) -> list[PromptRecord]:
+def prompts_by_columns(
+    rows: Iterable[dict], given: Given, columns: Columns, targets: dict[str, str]
+) -> list[PromptRecord]:
     """(set, record) for each row; rows of kind "drop" are left out. UserError if no row has a prompt.
 
     A record keeps `OPTIONAL` fields. Of a jsonl or json file it keeps all others, too, but for the columns that the flags
@@ -82,14 +88,18 @@ def prompts_by_columns(rows: Iterable[dict], given: Given, columns: Columns, tar
     for number, row in enumerate(tqdm(rows, desc=given.source, unit="row", delay=2, leave=False), start=1):
         known_as, context = first_text(row, columns.id_column), first_text(row, columns.context_column)
         where = f"{given.text}: record {known_as or number}"
-        if given.kind and first_text(row, "FunctionalCategory") == "copyright":  # HarmBench's; --kind-map may say otherwise
+        if (
+            given.kind and first_text(row, "FunctionalCategory") == "copyright"
+        ):  # HarmBench's; --kind-map may say otherwise
             left[COPYRIGHT] += 1
             continue
         name = given.kind or kind_of(row, columns, where)
         left.update(f"turns of {role or 'no role'}" for role in other_turns(row, columns.prompt_column))
         prompt = with_context(first_text(row, columns.prompt_column).strip(), context)
         record = {
-            "id": "-".join(filter(None, (_stem(given), known_as, fingerprint(prompt)))),  # two files may use the same names
+            "id": "-".join(
+                filter(None, (_stem(given), known_as, fingerprint(prompt)))
+            ),  # two files may use the same names
             "prompt": prompt,
             "kind": "harmful" if name == "jailbreak" else name,
             "source": given.source,
@@ -105,18 +115,30 @@ def prompts_by_columns(rows: Iterable[dict], given: Given, columns: Columns, tar
 
 def own_fields(row: dict, given: Given, columns: Columns, where: str) -> dict:
     """What a record keeps of a row as it is, see `prompts_by_columns`."""
-    named = (columns.prompt_column, columns.context_column, columns.kind_column, columns.id_column, columns.category_column)
+    named = (
+        columns.prompt_column,
+        columns.context_column,
+        columns.kind_column,
+        columns.id_column,
+        columns.category_column,
+    )
     known = {name.strip().split(".")[0] for names in named for name in names.split(",")}
     everything = given.path is not None and given.path.suffix in JSON
     kept = {key: value for key, value in row.items() if key not in known} if everything else {}
     for key in OPTIONAL:
         kept.pop(key, None)
         value = row.get(key)
-        if value in (None, "") or value != value:  # a table has a cell for each row, maybe one that is no number
+        if (
+            value in (None, "") or value != value
+        ):  # a table has a cell for each row, maybe one that is no number
             continue
         if not isinstance(value, str | int | float) or (key != "hops" and not isinstance(value, str)):
-            raise UserError(f"{where}: {key} is {value!r}; allowed: {'a number' if key == 'hops' else 'some text'}")
-        kept[key] = int(value) if key == "hops" and str(value).isdecimal() else value  # a csv knows no numbers
+            raise UserError(
+                f"{where}: {key} is {value!r}; allowed: {'a number' if key == 'hops' else 'some text'}"
+            )
+        kept[key] = (
+            int(value) if key == "hops" and str(value).isdecimal() else value
+        )  # a csv knows no numbers
     return kept
 
 
@@ -138,12 +160,21 @@ def traces_by_columns(rows: Iterable[dict], given: Given, columns: Columns) -> l
     for row in rows:
         left.update(f"turns of {role or 'no role'}" for role in other_turns(row, columns.prompt_column))
         prompt = first_text(row, columns.prompt_column).strip()
-        record = {"id": f"{_stem(given)}-{fingerprint(prompt)}", "prompt": prompt, "kind": "harmful", "source": given.source}
-        traces.append((record, (first_text(row, columns.reasoning_column), first_text(row, columns.answer_column))))
+        record = {
+            "id": f"{_stem(given)}-{fingerprint(prompt)}",
+            "prompt": prompt,
+            "kind": "harmful",
+            "source": given.source,
+        }
+        traces.append(
+            (record, (first_text(row, columns.reasoning_column), first_text(row, columns.answer_column)))
+        )
     if not any(record["prompt"] and all(pair) for record, pair in traces):
         wanted = f"--prompt-column {columns.prompt_column}, --reasoning-column {columns.reasoning_column} "
         wanted += f"and --answer-column {columns.answer_column}"
-        raise UserError(f"--trace-files: {given.text}: no record has text in each of {wanted}; has {', '.join(columns_of(rows))}")
+        raise UserError(
+            f"--trace-files: {given.text}: no record has text in each of {wanted}; has {', '.join(columns_of(rows))}"
+        )
     say_left_out(given.text, left)
     return traces
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lib.files import UserError
+from lib import UserError
 from lib.sources import described
 from lib.sources.manifest import words_of
 
 
 def plan_downloads(settings) -> None:
     """Print where each word leads. UserError for a --dry-run that is no machine, whether or not a model writes traces."""
-    from lib.plan import read_machine  # here, because it is slow to import
+    from lib.run.plan import read_machine  # here, because it is slow to import
 
     try:
         read_machine(settings.dry_run)

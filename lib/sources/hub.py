@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from lib.files import UserError
+from lib import UserError
 
 
 @cache
@@ -26,7 +26,9 @@ def revision_of(name: str) -> str:
     return _ask(name)[0] or "unknown"
 
 
-def load_rows(name: str, config: str, split: str, *, hint: str, only: Sequence[str] = (), **options: Any) -> Any:
+def load_rows(
+    name: str, config: str, split: str, *, hint: str, only: Sequence[str] = (), **options: Any
+) -> Any:
     """The split as a datasets.Dataset, row by row from the disk; of its columns those in `only`, if any are given.
 
     `options` go to datasets.load_dataset. No code of the data set's own is run. If the hub cannot be reached,

@@ -14,10 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lib.files import UserError
+from lib import UserError
 from lib.sources import readers
 from lib.sources.readers import Found, say_left_out
-from lib.tables import columns_of, other_turns
+from lib.sources.tables import columns_of, other_turns
 
 
 @dataclass(frozen=True)

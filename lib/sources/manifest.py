@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from lib.files import git_revision, sha256_file
+from lib.run.files import git_revision, sha256_file
 from lib.sources import UNKNOWN, files_of, parse_word, provenance, source_names
 
 
@@ -17,7 +17,9 @@ def words_of(settings) -> list[str]:
 def inputs(settings) -> list[Path]:
     """Every file that stage 1 reads; `settings` are its own."""
     words = words_of(settings)
-    return [path for word in words for path in files_of(word)] + ([Path(settings.targets)] if settings.targets else [])
+    return [path for word in words for path in files_of(word)] + (
+        [Path(settings.targets)] if settings.targets else []
+    )
 
 
 def manifest(settings, files: dict[str, list[dict]], pool: dict[str, list[dict]], dropped: Counter) -> dict:
@@ -29,15 +31,24 @@ def manifest(settings, files: dict[str, list[dict]], pool: dict[str, list[dict]]
     stages = {"rl pool": [record for records in pool.values() for record in records]}
     stages |= {name.removesuffix(".jsonl"): records for name, records in files.items()}
     for given in map(parse_word, words):
-        ours = {name: {r["prompt"] for r in records if r["source"] == names[given.text]} for name, records in stages.items()}
+        ours = {
+            name: {r["prompt"] for r in records if r["source"] == names[given.text]}
+            for name, records in stages.items()
+        }
         sources[given.text] |= {"prompts": {name: len(prompts) for name, prompts in ours.items() if prompts}}
     if settings.targets:
         name = Path(settings.targets).name
-        sources[settings.targets] = {"sha256": sha256_file(settings.targets), "licence": licences.get(name, UNKNOWN)}
+        sources[settings.targets] = {
+            "sha256": sha256_file(settings.targets),
+            "licence": licences.get(name, UNKNOWN),
+        }
     if settings.source == "sandbox":
         sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
     if settings.trace_model:
-        sources[settings.trace_model] = {"wrote": "traces", "licence": licences.get(settings.trace_model, UNKNOWN)}
+        sources[settings.trace_model] = {
+            "wrote": "traces",
+            "licence": licences.get(settings.trace_model, UNKNOWN),
+        }
     if settings.rainbow:
         sources["rainbow"] = {"found against": settings.rainbow, "written by": settings.rainbow_attacker}
     counts = {

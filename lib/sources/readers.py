@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from lib.tables import first_text
+from lib.sources.tables import first_text
 
 COPYRIGHT = "copyright behaviours (hashes of the text decide these, no judge)"
 
@@ -43,7 +43,12 @@ def aegis(row: dict) -> Found | None:
 
 def safeedit(row: dict) -> Found:
     """The question inside an attack prompt; the plain question would stand in the column "question"."""
-    return Found("harmful", first_text(row, "adversarial prompt"), first_text(row, "unsafety category"), first_text(row, "id"))
+    return Found(
+        "harmful",
+        first_text(row, "adversarial prompt"),
+        first_text(row, "unsafety category"),
+        first_text(row, "id"),
+    )
 
 
 def ultrafeedback(row: dict) -> Found:
@@ -78,7 +83,12 @@ def sorry_bench(row: dict) -> Found | None:
         return None
     category = first_text(row, "category")
     if category.isdecimal():  # 1 to 44
-        ends = {5: "hate speech", 24: "crimes or torts", 39: "potentially inappropriate topics", 44: "unqualified advice"}
+        ends = {
+            5: "hate speech",
+            24: "crimes or torts",
+            39: "potentially inappropriate topics",
+            44: "unqualified advice",
+        }
         category = next((name for end, name in ends.items() if int(category) <= end), category)
     return Found("harmful", first_text(row, "turns.0"), category, first_text(row, "question_id"))
 
@@ -87,7 +97,13 @@ def harmbench(row: dict) -> Found | str:
     if first_text(row, "FunctionalCategory") == "copyright":
         return COPYRIGHT
     category, context = first_text(row, "category,SemanticCategory"), first_text(row, "ContextString")
-    return Found("harmful", first_text(row, "prompt,Behavior"), category, first_text(row, "BehaviorID"), context=context)
+    return Found(
+        "harmful",
+        first_text(row, "prompt,Behavior"),
+        category,
+        first_text(row, "BehaviorID"),
+        context=context,
+    )
 
 
 def star1(row: dict) -> Found:
@@ -95,11 +111,15 @@ def star1(row: dict) -> Found:
     reasoning, marker, answer = first_text(row, "response").partition("</think>")
     reasoning = reasoning.replace("<think>", "", 1).strip() if marker else ""
     category = first_text(row, "category,category.0")
-    return Found("harmful", first_text(row, "question"), category, first_text(row, "id"), reasoning, answer.strip())
+    return Found(
+        "harmful", first_text(row, "question"), category, first_text(row, "id"), reasoning, answer.strip()
+    )
 
 
 def rainbow(row: dict) -> Found:
-    return Found("harmful", first_text(row, "prompt"), first_text(row, "category,risk"), first_text(row, "id"))
+    return Found(
+        "harmful", first_text(row, "prompt"), first_text(row, "category,risk"), first_text(row, "id")
+    )
 
 
 def say_left_out(source: str, left: Counter[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.files import UserError
+from lib import UserError
 from lib.rewards import KINDS
 from lib.sources.known import SOURCES
 
@@ -40,7 +40,9 @@ def parse_word(word: str, flag: str = "--files") -> Given:
     """
     kind, equals, text = word.partition("=")
     if equals and kind not in SETS and re.fullmatch(r"\w[\w-]*", kind) and not Path(word).exists():
-        raise UserError(f"{flag}: given {word}; unknown KIND {kind}: allowed {' | '.join(SETS)} (a file of that name: ./{word})")
+        raise UserError(
+            f"{flag}: given {word}; unknown KIND {kind}: allowed {' | '.join(SETS)} (a file of that name: ./{word})"
+        )
     kind, text = (kind, text) if kind in SETS else ("", word)
     quota = re.fullmatch(r"(.+?):(?:(\d{1,9})\+)?(\d{1,9})", text)
     sft, rl = 0, None
@@ -57,7 +59,9 @@ def parse_word(word: str, flag: str = "--files") -> Given:
     if text.startswith("hub:"):
         parts = text.removeprefix("hub:").split(":")
         if len(parts) not in (2, 3) or not all(parts) or parts[0].count("/") != 1:
-            raise UserError(f"{flag}: given {word}; allowed hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT")
+            raise UserError(
+                f"{flag}: given {word}; allowed hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT"
+            )
         config = parts[1] if len(parts) == 3 else ""
         return Given(text, text.removeprefix("hub:"), kind, hub=(parts[0], config, parts[-1]), sft=sft, rl=rl)
     name, at, path = text.partition("@")
@@ -66,7 +70,9 @@ def parse_word(word: str, flag: str = "--files") -> Given:
             raise UserError(f"{flag}: given {word}; allowed {name} or {name}@FILE")
         return Given(text, name, kind, name=name, path=Path(path) if path else None, sft=sft, rl=rl)
     if not Path(text).suffix:
-        raise UserError(f"{flag}: given {word}; allowed a file, hub:OWNER/NAME:SPLIT, or {' | '.join(SOURCES)}")
+        raise UserError(
+            f"{flag}: given {word}; allowed a file, hub:OWNER/NAME:SPLIT, or {' | '.join(SOURCES)}"
+        )
     return Given(text, Path(text).name, kind, path=Path(text), sft=sft, rl=rl)
 
 

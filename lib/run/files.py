@@ -1,0 +1,194 @@
+"""Files: a killed run leaves none half-written, and an error in one is named with its line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lib import UserError
+
+UNREADABLE = re.compile("[\x00\ud800-\udfff]")  # null bytes and lone surrogates
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to; on success it is flushed to the disk and takes its place in one step.
+
+    A reader sees the old file or the new one, never a part of one. If the body raises, `path` stays as it
+    was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """UTF-8, atomically; makes the folder. A lone surrogate, not UTF-8, is written as JSON's escape."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(path: str | Path, obj: object) -> None:
+    write_text(path, json.dumps(obj, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    """One object a line."""
+    write_text(path, "".join(_line(record) for record in records))
+
+
+def append_jsonl(path: str | Path, record: dict) -> None:
+    """Add one line in a single write. `resume_log` mends what a kill in its midst would leave."""
+    with Path(path).open("ab") as file:
+        file.write(_line(record).encode("utf-8", errors="backslashreplace"))
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_jsonl(
+    path: str | Path,
+    required: Sequence[str] = (),
+    maybe_empty: Sequence[str] = (),
+    parse_float: Callable[[str], float] | None = None,
+) -> list[dict]:
+    """All records of a jsonl file; empty lines are skipped. `parse_float` is json's.
+
+    With `required` these are the records that stages hand on, and it names their keys, "id" among them. Each must be there
+    and hold text. Those of `maybe_empty` may hold an empty one, and be missing or null unless they are required. An id becomes
+    the text that stands in the file (7 is "7"), and two records never share one: all that is counted later is counted by id.
+    In every text U+FFFD stands for what tokenizers do not take, see `readable`.
+
+    Raises UserError for a missing, unreadable or empty file, a line that is not a JSON object, and a record that breaks a
+    rule above.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    records: list[dict] = []
+    lines: dict[str, list[int]] = {}  # by id
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            record = _parse(line, parse_float)
+            if record is None:
+                raise UserError(
+                    f"{path}:{number}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}"
+                )
+            for key in required:
+                if key not in record:
+                    raise UserError(
+                        f"{path}:{number}: has no key {key!r}; its keys are {', '.join(record) or 'none'}"
+                    )
+            if required:
+                record = readable(record)
+                record["id"] = _id_of(record["id"], line, f"{path}:{number}")
+                lines.setdefault(record["id"], []).append(number)
+                for key in (*required, *(key for key in maybe_empty if record.get(key) is not None)):
+                    value = record[key]
+                    if not isinstance(value, str) or not (value.strip() or key in maybe_empty):
+                        raise UserError(f"{path}: {record['id']}: {key} is {value!r}; allowed: some text")
+            records.append(record)
+    if not records:
+        raise UserError(f"{path}: is empty")
+    if shared := {name: numbers for name, numbers in lines.items() if len(numbers) > 1}:
+        name, numbers = next(iter(shared.items()))
+        others = f", and {len(shared) - 1} more ids stand in several" if len(shared) > 1 else ""
+        where = ", ".join(map(str, numbers[:5])) + ", ..." * (len(numbers) > 5)
+        raise UserError(
+            f"{path}: id {name!r} stands in lines {where}{others}: give each record an id of its own, drop copies"
+        )
+    return records
+
+
+def _id_of(value: Any, line: bytes, where: str) -> str:
+    """The id as it stands in the line: 1e5 is "1e5"."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = json.loads(line.decode("utf-8-sig"), parse_int=str, parse_float=str, parse_constant=str)["id"]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: id is {value!r}; allowed: some text, or a number")
+    return value
+
+
+def readable(value: Any) -> Any:
+    """A JSON value in whose texts U+FFFD stands for null bytes and lone surrogates: no tokenizer takes these.
+
+    >>> readable({"prompt": ["a\\ud800b", 7]}) == {"prompt": ["a\\ufffdb", 7]}
+    True
+    """
+    if isinstance(value, str):
+        return UNREADABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [readable(item) for item in value]
+    if isinstance(value, dict):
+        return {readable(key): readable(item) for key, item in value.items()}
+    return value
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """All records of a jsonl file that grows as a run goes; none while it has not begun."""
+    path = Path(path)
+    return read_jsonl(path) if path.is_file() and path.stat().st_size else []
+
+
+def _parse(line: bytes, parse_float: Callable[[str], float] | None = None) -> dict | None:
+    try:
+        record = json.loads(line.decode("utf-8-sig"), parse_float=parse_float)
+    except (ValueError, RecursionError):  # JSON, UTF-8, or brackets without end
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def resume_log(path: str | Path, keep: Callable[[dict], bool] = lambda record: True) -> list[dict]:
+    """The records of a log that a run goes on with; none while it has not begun.
+
+    The file keeps, byte for byte, the whole lines whose record satisfies `keep`: a resumed run drops what was
+    logged after its checkpoint, and the half line that a kill may have left.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    kept, records = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        record = _parse(line) if line.endswith(b"\n") else None
+        if record is not None and keep(record):
+            kept.append(line)
+            records.append(record)
+    with atomic(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+    return records
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex digest of the file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def git_revision() -> str:
+    """The commit of this checkout, with "-dirty" when files differ from it; "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return run.stdout.strip() if run.returncode == 0 else "unknown"
