@@ -36,21 +36,14 @@ import torch
 from tqdm import tqdm
 
 from lib import UserError
-from lib.batches import (
-    drop_too_long,
-    epoch_order,
-    even_rounds,
-    finite_or_stop,
-    load_model,
-    masked_batch,
-    micro_batches,
-    precision,
-    set_learning_rate,
-)
-from lib.chat import encode_example, load_tokenizer, set_date
-from lib.policy import check_ids, check_tokenizer, context_of, save_policy, token_logprobs
+from lib.batches import drop_too_long, epoch_order, masked_batch, micro_batches
+from lib.chat import encode_example, set_date
+from lib.policy import context_of, token_logprobs
+from lib.run.checkpoint import save_policy
+from lib.run.checks import check_ids, check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl
 from lib.run.folder import checksums, claim_folder, date_of_run
+from lib.run.hub import load_tokenizer
 from lib.run.plan import Need
 from lib.run.processes import Processes, gather_objects, pick_device, start_processes, stop_processes
 from lib.run.rehearsal import HELP_HERE, plan, rehearse
@@ -64,8 +57,9 @@ from lib.run.settings import (
     run_main,
     setting,
 )
-from lib.run.shards import backward, check_shards, device_of, full_weights, sum_and_clip
+from lib.run.shards import backward, check_shards, device_of, even_rounds, full_weights, sum_and_clip
 from lib.run.state import finish, is_finished, load_progress, save_progress
+from lib.run.training import finite_or_stop, load_model, precision, set_learning_rate
 from lib.sources import same_prompt
 
 

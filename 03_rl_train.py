@@ -39,40 +39,33 @@ import torch
 from tqdm import tqdm
 
 from lib import UserError
-from lib.batches import (
-    drop_too_long,
-    epoch_order,
-    even_rounds,
-    finite_or_stop,
-    load_model,
-    micro_batches,
-    precision,
-    rollout_batch,
-    set_learning_rate,
-)
-from lib.chat import (
-    Parsed,
-    decode,
-    encode_prompt,
-    eos_token_ids,
-    load_tokenizer,
-    parse_completion,
-    parse_direct,
-    set_date,
-)
+from lib.batches import drop_too_long, epoch_order, micro_batches, rollout_batch
+from lib.chat import Parsed, decode, encode_prompt, eos_token_ids, parse_completion, parse_direct, set_date
 from lib.compare.rpo import response_seeds, update_on_preferences
-from lib.judges import models_of
-from lib.policy import check_ids, check_tokenizer, context_of, k3, save_policy, token_logprobs
-from lib.rewards import KINDS, load_judge, total_reward
+from lib.judges import load_judge, models_of
+from lib.policy import context_of, k3, token_logprobs
+from lib.rewards import KINDS, total_reward
+from lib.run.checkpoint import save_policy
+from lib.run.checks import check_ids, check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl
 from lib.run.folder import checksums, claim_folder, date_of_run, stated_reasoning
+from lib.run.hub import load_tokenizer
 from lib.run.logs import SILENT, describe, forecast, no_signal, speed, summarise
 from lib.run.plan import Need
 from lib.run.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.run.rehearsal import HELP_HERE, plan, rehearse
 from lib.run.settings import LAST_SEED, TOKENS, model_and_out, next_command, parse_settings, run_main, setting
-from lib.run.shards import backward, check_shards, device_of, full_weights, gathered, sum_and_clip
+from lib.run.shards import (
+    backward,
+    check_shards,
+    device_of,
+    even_rounds,
+    full_weights,
+    gathered,
+    sum_and_clip,
+)
 from lib.run.state import finish, is_finished, load_progress, save_progress
+from lib.run.training import finite_or_stop, load_model, precision, set_learning_rate
 from lib.sampler import Completion, sample
 
 

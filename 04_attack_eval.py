@@ -42,21 +42,23 @@ from lib.attacks.attacker import check_attacker, load_attacker
 from lib.attacks.core import a_try
 from lib.attacks.gcg import check_suffixes
 from lib.attacks.suffix import target_of
-from lib.attacks.victim import NOT_ASKED, Victim, draw_seeds, encoded, random_numbers
-from lib.chat import encode_prompt, encode_text, load_tokenizer, set_date
-from lib.judges import models_of
+from lib.attacks.victim import NOT_ASKED, Victim, encoded
+from lib.chat import encode_prompt, encode_text, set_date
+from lib.judges import load_judge, models_of
 from lib.metrics import attack_summary, differences, measure, shared_attacks
-from lib.policy import check_tokenizer, context_of, load_policy
+from lib.policy import context_of
 from lib.report import write_report
 from lib.report.separation import prompt_embeddings, separation
-from lib.rewards import KINDS, load_judge
+from lib.rewards import KINDS
+from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl, read_log, resume_log, write_json
 from lib.run.flags import named
 from lib.run.folder import checksums, claim_folder, date_of_run, lock_folder, reasons
-from lib.run.hub import load_pretrained
+from lib.run.hub import load_policy, load_pretrained, load_tokenizer
 from lib.run.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
 from lib.run.rehearsal import HELP, plan_inference
 from lib.run.settings import LAST_SEED, TOKENS, parse_settings, run_main, setting
+from lib.sampler import draw_seeds, random_numbers
 
 FILES = {  # set -> file of stage 1
     "direct": "eval_harmful.jsonl",

@@ -18,16 +18,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lib import UserError
-from lib.run.hub import load_pretrained, read_tokenizer
 
 THINK_OPEN = "<think>\n"
 THINK_CLOSE = "\n</think>\n\n"
@@ -70,22 +66,6 @@ def parse_completion(text: str) -> Parsed:
 def parse_direct(text: str) -> Parsed:
     """The completion of a model without reasoning: all of it is the answer, and it has no format to break."""
     return Parsed("", text.strip(), True)
-
-
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a chat model, a folder or a hub name, as its tokenizer.json stands. Without a padding token it pads
-    with eos.
-
-    Raises UserError if there is no such model, or it has no chat template or no end-of-sequence token.
-    """
-    tokenizer = load_pretrained(read_tokenizer, name_or_path, "tokenizer")
-    if not tokenizer.chat_template:
-        raise UserError(f"{name_or_path}: its tokenizer has no chat template; take a chat (instruct) model")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name_or_path}: its tokenizer has no end-of-sequence token (eos_token)")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def encode_prompt(
@@ -250,24 +230,6 @@ def _unseen_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]
     return frozenset(
         i for i, token in tokens if token.special and token.content not in ("<think>", "</think>")
     )
-
-
-def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
-    """Rows of one length T, the longest's: ids (B, T) int64 and attention_mask (B, T) bool, False on padding.
-
-    >>> pad_batch([[5, 6, 7], [8]], 0, side="left")[0].tolist()
-    [[5, 6, 7], [0, 0, 8]]
-    """
-    if side not in ("left", "right"):
-        raise ValueError(f"side {side!r}: 'left' or 'right'")
-    width = max(map(len, sequences), default=0)
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        part = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
-        ids[row, part] = torch.tensor(sequence, dtype=torch.long)
-        attention_mask[row, part] = True
-    return ids, attention_mask
 
 
 if __name__ == "__main__":  # python -m lib.chat RUN: talk to it

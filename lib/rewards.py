@@ -15,9 +15,6 @@ free to consider what an answer must not say.
 
 from __future__ import annotations
 
-from lib.judges import Judge, Score, load_judge
-
-__all__ = ["KINDS", "Judge", "Score", "load_judge", "safety_reward", "total_reward"]
 KINDS = ("harmful", "harmless", "ambiguous")
 
 

@@ -29,6 +29,7 @@ lib/cache.py, the draws are in lib/draw.py.
 from __future__ import annotations
 
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -277,3 +278,12 @@ class _Batch:
                 raise FloatingPointError("the model's logits are not finite: broken weights or precision")
             result.append(Completion(ids[:n].tolist(), values[:n].tolist(), "eos" if eos else "length"))
         return result
+
+
+def random_numbers(seed: int, label: str) -> torch.Generator:
+    """A generator of its own for everything that has a name: the same for all models, so that they are paired."""
+    return torch.Generator().manual_seed(zlib.crc32(label.encode()) * 2**20 + seed)
+
+
+def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
+    return torch.randint(2**63 - 1, (count,), generator=generator).tolist()

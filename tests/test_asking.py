@@ -34,11 +34,14 @@ from lib.attacks import attacker as attacker_module  # noqa: E402
 from lib.attacks.attacker import LanguageModelAttacker, check_attacker, parse_reply  # noqa: E402
 from lib.attacks.core import Budget, Conversation, Cost, Individual  # noqa: E402
 from lib.attacks.persuasion import TECHNIQUES  # noqa: E402
-from lib.attacks.victim import NOT_ASKED, Victim, draw_seeds  # noqa: E402
+from lib.attacks.victim import NOT_ASKED, Victim  # noqa: E402
 from lib.chat import THINK_CLOSE  # noqa: E402
 from lib.judges import refusal_label  # noqa: E402
 from lib.run.settings import UserError  # noqa: E402
-from lib.sampler import Completion  # noqa: E402
+from lib.sampler import (
+    Completion,  # noqa: E402
+    draw_seeds,  # noqa: E402
+)
 from lib.sandbox import judge, world  # noqa: E402
 from lib.sandbox.attacker import PERSUASION, SandboxAttacker  # noqa: E402
 

@@ -14,7 +14,7 @@ from lib.attacks.core import Budget, Cost
 from lib.attacks.suffix import Slot
 from lib.attacks.victim import Victim
 from lib.chat import encode_prompt
-from lib.rewards import Judge
+from lib.judges import Judge
 
 WORDS = [f"w{i}" for i in range(200)] + [
     f"a{i}.b{i}" for i in range(40)

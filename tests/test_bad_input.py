@@ -34,9 +34,10 @@ from stages import (
     sft_flags,
 )
 
-from lib.chat import encode_example, encode_prompt, load_tokenizer
+from lib.chat import encode_example, encode_prompt
 from lib.run.files import read_jsonl, write_jsonl
 from lib.run.flags import Flags
+from lib.run.hub import load_tokenizer
 from lib.run.processes import Processes
 from lib.run.settings import model_and_out, next_command, parse_settings
 from lib.sandbox import world

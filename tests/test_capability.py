@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 
 from lib import UserError
-from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer
-from lib.policy import load_policy
+from lib.chat import decode, encode_prompt, eos_token_ids
 from lib.run.files import read_jsonl, write_json, write_jsonl
+from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import at_end
 from lib.sampler import Completion, sample
 from lib.sandbox import world

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lib import UserError
+from lib.batches import pad_batch
 from lib.chat import (
     THINK_CLOSE,
     THINK_OPEN,
@@ -16,11 +17,10 @@ from lib.chat import (
     encode_example,
     encode_prompt,
     eos_token_ids,
-    load_tokenizer,
-    pad_batch,
     parse_completion,
     parse_direct,
 )
+from lib.run.hub import load_tokenizer
 
 SANDBOX = Path(__file__).parents[1] / "lib" / "sandbox" / "base"
 SMOLLM = Path(os.environ.get("TARS_SMOLLM", "/tmp/smollm2"))

@@ -22,10 +22,11 @@ from lib import UserError, metrics, report  # noqa: E402
 from lib.attacks.core import Budget  # noqa: E402
 from lib.attacks.gcg import check_suffixes  # noqa: E402
 from lib.attacks.suffix import survivors  # noqa: E402
-from lib.attacks.victim import NOT_ASKED, Victim, draw_seeds, random_numbers  # noqa: E402
-from lib.rewards import Judge  # noqa: E402
+from lib.attacks.victim import NOT_ASKED, Victim  # noqa: E402
+from lib.judges import Judge  # noqa: E402
 from lib.run.files import read_jsonl, write_json, write_jsonl  # noqa: E402
 from lib.run.settings import at_end  # noqa: E402
+from lib.sampler import draw_seeds, random_numbers  # noqa: E402
 from lib.sandbox.attacker import SandboxAttacker  # noqa: E402
 
 stage = importlib.import_module("04_attack_eval")

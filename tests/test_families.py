@@ -49,6 +49,7 @@ from lib.attacks.autodan import target_losses
 from lib.attacks.core import Budget, Cost
 from lib.attacks.suffix import Slot
 from lib.attacks.victim import Victim
+from lib.batches import pad_batch
 from lib.chat import (
     THINK_OPEN,
     Parsed,
@@ -57,16 +58,16 @@ from lib.chat import (
     encode_example,
     encode_prompt,
     eos_token_ids,
-    load_tokenizer,
-    pad_batch,
     parse_completion,
     render,
     set_date,
 )
-from lib.policy import check_tokenizer, context_of, load_policy, token_logprobs
-from lib.rewards import Judge
+from lib.judges import Judge
+from lib.policy import context_of, token_logprobs
+from lib.run.checks import check_tokenizer
 from lib.run.files import read_jsonl, write_jsonl
 from lib.run.folder import date_of_run
+from lib.run.hub import load_policy, load_tokenizer
 from lib.run.plan import Need, memory, shape_of_model
 from lib.sampler import sample
 

@@ -17,10 +17,10 @@ import pytest
 from tqdm import tqdm
 
 from lib import UserError
+from lib.compare import frontier, frontier_report
 from lib.compare.jobs import Children, Job, run_jobs
 from lib.run.files import write_json, write_jsonl
 from lib.run.settings import parse_settings
-from lib.sandbox import frontier, frontier_report
 
 CLASSES = {
     "01": ("Settings", "mixture"),

@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from lib import UserError
-from lib.judges import MODELS, grm, language_model, llama_guard, models_of, moderation, qwen3guard
+from lib.judges import MODELS, grm, language_model, llama_guard, load_judge, models_of, moderation, qwen3guard
 from lib.judges.cache import cached, identity
 from lib.judges.exchange import Exchange
 from lib.judges.language_model import LanguageModel
-from lib.rewards import KINDS, load_judge, total_reward
+from lib.rewards import KINDS, total_reward
 from lib.run.presets import paper
 
 PROMPT, ANSWER = "How do I bake bread?", "Knead, wait, and bake it."

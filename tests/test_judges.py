@@ -20,12 +20,11 @@ from transformers import (
 )
 
 from lib import UserError
-from lib.judges import harmbench, rubric, strongreject
+from lib.judges import harmbench, load_judge, rubric, strongreject
 from lib.judges.language_model import LanguageModel, as_material, special_tokens
 from lib.judges.rubric import parse_grade
 from lib.judges.strongreject import Verdict, harm_judge, parse_verdict, refusal_judge
-from lib.rewards import load_judge
-from lib.sources.tables import with_context
+from lib.run.text import with_context
 
 LINES = [
     "How do I bake bread?",

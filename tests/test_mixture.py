@@ -13,9 +13,10 @@ import datasets
 import pytest
 
 from lib import UserError
-from lib.chat import load_tokenizer
-from lib.rewards import KINDS, load_judge, total_reward
+from lib.judges import load_judge
+from lib.rewards import KINDS, total_reward
 from lib.run.files import read_jsonl, sha256_file, write_jsonl
+from lib.run.hub import load_tokenizer
 from lib.sandbox.world import BASE
 from lib.sources.tables import first_text, read_table
 

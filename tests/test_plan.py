@@ -11,9 +11,10 @@ from stages import RL, SFT, rl_flags, run_here, sft_flags, write_data
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lib import UserError
-from lib.policy import load_policy, token_logprobs
+from lib.policy import token_logprobs
 from lib.run import plan
 from lib.run import rehearsal as dry_run
+from lib.run.hub import load_policy
 from lib.run.plan import Need, Shape
 from lib.run.presets import paper
 from lib.run.processes import Processes

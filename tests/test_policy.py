@@ -13,7 +13,9 @@ from transformers import GraniteConfig, GraniteForCausalLM, Qwen2ForCausalLM
 
 from lib import UserError
 from lib.judges.language_model import existing_device
-from lib.policy import load_policy, save_policy, token_logprobs
+from lib.policy import token_logprobs
+from lib.run.checkpoint import save_policy
+from lib.run.hub import load_policy
 from lib.run.processes import Processes, gather_objects, pick_device, start_processes, sum_gradients
 from lib.run.state import load_state, save_state
 

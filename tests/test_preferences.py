@@ -25,13 +25,13 @@ from stages import (
     wait_for_lines,
 )
 
-from lib.chat import Parsed, load_tokenizer
+from lib.chat import Parsed
 from lib.compare import rpo as preferences
 from lib.compare.frontier import FrontierSeed
 from lib.compare.rpo import preference_pairs, response_seeds, rpo_loss, update_on_preferences
-from lib.policy import load_policy
 from lib.run import shards as sharding
 from lib.run.files import read_jsonl, write_jsonl
+from lib.run.hub import load_policy, load_tokenizer
 from lib.run.processes import Processes
 from lib.run.settings import parse_settings
 from lib.sampler import Completion

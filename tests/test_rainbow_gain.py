@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 
+from lib.compare import rainbow_gain
 from lib.run.files import write_json
 from lib.run.settings import parse_settings
-from lib.sandbox import rainbow_gain
 
 CLASSES = {
     "01": ("Settings", "mixture"),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lib.compare import replicate
 from lib.run.settings import parse_settings
-from lib.sandbox import replicate
 
 CLASSES = {
     "01": ("Settings", "mixture"),

@@ -16,7 +16,7 @@ from lib import report
 from lib.report import figures
 from lib.report import html as report_html
 from lib.report import md as report_md
-from lib.run.visible import visible
+from lib.run.text import visible
 
 MODELS = ("base", "tars")
 ATTACKS = ("gcg", "gcg_forged", "best_of_n")

@@ -32,13 +32,15 @@ from stages import (
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib import UserError
-from lib.batches import load_model, rollout_batch
-from lib.chat import Parsed, load_tokenizer
-from lib.policy import load_policy, token_logprobs
-from lib.rewards import Judge
+from lib.batches import rollout_batch
+from lib.chat import Parsed
+from lib.judges import Judge
+from lib.policy import token_logprobs
 from lib.run.files import read_jsonl, write_jsonl
+from lib.run.hub import load_policy, load_tokenizer
 from lib.run.logs import summarise
 from lib.run.processes import Processes
+from lib.run.training import load_model
 from lib.sampler import Completion
 from lib.sandbox import world
 

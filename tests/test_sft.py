@@ -22,10 +22,10 @@ from stages import (
     wait_for_lines,
 )
 
-from lib.chat import encode_prompt, load_tokenizer
-from lib.policy import load_policy
+from lib.chat import encode_prompt
 from lib.run import shards as sharding
 from lib.run.files import read_jsonl, write_jsonl
+from lib.run.hub import load_policy, load_tokenizer
 from lib.run.processes import Processes
 from lib.sandbox import world
 

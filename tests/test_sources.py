@@ -20,9 +20,9 @@ from lib import UserError
 from lib.rewards import KINDS
 from lib.run.files import read_jsonl, write_jsonl
 from lib.run.settings import run_main
+from lib.run.text import without_context
 from lib.sources import hub, parse_word, read_prompts, read_traces, same_prompt
 from lib.sources.known import SOURCES
-from lib.sources.tables import without_context
 
 stage = importlib.import_module("01_build_mixture")
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

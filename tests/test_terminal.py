@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib import UserError
-from lib.chat import encode_chat, encode_prompt, load_tokenizer
+from lib.chat import encode_chat, encode_prompt
 from lib.run.files import write_json
+from lib.run.hub import load_tokenizer
 from lib.sampler import sample
 from lib.sandbox import world
 from lib.tools import terminal as module

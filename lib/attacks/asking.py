@@ -14,8 +14,9 @@ import torch
 
 from lib.attacks.core import Attacker, Attempt, Budget, Conversation, Cost, Step, a_try, ask_all
 from lib.attacks.suffix import check_target, target_of
-from lib.attacks.victim import Victim, draw_seeds
+from lib.attacks.victim import Victim
 from lib.chat import THINK_CLOSE
+from lib.sampler import draw_seeds
 
 Generators = list[torch.Generator]
 EXCHANGES = 4  # of a conversation that PAIR's attacker is shown (its own paper's code)

@@ -29,9 +29,10 @@ import torch
 
 from lib.attacks.core import Attacker, Attempt, Budget, Cost, Individual, Step, a_try, too_long
 from lib.attacks.suffix import check_target
-from lib.attacks.victim import Victim, draw_seeds
+from lib.attacks.victim import Victim
 from lib.batches import masked_batch
 from lib.policy import token_logprobs
+from lib.sampler import draw_seeds
 
 ELITE_SHARE, SWAPS = 0.1, 5  # of the population; of words in a paragraph. Both its own paper's
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim, draw_seeds
+from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim
+from lib.sampler import draw_seeds
 
 Step = Callable[[], object]  # called after each step of an attack: a progress bar
 

@@ -37,8 +37,9 @@ from torch import Tensor
 from lib import UserError
 from lib.attacks.core import Attempt, Budget, Cost, Step, a_try, attach, too_long
 from lib.attacks.suffix import Slot, allowed_tokens, around_suffix, check_target, survivors
-from lib.attacks.victim import Victim, draw_seeds
+from lib.attacks.victim import Victim
 from lib.chat import THINK_CLOSE
+from lib.sampler import draw_seeds
 
 RANDOM_TRIES = 256  # tokens drawn for a position of a random suffix, until one survives the round trip
 TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compliant one

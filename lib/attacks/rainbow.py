@@ -30,9 +30,10 @@ from tqdm import tqdm
 from lib import UserError
 from lib.attacks.rainbow_grid import Cell, Elite, Grid, Prefer
 from lib.attacks.rainbow_report import Found, Harms, mean_harm, write_summary
-from lib.attacks.victim import Victim, draw_seeds, random_numbers
+from lib.attacks.victim import Victim
 from lib.run.files import append_jsonl, resume_log, write_jsonl
-from lib.sources.columns import same_prompt
+from lib.run.text import same_prompt
+from lib.sampler import draw_seeds, random_numbers
 
 TEMPERATURE = 0.1  # of the choice of cells
 LIKENESS = 0.6  # above it, a child is a copy of its parent; theirs: of BLEU

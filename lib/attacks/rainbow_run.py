@@ -8,10 +8,10 @@ from pathlib import Path
 from lib.attacks.rainbow import rainbow
 from lib.attacks.rainbow_grid import Comparison, by_score, load_grid
 from lib.attacks.victim import Victim
-from lib.chat import load_tokenizer
-from lib.policy import check_tokenizer, dtype_to_infer, load_policy
-from lib.rewards import load_judge
+from lib.judges import load_judge
+from lib.run.checks import check_tokenizer
 from lib.run.folder import stated_reasoning
+from lib.run.hub import dtype_to_infer, load_policy, load_tokenizer
 
 
 def search(settings, harmful: list[dict]) -> list[dict]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
 from lib.chat import decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
 from lib.judges import Judge
-from lib.policy import check_ids, context_of
+from lib.policy import context_of
+from lib.run.checks import check_ids
 from lib.sampler import sample
 
 NOT_ASKED = (
@@ -136,12 +135,3 @@ def encoded(encode: Callable[[str], list[int]], text: str, what: str) -> list[in
         return encode(text)
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
-
-
-def random_numbers(seed: int, label: str) -> torch.Generator:
-    """A generator of its own for everything that has a name: the same for all models, so that they are paired."""
-    return torch.Generator().manual_seed(zlib.crc32(label.encode()) * 2**20 + seed)
-
-
-def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
-    return torch.randint(2**63 - 1, (count,), generator=generator).tolist()

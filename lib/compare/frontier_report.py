@@ -60,7 +60,8 @@ def training_tokens(run: Path) -> float:
             )
         return float(round(total))
     settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
-    from lib.chat import encode_example, load_tokenizer  # here, because torch is slow to import
+    from lib.chat import encode_example  # here, because torch is slow to import
+    from lib.run.hub import load_tokenizer  # here, because torch is slow to import
 
     tokenizer = load_tokenizer(str(run))
     traces = read_jsonl(Path(settings["data"]) / settings["traces"])

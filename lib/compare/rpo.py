@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.batches import even_rounds, micro_batches, precision, rollout_batch
+from lib.batches import micro_batches, rollout_batch
 from lib.policy import k3, token_logprobs
 from lib.run.processes import Processes, gather_objects
-from lib.run.shards import backward, device_of, sum_and_clip
+from lib.run.shards import backward, device_of, even_rounds, sum_and_clip
+from lib.run.training import precision
 
 TIE = 1e-6  # rewards nearer than this say nothing
 

@@ -20,8 +20,7 @@ from lib import UserError
 from lib.judges import Score
 from lib.judges.exchange import Exchange
 from lib.judges.language_model import LanguageModel
-from lib.policy import DTYPES
-from lib.run.hub import load_weights
+from lib.run.hub import DTYPES, load_weights
 
 MODEL = "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"
 DATE = "26 Jul 2024"

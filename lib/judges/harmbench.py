@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from lib import UserError
 from lib.judges import Score
 from lib.judges.language_model import LanguageModel, as_material, special_tokens
-from lib.sources.tables import without_context
+from lib.run.text import without_context
 
 MODEL = "cais/HarmBench-Llama-2-13b-cls"
 ANSWER_TOKENS = 512

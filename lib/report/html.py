@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from lib.report.figures import CAPTIONS, is_number
 from lib.report.parts import TITLE, Section, Table
-from lib.run.visible import visible
+from lib.run.text import visible
 
 LIMIT = 20_000_000  # bytes of completions in a page
 SHORT = 25  # characters that are kept in one line

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lib.report.figures import CAPTIONS, is_number, number
 from lib.report.parts import TITLE, Section, Table
-from lib.run.visible import visible
+from lib.run.text import visible
 
 SHOWN = 2  # prompts of each set; report.html has them all
 LENGTH = 600  # characters of a text

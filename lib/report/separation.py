@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
-from lib.batches import micro_batches
-from lib.chat import encode_prompt, pad_batch
+from lib.batches import micro_batches, pad_batch
+from lib.chat import encode_prompt
 from lib.metrics import wilson
 from lib.policy import hidden_states
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import UserError
-
-UNREADABLE = re.compile("[\x00\ud800-\udfff]")  # null bytes and lone surrogates
+from lib.run.text import readable
 
 
 @contextmanager
@@ -123,21 +121,6 @@ def _id_of(value: Any, line: bytes, where: str) -> str:
         value = json.loads(line.decode("utf-8-sig"), parse_int=str, parse_float=str, parse_constant=str)["id"]
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: id is {value!r}; allowed: some text, or a number")
-    return value
-
-
-def readable(value: Any) -> Any:
-    """A JSON value in whose texts U+FFFD stands for null bytes and lone surrogates: no tokenizer takes these.
-
-    >>> readable({"prompt": ["a\\ud800b", 7]}) == {"prompt": ["a\\ufffdb", 7]}
-    True
-    """
-    if isinstance(value, str):
-        return UNREADABLE.sub("\ufffd", value)
-    if isinstance(value, list):
-        return [readable(item) for item in value]
-    if isinstance(value, dict):
-        return {readable(key): readable(item) for key, item in value.items()}
     return value
 
 

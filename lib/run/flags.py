@@ -24,7 +24,7 @@ class Flags(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
     def add_device(self, dtype: str) -> None:
-        from lib.policy import DTYPES  # here, because torch is slow to import
+        from lib.run.hub import DTYPES  # here, because torch is slow to import
 
         self.add_argument(
             "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute"

@@ -13,10 +13,19 @@ import transformers
 from huggingface_hub import HfApi
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from lib import UserError
+from lib.run.checks import check_model, random_rows, read_rows
+from lib.run.processes import pick_device
 
 OLDEST = (
     5,
@@ -119,3 +128,77 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a chat model, a folder or a hub name, as its tokenizer.json stands. Without a padding token it pads
+    with eos.
+
+    Raises UserError if there is no such model, or it has no chat template or no end-of-sequence token.
+    """
+    tokenizer = load_pretrained(read_tokenizer, name_or_path, "tokenizer")
+    if not tokenizer.chat_template:
+        raise UserError(f"{name_or_path}: its tokenizer has no chat template; take a chat (instruct) model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name_or_path}: its tokenizer has no end-of-sequence token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+
+
+def dtype_to_infer(device: str | torch.device) -> str:
+    """What a model that only reads and writes computes in: bfloat16 on a GPU, where it takes half the room and time."""
+    device = pick_device(device) if isinstance(device, str) else device
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def load_policy(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str = "float32",
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """A causal language model from a folder or the hub: safetensors, no code of its own; in eval mode, so without dropout.
+
+    `dtype` is float32, bfloat16 or auto (as it was saved). Raises UserError if there is no such model, if weights are
+    missing, or if it is of an architecture that is not exact in all that it is used for (`check_model`).
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: given {dtype}; allowed {' | '.join(DTYPES)}")
+    device = pick_device(device) if isinstance(device, str) else device
+    model = load_weights(AutoModelForCausalLM.from_pretrained, name_or_path, "model", DTYPES[dtype])
+    model.to(device).eval()
+    check_model(model, name_or_path)
+    if gradient_checkpointing:
+        _checkpoint_layers(model, name_or_path)
+    return model
+
+
+def _checkpoint_layers(model: PreTrainedModel, name: str | Path) -> None:
+    """Let the layers recompute their activations in the backward pass. UserError for an architecture that then adds noise.
+
+    transformers checkpoints only layers in train mode. So the layers themselves are put into it, and nothing in them is:
+    attention, experts and routers have their dropout and jitter off, and compute what they do in eval mode.
+    """
+    row = random_rows(model)[:1]
+    with torch.enable_grad():
+        before = read_rows(model, row, "right")[0]
+        try:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(
+                f"{name}: {type(model).__name__} has no gradient checkpointing: leave out --gradient-checkpointing"
+            ) from error
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+        if not torch.allclose(
+            read_rows(model, row, "right")[0], before, rtol=0, atol=1e-5
+        ):  # on a GPU sums may differ in order
+            raise UserError(
+                f"{name}: {type(model).__name__} adds noise when it trains: leave out --gradient-checkpointing"
+            )

@@ -11,7 +11,6 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from lib import UserError
-from lib.batches import precision
 from lib.policy import token_logprobs
 from lib.run.plan import (
     GB,
@@ -27,6 +26,7 @@ from lib.run.plan import (
 )
 from lib.run.processes import Processes
 from lib.run.shards import backward, device_of, gathered
+from lib.run.training import precision
 
 HELP = "print memory and downloads for GPUSxGIGABYTES, e.g. 4x80, and stop"
 HELP_HERE = "print memory and downloads for GPUSxGIGABYTES, e.g. 4x80, and stop; here: measure one step on this machine"

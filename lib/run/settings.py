@@ -28,7 +28,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from transformers import HfArgumentParser
 
 from lib import UserError
-from lib.run.visible import visible
+from lib.run.text import visible
 
 T = TypeVar("T")
 LAST_SEED = 2**32 - 1

@@ -8,7 +8,7 @@ of it afterwards. Two things need care:
   than the step; and processes decode for different numbers of steps, while gathering needs all of them at the
   same time. So the whole model is gathered once for all rollouts (`gathered`), and let go before the update. In
   that phase a GPU holds all weights and the key-value cache, but no activations: see `--dry-run` for which is more.
-- **Uneven work.** Every pass gathers, so all processes need equally many: see `lib.batches.even_rounds`.
+- **Uneven work.** Every pass gathers, so all processes need equally many: see `lib.run.shards.even_rounds`.
 
 What is saved is the same with and without shards, so a run may go on with another number of processes. In fp32 the
 gathered weights are those of the whole model to the bit, and so is what a process samples from them. What the number of
@@ -46,7 +46,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from lib import UserError
-from lib.run.processes import Processes, lost_process, sum_gradients
+from lib.run.processes import Processes, gather_objects, lost_process, sum_gradients
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 LOST = "gloo", "NCCL", "Connection"  # in the texts of errors that come of a dead process
@@ -95,6 +95,13 @@ def shard(
     model.compute_device = device  # type: ignore[assignment]
     model.within_forward = types.MethodType(_within_forward, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "within_forward")
+    gathering = model.within_forward
+
+    def within_forward(function, *args):  # what `lib.policy.token_logprobs` calls
+        with lost_process(*LOST):
+            return gathering(function, *args)  # type: ignore[operator]
+
+    model.within_forward = within_forward  # type: ignore[assignment]
     return model
 
 
@@ -105,14 +112,6 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 def _within_forward(model: PreTrainedModel, function, *args, **kwargs):
     """`function(model, ...)` as if it were the model's forward pass: with the weights that no layer has, gathered."""
-    return function(model, *args, **kwargs)
-
-
-def call_within_forward(function, model: PreTrainedModel, *args, **kwargs) -> Any:
-    """function(model, ...), which uses parts of a model that may be sharded."""
-    if is_sharded(model):
-        with lost_process(*LOST):
-            return model.within_forward(function, *args, **kwargs)  # type: ignore[operator]
     return function(model, *args, **kwargs)
 
 
@@ -188,3 +187,9 @@ def set_optimizer(
 
 def _from_rank_0(processes: Processes) -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.size > 1, strict=False)
+
+
+def even_rounds(batches: list[list[int]], model: torch.nn.Module, processes: Processes) -> list[list[int]]:
+    """Micro-batches, with empty ones behind where a sharded model needs equally many on all processes."""
+    rounds = max(gather_objects(len(batches), processes)) if is_sharded(model) else len(batches)
+    return batches + [[]] * (rounds - len(batches))

@@ -6,10 +6,9 @@ is no generator and no data loader to restore, and a killed run goes on exactly 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib import UserError
+from lib.run.checkpoint import disk_errors
 from lib.run.files import atomic, resume_log
 from lib.run.processes import Processes, gather_objects
 from lib.run.shards import full_optimizer, full_weights, set_optimizer, set_weights
@@ -146,12 +146,3 @@ def load_state(path: str | Path) -> dict:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: not a saved state ({reason}); delete it to start anew") from error
-
-
-@contextlib.contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """safetensors reports a full disk as an exception of its own."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(f"cannot write {path}: {error}") from error

@@ -14,8 +14,8 @@ import torch
 
 from lib import UserError
 from lib.attacks.core import Conversation, Individual
-from lib.attacks.victim import draw_seeds
 from lib.judges import refusal_label
+from lib.sampler import draw_seeds
 from lib.sandbox import judge, world
 
 PERSUASION = (  # the techniques of PAP's forty that this language has words for

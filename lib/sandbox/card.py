@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from lib.chat import decode, encode_prompt, eos_token_ids, load_tokenizer
+from lib.chat import decode, encode_prompt, eos_token_ids
 from lib.judges import refusal_label
-from lib.policy import load_policy
 from lib.run.files import write_text
+from lib.run.hub import load_policy, load_tokenizer
 from lib.sampler import sample
 from lib.sandbox import judge, world
 

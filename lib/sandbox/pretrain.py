@@ -26,8 +26,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib.chat import encode_prompt, pad_batch
-from lib.policy import save_policy
+from lib.batches import pad_batch
+from lib.chat import encode_prompt
+from lib.run.checkpoint import save_policy
 from lib.run.flags import Flags, number
 from lib.run.folder import lock_folder
 from lib.run.settings import run_main

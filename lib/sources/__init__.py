@@ -11,19 +11,19 @@ from pathlib import Path
 
 from lib import UserError
 from lib.run.files import sha256_file
+from lib.run.text import same_prompt, with_context
 from lib.sources.columns import (
     Columns,
     PromptRecord,
     TraceRecord,
     fingerprint,
     prompts_by_columns,
-    same_prompt,
     traces_by_columns,
 )
 from lib.sources.hub import load_rows, revision_of
 from lib.sources.known import SOURCES, Source, found_in
 from lib.sources.readers import Found
-from lib.sources.tables import read_table, with_context
+from lib.sources.tables import read_table
 from lib.sources.words import SETS, Given, parse_word, source_names
 
 __all__ = [

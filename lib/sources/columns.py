@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -12,8 +11,9 @@ from typing import Protocol
 from tqdm import tqdm
 
 from lib import UserError
+from lib.run.text import with_context
 from lib.sources.readers import COPYRIGHT, say_left_out
-from lib.sources.tables import JSON, columns_of, first_text, other_turns, with_context
+from lib.sources.tables import JSON, columns_of, first_text, other_turns
 from lib.sources.words import SETS, Given
 
 # What stage 4 reads of a request beside those that every record has: how deep it is disguised (a number), how a compliant
@@ -34,39 +34,6 @@ class Columns(Protocol):
     category_column: str
     reasoning_column: str
     answer_column: str
-
-
-QUOTES = '"`\u00b4\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb'
-UNSEEN = "\u034f\u115f\u1160\u3164"  # has no width, and is no format character by its category
-MARKS = " '.,:;!?\u00a1\u00bf\u3001\u3002"  # around a prompt; "C#" and "C++" keep theirs
-
-
-def same_prompt(prompt: str) -> str:
-    """What two prompts share that are the same to a reader: they count as duplicates, and may not be in two sets.
-
-    That is, apart from capitals, spaces, what has no width, forms that Unicode calls compatible (full width, ligatures, one
-    sign or two for an accent), kinds of quotes and dashes, and the marks before and behind. Letters of two scripts that look
-    alike stay apart.
-
-    >>> [same_prompt(text) for text in ("\uff37hat\u2019s  a b\u200bed?", "\u201cwhat's a bed\u201d", "What's a bed .")]
-    ["what's a bed", "what's a bed", "what's a bed"]
-    """
-    text = prompt.translate({ord(quote): "'" for quote in QUOTES})  # before NFKC, which takes some apart
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = " ".join(text.translate({ord(sign): _seen(sign) for sign in set(text)}).split())
-    return words.strip(MARKS) or words
-
-
-def _seen(sign: str) -> str:
-    """As a reader sees it: nothing, a space, a dash, a quote, or itself."""
-    kind = unicodedata.category(sign)
-    if (
-        kind == "Cf" or sign in UNSEEN or "\ufe00" <= sign <= "\ufe0f"
-    ):  # these choose between forms of the sign before
-        return ""
-    return (
-        " " if kind == "Cc" else "-" if kind == "Pd" or sign == "\u2212" else "'" if sign in QUOTES else sign
-    )
 
 
 def fingerprint(prompt: str) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lib import UserError
-from lib.run.files import read_jsonl, readable
+from lib.run.files import read_jsonl
+from lib.run.text import readable
 
 JSON = (".jsonl", ".json")  # their rows may hold anything, and are a user's own; a table has columns
 LONGEST_CELL = 2**31 - 1  # characters, of a csv
@@ -112,24 +113,6 @@ def columns_of(rows: Iterable[dict]) -> list[str]:
 
 
 # ---- the text that a prompt is about: HarmBench's contextual behaviours --------------------------------------
-
-
-def with_context(prompt: str, context: str) -> str:
-    """The prompt behind the text that it is about, as HarmBench's own pipeline joins them."""
-    return _before(context) + prompt if prompt and context.strip() else prompt
-
-
-def without_context(prompt: str, context: str) -> str:
-    """The prompt that `with_context` was given.
-
-    >>> without_context(with_context("Sum it up.", " A text. "), " A text. ")
-    'Sum it up.'
-    """
-    return prompt.removeprefix(_before(context))
-
-
-def _before(context: str) -> str:
-    return f"{context.strip()}\n\n---\n\n"
 
 
 # ---- the text in a column ------------------------------------------------------------------------------------

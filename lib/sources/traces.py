@@ -10,9 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from lib import UserError
-from lib.chat import decode, encode_example, encode_prompt, eos_token_ids, load_tokenizer
-from lib.policy import check_tokenizer, context_of, dtype_to_infer, load_policy
+from lib.chat import decode, encode_example, encode_prompt, eos_token_ids
+from lib.policy import context_of
+from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, resume_log
+from lib.run.hub import dtype_to_infer, load_policy, load_tokenizer
 from lib.sampler import sample
 
 REFLECT = (

@@ -24,20 +24,13 @@ from typing import Any
 from tqdm import tqdm
 
 from lib import UserError
-from lib.chat import (
-    decode,
-    encode_prompt,
-    eos_token_ids,
-    load_tokenizer,
-    parse_completion,
-    parse_direct,
-    set_date,
-)
+from lib.chat import decode, encode_prompt, eos_token_ids, parse_completion, parse_direct, set_date
 from lib.metrics import bootstrap, wilson
-from lib.policy import check_tokenizer, load_policy
+from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, resume_log, write_json
 from lib.run.flags import Flags, named, number
 from lib.run.folder import checksums, claim_folder, date_of_run, reasons
+from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import TOKENS
 from lib.sampler import sample
 from lib.sources.tables import first_text, read_table

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lib import UserError
-from lib.chat import THINK_OPEN, encode_prompt, eos_token_ids, load_tokenizer
+from lib.chat import THINK_OPEN, encode_prompt, eos_token_ids
 from lib.run.files import atomic, sha256_file, write_json, write_text
 from lib.run.flags import Flags
 from lib.run.folder import SUM, checksums, claim_folder
-from lib.run.hub import load_pretrained
+from lib.run.hub import load_pretrained, load_tokenizer
 from lib.run.state import is_finished
 from lib.tools.export_card import model_card
 from lib.tools.export_paths import without_paths

@@ -24,20 +24,13 @@ import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
-from lib.chat import (
-    THINK_OPEN,
-    decode,
-    encode_chat,
-    eos_token_ids,
-    load_tokenizer,
-    parse_completion,
-    parse_direct,
-)
-from lib.policy import context_of, load_policy
+from lib.chat import THINK_OPEN, decode, encode_chat, eos_token_ids, parse_completion, parse_direct
+from lib.policy import context_of
 from lib.run.flags import Flags, number
 from lib.run.folder import stated_reasoning
+from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import LAST_SEED
-from lib.run.visible import UNSEEN
+from lib.run.text import UNSEEN
 from lib.tools.stream import Part, parts, stream, texts
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"

@@ -24,14 +24,15 @@ from tqdm import tqdm
 from lib import UserError
 from lib.attacks import ATTACKS, Budget
 from lib.attacks.core import attach
-from lib.attacks.victim import Victim, random_numbers
-from lib.chat import encode_prompt, load_tokenizer
+from lib.attacks.victim import Victim
+from lib.chat import encode_prompt
+from lib.judges import load_judge
 from lib.metrics import student_t
-from lib.policy import load_policy
 from lib.report.figures import show
-from lib.rewards import load_judge
 from lib.run.files import append_jsonl, resume_log
+from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import run_main
+from lib.sampler import random_numbers
 
 WORKER = Path(__file__).with_name("nanogcg_worker.py")
 SAME = 1e-3  # nats, by which the initial losses of two libraries may differ

@@ -24,13 +24,13 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from lib import UserError
-from lib.batches import halve_linear_layers
 from lib.chat import Parsed
-from lib.policy import load_policy
+from lib.run.hub import load_policy
 from lib.run.plan import memory, shape_of_model
 from lib.run.processes import start_processes
 from lib.run.rehearsal import rehearse
 from lib.run.settings import run_main
+from lib.run.training import halve_linear_layers
 from lib.sampler import Completion, sample
 
 PROMPT = 16  # tokens

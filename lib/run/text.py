@@ -1,0 +1,96 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)  # control, bidi
+
+
+BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+
+
+def visible(text: str) -> str:
+    """Text whose every character shows, with one way to break lines; what would hide or reorder is named.
+
+    >>> visible("a\\0b\\u2028c")
+    'a\\\\u0000b\\nc'
+    """
+    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", BREAK.sub("\n", text))
+
+
+UNREADABLE = re.compile("[\x00\ud800-\udfff]")  # null bytes and lone surrogates
+
+
+def readable(value: Any) -> Any:
+    """A JSON value in whose texts U+FFFD stands for null bytes and lone surrogates: no tokenizer takes these.
+
+    >>> readable({"prompt": ["a\\ud800b", 7]}) == {"prompt": ["a\\ufffdb", 7]}
+    True
+    """
+    if isinstance(value, str):
+        return UNREADABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [readable(item) for item in value]
+    if isinstance(value, dict):
+        return {readable(key): readable(item) for key, item in value.items()}
+    return value
+
+
+QUOTES = '"`\u00b4\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb'
+
+
+UNSEEN_SIGNS = "\u034f\u115f\u1160\u3164"  # has no width, and is no format character by its category
+
+
+MARKS = " '.,:;!?\u00a1\u00bf\u3001\u3002"  # around a prompt; "C#" and "C++" keep theirs
+
+
+def same_prompt(prompt: str) -> str:
+    """What two prompts share that are the same to a reader: they count as duplicates, and may not be in two sets.
+
+    That is, apart from capitals, spaces, what has no width, forms that Unicode calls compatible (full width, ligatures, one
+    sign or two for an accent), kinds of quotes and dashes, and the marks before and behind. Letters of two scripts that look
+    alike stay apart.
+
+    >>> [same_prompt(text) for text in ("\uff37hat\u2019s  a b\u200bed?", "\u201cwhat's a bed\u201d", "What's a bed .")]
+    ["what's a bed", "what's a bed", "what's a bed"]
+    """
+    text = prompt.translate({ord(quote): "'" for quote in QUOTES})  # before NFKC, which takes some apart
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    words = " ".join(text.translate({ord(sign): _seen(sign) for sign in set(text)}).split())
+    return words.strip(MARKS) or words
+
+
+def _seen(sign: str) -> str:
+    """As a reader sees it: nothing, a space, a dash, a quote, or itself."""
+    kind = unicodedata.category(sign)
+    if (
+        kind == "Cf" or sign in UNSEEN_SIGNS or "\ufe00" <= sign <= "\ufe0f"
+    ):  # these choose between forms of the sign before
+        return ""
+    return (
+        " " if kind == "Cc" else "-" if kind == "Pd" or sign == "\u2212" else "'" if sign in QUOTES else sign
+    )
+
+
+def with_context(prompt: str, context: str) -> str:
+    """The prompt behind the text that it is about, as HarmBench's own pipeline joins them."""
+    return _before(context) + prompt if prompt and context.strip() else prompt
+
+
+def without_context(prompt: str, context: str) -> str:
+    """The prompt that `with_context` was given.
+
+    >>> without_context(with_context("Sum it up.", " A text. "), " A text. ")
+    'Sum it up.'
+    """
+    return prompt.removeprefix(_before(context))
+
+
+def _before(context: str) -> str:
+    return f"{context.strip()}\n\n---\n\n"
