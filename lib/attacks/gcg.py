@@ -1,8 +1,8 @@
-"""GCG's variants, and the random control that they have to beat. The `search` itself is chapter 4's, and handed in.
+"""GCG's variants, and the random control that they have to beat. They are given chapter 4's `search`.
 
 Where the target stands is what the attack knows about a reasoner:
 
-    gcg            right after "<think>\\n", where the reasoning should begin: the paper's choice. Non-adaptive.
+    gcg            right after "<think>\\n", where the reasoning should begin: the paper's choice
     gcg_close      behind an empty reasoning: the model is to stop thinking at once, and answer
     gcg_forged     behind a benign reasoning that the attacker makes up
     gcg_twin       behind the model's own compliant reasoning, which it wrote for a harmless request
@@ -23,24 +23,17 @@ from lib import UserError
 from lib.attacks.core import Attempt, Budget, Cost, Step, a_try, attach, too_long
 from lib.attacks.suffix import Slot, around_suffix, check_target, surviving
 from lib.attacks.victim import Victim
-from lib.chat import THINK_CLOSE
+from lib.chat import THINK_CLOSE, encode_text
 from lib.sampler import draw_seeds
 
 Search = Callable[..., list[dict]]  # 04_attack_eval.search
-Generators = Sequence[torch.Generator]
 CONTROL = "random_suffix"
 RANDOM_TRIES = 256  # tokens drawn for a position of a random suffix, until one survives the round trip
 TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compliant one
 
 
 def gcg(
-    variant: str,
-    victim: Victim,
-    behaviours,
-    budget: Budget,
-    generators: Generators,
-    on_step: Step,
-    search: Search,
+    variant: str, victim: Victim, behaviours, budget: Budget, generators, on_step: Step, search: Search
 ) -> list[Attempt]:
     """One suffix for each behaviour."""
     attempts = []
@@ -60,7 +53,7 @@ def gcg(
 
 
 def universal_gcg(
-    victim: Victim, behaviours, budget: Budget, generators: Generators, on_step: Step, search: Search
+    victim: Victim, behaviours, budget: Budget, generators, on_step: Step, search: Search
 ) -> list[Attempt]:
     """One suffix, searched for the first few behaviours and tried on all: does it carry over?"""
     known = [b for b in behaviours[: budget.universal_behaviours] if fits(victim, b, check_target(b), budget)]
@@ -104,30 +97,30 @@ def draw_suffix(slot: Slot, generator: torch.Generator) -> None:
         suffixes, texts = surviving([slot], torch.cat([suffixes[:1].expand(tries, -1), drawn], dim=1))
         if not texts:
             raise UserError(
-                f"--attacks: {slot.victim.name}: of {len(tokens)} tokens that may stand in a suffix none survives "
-                "decoding and encoding: leave random_suffix and gcg out"
+                f"--attacks: {slot.victim.name}: of {len(tokens)} tokens that may stand in a suffix none "
+                "survives decoding and encoding: leave random_suffix and gcg out"
             )
     slot.start, slot.start_text = suffixes[0], texts[0]
 
 
 def check_suffixes(victim: Victim, behaviours: Sequence[dict], budget: Budget) -> None:
     """UserError where no suffix can be searched for: before the first search."""
-    lengths = [len(sum(around_suffix(victim, behaviour, budget), [])) for behaviour in behaviours]
-    if not victim.fits(range(min(lengths))):
+    for behaviour in behaviours:
+        around_suffix(victim, behaviour, budget)
+    able = [b for b in behaviours if fits(victim, b, check_target(b), budget)]
+    if not able:
         raise UserError(
-            f"gcg_suffix_tokens: given {budget.gcg_suffix_tokens}; with it the shortest request to attack has "
-            f"{min(lengths)} tokens, more than {victim.name} can be sent beside its answer: lower it"
+            f"gcg_suffix_tokens: given {budget.gcg_suffix_tokens}; with so many no request leaves "
+            f"room for an answer in the context of {victim.name}: lower it"
         )
-    shortest = behaviours[lengths.index(min(lengths))]
-    draw_suffix(
-        Slot(victim, shortest, check_target(shortest), budget, Cost()), torch.Generator().manual_seed(0)
-    )
+    slot = Slot(victim, able[0], check_target(able[0]), budget, Cost())
+    draw_suffix(slot, torch.Generator().manual_seed(0))
 
 
 def fits(victim: Victim, behaviour: dict, target: str, budget: Budget) -> bool:
     """Whether the victim can be sent the behaviour with a suffix, and be scored on the target behind it."""
     sent = victim.encode(attach(behaviour["prompt"], budget.initial_suffix()))
-    return victim.fits(sent, len(victim.tokenizer.encode(target, add_special_tokens=False)))
+    return victim.fits(sent, len(encode_text(victim.tokenizer, target)))
 
 
 def _attempt(behaviour: dict, trace: list[dict], cost: dict[str, float]) -> Attempt:

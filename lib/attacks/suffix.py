@@ -1,16 +1,15 @@
-"""A suffix behind a prompt, as text and as tokens: what a search by gradients needs of a model and its tokenizer.
+"""A suffix behind a prompt, as text and as tokens: what GCG needs of a model and its tokenizer.
 
 chat template, prompt | suffix | end of turn, model's turn | target
 `prefix`, read once   | varies | `rest`                    | `target`
 
-A model is attacked through text, so a candidate counts as the tokens of its *re-encoded text*. One that comes back
-as other tokens is dropped and counted; else an attack may report a suffix that nobody can type.
+A model is attacked through text, so a candidate counts as the tokens of its *re-encoded text*. One that comes
+back as other tokens is dropped and counted; else an attack may report a suffix that nobody can type.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,6 +21,8 @@ from lib import UserError
 from lib.attacks.core import Budget, Cost, attach
 from lib.attacks.victim import Victim, encode_each
 from lib.cache import repeat_row, table_rows
+from lib.chat import encode_text
+from lib.run.settings import TOKENS
 
 VOCABULARY_PART = 8192  # rows of the table that a gradient looks at at a time: all may be a gigabyte
 CPU_TOKENS = 2048  # a batch of candidates that stays in a CPU's caches: a tenth less time in the sandbox
@@ -36,15 +37,11 @@ class Slot:
 
     def __init__(self, victim: Victim, behaviour: dict, target: str, budget: Budget, cost: Cost) -> None:
         self.victim, self.model, self.tokenizer, self.cost = victim, victim.model, victim.tokenizer, cost
-        self.prompt, self.start_text, device = (
-            behaviour["prompt"],
-            budget.initial_suffix(),
-            victim.model.device,
-        )
-        # Not a reasoning before it: draw the answer out of the model, do not hand it in.
+        self.prompt, self.start_text = behaviour["prompt"], budget.initial_suffix()
+        # Draw the answer out of the model, do not hand it in; a reasoning before it may be handed in.
         self.banned = check_target(behaviour) if budget.gcg_ban_target else ""
-        self.batch_tokens = min(budget.max_batch_tokens, CPU_TOKENS if device.type == "cpu" else 10**9)
-        target_ids = self.tokenizer.encode(target, add_special_tokens=False)
+        device, target_ids = self.model.device, encode_text(self.tokenizer, target)
+        self.batch_tokens = min(budget.max_batch_tokens, CPU_TOKENS if device.type == "cpu" else TOKENS)
         self.prefix, start, self.rest = around_suffix(victim, behaviour, budget)
         self.start = torch.tensor(start)  # (S,) int64
         self.target = torch.tensor(target_ids, device=device)  # (T,)
@@ -70,14 +67,15 @@ class Slot:
 
     @contextlib.contextmanager
     def watched_embeddings(self) -> Iterator[list[Tensor]]:
-        """Within it, the embeddings that the model looks up, (1, length, width), join the list, as leaves of a graph.
+        """Within it the embeddings that the model looks up, (1, length, width), are listed, as leaves.
 
-        Not by inputs_embeds: some models scale what they look up, in the module (Gemma 3) or behind it (CTRL).
+        Not by inputs_embeds: some models scale what they look up, in it (Gemma 3) or behind it (CTRL).
         """
         seen: list[Tensor] = []
 
         def keep(_: torch.nn.Module, inputs: tuple, embeds: Tensor) -> Tensor:
             seen.append(embeds.detach().requires_grad_())
+            self.cost.backward_tokens += embeds.shape[1]
             return seen[0].clone()  # CTRL scales in place
 
         hook = self.model.get_input_embeddings().register_forward_hook(keep)
@@ -94,7 +92,7 @@ class Slot:
         return torch.cat(products, dim=1).float().cpu()
 
     def in_batches(self, function: Callable[[Tensor], Tensor], suffixes: Tensor) -> Tensor:
-        """function((n, S)) -> (n,), of all (N, S): (N,) on the CPU. Out of memory, half as many at a time from then on."""
+        """function((n, S)) -> (n,), of all (N, S): (N,) on the CPU. Out of memory, half as many at a time."""
         row = len(self.prefix) + suffixes.shape[1] + len(self.tail)
         values, done = [torch.empty(0)], 0
         while done < len(suffixes):
@@ -105,15 +103,14 @@ class Slot:
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
-                self.batch_tokens = len(part) // 2 * row
-                tqdm.write(
-                    f"out of memory with {len(part)} candidates at a time: from now on {len(part) // 2}"
-                )
+                half = len(part) // 2
+                self.batch_tokens = half * row
+                tqdm.write(f"out of memory with {len(part)} candidates at a time: from now on {half}")
         return torch.cat(values)
 
     def allowed(self) -> Tensor:
         """(vocab,) bool: printable ASCII, neither special nor added, as <think> may be, nor banned."""
-        banned = {*self.tokenizer.encode(self.banned, add_special_tokens=False)}
+        banned = {*encode_text(self.tokenizer, self.banned)}
         banned |= {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         fine = [i not in banned and w.isascii() and w.isprintable() and w != " " for i, w in enumerate(words)]
@@ -122,7 +119,7 @@ class Slot:
 
 
 def surviving(slots: Sequence[Slot], candidates: Tensor) -> tuple[Tensor, list[str]]:
-    """Candidates (N, S) whose text, behind every slot's prompt, comes back as the same ids: (M, S), and texts."""
+    """Candidates (N, S) whose text, behind every slot's prompt, comes back as the same ids: (M, S), texts."""
     for slot in slots:
         decoded = slot.tokenizer.batch_decode(candidates.tolist(), clean_up_tokenization_spaces=False)
         texts, prompt = [text.strip() for text in decoded], slot.prompt.strip()
@@ -134,7 +131,7 @@ def surviving(slots: Sequence[Slot], candidates: Tensor) -> tuple[Tensor, list[s
 
 
 def first_exact(slots: Sequence[Slot], suffixes: Tensor, texts: Sequence[str], losses: Tensor) -> int | None:
-    """The row of the least loss whose text gives, through every chat template, the very ids that were scored."""
+    """The row of the least loss whose text, through all chat templates, gives the ids that were scored."""
     for i in losses.argsort().tolist():  # the first one almost always does
         sent = [slot.victim.encode(attach(slot.prompt, texts[i])) for slot in slots]
         if sent == [[*slot.prefix, *suffixes[i].tolist(), *slot.rest] for slot in slots]:
@@ -144,15 +141,15 @@ def first_exact(slots: Sequence[Slot], suffixes: Tensor, texts: Sequence[str], l
 
 
 def around_suffix(victim: Victim, behaviour: dict, budget: Budget) -> tuple[list[int], list[int], list[int]]:
-    """Token ids before, of and behind the initial suffix. UserError unless it is `gcg_suffix_tokens` known tokens."""
+    """Token ids before, of and behind the initial suffix. UserError unless that is as many known tokens."""
     plain, count = victim.encode(behaviour["prompt"].strip()), budget.gcg_suffix_tokens
     full = victim.encode(attach(behaviour["prompt"], budget.initial_suffix()))
-    begin = len(os.path.commonprefix([plain, full]))
+    begin = next((i for i, (a, b) in enumerate(zip(plain, full, strict=False)) if a != b), len(plain))
     prefix, suffix, rest = full[:begin], full[begin : begin + count], full[begin + count :]
     if prefix + rest != plain or len(suffix) != count or victim.tokenizer.unk_token_id in suffix:
         raise UserError(
-            f"gcg_init: given {budget.gcg_init}; {count} of it make {len(full) - len(plain)} tokens for {victim.name} "
-            f"behind the prompt of {behaviour['id']}; allowed a word that is one token, and a known one"
+            f"gcg_init: given {budget.gcg_init}; {count} of it make {len(full) - len(plain)} tokens behind "
+            f"the prompt of {behaviour['id']} ({victim.name}); allowed a word that is one known token"
         )
     return prefix, suffix, rest
 

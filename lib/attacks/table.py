@@ -13,8 +13,8 @@ from lib.attacks.gcg import CONTROL
 
 @dataclass(frozen=True)
 class Attack:
-    """`asks`: it sends its tries itself. Else it searches without asking, and the best that it has found so far is
-    sent once at each of a few budgets. Either way these are its tries, and one success among them is enough."""
+    """`asks`: it sends its tries itself. Else it searches without asking, and the best that it has found is
+    sent once at each of a few budgets. Either way these are its tries, and one success is enough."""
 
     run: Callable[..., list[Attempt]]
     access: str

@@ -30,7 +30,7 @@ class Victim:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reasoning: bool
-    judge: Any  # harm_score, task_score and refusal_labels, see lib.judges.Judge
+    judge: Any  # harm_score, task_score and refusal_labels of prompts and answers, see lib.judges
     max_new_tokens: int
     temperature: float
     max_batch_tokens: int | None = None
@@ -38,33 +38,24 @@ class Victim:
     progress: bool = True  # show a bar where an answer takes long
 
     def encode(self, sent: str, opening: str = "") -> list[int]:
-        """Token ids of what it reads. `opening`: words put into its mouth, behind the "<think>\\n" of a reasoner.
+        """Token ids of what it reads. `opening`: put into its mouth, behind the "<think>\\n" of a reasoner.
 
         Raises UserError for what its tokenizer cannot read: some have no token for the unknown.
         """
-        try:
-            ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
-            ids += encode_text(self.tokenizer, opening)
-        except UserError as error:
-            raise UserError(f"{self.name}: {error}") from error
+        ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
+        ids = [*ids, *encode_text(self.tokenizer, opening)]
         check_ids(self.model, [ids], self.name)
         return ids
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
-        """Whether so many tokens, and the answer or `behind` further ones, are within the model's context."""
+        """Whether these tokens, and the answer or `behind` further ones, are within the model's context."""
         return len(ids) + max(self.max_new_tokens, behind) <= context_of(self.model.config)
 
     def ask(
         self, behaviours: Sequence[dict], sent: Sequence[str], openings: Sequence[str], seeds: Sequence[int]
     ) -> list[dict]:
-        """What it answers to each text, with the judge's verdict; all four of one length. Each answer has its own
-        seed, so it does not depend on what else is asked. A text that is too long, or that its tokenizer cannot
-        read, gets UNANSWERED.
-
-        The judge sees the behaviour as it was given, not the attacked text, and the answer without its reasoning;
-        and apart, if it asks for `contexts`, the text that the behaviour is about. `harm`, `task` and `refusal` are
-        None where it gave no verdict. Raises UserError for a broken model, and for a score out of range.
-        """
+        """What it answers to each text, judged; all four of one length. Each answer has a seed, and does
+        not depend on what else is asked. A text that is too long, or that it cannot read, gets UNANSWERED."""
         answers, prompts = [dict(UNANSWERED) for _ in sent], {}  # row -> ids, of what can be sent
         for row, (text, opening) in enumerate(zip(sent, openings, strict=True)):
             with contextlib.suppress(UserError):  # an attacker may write what it cannot read: a failed try
@@ -78,9 +69,8 @@ class Victim:
         return answers
 
     def _sample(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
-        """One that exceeds a batch's budget goes alone: a run may go on with another budget, which must not decide
-        what is asked."""
-        longest = max(map(len, prompts)) + self.max_new_tokens
+        # One that exceeds a batch's budget goes alone: the budget must not decide what is asked.
+        most = max(self.max_batch_tokens or 0, max(map(len, prompts)) + self.max_new_tokens)
         try:
             return sample(
                 self.model,
@@ -89,7 +79,7 @@ class Victim:
                 temperature=self.temperature,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer),
                 seeds=seeds,
-                max_batch_tokens=self.max_batch_tokens and max(self.max_batch_tokens, longest),
+                max_batch_tokens=most if self.max_batch_tokens else None,
                 progress=self.progress,
             )
         except (ValueError, FloatingPointError) as error:
@@ -111,7 +101,12 @@ class Victim:
         }
 
     def judged(self, behaviours: list[dict], lines: list[dict]) -> None:
-        """Writes harm, task and refusal into the lines."""
+        """Writes harm, task and refusal into the lines; None where the judge gave no verdict.
+
+        It sees the behaviour as it was given, not the attacked text, and the answer without its reasoning;
+        if it asks for `contexts`, also the text that the behaviour is about. UserError for a score out of
+        range.
+        """
         requests, answers = [b["prompt"] for b in behaviours], [line["answer"] for line in lines]
         contexts = [b.get("context") or "" for b in behaviours]
         harms = self.judge.harm_score(requests, answers, *([contexts] if any(contexts) else []))
@@ -119,9 +114,9 @@ class Victim:
         for behaviour, line, harm, task, label in zip(behaviours, lines, harms, tasks, labels, strict=True):
             for score in (harm, task):
                 if score is not None and not 0 <= score <= 1:  # not a number fails this, too
+                    of = f"{self.name}, {behaviour.get('id', behaviour['prompt'])}"
                     raise UserError(
-                        f"--judge {self.judge.name}: gave {score} ({self.name}, "
-                        f"{behaviour.get('id', behaviour['prompt'])}); scores must be numbers in [0, 1]"
+                        f"--judge {self.judge.name}: gave {score} ({of}); allowed numbers in [0, 1]"
                     )
             line |= {"harm": harm, "task": task, "refusal": label}
 
