@@ -138,14 +138,11 @@ class Lab:
         if behaviours and missing and any(ATTACKS[name].target for name in names):
             self.run.say(f"{missing} direct requests have no target (stage 1, --targets): not attacked")
         for model in models:
-            victim, prompts, system = self.victim(model), [record["prompt"] for record in first], model.system
-            pair = victim.model, victim.tokenizer
-            check_tokenizer(*pair, prompts, reasoning=model.reasoning, system=system)
+            victim = self.victim(model)
             for name, path in files_of(self.settings.data).items():
-                if not any([victim.fits(victim.encode(record["prompt"])) for record in sets[name]]):
-                    flag = "--max-new-tokens" if model.reasoning else "--answer-tokens"
-                    given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {path} exceed"
-                    raise UserError(f"{given} the context of {model.name}: lower it, or leave the model out")
+                check_prompts(victim, sets[name], path)
+            pair, prompts = (victim.model, victim.tokenizer), [record["prompt"] for record in first]
+            check_tokenizer(*pair, prompts, reasoning=model.reasoning, system=model.system)
             if behaviours:
                 check_behaviours(victim, behaviours, names, self.settings)
         victim.judged(first[:1], [{"answer": "No."}])
@@ -205,6 +202,19 @@ class Lab:
             line |= {name: attempt[name] for name in ("technique", "sent", "opening") if name in attempt}
             lines.append(line | (attempt.get("completion") or next(found)))
         return lines
+
+
+def check_prompts(victim: Victim, records: list[dict], path: Path) -> None:
+    fitting = []
+    for record in records:
+        try:
+            fitting.append(victim.fits(victim.encode(record["prompt"])))
+        except UserError as error:
+            raise UserError(f"{path}: {record['id']}: {error}") from error
+    if not any(fitting):
+        flag = "--max-new-tokens" if victim.reasoning else "--answer-tokens"
+        given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {path} exceed"
+        raise UserError(f"{given} the context of {victim.name}: lower it, or leave the model out")
 
 
 def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str], settings: Any) -> None:
