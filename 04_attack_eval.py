@@ -562,8 +562,8 @@ def main() -> None:
             loaded.model, loaded.tokenizer, first, reasoning=subject.reasoning, system=subject.system
         )
         del loaded
-    if behaviours and hired:
-        check_attacker(settings.attacker, talks="pair" in names)
+    if behaviours and any(ATTACKS[name].attacker for name in names):
+        check_attacker(settings.attacker, names, [behaviour["prompt"] for behaviour in behaviours])
     attacks_path, completions_path, separation_path = (
         out / f"{n}.jsonl" for n in ("attacks", "completions", "separation")
     )
