@@ -38,7 +38,7 @@ from transformers import AutoConfig
 
 from lib import UserError
 from lib.attacks import ATTACKS, CONTROL, Budget, steps_of
-from lib.attacks.attacker import check_attacker, load_attacker
+from lib.attacks.attacker import load_attacker
 from lib.attacks.core import a_try
 from lib.attacks.gcg import check_suffixes
 from lib.attacks.suffix import target_of
@@ -563,7 +563,10 @@ def main() -> None:
         )
         del loaded
     if behaviours and any(ATTACKS[name].attacker for name in names):
-        check_attacker(settings.attacker, names, [behaviour["prompt"] for behaviour in behaviours])
+        limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
+        writer = load_attacker(settings.attacker, device=settings.device, dtype=settings.dtype, **limits)
+        writer.check(names, [behaviour["prompt"] for behaviour in behaviours])
+        del writer
     attacks_path, completions_path, separation_path = (
         out / f"{n}.jsonl" for n in ("attacks", "completions", "separation")
     )

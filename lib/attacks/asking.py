@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 
-from lib.attacks.attacker import legible
 from lib.attacks.core import Attempt, Conversation, Cost, a_try, ask_all
 from lib.attacks.suffix import check_target, target_of
 from lib.chat import THINK_CLOSE
@@ -40,14 +39,11 @@ def prefill_answer(victim, behaviours, budget, generators, on_step) -> list[Atte
 
 def best_of_n(victim, behaviours, budget, generators, on_step, attacker) -> list[Attempt]:
     """The first try is the request as it is, so it is plain resampling that the disturbances have to beat."""
-    costs, tries = [Cost() for _ in behaviours], []
-    for behaviour, generator, cost in zip(behaviours, generators, costs, strict=True):
-        prompt = behaviour["prompt"]
-        disturbed = [attacker.augment(prompt, generator) for _ in range(budget.samples - 1)]
-        texts = legible(victim, [prompt, *disturbed])
-        cost.empty += texts.count("")
-        tries.append([a_try(k, text) for k, text in enumerate(texts, start=1) if text])
-    return _asked(victim, behaviours, tries, generators, on_step, costs)
+    tries = [[a_try(1, b["prompt"])] for b in behaviours]
+    for own, generator in zip(tries, generators, strict=True):
+        for k in range(2, budget.samples + 1):
+            own.append(a_try(k, attacker.augment(own[0]["sent"], generator)))
+    return _asked(victim, behaviours, tries, generators, on_step)
 
 
 def pap(victim, behaviours, budget, generators, on_step, attacker) -> list[Attempt]:
@@ -56,7 +52,7 @@ def pap(victim, behaviours, budget, generators, on_step, attacker) -> list[Attem
     for behaviour, generator, cost in zip(behaviours, generators, costs, strict=True):
         chosen = torch.randperm(len(attacker.techniques), generator=generator)[: budget.techniques].tolist()
         seeds = draw_seeds(generator, len(chosen))
-        texts = legible(victim, attacker.persuade([behaviour["prompt"]] * len(chosen), chosen, seeds))
+        texts = attacker.persuade([behaviour["prompt"]] * len(chosen), chosen, seeds)
         cost.written(victim, texts)
         numbered = enumerate(zip(texts, chosen, strict=True), start=1)
         new = [a_try(k, text) | {"technique": attacker.techniques[which]} for k, (text, which) in numbered]
@@ -79,10 +75,9 @@ def pair(victim, behaviours, budget, generators, on_step, attacker) -> list[Atte
         new: list[list[dict]] = [[] for _ in behaviours]
         shown = []  # (conversation, what the attacker wrote, the try that it became)
         for (i, talk), reply in zip(talks, replies, strict=True):
-            improvement, prompt = legible(victim, [reply["improvement"], reply["prompt"]])
-            costs[i].written(victim, [f"{improvement} {prompt}".strip() if prompt else ""])
-            if prompt:
-                new[i].append(a_try(turn * budget.streams + talk.stream + 1, prompt))
+            costs[i].written(victim, [f"{reply['improvement']} {reply['prompt']}".strip()])
+            if reply["prompt"]:
+                new[i].append(a_try(turn * budget.streams + talk.stream + 1, reply["prompt"]))
                 shown.append((talk, reply, new[i][-1]))
         ask_all(victim, behaviours, new, generators, costs)
         for past, attempts in zip(tries, new, strict=True):

@@ -1,29 +1,29 @@
 """AutoDAN: a genetic search for a prompt that reads like language (Liu et al. 2023; paper, "Evaluation").
 
-GCG's suffixes look like noise. AutoDAN varies whole sentences around a request instead, and lets those
-multiply that make the target likely. It needs the target's loss, not its gradient: access "score". The best
-tenth of the prompts stay as they are. The others are replaced, by two steps in turn:
+GCG's suffixes look like noise. AutoDAN varies sentences around a request instead, and lets those multiply
+that make the target likely. It needs the target's loss, not its gradient: access "score". The best tenth of
+the prompts stay as they are. The others are replaced, by two steps in turn:
 
     sentences   parents are drawn by softmax(-loss); pairs cross: each child takes some sentences of both
     words       a word's score is the mean of -loss over the prompts that hold it, averaged with its earlier
-    one;
-                in every prompt a few words give way to words of higher score
+                score; in every prompt a few words give way to words of higher score
 
 After both, a few prompts are rewritten as a whole. What differs from the original: a word gives way to a
-better one of the population, not to a synonym; the first prompts are written by the attacker, not copied from
-people's jailbreaks; there, four steps on words follow each one on sentences, and parents swap at five points
+better one of the population, not to a synonym; the attacker writes the first prompts, which there are
+people's jailbreaks; there four steps on words follow each one on sentences, and parents swap at five points
 at most.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from dataclasses import replace
 
 import torch
 
-from lib.attacks.attacker import legible
+from lib import UserError
 from lib.attacks.core import Attempt, Cost, Individual, a_try, too_long
 from lib.attacks.suffix import check_target
 from lib.batches import masked_batch
@@ -43,7 +43,9 @@ def autodan(victim, behaviours, budget, generators, on_step, attacker) -> list[A
 def _search(victim, behaviour: dict, budget, generator, on_step, attacker) -> Attempt:
     target, goal, cost = check_target(behaviour), behaviour["prompt"], Cost()
     rng = random.Random(draw_seeds(generator, 1)[0])
-    people = first_prompts(victim, goal, budget.population, attacker, generator, cost)
+    written = attacker.individuals(goal, budget.population, draw_seeds(generator, budget.population))
+    people = [Individual(p.before, p.request, p.after) for p in written]
+    cost.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # an empty scene is a failure
     losses = target_losses(victim, [p.text() for p in people], target, budget, cost)
     best = min(range(len(people)), key=losses.__getitem__)
     if losses[best] == math.inf:
@@ -69,25 +71,17 @@ def _search(victim, behaviour: dict, budget, generator, on_step, attacker) -> At
     return Attempt(behaviour["id"], trace, cost.total())
 
 
-def first_prompts(victim, goal: str, count: int, attacker, generator, cost: Cost) -> People:
-    """Scenes around the request. One that the victim cannot read is empty; an empty one counts as a
-    failure."""
-    written = attacker.individuals(goal, count, draw_seeds(generator, count))
-    people = [Individual(p.before, p.request, p.after) for p in written]
-    texts = legible(victim, [p.text() for p in people])
-    people = [p if text else Individual((), goal, ()) for p, text in zip(people, texts, strict=True)]
-    cost.written(victim, [" ".join((*p.before, *p.after)) for p in people])
-    return people
-
-
 @torch.no_grad()
 def target_losses(victim, texts: list[str], target: str, budget, cost: Cost) -> list[float]:
     """Mean negative log-likelihood of the target behind each text. Out of memory, half as many at a time. A
-    text that is too long is as bad as the worst; inf if all are."""
+    text that is too long, or cannot be read, is as bad as the worst; inf if all are."""
     target_ids = victim.tokenizer.encode(target, add_special_tokens=False)
-    encoded = [victim.encode(text) for text in texts]
-    fits = [victim.fits(ids, len(target_ids)) for ids in encoded]
-    rows = [ids + target_ids for ids, fit in zip(encoded, fits, strict=True) if fit]
+    asked = {}  # index of a text -> its token ids and the target's
+    for i, text in enumerate(texts):
+        with contextlib.suppress(UserError):  # an attacker may write what the victim's tokenizer cannot read
+            if victim.fits(ids := victim.encode(text), len(target_ids)):
+                asked[i] = ids + target_ids
+    rows = list(asked.values())
     losses: list[float] = []
     size = max(1, budget.max_batch_tokens // max(map(len, rows), default=1))
     while len(losses) < len(rows):
@@ -102,13 +96,12 @@ def target_losses(victim, texts: list[str], target: str, budget, cost: Cost) -> 
             size = max(1, len(part) // 2)
     cost.queries += len(rows)
     cost.forward_tokens += sum(map(len, rows))
-    scored, worst = iter(losses), max(losses, default=math.inf)
-    return [next(scored) if fit else worst for fit in fits]
+    found, worst = dict(zip(asked, losses, strict=True)), max(losses, default=math.inf)
+    return [found.get(i, worst) for i in range(len(texts))]
 
 
 def sentence_step(people: People, losses: list[float], count: int, rate: float, rng: random.Random) -> People:
-    """`count` children of parents drawn by softmax(-loss). A pair crosses at that rate; else it stays as it
-    is."""
+    """`count` children of parents drawn by softmax(-loss). A pair crosses at that rate, or stays as it is."""
     weights = [math.exp(min(losses) - loss) for loss in losses]
     parents, children = rng.choices(people, weights, k=count + count % 2), People()
     for pair in zip(parents[::2], parents[1::2], strict=True):
@@ -119,19 +112,17 @@ def sentence_step(people: People, losses: list[float], count: int, rate: float, 
 def crossed(mother: Individual, father: Individual, rng: random.Random) -> tuple[Individual, Individual]:
     """Multi-point crossover. At each place chance says which child has the mother's sentence; the other has
     the father's. What only the longer of the two has goes to one child as a whole."""
-    halves = []
-    for ours, theirs in (
-        (mother.before, father.before),
-        (mother.after, father.after),
-        ((mother.request,), (father.request,)),
-    ):
-        shared, one, two = min(len(ours), len(theirs)), tuple[str, ...](), tuple[str, ...]()
+    hers, his = ((p.before, p.after, (p.request,)) for p in (mother, father))
+    children: list[tuple[list[str], list[str]]] = []  # before, after and request of both children
+    for ours, theirs in zip(hers, his, strict=True):
+        shared, one, two = min(len(ours), len(theirs)), list[str](), list[str]()
         for piece in [*(slice(k, k + 1) for k in range(shared)), slice(shared, None)]:
             a, b = (theirs, ours) if rng.random() < 0.5 else (ours, theirs)
-            one, two = one + a[piece], two + b[piece]
-        halves.append((one, two))
-    (b1, b2), (a1, a2), ((r1,), (r2,)) = halves
-    return Individual(b1, r1, a1), Individual(b2, r2, a2)
+            one += a[piece]
+            two += b[piece]
+        children.append((one, two))
+    first, second = (Individual(tuple(b), r[0], tuple(a)) for b, a, r in zip(*children, strict=True))
+    return first, second
 
 
 def word_scores(people: People, losses: list[float], old: dict[str, float]) -> dict[str, float]:
@@ -146,8 +137,7 @@ def word_scores(people: People, losses: list[float], old: dict[str, float]) -> d
 
 
 def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: random.Random) -> Individual:
-    """Words give way to better ones, drawn by how much better; at most SWAPS before the request, SWAPS
-    behind."""
+    """Words give way to better ones, drawn by how much better; at most SWAPS before and SWAPS behind."""
     lowest = min(scores.values(), default=0.0)
 
     def paragraph(sentences: tuple[str, ...]) -> tuple[str, ...]:
@@ -167,11 +157,8 @@ def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: r
 
 
 def to_rewrite(elite: People, children: People, rate: float, rng: random.Random) -> list[int]:
-    """Which children to rewrite: some at random, and all that are there already.
-
-    The original has no such guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places,
-    and at its rate of 0.01 hardly anything new would come in.
-    """
+    """Which children to rewrite: some at random, and all that are there already. The original has no such
+    guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places."""
     kept, chosen = set(elite), []
     for i, child in enumerate(children):
         if rng.random() < rate or child in kept:
@@ -180,9 +167,7 @@ def to_rewrite(elite: People, children: People, rate: float, rng: random.Random)
     return chosen
 
 
-def mutated(
-    children: People, chosen: list[int], goal: str, victim, attacker, generator, cost: Cost
-) -> People:
+def mutated(children: People, chosen: list[int], goal: str, victim, attacker, generator, cost) -> People:
     """The chosen ones are said otherwise: each sentence, and the request if the attacker is one that does
     so."""
     parts: list[tuple[str, bool]] = []  # a text, and whether it is the request
@@ -192,7 +177,6 @@ def mutated(
         parts += [(sentence, False) for sentence in child.after]
     old, is_request = [text for text, _ in parts], [flag for _, flag in parts]
     texts = attacker.vary(old, [goal] * len(old), is_request, draw_seeds(generator, len(old)))
-    texts = legible(victim, texts)
     cost.written(victim, texts)
     new = iter([text or part for text, part in zip(texts, old, strict=True)])  # what it could not say stays
     children = list(children)

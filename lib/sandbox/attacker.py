@@ -44,6 +44,12 @@ class SandboxAttacker:
     techniques = tuple(name for name, _ in PERSUASION)
     keeps_request = False
 
+    def check(self, attacks: Sequence[str], goals: Sequence[str]) -> None:
+        """UserError if the attacks disguise a goal, and it is no prompt of the sandbox."""
+        if {"pair", "autodan"} & {*attacks}:
+            for goal in goals:
+                _thing(goal)
+
     def augment(self, prompt: str, generator: torch.Generator) -> str:
         """One to eight noise words before or behind the prompt."""
         rng = random.Random(draw_seeds(generator, 1)[0])
@@ -81,15 +87,6 @@ class SandboxAttacker:
         return varied
 
 
-def check(goals: Sequence[str]) -> None:
-    """UserError if one of them is no prompt of the sandbox: there is nothing that it could disguise."""
-    for goal in goals:
-        if not judge.resolution(goal):
-            raise UserError(
-                f"--attacker sandbox: not a prompt of the sandbox: {goal[:60]!r}; give a chat model"
-            )
-
-
 def _depth(exchanges: Sequence[dict]) -> int:
     """The hops to try next: once more those of the best answer, if it gave a part; else on from the last
     ones, deeper after a refusal (no recipe at all) and shallower after a wrong recipe, past those that were
@@ -110,13 +107,18 @@ def _noise(rng: random.Random) -> str:
     return " ".join(rng.choices(world.NOISE, k=rng.randint(1, 8)))
 
 
+def _thing(goal: str) -> str:
+    if steps := judge.resolution(goal):
+        return steps[-1]
+    raise UserError(f"--attacker sandbox: not a prompt of the sandbox: {goal[:60]!r}; give a chat model")
+
+
 def _scene(rng: random.Random, goal: str, hops: int) -> world.Scene:
     """The goal's thing in a disguise so many definitions deep, beside a decoy and a toy, as in the world's
     own."""
-    check([goal])
     decoy = rng.choice(world.things(world.SAFE, "eval"))
     toy = f"{world.TOY} {rng.choice(world.things(world.DANGEROUS, 'eval'))}"
-    wanted = (judge.resolution(goal)[-1], decoy, toy)
+    wanted = (_thing(goal), decoy, toy)
     return world.make_scene(rng, "eval", wanted, hops, rng.choice(world.PLAIN_VERBS))
 
 
