@@ -522,9 +522,6 @@ def block_of(line: dict) -> Block:
 def main() -> None:
     settings = parse_settings(EvalSettings, "eval")
     subjects, names = read_subjects(settings), read_attacks(settings)
-    hired = settings.attacker != "sandbox" and any(
-        ATTACKS[name].attacker for name in names
-    )  # a model writes for them
     processes = Run(settings, ("eval",))
     processes.rank, processes.size, processes.local_rank = start_processes(
         settings.device, timeout_s=7 * 24 * 3600

@@ -237,6 +237,8 @@ class Rainbow:
 
     def ask(self, prompts: list[str], count: int, seeds: list[int]) -> list[dict]:
         """{"answers", "harms"}, of `count` each, for each prompt."""
+        if not prompts:
+            return []
         sent = [prompt for prompt in prompts for _ in range(count)]
         got = self.victim().ask([{"prompt": prompt} for prompt in sent], sent, [""] * len(sent), seeds)
         parts = [got[k : k + count] for k in range(0, len(got), count)]
