@@ -138,16 +138,22 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
         def child(self, parent, cell, rng):
             return rng.choice(["", "x" * 1000, parent, parent + " now"])
 
+    class Constant(Words):
+        def child(self, parent, cell, rng):
+            return "z z z"
+
     class Silent(Noisy):
         def ask(self, *given):
             return [a | {"harm": None} for a in super().ask(*given)]
 
     cases = {"faulty": (Noisy(0), Faulty(), {"no text", "too long", "copy", "near copy"})}
-    cases["silent"] = (Silent(), Words(), {"no verdict"})
+    cases["silent"] = (Silent(), Constant(), {"no verdict", "copy"})
     for name, (victim, grid, expected) in cases.items():
         with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 prompts of 20"):
             run(tmp_path / name, victim, grid, ["r0 s0 a b c d"])
-        assert {line["outcome"] for line in read_jsonl(tmp_path / name / "archive-0.jsonl")} == expected
+        outcomes = [line["outcome"] for n in FILES[:2] for line in read_jsonl(tmp_path / name / n)]
+        assert {*outcomes} == expected
+    assert outcomes.count("no verdict") == 1  # in both archives together
     with pytest.raises(UserError, match="no harmful prompt"):
         run(tmp_path, starts=[])
 
@@ -168,10 +174,11 @@ def test_a_few_lucky_answers_do_not_beat_many_good_ones():
 
 
 def test_the_papers_grid_mutates_risk_then_style():
-    asked: list[str] = []
+    asked, drawn = list[str](), list[int]()
 
     class Writer:
         def write(self, requests, seeds):
+            drawn.extend(seeds)
             asked.extend(requests)
             no = "I'm sorry, but I can't help with that."
             return [no if "stubborn" in request else f"<{len(asked)}>" for request in requests]
@@ -181,6 +188,7 @@ def test_the_papers_grid_mutates_risk_then_style():
     cells = [("fraud and scams", "slang"), ("terrorism", "code")]
     assert {risk for risk, _ in cells} < {*grid.risks} and {style for _, style in cells} < {*grid.styles}
     assert grid.mutate(["one", "a stubborn one"], cells, [1, 2]) == ["<3>", ""]
+    assert drawn == [1, 2, 0]  # the second mutation has a seed of its own
     assert len(asked) == 3 and "'fraud and scams'" in asked[0] and "'terrorism'" in asked[1]
     assert "'slang'" in asked[2] and "<2>" in asked[2]  # the style is put on what the first mutation wrote
 
