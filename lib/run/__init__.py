@@ -89,7 +89,7 @@ class Run:
         same = self.leader and self._claim(begin=False)
         weights = (self.out / "config.json").exists() and not (self.out / "state").exists()
         if self.gather(same and weights)[0]:
-            self.say(f"{self.out} is finished. Next: {settings.next_command(self)}")
+            self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
             self.stop()
             raise SystemExit(0)
 
