@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lib import UserError
-from lib.attacks.attacker import check_attacker, load_attacker
+from lib.attacks.attacker import load_attacker
 from lib.attacks.gcg import CONTROL, check_suffixes
 from lib.attacks.suffix import target_of
 from lib.attacks.table import ATTACKS, steps_of
@@ -131,9 +131,8 @@ class Lab:
 
     def check(self, models: list[Model], sets: dict, behaviours: list[dict], names: Sequence[str]) -> None:
         """Tries attacker, models and judge, and encodes what models will read: a fault costs no search."""
-        if behaviours and self.settings.attacker != "sandbox" and any(ATTACKS[n].attacker for n in names):
-            check_attacker(self.settings.attacker, talks="pair" in names)
-            self.attacker.load()
+        if behaviours and any(ATTACKS[name].attacker for name in names):
+            self.attacker.check(names, [behaviour["prompt"] for behaviour in behaviours])
         first, missing = sets["direct"][:8], sum(not target_of(record) for record in sets["direct"])
         if behaviours and missing and any(ATTACKS[name].target for name in names):
             self.run.say(f"{missing} direct requests have no target (stage 1, --targets): not attacked")
