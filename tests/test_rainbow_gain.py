@@ -13,7 +13,7 @@ CLASSES = {
     "01": ("Settings", "mixture"),
     "02": ("Settings", "sft"),
     "03": ("Settings", "rl"),
-    "04": ("EvalSettings", "eval"),
+    "04": ("Settings", "eval"),
 }
 
 
