@@ -22,9 +22,9 @@ from lib.chat import encode_text
 from lib.rewards import KINDS
 from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl, resume_log
-from lib.run.folder import reasons, stated_reasoning
+from lib.run.folder import reasons
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.settings import named
+from lib.run.settings import named, preset_values
 from lib.sampler import draw_seeds, random_numbers
 
 FILES = {  # set -> file of stage 1
@@ -53,8 +53,9 @@ def read_models(settings: Any) -> list[Model]:
     paths, systems = named("--models", settings.models), named("--systems", settings.systems, "TEXT")
     if not paths:
         raise UserError("--models: none given; allowed NAME=FOLDER or NAME=HUB-NAME, e.g. tars=runs/demo/rl")
-    unclear = any(stated_reasoning(path) is None for path in paths.values())
-    for flag, names in (("--systems", systems), ("--direct", settings.direct if unclear else ())):
+    usual = preset_values(type(settings), settings.preset, "eval")["direct"]  # of the preset's own models
+    direct = [] if settings.direct == usual else settings.direct
+    for flag, names in (("--systems", systems), ("--direct", direct)):
         for name in names:
             if name not in paths:
                 raise UserError(f"{flag}: given {name}; allowed the names in --models: {', '.join(paths)}")
