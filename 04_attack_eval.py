@@ -24,8 +24,9 @@ an answer (`harmless`, and `ambiguous` ones that only look harmful), and attacks
 4. **Draw.** results.json, and a report with figures. attacks.jsonl and completions.jsonl grow as it runs:
    after a kill, the same command keeps what is finished.
 
-**What you should see** (sandbox, some minutes): the base model gives in to nearly everything; pi_SFT and TARS
-hold nearly all direct requests, and lose some under GCG. TARS serves nearly all that deserves an answer.
+**What you should see** (sandbox, some minutes): under GCG the DSR of the base model is near 0, that of pi_SFT
+below 0.5, that of TARS above, up to 1 by luck of the seed: read the intervals. And TARS serves nearly all
+that deserves an answer: see the task score.
 
 To think about: an attack may break *fewer* requests than asking plainly does. Why, and what does
 `plain_or_gcg` make of it? And why need a low loss of the target not mean that a reasoner does the harm?

@@ -347,7 +347,7 @@ def test_adaptive_targets_stand_behind_a_reasoning_the_twins_behind_the_models_o
     }
 
 
-def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer):
+def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer, monkeypatch):
     behaviours = [*BEHAVIOURS, {"id": "c", "prompt": "w20 w21", "target": "w5 w6"}]
     budget = replace(BUDGET, universal_behaviours=2)
     attempts = attack(model, tokenizer, behaviours, budget, name="gcg_universal")
@@ -358,6 +358,10 @@ def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer)
         assert point["loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
     assert attempts[0].trace[-1]["loss"] < attempts[0].trace[0]["loss"] - 0.1
     assert attempts[1].cost["queries"] > attempts[2].cost["queries"] == 0
+    gradient = stage.gradient  # each request counts alike, however steep its loss
+    steep = lambda slot, suffix: gradient(slot, suffix) * (1000 if slot.prompt[:2] == "w1" else 1)  # noqa: E731
+    monkeypatch.setattr(stage, "gradient", steep)
+    assert attack(model, tokenizer, behaviours, budget, name="gcg_universal")[0].trace == attempts[0].trace
 
 
 # ---- the model under attack --------------------------------------------------------------------------------

@@ -156,6 +156,7 @@ def test_one_success_counts_at_every_larger_budget_and_no_verdict_is_no_defence(
     assert stage.outcomes(marked)[name] == {"a": False, "b": True, "c": False, "d": True}
     assert stage.outcomes(marked, budget=4)[name] == dict.fromkeys("abcd", True)
     curve = stage.dsr_by_budget(marked, name)[name]
+    assert stage.dsr_by_budget(marked[:1], name) == {}  # a single try has no curve
     expected = [(0, 1.0, 4), (5, 0.5, 4), (10, 0.5, 4), (25, 0.5, 4)]
     assert [(steps, ci["mean"], ci["n"]) for steps, ci in curve] == expected
     # what the outcome stands on: c's success, though it came late
