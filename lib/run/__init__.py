@@ -174,7 +174,7 @@ class Run:
         rehearse(self, policy, reference, rows, longest, prompt_tokens)
 
     def rounds(self, lengths: Sequence[int], most: int) -> list[list[int]]:
-        """Indices of sequences by micro-batch; under shards with empty ones behind, as many on all processes."""
+        """Sequences by micro-batch; under shards with empty ones behind, as many on each process."""
         from lib.batches import micro_batches
 
         batches = micro_batches(lengths, most)
@@ -202,7 +202,7 @@ class Run:
 
     @contextlib.contextmanager
     def sampling(self, policy: Any) -> Iterator[None]:
-        """While it lasts, shards are gathered: each process may sample as it likes. Broken logits end the run."""
+        """Shards are gathered while it lasts: each process may sample. Broken logits end the run."""
         from lib.run.shards import gathered
         from lib.run.training import precision
 
@@ -273,7 +273,7 @@ class Run:
         self.seconds[name], self.lap_began = now - self.lap_began, now
 
     def log(self, step: int, metrics: dict[str, Any], rollouts: Sequence[Any] = ()) -> None:
-        """A line for metrics.jsonl; now and then whole groups of `rollouts`, this process's, for rollouts.jsonl."""
+        """A line for metrics.jsonl; now and then groups of `rollouts`, this process's, for rollouts.jsonl."""
         from lib.run.logs import describe, groups_to_show, no_signal, speed, summarise
 
         settings, described = self.settings, self.gather_lists([describe(r, step) for r in rollouts])

@@ -1,4 +1,4 @@
-"""The folder that a run writes to: locked while it lives, and claimed with its settings: no other gets mixed in."""
+"""The folder that a run writes to: locked while it lives, claimed with its settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stage 3 writes of its rollouts: a line a step for metrics.jsonl, readable groups for rollouts.jsonl."""
+"""What stage 3 writes of its rollouts: a line a step for metrics.jsonl, groups for rollouts.jsonl."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def describe(rollout: Any, step: int) -> dict[str, Any]:
 
 
 def groups_to_show(rollouts: list[dict], group_size: int) -> list[dict]:
-    """One whole group of each kind, completions beside their rivals: the first with a signal, else the first."""
+    """One whole group of each kind: the first with a signal, else the first."""
     shown: list[dict] = []
     groups = groups_of(rollouts, group_size)
     for kind in KINDS:
