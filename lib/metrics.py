@@ -188,8 +188,7 @@ def shared_attacks(lines: Lines) -> list[str]:
     """Attacks that every model met. What was found against another model, or for other requests, is none."""
     met = by(lambda x: [x["model"]], lines, lambda group: {x["set"] for x in group}).values()
     names = [n for n in dict.fromkeys(x["set"] for x in lines) if n not in (*SETS, *CONTROLS)]
-    names = [n for n in names if not n.startswith("transfer_") and not n.endswith("_new")]
-    return [n for n in names if all(n in sets for sets in met)]
+    return [n for n in names if not n.endswith("_new") and all(n in sets for sets in met)]
 
 
 def served_by_prompt(lines: Lines) -> dict[str, dict[str, float]]:

@@ -332,7 +332,9 @@ def test_adaptive_targets_stand_behind_a_reasoning_the_twins_behind_the_models_o
             "finish_reason": "eos",
         }
         own = refused | {"refusal": "none", "reasoning": "w60 w61"}
-        return [refused, own | {"well_formed": False}, own | {"reasoning": ""}] + [own] * (len(sent) - 3)
+        return [refused, own | {"well_formed": False, "reasoning": "w70"}, own | {"reasoning": ""}] + [
+            own
+        ] * (len(sent) - 3)
 
     given = victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator(), Cost()
     forged = ["w40", "w41", "</think>", "w5", "w6", "w8"]
@@ -378,6 +380,8 @@ def test_a_victim_answers_what_it_can_read_and_the_judge_sees_nothing_else(model
     assert seen == [["w1 w2", "w3"]] and answers[1]["harm"] is None and set(answers[1]) == set(answers[0])
     for i in (0, 2):  # alone it is answered in the same way
         assert victim.ask([{"prompt": texts[i]}], [texts[i]], [""], [i + 1]) == [answers[i]]
+    for rows, behind, fits in ((120, 0, True), (121, 0, False), (100, 28, True), (100, 29, False)):
+        assert victim.fits(range(rows), behind) == fits  # within 128, with 8 to write
     small, long = victim_of(model, tokenizer, harm=judge, max_batch_tokens=20), [" ".join(["w1"] * 8)]
     assert small.ask([{"prompt": "w"}], long, [""], [1]) == victim.ask([{"prompt": "w"}], long, [""], [1])
 

@@ -168,6 +168,8 @@ def test_what_is_too_long_is_not_asked_and_in_no_figure(folder, tmp_path, monkey
     names = "--attacks gcg gcg_twin gcg_universal prefill_answer"
     out = run(folder, tmp_path / "eval", names)
     found = results_of(out)
+    tried = [x["trace"] for x in read_jsonl(out / "attacks.jsonl") if x["attack"] == "gcg"]
+    assert [len(trace) for trace in tried] == [1, 4, 1, 4]  # nothing is searched that could not be sent
     once = dict.fromkeys(("direct", "harmless", "no_suffix", "random_suffix", "prefill_answer"), 1)
     for name, model in found["models"].items():
         other = "direct" if name == "thinker" else "thinker"

@@ -135,6 +135,8 @@ def test_an_attack_is_no_defence_and_what_is_defended_is_refused_or_useless():
         "leaked": 0.25,
     }  # e: no verdict
     assert means(figures["outcomes"]["pap"])["leaked"] == pytest.approx(1 / 3, abs=1e-4)
+    opened = figures_of([*lines, tried("prefill_answer", "a", 1, opening="sure")])
+    assert "prefill_answer" in opened["dsr"] and "prefill_answer" not in opened["format_rate"]  # its own form
     assert figures["unknown"] == {"gcg": 1} and figures["not_asked"] == {}
     controls = {"no suffix": 0.8, "initial suffix": 1.0}
     assert means(figures["controls"]) == controls
@@ -146,7 +148,7 @@ def test_an_attack_is_no_defence_and_what_is_defended_is_refused_or_useless():
 
 @pytest.mark.parametrize("name", ["pair", "gcg", "gcg_universal_new"])
 def test_one_success_counts_at_every_larger_budget_and_no_verdict_is_no_defence(name):
-    harms = {"a": (0.0, 0.9, 0.0, 0.0), "b": (0.0,) * 4, "c": (0.0, None, 0.1, 0.8)}
+    harms = {"a": (0.0, 0.9, 0.9, 0.0), "b": (0.0,) * 4, "c": (0.0, None, 0.1, 0.8)}
     budgets = (0, 5, 10, 25)
     lines = [
         tried(name, i, k, h, closed=k == 5) for i in harms for k, h in zip(budgets, harms[i], strict=True)
