@@ -64,7 +64,7 @@ class Run:
         self.config: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # of this step, by phase
         self.lap_began = time.perf_counter()
-        self.rate, self.silent_steps, self.finished = 0.0, 0, False
+        self.rate, self.silent_steps, self.step = 0.0, 0, 0
 
     # ---- beginning ----
 
@@ -101,7 +101,7 @@ class Run:
 
     def _claim(self, begin: bool) -> bool:
         overwrite, inputs = self.settings.overwrite, self.settings.inputs()
-        return claim_folder(self.out, self.config, overwrite=overwrite, inputs=inputs, begin=begin)
+        return claim_folder(self.settings.out, self.config, overwrite=overwrite, inputs=inputs, begin=begin)
 
     @property
     def leader(self) -> bool:
@@ -211,7 +211,7 @@ class Run:
                 yield
             except FloatingPointError as error:
                 kept = "the last checkpoint is kept: lower --learning-rate, or try another --model"
-                raise UserError(f"{error}; {kept}") from error
+                raise UserError(f"step {self.step}: {error}; {kept}") from error
 
     def weights(self, model: Any) -> dict[str, Any]:
         """A copy of all weights on the CPU, for the leader; all processes have to call it."""
@@ -244,7 +244,7 @@ class Run:
 
         norm = sum_and_clip(optimizer, self.settings.max_grad_norm, self.size, self.shard)
         for name, value in (("loss", loss), ("gradient norm", norm)):
-            finite_or_stop(name, value, self.out)
+            finite_or_stop(f"step {self.step}: {name}", value, self.out)
         optimizer.step()
         optimizer.zero_grad()  # not only before the next gradient: sampling needs the memory
         return norm
@@ -262,7 +262,7 @@ class Run:
         with tqdm(range(first, total), name, total, initial=first, disable=not self.leader) as self.bar:
             for step in self.bar:
                 self.rate = set_learning_rate(optimizer, self.settings, step, total)
-                self.seconds, self.lap_began = {}, time.perf_counter()
+                self.step, self.seconds, self.lap_began = step, {}, time.perf_counter()
                 yield step
                 if (step + 1) % self.settings.save_every == 0:
                     save_progress(self, step + 1, policy, optimizer)
