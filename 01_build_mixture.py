@@ -132,9 +132,6 @@ class Settings:
         "sandbox", "who writes them: sandbox, or a chat model, a folder or hub name"
     )
     rainbow_judge: str = setting("sandbox", "who judges the answers' harm, as --judge of stage 3")
-    rainbow_compare: str = setting(
-        "", "a chat model that says which of two answers is the more harmful; none: the harm"
-    )
     rainbow_archives: int = setting(
         7, "searches, at most, until there are enough. Authors: 7", low=1, high=1000
     )
@@ -384,10 +381,11 @@ def hold_out(pool: Pool, evaluation: Pool, count: int, seed: int) -> None:
 
 def with_rainbow(rl: list[dict], settings: Settings, seen: dict[str, str], dropped: Counter) -> list[dict]:
     """RL prompts, a share of the harmful ones replaced by prompts that --rainbow answers harmfully; `seen` is not used again."""
-    from lib.attacks.rainbow_run import search  # here, because torch is slow to import
+    from lib.attacks.rainbow import search  # here, because torch is slow to import
+    from lib.judges import load_judge
 
     harmful = [record for record in rl if record["kind"] == "harmful"]
-    found = new_prompts(search(settings, harmful), seen, dropped)
+    found = new_prompts(search(settings, harmful, load_judge(settings.rainbow_judge)), seen, dropped)
     replaced = {record["id"] for record in harmful[len(harmful) - len(found) :]}
     new = iter(found)
     return [next(new) if record["id"] in replaced else record for record in rl]

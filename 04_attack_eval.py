@@ -38,7 +38,7 @@ from transformers import AutoConfig
 
 from lib import UserError
 from lib.attacks import ATTACKS, CONTROL, Budget, steps_of
-from lib.attacks.attacker import check_attacker, load_attacker
+from lib.attacks.attacker import load_attacker
 from lib.attacks.core import a_try
 from lib.attacks.gcg import check_suffixes
 from lib.attacks.suffix import target_of
@@ -522,9 +522,6 @@ def block_of(line: dict) -> Block:
 def main() -> None:
     settings = parse_settings(EvalSettings, "eval")
     subjects, names = read_subjects(settings), read_attacks(settings)
-    hired = settings.attacker != "sandbox" and any(
-        ATTACKS[name].attacker for name in names
-    )  # a model writes for them
     processes = Run(settings, ("eval",))
     processes.rank, processes.size, processes.local_rank = start_processes(
         settings.device, timeout_s=7 * 24 * 3600
@@ -551,8 +548,11 @@ def main() -> None:
             loaded.model, loaded.tokenizer, first, reasoning=subject.reasoning, system=subject.system
         )
         del loaded
-    if behaviours and hired:
-        check_attacker(settings.attacker, talks="pair" in names)
+    if behaviours and any(ATTACKS[name].attacker for name in names):
+        limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
+        writer = load_attacker(settings.attacker, device=settings.device, dtype=settings.dtype, **limits)
+        writer.check(names, [behaviour["prompt"] for behaviour in behaviours])
+        del writer
     attacks_path, completions_path, separation_path = (
         out / f"{n}.jsonl" for n in ("attacks", "completions", "separation")
     )
