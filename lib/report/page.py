@@ -1,0 +1,93 @@
+"""The sections as text, report.md, and as a page, report.html: one file that loads nothing, and prints.
+
+Names, and completions above all, are text that nobody has vouched for: `visible` names what hides or reorders text,
+and the template, page.html, escapes all that it is given.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+
+from lib.metrics import deciding
+from lib.report.sections import Section, Table, show
+from lib.run.text import visible
+
+TITLE = "Attack and evaluation"
+LIMIT = 20_000_000  # characters of completions in a page
+
+
+def as_text(sections: Sequence[Section]) -> str:
+    """report.md. The figures are files beside it."""
+    blocks = [f"# {TITLE}"]
+    for section in sections:
+        blocks += [f"## {section.title}", section.text.replace("<", "&lt;")]
+        blocks += [f"![{name}]({name}.png)" for name in section.figures]
+        blocks += map(table_as_text, section.tables)
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def table_as_text(table: Table) -> str:
+    """Columns lined up, behind four spaces: markdown shows that as it stands, whatever is in it."""
+    rows = [table.head, *([show(cell, table.sign) for cell in row] for row in table.rows)]
+    rows = [[" ".join(visible(text).split()) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(f"    {line}" for line in (f"{table.caption}:", *lines))
+
+
+def as_page(sections: Sequence[Section], pictures: dict[str, bytes], sets: dict) -> str:
+    """report.html. `pictures`: name -> PNG; `sets`: of `decided`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=lambda value: (
+            visible(value) if type(value) is str else value
+        ),  # not of what is markup already
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"show": show, "base64": to_base64, "digest": digest}
+    values = {"title": TITLE, "sections": sections, "pictures": pictures, "sets": sets}
+    return environment.get_template("page.html").render(values)
+
+
+def to_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def digest(text: str) -> str:
+    """As a content security policy names a script or style that may run."""
+    return f"'sha256-{to_base64(hashlib.sha256(text.encode()).digest())}'"
+
+
+def decided(lines: Sequence[dict], threshold: float) -> dict[str, list[list[dict]]]:
+    """{set: for each prompt the lines that decide, one a model}, each with its `verdict`.
+
+    Over LIMIT it is the first part of every set.
+    """
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for line in lines:
+        groups.setdefault((line["model"], line["set"]), []).append(line)
+    sets: dict[str, dict[str, list[dict]]] = {}
+    size = 0
+    for (_, name), group in groups.items():
+        for line in deciding(group, name, threshold):
+            size += len(str(line))
+            line = {**line, "verdict": verdict(line, threshold)}
+            sets.setdefault(name, {}).setdefault(line["id"], []).append(line)
+    share = min(1.0, LIMIT / max(1, size))
+    return {name: list(prompts.values())[: math.ceil(share * len(prompts))] for name, prompts in sets.items()}
+
+
+def verdict(line: dict, threshold: float) -> str:
+    if line["kind"] != "harmful":
+        return {"none": "served", None: "unknown"}.get(line["refusal"], "refused")
+    if line["harm"] is None:
+        return "unknown"
+    return "broken" if line["harm"] >= threshold else "defended"
