@@ -1,13 +1,13 @@
 """Room: the report of stage 4, how far apart a model holds two groups of prompts, and learning curves.
 
-    write_report(out, results, completions)    report.html, report.md and figures, of what stage 4 has measured
-    separation(prompt_embeddings(...), y)      inside the model: harmful against safe prompts (paper, Figure 4)
+    write_report(out, results, completions)    report.html, report.md and figures: what stage 4 measured
+    separation(prompt_embeddings(...), y)      inside a model: harmful against safe prompts (paper, Figure 4)
     draw_curves(metrics_path, png_path)        what stages 2 and 3 have logged, as small panels
 
-Skip it at first: the numbers come from lib/metrics.py, and here they are only shown. sections.txt and sections.py are
-what the report says, page.html and page.py how it looks, figures.py and curves.py what is drawn, where matplotlib is
-installed. separation.py is worth a visit: a support vector machine from scratch. Tests: tests/test_report.py,
-tests/test_separation.py.
+Skip it at first: the numbers come from lib/metrics.py, and here they are only shown. sections.txt and
+sections.py are what the report says, page.html and page.py how it looks, figures.py and curves.py what is
+drawn, where matplotlib is installed. separation.py is worth a visit: a support vector machine from scratch.
+Tests: tests/test_report.py, tests/test_separation.py.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from pathlib import Path
 
 from lib.report.curves import draw_curves
 from lib.report.figures import bars, draw_figures, label, legend, styles
-from lib.report.page import as_page, as_text, decided
+from lib.report.page import as_page, as_text, deciding_lines
 from lib.report.sections import sections, show
 from lib.report.separation import prompt_embeddings, separation
 from lib.run.files import atomic, write_text
 
-__all__ = ["bars", "draw_curves", "label", "legend", "prompt_embeddings", "separation", "show", "styles"]
+__all__ = ["draw_curves", "prompt_embeddings", "separation", "write_report"]
+__all__ += ["bars", "label", "legend", "show", "styles"]  # for figures and tables of lib/compare
 
 
 def write_report(out: Path, results: dict, completions: Sequence[dict]) -> None:
     """Write report.html and report.md to `out`, and the figures as PNG files where matplotlib is installed.
 
-    `results` is the content of results.json, `completions` the lines of completions.jsonl. What `results` lacks is
-    left out. The learning curves are those in the models' folders.
+    `results` is the content of results.json, `completions` the lines of completions.jsonl. What `results`
+    lacks is left out. The learning curves are those in the models' folders.
     """
     pictures = draw_figures(results)
     for text in results["config"]["models"]:
@@ -41,5 +42,5 @@ def write_report(out: Path, results: dict, completions: Sequence[dict]) -> None:
             path.write_bytes(png)
     found = sections(results, completions, pictures)
     write_text(out / "report.md", as_text(found))
-    shown = decided(completions, results["config"]["harm_threshold"])
-    write_text(out / "report.html", as_page(found, pictures, shown))
+    lines = deciding_lines(completions, results["config"]["harm_threshold"])
+    write_text(out / "report.html", as_page(found, pictures, lines))

@@ -25,12 +25,6 @@ RL = {
     "groups without a signal": {"zero_advantage_groups": "all"},
     "KL to the reference (nats a token)": {"kl": "all"},
 }
-LOOKS = {
-    "all": "#444444",
-    "training": "#444444",
-    "held out": COLORS[1],
-    **dict(zip(KINDS, COLORS, strict=False)),
-}
 
 
 def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
@@ -45,15 +39,15 @@ def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
     logged = {key for record in records for key, value in record.items() if value is not None}
     titles = [title for title in plan if plan[title].keys() & logged]
     for axes, title in zip(panels(figure, len(titles), 3.6, 2.6, columns=3), titles, strict=True):
-        for key in [key for key in plan[title] if key in logged]:
-            name = plan[title][key]
+        for color, (key, name) in zip(("#444444", *COLORS), plan[title].items(), strict=False):
             points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-            width = 1 + 2 * (len(points) // 40)  # odd: as many before a step as behind it
-            steps, values = np.array(points, dtype=float).T
-            means = np.convolve(values, np.full(width, 1 / width), "valid")
-            axes.plot(steps, values, color=LOOKS[name], alpha=0.25)
-            dots = "o" if len(points) < 10 else None
-            axes.plot(steps[width // 2 :][: len(means)], means, marker=dots, color=LOOKS[name], label=name)
+            if points:
+                steps, values = np.array(points, dtype=float).T
+                width = 1 + 2 * (len(points) // 40)  # odd: as many before a step as behind it
+                means = np.convolve(values, np.full(width, 1 / width), "valid")
+                dot = "o" if len(points) < 10 else ""
+                axes.plot(steps, values, color=color, alpha=0.25)
+                axes.plot(steps[width // 2 :][: len(means)], means, marker=dot, color=color, label=name)
         axes.set(title=title, xlabel="step")
     legend(figure)
     with atomic(png_path) as path:

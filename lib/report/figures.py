@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +26,7 @@ def new_figure() -> Any:
 
 def to_png(figure) -> bytes:
     file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
-        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=150)
     return file.getvalue()
 
 
@@ -70,7 +67,7 @@ def draw_tokens(figure, models: dict) -> None:
 
 
 def draw_rows(figure, models: dict, keys: dict[str, list[str]]) -> list:
-    """A panel a part of the results, in it a row a key, in that a point with its interval a model. The panels."""
+    """The panels: one a part of the results, in it a row a key, in that a point and its interval a model."""
     parts = [part for part in keys if keys[part]]
     heights = [0.5 + len(keys[part]) * (0.12 + 0.07 * len(models)) for part in parts]
     grid = panels(figure, len(parts), 8, sum(heights) / max(1, len(parts)), columns=1, height_ratios=heights)

@@ -1,13 +1,14 @@
 """The sections as text, report.md, and as a page, report.html: one file that loads nothing, and prints.
 
-Names, and completions above all, are text that nobody has vouched for: `visible` names what hides or reorders text,
-and the template, page.html, escapes all that it is given.
+Names, and completions above all, are text that nobody has vouched for: `visible` names what hides or reorders
+text, and the template, page.html, escapes all that it is given.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,19 +42,14 @@ def table_as_text(table: Table) -> str:
     return "\n".join(f"    {line}" for line in (f"{table.caption}:", *lines))
 
 
-def as_page(sections: Sequence[Section], pictures: dict[str, bytes], sets: dict) -> str:
-    """report.html. `pictures`: name -> PNG; `sets`: of `decided`."""
+def as_page(sections: Sequence[Section], pictures: dict[str, bytes], lines: Sequence[dict]) -> str:
+    """report.html. `pictures`: name -> PNG; `lines`: with a `verdict`."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: (
-            visible(value) if type(value) is str else value
-        ),  # not of what is markup already
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.finalize = lambda value: visible(value) if type(value) is str else value  # markup is ours
     environment.filters |= {"show": show, "base64": to_base64, "digest": digest}
-    values = {"title": TITLE, "sections": sections, "pictures": pictures, "sets": sets}
+    values = {"title": TITLE, "sections": sections, "pictures": pictures, "prompts": by_prompt(lines)}
     return environment.get_template("page.html").render(values)
 
 
@@ -66,23 +62,23 @@ def digest(text: str) -> str:
     return f"'sha256-{to_base64(hashlib.sha256(text.encode()).digest())}'"
 
 
-def decided(lines: Sequence[dict], threshold: float) -> dict[str, list[list[dict]]]:
-    """{set: for each prompt the lines that decide, one a model}, each with its `verdict`.
+def by_prompt(lines: Sequence[dict]) -> list[list[dict]]:
+    """The lines of each prompt of a set, the models side by side; over LIMIT, the first part of every set."""
+    sets: dict[str, dict[str, list[dict]]] = {}
+    for line in lines:
+        sets.setdefault(line["set"], {}).setdefault(line["id"], []).append(line)
+    share = min(1.0, LIMIT / sum(len(str(line)) for line in lines)) if lines else 1.0
+    parts = [list(prompts.values())[: math.ceil(share * len(prompts))] for prompts in sets.values()]
+    return list(itertools.chain.from_iterable(parts))
 
-    Over LIMIT it is the first part of every set.
-    """
+
+def deciding_lines(lines: Sequence[dict], threshold: float) -> list[dict]:
+    """Of each model, set and prompt the line that its outcome stands on, with its `verdict`."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for line in lines:
         groups.setdefault((line["model"], line["set"]), []).append(line)
-    sets: dict[str, dict[str, list[dict]]] = {}
-    size = 0
-    for (_, name), group in groups.items():
-        for line in deciding(group, name, threshold):
-            size += len(str(line))
-            line = {**line, "verdict": verdict(line, threshold)}
-            sets.setdefault(name, {}).setdefault(line["id"], []).append(line)
-    share = min(1.0, LIMIT / max(1, size))
-    return {name: list(prompts.values())[: math.ceil(share * len(prompts))] for name, prompts in sets.items()}
+    chosen = [line for (_, name), group in groups.items() for line in deciding(group, name, threshold)]
+    return [{**line, "verdict": verdict(line, threshold)} for line in chosen]
 
 
 def verdict(line: dict, threshold: float) -> str:

@@ -1,8 +1,8 @@
 """What the report says: one list of sections, with tables as data. `lib/report/page.py` renders it.
 
-sections.txt has those that need only results.json: "##" and a title, "!" and a figure, a text, and for each table "|",
-the part of a model's results that it shows, and its caption. A cell is as in results.json: a mean with its interval,
-{"mean", "low", "high", "n"}, a number, a text, or None.
+sections.txt has it all but the settings: "##" and a title, "!" and a figure, a text, and for each table "|",
+the part of a model's results that it shows, and its caption. A cell is as in results.json: a mean with its
+interval, {"mean", "low", "high", "n"}, a number, a text, or None.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lib.metrics import SETS, Interval, bootstrap
 CATEGORIES = 40  # rows of a table by category
 
 
-@dataclass(frozen=True)
+@dataclass
 class Table:
     """The first cell of a row is its head. `sign`: "+" in a table of differences."""
 
     caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    head: list[str]
+    rows: list[list[Any]]
     sign: str = ""
 
 
@@ -45,8 +45,6 @@ def show(cell: Any, sign: str = "") -> str:
 
     Two digits, or one for numbers of tokens, which are above 2.
 
-    >>> show({"mean": 0.97, "low": 0.92, "high": 0.99, "n": 64})
-    '0.97 [0.92, 0.99] (64)'
     >>> show({"mean": 0.07, "low": 0.02, "high": 0.12, "n": 64}, sign="+")
     '+0.07 [+0.02, +0.12] (64) *'
     >>> [show(cell) for cell in (1234, 2.345, 0.0042, 0.0, None, "white-box")]
@@ -64,7 +62,7 @@ def show(cell: Any, sign: str = "") -> str:
 
 
 def keys_of(models: dict, part: str) -> list[str]:
-    """The keys, such as attacks, that some model has in its `part`; in the order of the model that has most."""
+    """The keys, such as attacks, that some model has in its `part`; first those of the model with most."""
     found = sorted((m.get(part, {}) for m in models.values()), key=len, reverse=True)
     return list(dict.fromkeys(key for keys in found for key in keys))
 
@@ -79,16 +77,16 @@ def table_of(part: str, caption: str, models: dict) -> Table:
         (key, name): m[part][key] for key in keys for name, m in models.items() if key in m.get(part, {})
     }
     several = [cell for cell in cells.values() if isinstance(cell, dict) and "mean" not in cell]
-    if not several:
-        rows = [[key, *(cells.get((key, name)) for name in models)] for key in keys]
-        return Table(caption, ["", *models], rows, "+" if part == "differences" else "")
-    figures = list(dict.fromkeys(figure for cell in several for figure in cell if figure != "points"))
-    rows = [[key, name, *map(cell.get, figures)] for (key, name), cell in cells.items()]
-    return Table(caption, ["", "model", *(figure.replace("_", " ") for figure in figures)], rows)
+    if several:
+        figures = list(dict.fromkeys(figure for cell in several for figure in cell if figure != "points"))
+        rows = [[key, name, *map(cell.get, figures)] for (key, name), cell in cells.items()]
+        return Table(caption, ["", "model", *(figure.replace("_", " ") for figure in figures)], rows)
+    rows = [[key, *(cells.get((key, name)) for name in models)] for key in keys]
+    return Table(caption, ["", *models], rows, "+" if part == "differences" else "")
 
 
 def by_category(lines: Sequence[dict], part: str, seed: int) -> dict[str, Interval]:
-    """{category: tokens of the "reasoning" or "answer"}, of the CATEGORIES with most of a model's completions."""
+    """{category: tokens of the "reasoning" or "answer"}; only the CATEGORIES with most completions."""
     tokens: dict[str, list[int]] = {}
     for x in lines:
         if x["set"] in SETS and (part == "answer" or x["closed"]):
@@ -98,51 +96,52 @@ def by_category(lines: Sequence[dict], part: str, seed: int) -> dict[str, Interv
 
 
 def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]:
-    """What results.json says of a model, in a shape for `table_of`, and what can be counted in its completions."""
-    m, seed = results["models"][name], results["seed"]
+    """What results.json says of a model, and what its completions add, in a shape for `table_of`."""
+    m, seconds = results["models"][name], results["seconds"][name]
     paths = dict(text.split("=", 1) for text in results["config"]["models"])
+    reasons = "yes" if m["reasoning"] else "no"
     curves = m.get("dsr_by_budget", {})
     return {
         **m,
-        "about": {
-            "checkpoint": paths[name],
-            "reasons first": "yes" if m["reasoning"] else "no",
-            "seconds (this run)": results["seconds"][name],
-        },
+        "about": {"checkpoint": paths[name], "reasons first": reasons, "seconds (this run)": seconds},
         "completions": Counter(line["set"] for line in lines),
         "dsr_by_budget": {f"{attack}, {step}": ci for attack in curves for step, ci in curves[attack]},
-        "reasoning_by_category": by_category(lines, "reasoning", seed),
-        "answer_by_category": by_category(lines, "answer", seed),
+        "reasoning_by_category": by_category(lines, "reasoning", results["seed"]),
+        "answer_by_category": by_category(lines, "answer", results["seed"]),
     }
 
 
-def sections(results: dict, lines: Sequence[dict], pictures: Collection[str]) -> list[Section]:
-    """All but the completions themselves. `lines`: of completions.jsonl; `pictures`: the figures that there are.
+def settings(config: dict) -> Section:
+    rows = [["command", shlex.join(["python", *sys.argv])]]
+    for key, value in config.items():
+        rows.append([key, " ".join(map(str, value)) if isinstance(value, list) else str(value)])
+    return Section("Settings", "", [Table("All that is behind these numbers", ["", "value"], rows)], [])
 
-    Tables without rows and figures that are not there are left out, and so is a section with neither.
+
+def sections(results: dict, lines: Sequence[dict], pictures: Collection[str]) -> list[Section]:
+    """All but the completions themselves. `lines`: of completions.jsonl; `pictures`: names of the figures.
+
+    Tables without rows and figures that there are not are left out, and so is a section with neither.
     """
     models = {}
     for name in results["models"]:
         models[name] = parts_of(name, results, [line for line in lines if line["model"] == name])
-    pairs: dict[str, dict] = {}  # as if each were a model
+    pairs: dict[str, dict] = {}  # shown as if each were a model
     for d in sorted(results.get("differences", []), key=lambda d: d["figure"]):
         pair = pairs.setdefault(f"{d['a']} - {d['b']}", {"differences": {}})
         pair["differences"][d["figure"]] = d["ci"]
     found = []
     for block in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split("## ")[1:]:
         title, *rest = block.strip().split("\n")
-        text = " ".join(row for row in rest if row[0] not in "!|")
-        found.append(Section(title, text, [], [row[2:] for row in rest if row[0] == "!"]))
+        tables = []
         for part, caption in (row[2:].split(": ", 1) for row in rest if row[0] == "|"):
-            found[-1].tables.append(table_of(part, caption, pairs if part == "differences" else models))
-    curves = [name for name in pictures if name.startswith("curves_")]
-    rows = [["command", shlex.join(["python", *sys.argv])]]
-    for key, value in results["config"].items():
-        rows.append([key, " ".join(map(str, value)) if isinstance(value, list) else str(value)])
-    found.append(Section("Learning curves", "", [], curves))
+            tables.append(table_of(part, caption, pairs if part == "differences" else models))
+        text = " ".join(row for row in rest if row[0] not in "!|")
+        found.append(Section(title, text, tables, [row[2:] for row in rest if row[0] == "!"]))
     found.append(
-        Section("Settings", "", [Table("All that is behind these numbers", ["", "value"], rows)], [])
+        Section("Learning curves", "", [], [name for name in pictures if name.startswith("curves_")])
     )
+    found.append(settings(results["config"]))
     for section in found:
         section.tables = [table for table in section.tables if table.rows]
         section.figures = [name for name in section.figures if name in pictures]

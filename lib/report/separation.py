@@ -1,7 +1,8 @@
 """Internal separation: how far apart a model holds two groups of prompts before it has written a token.
 
-Source: paper, Figure 4 and its appendix (F9): the last-layer embedding of the prompt, harmful prompts under attack
-against safe ones that look harmful; a linear soft-margin SVM with C = 1, its margin, a map in two dimensions. Here:
+Source: paper, Figure 4 and its appendix (F9): the last-layer embedding of the prompt, harmful prompts under
+attack against safe ones that look harmful; a linear soft-margin SVM with C = 1, its margin, a map in two
+dimensions. Here:
 
 1. Embeddings are brought to one scale before the fit (`standardise`), so that models can be compared.
 2. The margin comes with its price, the slack, and with held-out accuracy. Alone it misleads: where two groups
@@ -40,17 +41,15 @@ def prompt_embeddings(
 ) -> Tensor:
     """The state after the final norm where the model is about to write: (N, width) fp32, on the CPU.
 
-    For a reasoner that is at the end of "<think>\\n". A row does not depend on the other prompts. A prompt of more
-    than `max_batch_tokens` tokens is a batch of its own.
+    For a reasoner that is at the end of "<think>\\n". A row does not depend on the other prompts. A prompt of
+    more than `max_batch_tokens` tokens is a batch of its own.
     """
     ids = [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts]
     lengths = [len(row) for row in ids]
     result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
     for batch in micro_batches(lengths, max(max_batch_tokens, *lengths)):
-        input_ids, attention_mask = pad_batch([ids[i] for i in batch], 0, side="right")  # (B, T)
-        hidden = hidden_states(
-            model, input_ids.to(model.device), attention_mask.to(model.device)
-        )  # (B, T, width)
+        padded = pad_batch([ids[i] for i in batch], 0, side="right")  # ids and mask, (B, T)
+        hidden = hidden_states(model, *(x.to(model.device) for x in padded))  # (B, T, width)
         for row, i in enumerate(batch):
             result[i] = hidden[row, lengths[i] - 1].float()
     return result
@@ -59,9 +58,9 @@ def prompt_embeddings(
 def standardise(x: Tensor) -> Tensor:
     """(N, d) -> (N, d) fp64 of mean zero and mean squared norm 1: one factor for all dimensions.
 
-    A margin is a length, so embeddings twice as long have twice the margin, though nothing is better separated. At
-    one scale, C = 1 means the same trade-off for every model. A factor for each dimension would change the cloud's
-    shape, which is what is measured. Raises UserError where there is nothing to scale.
+    A margin is a length, so embeddings twice as long have twice the margin, though nothing is better
+    separated. At one scale, C = 1 means the same trade-off for every model. A factor for each dimension would
+    change the cloud's shape, which is what is measured. Raises UserError where there is nothing to scale.
     """
     x = x.double()
     if not x.isfinite().all():
@@ -76,25 +75,22 @@ def standardise(x: Tensor) -> Tensor:
 def fit_svm(x: Tensor, y: Tensor, c: float = 1.0) -> tuple[Tensor, float]:
     """w (d,) fp64 and b of f(x) = w . x + b with the least ||w||^2 / 2 + c sum_i max(0, 1 - y_i f(x_i)).
 
-    x (N, d), y (N,) in {-1, +1}. The margin is the width of the street where f is within -1 and +1, 2 / ||w||.
+    x (N, d), y (N,) in {-1, +1}. The margin, 2 / ||w||, is the width of the street where -1 <= f <= 1. The
+    optimum lies in kinks of the hinge, where gradient descent only creeps. So this solves the dual,
 
-    The optimum lies in kinks of the hinge, where gradient descent only creeps. So this solves the dual,
+      minimise a'Qa / 2 - sum(a) over 0 <= a <= c, y'a = 0;  Q_ij = y_i y_j x_i . x_j;  w = sum a_i y_i x_i,
 
-        minimise  a'Qa / 2 - sum(a)  over  0 <= a <= c,  y'a = 0;  Q_ij = y_i y_j x_i . x_j,  w = sum_i a_i y_i x_i,
-
-    by Newton's method along its central path (a primal-dual interior-point method): from a fixed start some 15 to 20
-    solves of N + 1 equations, until the duality gap proves that the objective is within TOLERANCE of the least.
-    Raises ArithmeticError where rounding prevents that: only for c ||x||^2 in the millions.
+    by Newton's method along its central path (a primal-dual interior-point method): from a fixed start some
+    15 to 20 solves of N + 1 equations, until the duality gap proves that the objective is within TOLERANCE of
+    the least. Raises ArithmeticError where rounding prevents that: only for c ||x||^2 in the millions.
     """
     x, y, n = x.double(), y.double(), len(y)
     signed = x * y[:, None]  # (N, d)
     q = signed @ signed.T  # (N, N)
     a = torch.full_like(y, c / 2)
-    room = a.clone()  # c - a, a variable of its own: near 0 that would be rounding
-    excess = torch.ones_like(
-        y
-    )  # excess and loss: multipliers of a >= 0 and a <= c, y_i f(x_i) - 1 = excess - loss
-    loss, bias = excess.clone(), 0.0
+    room = torch.full_like(y, c / 2)  # c - a, a variable of its own: near 0 that would be rounding
+    # Multipliers of a >= 0 and of a <= c: y_i f(x_i) - 1 = excess - loss.
+    excess, loss, bias = torch.ones_like(y), torch.ones_like(y), 0.0
     for _ in range(100):
         weight = a @ signed  # (d,)
         beyond = signed @ weight + bias * y - 1  # (N,) y_i f(x_i) - 1
@@ -106,21 +102,20 @@ def fit_svm(x: Tensor, y: Tensor, c: float = 1.0) -> tuple[Tensor, float]:
         aim = (a @ excess + room @ loss) / (20 * n)
         top = torch.cat([q + torch.diag(excess / a + loss / room), y[:, None]], 1)  # (N, N + 1)
         matrix = torch.cat([top, F.pad(y, (0, 1))[None]])
-        step = torch.linalg.solve(
-            matrix, torch.cat([aim / a - aim / room - beyond, -(y @ a)[None]])
-        )  # (N + 1,)
-        d_a = step[:n]
+        right_side = torch.cat([aim / a - aim / room - beyond, -(y @ a)[None]])  # (N + 1,)
+        step = torch.linalg.solve(matrix, right_side)
+        d_a, d_bias = step[:n], float(step[n])
         d_excess, d_loss = (aim - excess * d_a) / a - excess, (aim + loss * d_a) / room - loss
         # As much of the step as leaves all four positive.
         shrink = torch.cat([-d_a / a, d_a / room, -d_excess / excess, -d_loss / loss]).max()
         size = 1 / max(1.0, float(shrink) / 0.995)
-        a, room, bias = a + size * d_a, room - size * d_a, bias + size * float(step[n])
+        a, room, bias = a + size * d_a, room - size * d_a, bias + size * d_bias
         excess, loss = excess + size * d_excess, loss + size * d_loss
     raise ArithmeticError(f"the SVM has not converged: duality gap {gap:.1e} at an objective of {primal:.1e}")
 
 
 def project(x: Tensor) -> Tensor:
-    """(N, d) -> (N, 2) fp64: coordinates along the two directions of greatest variance (PCA); N and d at least 2.
+    """(N, d) -> (N, 2) fp64: coordinates along the two directions of greatest variance (PCA).
 
     A direction comes without a sign: here the point that lies furthest out along it is on the positive side.
     """
@@ -132,11 +127,11 @@ def project(x: Tensor) -> Tensor:
 def separation(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0) -> dict[str, Any]:
     """How well the SVM tells one group from the other: x (N, d) embeddings, y (N,) in {-1, +1}.
 
-    margin and slack (mean hinge loss) are of the fit on all N, and compare only on the same prompts: C weighs a sum
-    over them. accuracy is of held-out prompts, each judged once by the fit on the other folds, to which each group is
-    dealt evenly. Knowing nothing gets the larger group's share; less, where each prompt has a twin in the other group:
-    the fit has seen the twin and its label. points: [[x, y, group], ...]. Raises UserError for a group smaller than
-    `folds`.
+    margin and slack (mean hinge loss) are of the fit on all N, and compare only on the same prompts: C weighs
+    a sum over them. accuracy is of held-out prompts, each judged once by the fit on the other folds, to which
+    each group is dealt evenly. Knowing nothing gets the larger group's share; less, where each prompt has a
+    twin in the other group: the fit has seen the twin and its label. points: [[x, y, group], ...]. Raises
+    UserError for a group smaller than `folds`.
     """
     y, x = y.double(), standardise(x)  # which sees no labels, so it may see the prompts that will be held out
     fold = torch.zeros(len(y), dtype=torch.long)
