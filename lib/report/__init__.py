@@ -15,36 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-<<<<<<< HEAD
 from lib.report.curves import draw_curves
 from lib.report.figures import bars, draw_figures, label, legend, styles
 from lib.report.page import as_page, as_text, deciding_lines
 from lib.report.sections import sections, show
 from lib.report.separation import prompt_embeddings, separation
-=======
-from lib.metrics import deciding
-from lib.report.curves import draw_curves as draw_curves
-from lib.report.figures import draw_figures
-from lib.report.html import page
-from lib.report.md import markdown
-from lib.report.parts import (
-    PLANE,
-    Section,
-    budget_table,
-    by_key,
-    category_table,
-    cost_table,
-    count_table,
-    defence_table,
-    difference_table,
-    format_table,
-    model_table,
-    outcome_table,
-    prompt_table,
-    separation_table,
-    setting_table,
-)
->>>>>>> main
 from lib.run.files import atomic, write_text
 
 __all__ = ["draw_curves", "prompt_embeddings", "separation", "write_report"]
