@@ -12,6 +12,7 @@ Tests: tests/test_report.py, tests/test_separation.py.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lib.report.figures import bars, draw_figures, label, legend, styles
 from lib.report.page import as_page, as_text, deciding_lines
 from lib.report.sections import sections, show
 from lib.report.separation import prompt_embeddings, separation
-from lib.run.files import atomic, write_text
+from lib.run.files import write_text
 
 __all__ = ["draw_curves", "prompt_embeddings", "separation", "write_report"]
 __all__ += ["bars", "label", "legend", "show", "styles"]  # for figures and tables of lib/compare
@@ -32,15 +33,12 @@ def write_report(out: Path, results: dict, completions: Sequence[dict]) -> None:
     `results` is the content of results.json, `completions` the lines of completions.jsonl. What `results`
     lacks is left out. The learning curves are those in the models' folders.
     """
-    pictures = draw_figures(results)
-    for text in results["config"]["models"]:
-        name, _, folder = text.partition("=")
+    figures = list(draw_figures(results, out))
+    for name, folder in (text.split("=", 1) for text in results["config"]["models"]):
         if (file := Path(folder) / "curves.png").is_file():
-            pictures[f"curves_{name}"] = file.read_bytes()
-    for name, png in pictures.items():
-        with atomic(out / f"{name}.png") as path:
-            path.write_bytes(png)
-    found = sections(results, completions, pictures)
+            figures.append(f"curves_{name}")
+            shutil.copyfile(file, out / f"curves_{name}.png")
+    found = sections(results, completions, figures)
     write_text(out / "report.md", as_text(found))
     lines = deciding_lines(completions, results["config"]["harm_threshold"])
-    write_text(out / "report.html", as_page(found, pictures, lines))
+    write_text(out / "report.html", as_page(found, out, lines))

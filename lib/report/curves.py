@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.report.figures import COLORS, legend, new_figure, panels, to_png
+from lib.report.figures import COLORS, new_figure, panels, save
 from lib.rewards import KINDS
-from lib.run.files import atomic, read_log
+from lib.run.files import read_log
 
 
 def by_kind(key: str) -> dict[str, str]:
@@ -49,6 +49,4 @@ def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
                 axes.plot(steps, values, color=color, alpha=0.25)
                 axes.plot(steps[width // 2 :][: len(means)], means, marker=dot, color=color, label=name)
         axes.set(title=title, xlabel="step")
-    legend(figure)
-    with atomic(png_path) as path:
-        path.write_bytes(to_png(figure))
+    save(figure, png_path)

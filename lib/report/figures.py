@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lib.metrics import Interval
 from lib.report.sections import keys_of
+from lib.run.files import atomic
 
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
 MARKERS = "osD^vPX"  # colours alone do not tell models apart for every reader
 SHARE = (-0.04, 1.04)  # limits of an axis of shares
+ROWS = {
+    "dsr": "defense success rate",
+    "worst_case": "defense success rate, worst case over these attacks",
+    "reasoning_tokens": "reasoning tokens",
+    "answer_tokens": "answer tokens",
+}
 
 
 def new_figure() -> Any:
@@ -24,22 +31,23 @@ def new_figure() -> Any:
     return Figure(layout="constrained")
 
 
-def to_png(figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
+def save(figure, path: str | Path) -> None:
+    """As PNG, with one legend for all panels."""
+    legend(figure)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
-def draw_figures(results: dict) -> dict[str, bytes]:
-    """Name -> PNG, of the figures that `results` has; none without matplotlib."""
-    pictures = {}
+def draw_figures(results: dict, out: Path) -> list[str]:
+    """Draw the figures that `results` has to OUT/NAME.png, and give their names; none without matplotlib."""
+    names = []
     for draw in (draw_plane, draw_attacks, draw_outcomes, draw_budgets, draw_tokens, draw_separation):
         if (figure := new_figure()) is not None:
             draw(figure, results["models"])
             if figure.axes:  # else there was nothing to draw
-                legend(figure)
-                pictures[draw.__name__.removeprefix("draw_")] = to_png(figure)
-    return pictures
+                names.append(draw.__name__.removeprefix("draw_"))
+                save(figure, out / f"{names[-1]}.png")
+    return names
 
 
 def draw_plane(figure, models: dict) -> None:
@@ -78,7 +86,7 @@ def draw_rows(figure, models: dict, keys: dict[str, list[str]]) -> list:
             means, cis = [ci["mean"] for _, ci in rows], [ci for _, ci in rows]
             axes.errorbar(means, [y for y, _ in rows], xerr=bars(cis), linestyle="", **style)
         name_rows(axes, keys[part])
-        axes.set(xlabel={"dsr": "defense success rate"}.get(part, part.replace("_", " ")))
+        axes.set(xlabel=ROWS[part])
     return grid
 
 

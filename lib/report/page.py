@@ -42,13 +42,14 @@ def table_as_text(table: Table) -> str:
     return "\n".join(f"    {line}" for line in (f"{table.caption}:", *lines))
 
 
-def as_page(sections: Sequence[Section], pictures: dict[str, bytes], lines: Sequence[dict]) -> str:
-    """report.html. `pictures`: name -> PNG; `lines`: with a `verdict`."""
+def as_page(sections: Sequence[Section], out: Path, lines: Sequence[dict]) -> str:
+    """report.html, with the figures that stand in `out`. `lines`: completions, each with a `verdict`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.finalize = lambda value: visible(value) if type(value) is str else value  # markup is ours
     environment.filters |= {"show": show, "base64": to_base64, "digest": digest}
+    pictures = {name: (out / f"{name}.png").read_bytes() for s in sections for name in s.figures}
     values = {"title": TITLE, "sections": sections, "pictures": pictures, "prompts": by_prompt(lines)}
     return environment.get_template("page.html").render(values)
 

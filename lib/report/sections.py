@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,8 @@ def settings(config: dict) -> Section:
     return Section("Settings", "", [Table("All that is behind these numbers", ["", "value"], rows)], [])
 
 
-def sections(results: dict, lines: Sequence[dict], pictures: Collection[str]) -> list[Section]:
-    """All but the completions themselves. `lines`: of completions.jsonl; `pictures`: names of the figures.
+def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list[Section]:
+    """All but the completions themselves. `lines`: of completions.jsonl; `drawn`: names of the figures.
 
     Tables without rows and figures that there are not are left out, and so is a section with neither.
     """
@@ -138,11 +138,9 @@ def sections(results: dict, lines: Sequence[dict], pictures: Collection[str]) ->
             tables.append(table_of(part, caption, pairs if part == "differences" else models))
         text = " ".join(row for row in rest if row[0] not in "!|")
         found.append(Section(title, text, tables, [row[2:] for row in rest if row[0] == "!"]))
-    found.append(
-        Section("Learning curves", "", [], [name for name in pictures if name.startswith("curves_")])
-    )
+    found.append(Section("Learning curves", "", [], [name for name in drawn if name.startswith("curves_")]))
     found.append(settings(results["config"]))
     for section in found:
         section.tables = [table for table in section.tables if table.rows]
-        section.figures = [name for name in section.figures if name in pictures]
+        section.figures = [name for name in section.figures if name in drawn]
     return [section for section in found if section.tables or section.figures]
