@@ -196,7 +196,7 @@ def test_models_side_by_side_and_of_too_many_completions_the_first(tmp_path, mon
     shown = articles(write(tmp_path, make_results(lines), lines)[1])
     assert [text.split()[0] for text in shown] == [name for name in dict(TRIES) for _ in range(12)]
     assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
-    monkeypatch.setattr(page, "LIMIT", sum(len(str(x)) for x in report.deciding_lines(lines, 0.5)) / 4)
+    monkeypatch.setattr(page, "LIMIT", sum(len(str(x)) for x in report.deciding_lines(lines, 0.5)) / 4.5)
     shown = articles(write(tmp_path, make_results(lines), lines)[1])
     assert len(shown) == 15 and [f"harmful-{i}," in text for i, text in enumerate(shown[:4])] == [1, 1, 1, 0]
 
@@ -259,7 +259,10 @@ def test_axes_and_points(full):
     reasoning, answer = draw("tokens", models)
     assert points(reasoning, "base")[0] == means(models["base"]["reasoning_tokens"].values())
     maps = draw("separation", models)
-    assert [[len(group.get_offsets()) for group in axes.collections] for axes in maps] == [[4, 4], [4, 4]]
+    harmful = [point[:2] for point in tars["separation"]["GCG and ambiguous"]["points"] if point[2] == 1]
+    assert maps[1].collections[0].get_label() == "harmful" and len(maps) == 2
+    assert maps[1].collections[0].get_offsets().tolist() == harmful
+    assert report.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]
 
 
 # Lines of the sandbox's runs, rounded. null: no such prompt was drawn.

@@ -62,7 +62,11 @@ def show(cell: Any, sign: str = "") -> str:
 
 
 def keys_of(models: dict, part: str) -> list[str]:
-    """The keys, such as attacks, that some model has in its `part`; first those of the model with most."""
+    """The keys, such as attacks, that some model has in its `part`; first those of the model with most.
+
+    >>> keys_of({"a": {"dsr": {"direct": 0.5}}, "b": {"dsr": {"gcg": 0.1, "direct": 0.7}}}, "dsr")
+    ['gcg', 'direct']
+    """
     found = sorted((m.get(part, {}) for m in models.values()), key=len, reverse=True)
     return list(dict.fromkeys(key for keys in found for key in keys))
 
