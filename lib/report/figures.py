@@ -14,12 +14,6 @@ from lib.run.files import atomic
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
 MARKERS = "osD^vPX"  # colours alone do not tell models apart for every reader
 SHARE = (-0.04, 1.04)  # limits of an axis of shares
-ROWS = {
-    "dsr": "defense success rate",
-    "worst_case": "defense success rate, worst case over these attacks",
-    "reasoning_tokens": "reasoning tokens",
-    "answer_tokens": "answer tokens",
-}
 
 
 def new_figure() -> Any:
@@ -66,6 +60,7 @@ def draw_attacks(figure, models: dict) -> None:
     attacks, worst = leading(keys_of(models, "dsr")), keys_of(models, "worst_case")
     for axes in draw_rows(figure, models, {"dsr": attacks, "worst_case": worst}):
         axes.set(xlim=SHARE)
+    figure.supxlabel("defense success rate", fontsize="medium")
 
 
 def draw_tokens(figure, models: dict) -> None:
@@ -86,7 +81,7 @@ def draw_rows(figure, models: dict, keys: dict[str, list[str]]) -> list:
             means, cis = [ci["mean"] for _, ci in rows], [ci for _, ci in rows]
             axes.errorbar(means, [y for y, _ in rows], xerr=bars(cis), linestyle="", **style)
         name_rows(axes, keys[part])
-        axes.set(xlabel=ROWS[part])
+        axes.set(title=part.replace("_", " "))
     return grid
 
 

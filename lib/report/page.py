@@ -48,19 +48,16 @@ def as_page(sections: Sequence[Section], out: Path, lines: Sequence[dict]) -> st
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.finalize = lambda value: visible(value) if type(value) is str else value  # markup is ours
-    environment.filters |= {"show": show, "base64": to_base64, "digest": digest}
-    pictures = {name: (out / f"{name}.png").read_bytes() for s in sections for name in s.figures}
+    environment.filters |= {"show": show, "digest": digest}
+    names = [name for section in sections for name in section.figures]
+    pictures = {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in names}
     values = {"title": TITLE, "sections": sections, "pictures": pictures, "prompts": by_prompt(lines)}
     return environment.get_template("page.html").render(values)
 
 
-def to_base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
 def digest(text: str) -> str:
     """As a content security policy names a script or style that may run."""
-    return f"'sha256-{to_base64(hashlib.sha256(text.encode()).digest())}'"
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def by_prompt(lines: Sequence[dict]) -> list[list[dict]]:

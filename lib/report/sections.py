@@ -115,13 +115,6 @@ def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]
     }
 
 
-def settings(config: dict) -> Section:
-    rows = [["command", shlex.join(["python", *sys.argv])]]
-    for key, value in config.items():
-        rows.append([key, " ".join(map(str, value)) if isinstance(value, list) else str(value)])
-    return Section("Settings", "", [Table("All that is behind these numbers", ["", "value"], rows)], [])
-
-
 def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list[Section]:
     """All but the completions themselves. `lines`: of completions.jsonl; `drawn`: names of the figures.
 
@@ -143,7 +136,11 @@ def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list
         text = " ".join(row for row in rest if row[0] not in "!|")
         found.append(Section(title, text, tables, [row[2:] for row in rest if row[0] == "!"]))
     found.append(Section("Learning curves", "", [], [name for name in drawn if name.startswith("curves_")]))
-    found.append(settings(results["config"]))
+    rows = [["command", shlex.join(["python", *sys.argv])]]
+    for key, value in results["config"].items():
+        rows.append([key, " ".join(map(str, value)) if isinstance(value, list) else str(value)])
+    table = Table("All that is behind these numbers", ["", "value"], rows)
+    found.append(Section("Settings", "", [table], []))
     for section in found:
         section.tables = [table for table in section.tables if table.rows]
         section.figures = [name for name in section.figures if name in drawn]
