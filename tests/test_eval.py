@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -271,7 +272,7 @@ def test_one_success_at_a_budget_counts_at_every_larger_one_and_no_verdict_is_no
         ("c", 25),
         ("d", 25),
     ]  # what the outcome stands on: c's success, though it came late
-    judged = [(x["id"], x["step"]) for x in report.with_verdicts(lines, 0.5) if x["deciding"]]
+    judged = [(x["id"], x["step"]) for x in report.deciding_lines(lines, 0.5)]
     assert judged == decided
     assert metrics.figures_by_prompt(lines, 0.5)[f"DSR, {name}"] == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
     lines += [
@@ -807,7 +808,7 @@ def test_what_is_too_long_is_not_asked_and_in_no_figure(given, tmp_path, monkeyp
         }
         assert {ci["n"] for ci in model["controls"].values()} == {1} and not model["unknown"]
         assert f"{name}: 3 tries of gcg were too long and not asked" in said
-    assert "| gcg | 3 | 3 |" in (out / "report.md").read_text().split("Tries too long")[1]
+    assert re.search("gcg +3 +3", (out / "report.md").read_text().split("Tries too long")[1])
     lines = (out / "completions.jsonl").read_bytes()
     monkeypatch.setattr(stage, "load_policy", None)  # nothing is asked again
     run(other, out, monkeypatch, *more)

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from lib.report.md import escape
+from lib.run.text import visible
 
 SECTIONS = {  # of results.json -> what the card calls them
     "dsr": "DSR",
@@ -34,6 +34,14 @@ text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_
 REASONS = """The chat template opens the reasoning, `<think>`: a server that applies it needs no settings for that, and its
 text is the reasoning, `</think>`, and the answer. Give later turns the answers only. Reasoning without an end (no
 `</think>` within the budget) is no answer."""
+
+
+def escape(text: str) -> str:
+    """Text that shows as itself in markdown, in one line."""
+    text = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "\\|`*_[]!#~$":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split()).replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
 
 
 def model_card(

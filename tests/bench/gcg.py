@@ -28,7 +28,7 @@ from lib.attacks.victim import Victim
 from lib.chat import encode_prompt
 from lib.judges import load_judge
 from lib.metrics import student_t
-from lib.report.figures import show
+from lib.report import show
 from lib.run.command import run_main
 from lib.run.files import append_jsonl, resume_log
 from lib.run.hub import load_policy, load_tokenizer
