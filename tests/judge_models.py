@@ -50,7 +50,10 @@ def save_tokenizer(folder, special, template=None, words=(), bos=False) -> PreTr
     if bos:
         core.post_processor = TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=special[0], eos_token=special[-1], additional_special_tokens=special[1:]
+        tokenizer_object=core,
+        bos_token=special[0],
+        eos_token=special[-1],
+        additional_special_tokens=special[1:],
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)

@@ -111,7 +111,8 @@ def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
     if match and match["name"] in table:
         path, opener, published = table[match["name"]]
         open_model = getattr(importlib.import_module(f"lib.judges.{path}"), opener)
-        return lambda: checked(flag, part, open_model(match["model"] or published, match["device"] or ""))
+        model = match["model"] or published, match["device"] or ""
+        return lambda: checked(flag, part, open_model(*model))
     if match and match["name"] in {**HARM, **TASK}:
         raise UserError(f"{flag}: {match['name']} has no {function}: name two, HARM+TASK, say qwen3guard+grm")
     if str(Path.cwd()) not in sys.path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from typing import Any
 
 from huggingface_hub.utils import http_backoff
 from tqdm import tqdm
@@ -24,8 +25,8 @@ from lib.run.text import readable
 
 URL = "https://api.openai.com/v1/moderations"
 BATCH = 32  # texts a request
-RETRIES = {"max_retries": 7, "base_wait_time": 1.0, "max_wait_time": 60.0}  # seconds
-BUSY = (429, 500, 502, 503, 504)
+RETRIES: dict[str, Any] = {"max_retries": 7, "base_wait_time": 1.0, "max_wait_time": 60.0}  # seconds
+RETRIES["retry_on_status_codes"] = (429, 500, 502, 503, 504)  # busy, or out of order
 
 
 def harm_judge(model: str, device: str) -> Score:
@@ -54,21 +55,24 @@ def harm_judge(model: str, device: str) -> Score:
 
 
 def post(body: dict, key: str) -> bytes:
-    headers = {"Authorization": f"Bearer {key}"}
+    options: dict = {"json": body, "headers": {"Authorization": f"Bearer {key}"}, "timeout": 60} | RETRIES
     try:
-        response = http_backoff(
-            "POST", URL, json=body, headers=headers, timeout=60, retry_on_status_codes=BUSY, **RETRIES
-        )
+        response = http_backoff("POST", URL, **options)
     except Exception as error:  # no connection, or busy for too long: of several libraries
-        problem = " ".join(str(error).split())[:120]
+        reply = getattr(error, "response", None)
+        problem = status(reply) if reply is not None else " ".join(str(error).split())[:120]
         raise UserError(
             f"--judge: moderation: no reply ({problem}): run the same command again later"
         ) from error
     if response.status_code != 200:
-        found = re.search(rb'"code":\s*"(\w+)"', response.content)  # not the message, which may quote the key
-        problem = f"HTTP {response.status_code} {found[1].decode() if found else ''}".strip()
-        raise UserError(f"--judge: moderation: refused ({problem})")
+        raise UserError(f"--judge: moderation: refused ({status(response)})")
     return response.content
+
+
+def status(response: Any) -> str:
+    """HTTP's number and OpenAI's word, such as insufficient_quota; not its message, which may quote the key."""
+    code = re.search(rb'"code":\s*"(\w+)"', response.content)
+    return f"HTTP {response.status_code} {code[1].decode() if code else ''}".strip()
 
 
 def parse(reply: bytes, texts: int) -> list[float | None]:
