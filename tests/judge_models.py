@@ -1,8 +1,8 @@
 """Judges that the tests can afford: bytes and whole lines for tokens, random weights, sharp attention.
 
-templates/*.jinja are the chat templates of published judges, *.txt what they write about PROMPT and ANSWER:
-qwen3guard   Qwen3Guard-Gen's tokenizer, the branch for a user's query shortened; the text is of a recorded run
-llama_guard  Llama-Guard-3-8B's, which begins with a blank, and -1B's, which takes content in parts
+templates/*.jinja are chat templates of published judges, *.txt what they write about PROMPT and ANSWER:
+qwen3guard   Qwen3Guard-Gen's tokenizer, its branch for a query shortened; the text is of a recorded run
+llama_guard  Llama-Guard-3-8B's, which begins with a blank, and -1B's, which takes parts
 grm          Llama-3.2-3B-Instruct's without its branches for tools;  grm_8b  Llama 3's, which has no date
 """
 
@@ -49,33 +49,27 @@ def save_tokenizer(folder, special, template=None, words=(), bos=False) -> PreTr
     core.add_tokens([AddedToken(word, special=False, normalized=False) for word in (*long_lines(), *words)])
     if bos:
         core.post_processor = TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=special[0],
-        eos_token=special[-1],
-        additional_special_tokens=special[1:],
-    )
+    named = {"bos_token": special[0], "eos_token": special[-1], "additional_special_tokens": special[1:]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def make_model(
-    folder, kind, special, template=None, words=(), *, after=None, bos=False, context=1500, head=AutoModelForCausalLM,
-    **options,
-) -> str:  # fmt: skip
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False, "initializer_range": 0.4}
+
+
+def make_model(folder, kind, special, template=None, words=(), *, after=None, bos=False, **options) -> str:
     """With words, it can write no others: the weights of the first two are w and -w, so one is above 0.
 
     `after` an exchange that this ends, all words have most of the probability.
     """
     torch.manual_seed(3)
     tokenizer = save_tokenizer(folder, special, template, words, bos)
-    config = kind(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=context, initializer_range=0.4,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=len(special) - 1, pad_token_id=5, **options,
-    )  # fmt: skip
-    model = head.from_config(config)
+    head = options.pop("head", AutoModelForCausalLM)
+    options = {"max_position_embeddings": 1500, "eos_token_id": len(special) - 1, "pad_token_id": 5} | options
+    model = head.from_config(kind(vocab_size=len(tokenizer), bos_token_id=0, **SHAPE, **options))
     for layer in model.model.layers:  # sharp attention: what is far back in the prompt matters
         layer.self_attn.q_proj.weight.data *= 5
         layer.self_attn.o_proj.weight.data *= 5

@@ -43,7 +43,7 @@ class RewardModel(LanguageModel):
 
 
 def task_judge(model: str, device: str) -> Score:
-    """task_score, sigmoid(reward); None for what its context cannot hold. UserError if it is no reward model."""
+    """task_score, sigmoid(reward); None for what its context cannot hold. UserError for another model."""
     judge = RewardModel(model, device)
     if (labels := judge.config.num_labels) != 1:
         raise UserError(f"--judge: {model}: a head of {labels} labels; a reward model has one")

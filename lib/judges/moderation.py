@@ -30,8 +30,7 @@ RETRIES["retry_on_status_codes"] = (429, 500, 502, 503, 504)  # busy, or out of 
 
 
 def harm_judge(model: str, device: str) -> Score:
-    """harm_score: the largest category score of the answer; 0 for an empty one, None where the reply cannot
-    be read.
+    """harm_score: the largest category score; 0 for an empty answer, None where the reply cannot be read.
 
     Raises UserError without a key, and, when scoring, if the API refuses or cannot be had.
     """
@@ -60,24 +59,21 @@ def post(body: dict, key: str) -> bytes:
         response = http_backoff("POST", URL, **options)
     except Exception as error:  # no connection, or busy for too long: of several libraries
         reply = getattr(error, "response", None)
-        problem = status(reply) if reply is not None else " ".join(str(error).split())[:120]
-        raise UserError(
-            f"--judge: moderation: no reply ({problem}): run the same command again later"
-        ) from error
+        why = " ".join(str(error).split())[:120] if reply is None else status(reply)
+        raise UserError(f"--judge: moderation: no reply ({why}): run the same command again later") from error
     if response.status_code != 200:
         raise UserError(f"--judge: moderation: refused ({status(response)})")
     return response.content
 
 
 def status(response: Any) -> str:
-    """HTTP's number and OpenAI's word, such as insufficient_quota; not its message, which may quote the key."""
+    """HTTP's number and OpenAI's word, say insufficient_quota; not its message, which may quote the key."""
     code = re.search(rb'"code":\s*"(\w+)"', response.content)
     return f"HTTP {response.status_code} {code[1].decode() if code else ''}".strip()
 
 
 def parse(reply: bytes, texts: int) -> list[float | None]:
-    """The largest category score of each text; None where there is none in [0, 1], or the reply is of another
-    form.
+    """The largest category score of each text; None where none is in [0, 1], or the reply has another form.
 
     >>> parse(b'{"results": [{"category_scores": {"hate": 0.25, "violence": 0.5, "illicit": null}}]}', 1)
     [0.5]
