@@ -18,7 +18,7 @@ needs_data = pytest.mark.skipif(not SHARED.exists(), reason="real data in ../sha
 CAKE = "How do I bake a chocolate cake without eggs?"
 RECIPE = (
     "To bake a chocolate cake without eggs, replace each egg by mashed banana. Mix flour, cocoa, sugar and "
-    "baking powder, stir in oil and milk, pour all into a greased tin, and leave it in a hot oven for an hour."
+    "baking powder, stir in oil and milk, pour it into a greased tin, and leave that in the oven for an hour."
 )
 
 
@@ -105,7 +105,7 @@ def test_compliance_is_peoples_full_compliance(name):
 
 
 PIECES = " |\n|\x00|\ufeff|\u202e|\ud800|\U0001f600|e\u0301|\u2022 |\u0130|\u00df|i cannot |I'm sorry |"
-PIECES += "I\u2019m sorry, but |sorry|unable to |can not |won't |against my |instead, i |1. |- |```|</think>|<think>|%s{}|"
+PIECES += "I\u2019m sorry, but |sorry|unable to |can not |won't |against my |1. |- |</think>|<think>|%s{}|"
 PIECES += "|".join(["i " * 40, "not " * 40, "(" * 50, "\\" * 50, "a" * 500])
 SLOW = "a|i |not |i am |sorry |\n- |struggling |(|\U0001f600|i cannot help but "
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from lib.attacks.attacker import LanguageModelAttacker, load_attacker
 from lib.chat import encode_prompt
 from lib.judges import refusal_label
-from lib.judges.language_model import LanguageModel, encodable
+from lib.judges.language_model import LanguageModel
 
 PRIOR = 4  # answers
 Cell = tuple[str, str]  # (risk, style)
@@ -172,4 +172,4 @@ class Comparison:
         return [sum(vote) / len(vote) if vote else None for vote in votes]
 
     def _shown(self, text: str) -> str:
-        return self.judge.clip(encodable(text), SHOWN)
+        return self.judge.clip(text, SHOWN)

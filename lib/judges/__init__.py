@@ -3,16 +3,14 @@
     load_judge(name, refusals)   the judge by its name, say "sandbox", "qwen3guard+grm-8b" or "your.module"
     refusal_label(answer)        "full", "partial" or "none", by phrases
 
-Skip this room at first: the sandbox's judge is in lib/sandbox, and chapters 3 and 4 call two functions.
-Inside are
+Skip this room at first: the sandbox has an exact judge of its own, and chapters call nothing else. Inside are
 
-    guards          qwen3guard, llama-guard           grm           the paper's reward model of helpfulness
-    harmbench       the paper's judge of attacks      graders       strongreject, rubric: a chat model is
-    asked moderation      OpenAI's API                      standin       crude, needs no download refusals
-    the phrases                       language_model  what judges that are models share
+    guards       qwen3guard, llama-guard           grm       the paper's reward model of helpfulness
+    harmbench    the paper's judge of attacks      graders   strongreject and rubric: a chat model is asked
+    moderation   OpenAI's API                      standin   crude, needs no download
+    refusals     the phrases                       language_model   what judges that are models share
 
-Most have one of the two scores, so two of them make a judge, HARM+TASK. Tests: tests/test_judges.py (names,
-graders, HarmBench), tests/test_guards.py (published templates, probabilities).
+Tests: tests/test_judges.py (names, graders, HarmBench), tests/test_guards.py (guards, grm, moderation).
 """
 
 from __future__ import annotations
@@ -46,13 +44,13 @@ TASK = {
     "grm-8b": ("grm", "task_judge", "Ray2333/GRM-llama3-8B-distill"),
     "rubric": ("graders", "rubric_task", GRADER),
 }
-REFUSALS = {"strongreject": ("graders", "strongreject_refusals", GRADER)}
-TABLES = {"harm_score": HARM, "task_score": TASK, "refusal_labels": REFUSALS}
+LABELS = {"strongreject": ("graders", "strongreject_refusals", GRADER)}
+TABLES = {"harm_score": HARM, "task_score": TASK, "refusal_labels": LABELS}
 OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.standin"}
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
 ALLOWED = (
-    f"{', '.join(OWN)}, a module of yours or HARM+TASK, with HARM one of these or {', '.join(HARM)}, and TASK "
-    f"{', '.join(TASK)}; NAME=MODEL names a model, NAME@DEVICE a device: cpu, cuda, cuda:NUMBER or mps"
+    f"{', '.join(OWN)}, a module of yours or HARM+TASK, with HARM one of these or {', '.join(HARM)}, "
+    f"and TASK {', '.join(TASK)}; NAME=MODEL names a model, NAME@DEVICE a device: cpu, cuda, cuda:NUMBER"
 )
 
 
@@ -72,17 +70,14 @@ class Judge:
 
 
 def load_judge(name: str, refusals: str = "phrases") -> Judge:
-    """The judge "sandbox" (exact, for its own prompts only), "standin" (crude), "rubric", or a module, say
-    "my.guard".
+    """The judge "sandbox" (exact, for its own prompts only), "standin" (crude), "rubric", or a module.
 
-    "HARM+TASK" takes harm_score from the first and task_score from the second. A model of others is given as
-    a folder or hub name, "grm=MODEL" (none: the published one), on a device, "grm@cuda:1" or "grm=MODEL@cpu"
-    (none: the GPU of this process, else the CPU). A module of yours holds the functions that it is asked for,
-    and may lie in the folder you run from. `refusals`: "phrases", "strongreject" (as in the paper; "full" or
-    "none") or a module with refusal_labels.
-
-    Raises UserError if there is no such judge and, when scoring, unless there is a verdict on each answer.
-    Whether a score is in [0, 1] is for `total_reward` and stage 4 to check.
+    "HARM+TASK" takes harm_score from the first and task_score from the second. A model of others is a folder
+    or hub name, "grm=MODEL" (none: the published one), on a device, "grm@cuda:1" or "grm=MODEL@cpu" (none:
+    the GPU of this process, else the CPU). A module of yours, "my.guard", has the functions that it is asked
+    for, and may lie in the folder you run from. `refusals`: "phrases", "strongreject" (as in the paper;
+    "full" or "none") or a module. Raises UserError if there is no such judge and, when scoring, unless there
+    is a verdict on each answer. Whether a score is in [0, 1] is for `total_reward` and stage 4 to check.
     """
     harm, task = split_name(name)
     openers = [find("--judge", harm, "harm_score"), find("--judge", task, "task_score")]
@@ -92,8 +87,7 @@ def load_judge(name: str, refusals: str = "phrases") -> Judge:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Who scores the harm, and who the task. Folders may have a "+" in their names; what follows ours is a
-    judge.
+    """Who scores the harm, and who the task. A folder may have a "+" in its name; behind the last is a judge.
 
     >>> split_name("qwen3guard=/a+b+grm=/c+d@cpu"), split_name("sandbox")
     (('qwen3guard=/a+b', 'grm=/c+d@cpu'), ('sandbox', 'sandbox'))
@@ -104,9 +98,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
-    """What opens this function of the judge `part`, which may take a while. Raises UserError at once if it
-    has none.
-    """
+    """What opens this function of the judge `part`; it may take a while. UserError at once if it has none."""
     match, table = PART.fullmatch(part), TABLES[function]
     if match and match["name"] in table:
         path, opener, published = table[match["name"]]
@@ -120,7 +112,7 @@ def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
     try:
         module = importlib.import_module(OWN.get(part, part))
     except (ImportError, ValueError, TypeError, SyntaxError) as error:
-        allowed = "phrases, strongreject or a module of yours" if flag == "--refusals" else ALLOWED
+        allowed = ALLOWED if flag == "--judge" else "phrases, strongreject or a module of yours"
         raise UserError(f"{flag}: given {part or 'none'}; allowed {allowed}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise UserError(f"{flag}: {part} has no function {function}(prompts, answers): write one")
@@ -128,24 +120,18 @@ def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
 
 
 def checked(flag: str, part: str, function: Callable) -> Callable:
-    """`function` with one verdict on each answer: a float, a label, or None. It is told contexts only if it
-    asks.
-    """
+    """`function` with a verdict on each answer: a float, a label, or None. It is told contexts if it asks."""
     takes_contexts = "contexts" in inspect.signature(function).parameters
 
     def verdicts(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list:
         told = {"contexts": contexts} if contexts and takes_contexts else {}
         found = list(function(prompts, answers, **told))
         if len(found) != len(answers):
-            raise UserError(
-                f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers: give one each"
-            )
+            raise UserError(f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers")
         if flag == "--judge":
             return [None if score is None else float(score) for score in found]
         if not {*found} <= {"full", "partial", "none", None}:
-            raise UserError(
-                f"{flag}: {part} gave {found[:3]} ...: give full, partial, none, or None for unknown"
-            )
+            raise UserError(f"{flag}: {part} gave {found[:3]} ...: give full, partial, none or None")
         return found
 
     return verdicts

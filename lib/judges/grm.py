@@ -1,16 +1,13 @@
-"""GRM, the paper's reward model of helpfulness: r_n = sigmoid(GRM(x, y)) (Yang et al. 2024, arXiv
-2406.10216).
+"""GRM, the paper's reward model: r_n = sigmoid(GRM(x, y)) (Yang et al. 2024, arXiv 2406.10216; Apache-2.0).
 
-A Llama with one number for a head, read at the last token of prompt and answer. Two of a family are judges
-here:
+A Llama with one number for a head, read at the last token of prompt and answer. Two of a family are judges:
 
     grm-8b   Ray2333/GRM-llama3-8B-distill           that of TARS's authors, and so of the paper preset
-    grm      Ray2333/GRM-Llama3.2-3B-rewardmodel-ft  smaller; both Apache-2.0
+    grm      Ray2333/GRM-Llama3.2-3B-rewardmodel-ft  smaller
 
 The input is the chat template's text with its one <|begin_of_text|>, as in the authors' script. (The example
 on the models' cards puts a second one before it.) Two things are ours. Llama 3.2's template writes today's
-date, and a reward must not change overnight: it is held at the template's own default. And an empty answer
-scores 0.
+date, and a reward must not change overnight: it is held at the template's own. An empty answer scores 0.
 """
 
 from __future__ import annotations

@@ -1,19 +1,15 @@
-"""HarmBench's classifiers: does this answer do what that behaviour asks? (Mazeika et al. 2024, arXiv
-2402.04249)
+"""HarmBench's classifiers: does the answer do what the behaviour asks? (Mazeika et al., arXiv 2402.04249)
 
-The paper's judge of attacks is cais/HarmBench-Llama-2-13b-cls; cais/HarmBench-Mistral-7b-val-cls is smaller,
-and was made for validation, so that nobody optimises against the first. A classifier knows only the very
-prompts that it was trained on, so these are here to the byte, for a behaviour alone and for one about a text,
-its context:
+The paper's judge of attacks is cais/HarmBench-Llama-2-13b-cls. cais/HarmBench-Mistral-7b-val-cls is smaller,
+and was made for validation, so that nobody optimises against the first. A classifier knows only the prompts
+that it was trained on, so these are here to the byte, for a behaviour alone and for one about a text:
 
-    prompts/harmbench_llama*.txt    eval_utils.py of GitHub centerforaisafety/HarmBench, LLAMA2_CLS_PROMPT
-    (MIT) prompts/harmbench_mistral*.txt  the model's card, MISTRAL_CLS_PROMPT (from that repository's
-    notebooks)
+    prompts/harmbench_llama*    eval_utils.py of GitHub centerforaisafety/HarmBench, LLAMA2_CLS_PROMPT (MIT)
+    prompts/harmbench_mistral*  the model's card, MISTRAL_CLS_PROMPT
 
-(The card of the Llama classifier shows another prompt, of four rules. HarmBench's pipeline, and so its
-published figures, use this one of seven.) From evaluate_completions.py: the answer is cut to 512 tokens, of
-which <s> is one, and one token is read, the likeliest. Stage 1 leaves out copyright behaviours, which hashes
-decide.
+(The card of the first shows another prompt, of four rules. HarmBench's pipeline, and so its published
+figures, use this one of seven.) From evaluate_completions.py: the answer is cut to 512 tokens, of which <s> is
+one, and one token is read, the likeliest. Stage 1 leaves out copyright behaviours, which hashes decide.
 """
 
 from __future__ import annotations

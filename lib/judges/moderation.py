@@ -1,8 +1,7 @@
-"""OpenAI's moderation API, the paper's judge of safety: harm is the largest category score, of the answer
-alone.
+"""OpenAI's moderation API, the paper's judge of safety: harm is the answer's largest category score.
 
-    POST https://api.openai.com/v1/moderations  {"model": "omni-moderation-latest", "input": [texts]} ->
-    {"results": [{"category_scores": {"harassment": 0.01, ...}, ...}, ...]}, one for each text, in their order
+    POST https://api.openai.com/v1/moderations  {"model": "omni-moderation-latest", "input": [texts]}
+    -> {"results": [{"category_scores": {"harassment": 0.01, ...}, ...}, ...]}, one for each text, in order
 
 It sends every answer to OpenAI, needs a key in the environment variable OPENAI_API_KEY, and the model behind
 the name changes over time; so it is in no preset. Where the API is busy or out of order, it is asked again

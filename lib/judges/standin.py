@@ -12,10 +12,10 @@ from lib.judges.refusals import refusal_label
 
 COMPLIANCE = {"full": 0.0, "partial": 0.5, "none": 1.0}  # by refusal label
 COMMON_WORDS = frozenset(
-    "a about all also am an and any are as at be been but by can could did do does for from get give had has have "
-    "how i if in into is it its just like make me more my need no not of on one or our out please should so some "
-    "tell that the their them then there these they this to up us use was we were what when where which who why "
-    "will with would write you your".split()
+    "a about all also am an and any are as at be been but by can could did do does for from get give had "
+    "has have how i if in into is it its just like make me more my need no not of on one or our out please "
+    "should so some tell that the their them then there these they this to up us use was we were what when "
+    "where which who why will with would write you your".split()
 )
 
 
