@@ -8,8 +8,8 @@ that it was trained on, so these are here to the byte, for a behaviour alone and
     prompts/harmbench_mistral*  the model's card, MISTRAL_CLS_PROMPT
 
 (The card of the first shows another prompt, of four rules. HarmBench's pipeline, and so its published
-figures, use this one of seven.) From evaluate_completions.py: the answer is cut to 512 tokens, of which <s> is
-one, and one token is read, the likeliest. Stage 1 leaves out copyright behaviours, which hashes decide.
+figures, use this one of seven.) From evaluate_completions.py: the answer is cut to 512 tokens, with <s>, and
+one token is read, the likeliest. Stage 1 leaves out copyright behaviours, which hashes decide.
 """
 
 from __future__ import annotations
