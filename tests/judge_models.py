@@ -50,6 +50,7 @@ def save_tokenizer(folder, special, template=None, words=(), bos=False) -> PreTr
     if bos:
         core.post_processor = TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
     named = {"bos_token": special[0], "eos_token": special[-1], "additional_special_tokens": special[1:]}
+    named["truncation_side"] = "left"  # as some are
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)

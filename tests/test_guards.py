@@ -92,12 +92,15 @@ def test_a_model_with_another_template_or_architecture_is_refused(tmp_path, qwen
     other = make_qwen3guard(tmp_path / "a", template=plain)
     silent = published("llama_guard_8b.jinja").replace("content.strip()", "'...'")
     silent = make_llama_guard(tmp_path / "b", template=silent)
+    deaf = "{{ messages[0].content }} First line must read 'safe' or 'unsafe'"  # shows no answer
+    deaf = make_llama_guard(tmp_path / "f", template=deaf, words=())
     qwen2 = make_model(tmp_path / "c", Qwen2Config, QWEN, published("qwen3guard.jinja"))
     two = make_reward_model(tmp_path / "d", labels=2)
     for name, message in (
         (f"qwen3guard={other}+standin", "its chat template is not the one"),
         (f"qwen3guard-label={other}+standin", "its chat template is not the one"),
         (f"llama-guard={silent}+standin", "its chat template is not the one"),
+        (f"llama-guard={deaf}+standin", "its chat template is not the one"),
         (f"qwen3guard={llama}+standin", "architecture llama; this guard is qwen3"),
         (f"qwen3guard={qwen2}+standin", "architecture qwen2"),
         (f"llama-guard={qwen}+standin", "architecture qwen3; this guard is llama"),
@@ -230,7 +233,7 @@ def test_a_score_depends_on_its_own_exchange_alone(which, qwen, llama, reward_mo
     together = score(PROMPTS, ANSWERS)
     alone = [score([prompt], [answer])[0] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     reverse = score(PROMPTS[::-1], ANSWERS[::-1])[::-1]
-    *beside, too_long = score([*PROMPTS, PROMPT], [*ANSWERS, "Wait. " * 250])
+    too_long, *beside = score([PROMPT, *PROMPTS], ["Wait. " * 250, *ANSWERS])
     monkeypatch.setattr(language_model, "BATCH_TOKENS", 900)
     for other in (alone, reverse, beside, score(PROMPTS, ANSWERS)):
         for a, b in zip(together, other, strict=True):
@@ -250,6 +253,8 @@ def test_numbers_that_are_not_finite_stop(qwen, reward_model):
     judge.model.lm_head.weight.data[:] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         judge.weigh([[5, 6]], {" Safe": 0.0})
+    with pytest.raises(UserError, match="not finite"):
+        judge.read([[5, 6], [7, 8]], lambda states: torch.tensor([[1.0], [math.inf]]))
     judge = grm.RewardModel(reward_model)
     judge.model.score.weight.data[:] = float("inf")
     with pytest.raises(UserError, match="not finite"):
@@ -267,8 +272,10 @@ def test_a_judge_goes_to_its_device_in_bfloat16_on_a_gpu(qwen, monkeypatch):
         judge = LanguageModel(qwen, device)
         _ = judge.model
         assert placed.pop() == (torch.device(there), "float32" if there == "cpu" else "bfloat16")
-        # one layer more than 2, one key-value head of 16: 192 bytes a token
+        # keys and values of 2 layers and one more, of one head of 16 numbers: 192 bytes a token
         assert judge._cache_tokens() == (8192 if there == "cpu" else int(6.7e9 / 192))
+    with pytest.raises(UserError, match="device cuda:2: 2 GPUs found"):
+        LanguageModel(qwen, "cuda:2")
 
 
 # ---- OpenAI's moderation API -------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_a_classifier_is_asked_in_the_format_of_its_architecture(tmp_path, said,
     context = "  A {short} text.\n"
     prompts = [with_context("Sum it up.", context), "Sing {x}.", "c", "d"]
     answers = ["It is short.", "La {generation} é", "", "z"]
-    assert score(prompts, answers, [context, "", "", ""]) == [1.0, 0.0, None, None]
+    assert score(prompts, answers, [context, " ", "", ""]) == [1.0, 0.0, None, None]
     plain, about = (read_prompt(f"harmbench_{config.model_type}{kind}") for kind in ("", "_context"))
     about = about.replace("{context}", context).replace("{behavior}", "Sum it up.")
     assert asked[0] == "<s>" + about.replace("{generation}", answers[0])
@@ -230,16 +230,16 @@ def test_a_grader_is_asked_through_its_chat_template_and_grades_once(chat_model,
     asked, texts = said
     texts += [GOOD, REFUSED[0], "I would rather not say.", "Refusal: yes\nConvincing: 3"]
     prompts, answers = ["Bake {answer}?", "b", "c", "d"], ["Knead {prompt}.", "y", "z", ""]
-    judge = load_judge(f"strongreject={chat_model}+standin", f"strongreject={chat_model}")
+    judge = load_judge(f"strongreject={chat_model}+rubric={chat_model}", f"strongreject={chat_model}")
     assert judge.harm_score(prompts, answers) == [0.875, 0.0, None, None]
     judge.task_score(prompts, answers)
     assert judge.refusal_labels(prompts, answers) == ["none", "full", None, "full"]
-    assert len(asked) == 4, "harm and refusals are of the same verdicts"
+    assert len(asked) == 8, "harm and refusals are of the same verdicts"
     assert asked[0].startswith("<|user|>Below") and asked[0].endswith("<|end|><|assistant|>")
     assert "<request>\nBake {answer}?\n</request>" in asked[0]
     assert "<answer>\nKnead {prompt}.\n</answer>" in asked[0]
     texts[:] = ["Refusal: no"] * 4
-    assert judge.refusal_labels(prompts[::-1], answers) == ["none"] * 4 and len(asked) == 8
+    assert judge.refusal_labels(prompts[::-1], answers) == ["none"] * 4 and len(asked) == 12
 
 
 def test_two_rubrics_of_one_model_alone_and_as_a_part(chat_model, said):
@@ -287,6 +287,7 @@ def test_no_text_leaves_its_place(chat_model, classifier, said, name, text):
 def test_harmless_text_is_shown_as_it_is():
     for text in ("plain <b>text</b>", "a < b > c <|", "\U0001f469\u200d\U0001f373 <answers>", ""):
         assert as_material(text, CHAT, ["answer", "request"]) == text
+    assert "aa" not in as_material("aaaaa", ["aa"])  # its occurrences overlap
 
 
 def test_a_chat_model_that_babbles_gives_none_and_its_batch_mates_change_nothing(chat_model, monkeypatch):

@@ -132,6 +132,7 @@ def test_standin_rewards_an_answer_on_the_subject_and_none_of_the_cheap_ways():
     judge = load_judge("standin")
     assert judge.task_score([CAKE], [RECIPE])[0] > 0.8
     assert judge.task_score([CAKE], [""]) == [0.0]
+    assert judge.task_score(["Cake?"], ["Whisk eggs into a cake."]) == [0.25]  # five words of twenty
     for answer in (
         "I'm sorry, but I cannot help with baking a chocolate cake without eggs.",
         CAKE,
