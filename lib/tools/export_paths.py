@@ -7,13 +7,13 @@ import os
 import re
 from typing import Any
 
-from lib.judges import BOTH, MODELS
+from lib.judges import HARM, TASK
 from lib.run.folder import SUM
 
 LOCAL = re.compile(r"(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|file:)")  # a path begins so
 INSIDE = re.compile(rf"(?<![\w./\\:~<-]){LOCAL.pattern}\S")  # one within other text
 BEFORE = re.compile(rf"(?:{SUM})?(?:[\w.-]+=)?(?:[\w-]+@)?")  # checksum, KIND or NAME, known source
-ANOTHER = re.compile(rf"(\+(?=(?:{'|'.join([*MODELS, *BOTH])})[=@]))")  # the second judge of HARM+TASK
+ANOTHER = re.compile(rf"(\+(?=(?:{'|'.join([*HARM, *TASK])})[=@]))")  # the second judge of HARM+TASK
 
 
 def without_paths(value: Any) -> Any:
