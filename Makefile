@@ -16,7 +16,7 @@ DEMO := runs/demo
 
 # Without an NVIDIA GPU, a build of torch for the CPU alone saves gigabytes. Linux only: elsewhere the ordinary one is it.
 # A version with a "+cpu" build counts as newer than the same version without, so pip takes that one where it finds it.
-# Where the index of such builds cannot be reached, pip says so many times and goes on: a second --quiet spares us that.
+# Where the index of such builds cannot be reached, pip goes on without; no retries, because it would tell of each.
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -61,7 +61,7 @@ $(VENV)/.stages: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 		echo "no NVIDIA GPU: installing torch for the CPU"; \
-		$(PIP) --quiet --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)" || \
+		$(PIP) --retries 0 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)" || \
 		$(PIP) "$(TORCH_CPU)"; \
 	fi
 	$(PIP) -r requirements.txt

@@ -70,6 +70,13 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+def items_of_step(items: Sequence[T], step: int, count: int, seed: int) -> list[T]:
+    """`count` items of an endless stream of shuffled epochs: a function of (seed, step), so resuming is exact."""
+    places = range(step * count, (step + 1) * count)
+    orders = {e: epoch_order(len(items), seed, e) for e in {place // len(items) for place in places}}
+    return [items[orders[place // len(items)][place % len(items)]] for place in places]
+
+
 def masked_batch(
     sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,3 +116,9 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> 
         ids[row, part] = torch.tensor(sequence, dtype=torch.long)
         attention_mask[row, part] = True
     return ids, attention_mask
+
+
+def scatter(values: list[Tensor], mask: Tensor) -> Tensor:
+    """Of each row the values of its True places, (n,) -> (B, T) fp32, 0 elsewhere."""
+    placed = torch.zeros(mask.shape, device=mask.device)
+    return placed.masked_scatter(mask, torch.cat(values).to(placed))

@@ -83,7 +83,7 @@ METHODS = {
     # the paper's rate is ten times that of its light SFT; of 2e-4, 6e-4 and 2e-3 the best on prompts held out
     "sft8": "02_sft_warmstart.py --data @data-LAMBDA --model @sft --traces sft_rl.jsonl "
     "--learning-rate 6e-4 --epochs 1",
-    "rpo": "03_rl_train.py --objective rpo --data @data-LAMBDA --model @sft",
+    "rpo": "-m lib.compare.rpo --data @data-LAMBDA --model @sft",
     # an answer without reasoning is about a third as long: in three epochs, as many tokens as tars
     "rl-direct-long": f"03_rl_train.py --data @data-LAMBDA --model @sft-direct {DIRECT} --epochs 3",
 }

@@ -34,10 +34,10 @@ from tqdm import tqdm
 from lib import UserError
 from lib.compare.studies import COMPLIANCE, SAFETY, STUDIES, TASK, Study
 from lib.metrics import Interval, student_t
+from lib.run.command import Flags, number, run_main
 from lib.run.files import read_jsonl, write_json, write_text
-from lib.run.flags import Flags, number
 from lib.run.folder import lock_folder
-from lib.run.settings import LAST_SEED, run_main
+from lib.run.settings import LAST_SEED
 
 Key = tuple[str, str]  # a model, a method or a difference; and a figure of it
 Figures = dict[Key, float]

@@ -30,11 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lib.batches import masked_batch
 from lib.chat import decode, encode_prompt, eos_token_ids
 from lib.run.checkpoint import save_policy
+from lib.run.command import Flags, number, run_main
 from lib.run.files import write_text
-from lib.run.flags import Flags, number
 from lib.run.folder import lock_folder
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.settings import run_main
 from lib.sampler import sample
 from lib.sandbox import judge, traces, world
 
