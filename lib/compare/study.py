@@ -273,7 +273,8 @@ def write(name: str, study: Study, out: Path, seeds: Sequence[Figures]) -> str:
     intervals = {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
     rows = [{"model": model, "figure": figure, **ci} for (model, figure), ci in intervals.items()]
     write_json(out / f"{name}.json", rows)
-    lines = [f"# {name}", "", f"Mean over {len(seeds)} seeds [95 % interval, Student's t]; the lowest seed."]
+    many = f"Mean over {len(seeds)} seeds [95 % interval, Student's t]; the lowest seed."
+    lines = [f"# {name}", "", many if len(seeds) > 1 else "One seed: no intervals."]
     lines += ["Differences are paired by seed, and averaged over lambdas.", "", *table(intervals), ""]
     lines += [
         f"- {name}: mean of {spec.replace(' - ', ', minus mean of ')}" for name, spec in study.means.items()
