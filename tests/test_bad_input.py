@@ -594,9 +594,7 @@ COMMANDS = {  # every command that writes to OUT
     EVAL: f"--models base={world.BASE}",
     "lib.tools.capability": f"--models base={world.BASE} --direct base --file DATA/questions.jsonl",
     "lib.tools.export": "FINISHED --licence mit",
-    "lib.compare.replicate": "",
-    "lib.compare.frontier": "",
-    "lib.compare.rainbow_gain": "",
+    "lib.compare.study": "replicate",
     "lib.sandbox.pretrain": "",
 }
 

@@ -27,7 +27,6 @@ from stages import (
 
 from lib.chat import Parsed
 from lib.compare import rpo as preferences
-from lib.compare.frontier import FrontierSeed
 from lib.compare.rpo import preference_pairs, response_seeds, rpo_loss, update_on_preferences
 from lib.run import shards as sharding
 from lib.run.files import read_jsonl, write_jsonl
@@ -222,12 +221,6 @@ def test_an_update_is_of_16_pairs_as_in_the_paper(preset, rate):
         == 6
     )
     assert parse_settings(stage.Settings, "rl", words[:2]).prompts_per_step in (16, 32)
-
-
-def test_the_frontiers_rpo_has_16_pairs_an_update():
-    (job, _) = FrontierSeed(Path("runs"), 40, quick=False).run_and_eval("rpo", 0.5)
-    settings = parse_settings(stage.Settings, "rl", job.command[1:])
-    assert settings.objective == "rpo" and settings.prompts_per_step * (settings.group_size // 2) == 16
 
 
 def test_every_epoch_sees_the_same_responses_of_the_reference(data):
