@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import math
@@ -118,6 +119,15 @@ def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_
         needs = {"b": "a", "c": "a", "eval-x": "bc"}.get(folder.name, "")
         assert all(times[folder.parent / name][1] <= begun for name in needs)
         assert sum(start <= begun < end for start, end in times.values()) <= 2
+
+
+def test_a_folder_in_which_another_study_writes_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = launch(tmp_path, RUNS)
+        assert "a run is writing there" in process.communicate()[1] and process.returncode == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(tmp_path):

@@ -44,4 +44,6 @@ def load_prompts(run: Run, tokenizer: Any, policy: Any, together: int = 1) -> li
     new, most = settings.max_new_tokens, settings.max_prompt_tokens
     budget = min(settings.max_batch_tokens // together, settings.max_sample_tokens) - new
     limits = f"context {context}, max_prompt_tokens {most}, --max-new-tokens {new}"
+    if together > 1:
+        limits += f"; {together} rollouts, a pair, share a micro-batch"
     return run.drop_too_long(prompts, min(most, context - new), budget, f"{path} ({limits})")
