@@ -5,60 +5,56 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from lib.run.files import git_revision, sha256_file
-from lib.sources import UNKNOWN, files_of, parse_word, provenance, source_names
+from lib.sources.known import OWN
+from lib.sources.reading import Source
 
 
-def words_of(settings) -> list[str]:
-    """Every word that names a source; `settings` are those of stage 1."""
-    return settings.files + settings.eval_files + settings.trace_files
+def manifest(
+    sources: list[Source], made: dict[str, list[dict]], pool: dict[str, list[dict]], out: Path
+) -> dict:
+    """{"files", "sources", "git_revision"}: counts beside the paper's, licences, checksums of what was read and written.
 
-
-def inputs(settings) -> list[Path]:
-    """Every file that stage 1 reads; `settings` are its own."""
-    words = words_of(settings)
-    return [path for word in words for path in files_of(word)] + (
-        [Path(settings.targets)] if settings.targets else []
-    )
-
-
-def manifest(settings, files: dict[str, list[dict]], pool: dict[str, list[dict]], dropped: Counter) -> dict:
-    """What was made of what: counts beside the paper's, sources, licences, checksums of all that was read and written."""
-    licences = dict(text.rpartition("=")[::2] for text in settings.licences)
-    words = words_of(settings)
-    names = source_names(words)
-    sources = dict(provenance(word, licences) for word in words)
+    made: records by the name of their file in `out`; pool: RL's, from which a mixture was drawn.
+    """
     stages = {"rl pool": [record for records in pool.values() for record in records]}
-    stages |= {name.removesuffix(".jsonl"): records for name, records in files.items()}
-    for given in map(parse_word, words):
-        ours = {
-            name: {r["prompt"] for r in records if r["source"] == names[given.text]}
-            for name, records in stages.items()
+    stages |= {name.removesuffix(".jsonl"): records for name, records in made.items()}
+    facts = {}
+    for source in sources:
+        prompts = {
+            name: {r["prompt"] for r in rs if r["source"] == source.name} for name, rs in stages.items()
         }
-        sources[given.text] |= {"prompts": {name: len(prompts) for name, prompts in ours.items() if prompts}}
-    if settings.targets:
-        name = Path(settings.targets).name
-        sources[settings.targets] = {
-            "sha256": sha256_file(settings.targets),
-            "licence": licences.get(name, UNKNOWN),
-        }
-    if settings.source == "sandbox":
-        sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
-    if settings.trace_model:
-        sources[settings.trace_model] = {
-            "wrote": "traces",
-            "licence": licences.get(settings.trace_model, UNKNOWN),
-        }
-    if settings.rainbow:
-        sources["rainbow"] = {"found against": settings.rainbow, "written by": settings.rainbow_attacker}
-    counts = {
+        counts = {name: len(found) for name, found in prompts.items() if found}
+        facts[source.text] = {**provenance(source), "prompts": counts}
+    files = {
         name: {
             "records": len(records),
             "prompts": len({record["prompt"] for record in records}),
             "by kind and source": dict(Counter(f"{r['kind']} from {r['source']}" for r in records)),
-            "sha256": sha256_file(Path(settings.out) / name),
+            "sha256": sha256_file(out / name),
         }
-        for name, records in files.items()
+        for name, records in made.items()
     }
-    fixed = {"lambda": settings.lambda_harmful, "seed": settings.seed, "git_revision": git_revision()}
-    return fixed | {"files": counts, "dropped": dict(dropped), "sources": sources}
+    return {"git_revision": git_revision(), "files": files, "sources": facts}
+
+
+def provenance(source: Source) -> dict:
+    """Place, checksums or revision, licence, what is taken, the paper's counts."""
+    facts: dict = {"licence": source.data.licence}
+    if source.data is not OWN:
+        facts["taken"] = " ".join((source.data.record.__doc__ or "").split())
+    if source.data.paper:
+        facts["paper"] = source.data.paper
+    if source.hub:
+        return facts | {"hub": source.hub, "revision": revision_of(source.hub.split(":")[0])}
+    return facts | {"sha256": {str(path): sha256_file(path) for path in source.files()}}
+
+
+def revision_of(name: str) -> str:
+    """The commit of the data set that the hub has now; "unknown" if it cannot be asked."""
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha or "unknown"
+    except Exception:  # of the hub's, of the network's
+        return "unknown"
