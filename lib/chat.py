@@ -233,7 +233,7 @@ def _unseen_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]
 
 
 if __name__ == "__main__":  # python -m lib.chat RUN: talk to it
-    from lib.run.settings import run_main
+    from lib.run.command import run_main
     from lib.tools.terminal import main
 
     run_main(main)

@@ -21,7 +21,7 @@ def search(settings, harmful: list[dict]) -> list[dict]:
     """
     limits = {
         "max_new_tokens": settings.rainbow_tokens,
-        "max_batch_tokens": settings.rainbow_max_batch_tokens,
+        "max_batch_tokens": settings.max_batch_tokens,
     }
     dtype = dtype_to_infer(settings.device)
     judge, tokenizer = load_judge(settings.rainbow_judge), load_tokenizer(settings.rainbow)

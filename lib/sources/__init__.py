@@ -1,6 +1,6 @@
 """The room of sources: where stage 1's prompts and traces come from, apart from the sandbox.
 
-You may skip it at first: `01_build_mixture.py` gets lists of records from it, and decides. Inside:
+You may skip it at first: `01_build_mixture.py` gets lists of records from it. Inside:
 
     known     a short function for each known data set: add yours there
     tables    rows of a jsonl, json, csv, tsv or parquet file, or of the hub; the text in a cell
@@ -8,32 +8,14 @@ You may skip it at first: `01_build_mixture.py` gets lists of records from it, a
     traces    reasoning traces that a model writes itself
     manifest  what was made of what
 
-Tests: tests/test_sources.py (all of them, real data too), tests/test_traces.py.
+Tests: tests/test_sources.py, tests/test_mixture.py, tests/test_traces.py.
 """
 
 from lib.sources.known import EVAL_SETS, KNOWN
 from lib.sources.manifest import manifest
-from lib.sources.reading import (
-    Pool,
-    Source,
-    Traced,
-    in_order,
-    parse_word,
-    read_pool,
-    read_traces,
-    take_quotas,
-)
+from lib.sources.reading import Pool, Source, Traced, hold_out, in_order, parse_word, read_pool, read_traces
+from lib.sources.reading import take_sft
 from lib.sources.tables import read_table, text_of
 
-__all__ = [
-    "EVAL_SETS",
-    "KNOWN",
-    "Pool",
-    "Source",
-    "Traced",
-    "in_order",
-    "manifest",
-    "parse_word",
-    "read_pool",
-]
-__all__ += ["read_table", "read_traces", "take_quotas", "text_of"]
+__all__ = ["EVAL_SETS", "KNOWN", "Pool", "Source", "Traced", "hold_out", "in_order", "manifest", "parse_word"]
+__all__ += ["read_pool", "read_table", "read_traces", "take_sft", "text_of"]

@@ -39,6 +39,11 @@ class DataSet:
     any_length: bool = False  # whether it may be longer than max_chars
     paper: dict[str, int] = field(default_factory=dict)  # prompts that the paper took (section 4)
 
+    @property
+    def about(self) -> str:
+        """What is taken, in words."""
+        return " ".join((self.record.__doc__ or "").split())
+
 
 KNOWN: dict[str, DataSet] = {}
 CC_BY = "CC-BY-4.0"

@@ -9,52 +9,51 @@ from huggingface_hub import HfApi
 
 from lib.run.files import git_revision, sha256_file
 from lib.sources.known import OWN
-from lib.sources.reading import Source
+from lib.sources.reading import Pool, Source
 
 
-def manifest(
-    sources: list[Source], made: dict[str, list[dict]], pool: dict[str, list[dict]], out: Path
-) -> dict:
-    """{"files", "sources", "git_revision"}: counts beside the paper's, licences, checksums of what was read and written.
+def manifest(settings, made: Pool, pool: Pool, dropped: Counter) -> dict:
+    """What was made of what: counts beside the paper's, licences, checksums of what was read and written.
 
-    made: records by the name of their file in `out`; pool: RL's, from which a mixture was drawn.
+    settings: stage 1's; made: records by the name of their file; pool: what RL's prompts were drawn from.
     """
     stages = {"rl pool": [record for records in pool.values() for record in records]}
     stages |= {name.removesuffix(".jsonl"): records for name, records in made.items()}
-    facts = {}
-    for source in sources:
-        prompts = {
-            name: {r["prompt"] for r in rs if r["source"] == source.name} for name, rs in stages.items()
-        }
-        counts = {name: len(found) for name, found in prompts.items() if found}
-        facts[source.text] = {**provenance(source), "prompts": counts}
-    files = {
-        name: {
-            "records": len(records),
-            "prompts": len({record["prompt"] for record in records}),
-            "by kind and source": dict(Counter(f"{r['kind']} from {r['source']}" for r in records)),
-            "sha256": sha256_file(out / name),
-        }
-        for name, records in made.items()
-    }
-    return {"git_revision": git_revision(), "files": files, "sources": facts}
+    sources: dict[str, dict] = {}
+    for source in (source for part in settings.parsed() for source in part):
+        counts = {}
+        for stage, records in stages.items():
+            if prompts := {record["prompt"] for record in records if record["source"] == source.name}:
+                counts[stage] = len(prompts)
+        sources[source.text] = {**provenance(source), "prompts": counts}
+    if settings.source == "sandbox":
+        sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
+    if settings.trace_model:
+        sources[settings.trace_model] = {"wrote": "traces", "licence": OWN.licence}
+    if settings.rainbow:
+        sources["rainbow"] = {"found against": settings.rainbow, "written by": settings.rainbow_attacker}
+    files: dict[str, dict] = {}
+    for name, records in made.items():
+        kinds = Counter(f"{record['kind']} from {record['source']}" for record in records)
+        prompts = {record["prompt"] for record in records}
+        sha256 = sha256_file(Path(settings.out) / name)
+        files[name] = {"records": len(records), "prompts": len(prompts), "sha256": sha256}
+        files[name]["by kind and source"] = dict(kinds)
+    fixed = {"lambda": settings.lambda_harmful, "seed": settings.seed, "git_revision": git_revision()}
+    return fixed | {"files": files, "dropped": dict(dropped), "sources": sources}
 
 
 def provenance(source: Source) -> dict:
-    """Place, checksums or revision, licence, what is taken, the paper's counts."""
+    """Licence, what is taken, the paper's counts, checksums or the hub's revision."""
     facts: dict = {"licence": source.data.licence}
     if source.data is not OWN:
-        facts["taken"] = " ".join((source.data.record.__doc__ or "").split())
+        facts["taken"] = source.data.about
     if source.data.paper:
         facts["paper"] = source.data.paper
-    if source.hub:
-        return facts | {"hub": source.hub, "revision": revision_of(source.hub.split(":")[0])}
-    return facts | {"sha256": {str(path): sha256_file(path) for path in source.files()}}
-
-
-def revision_of(name: str) -> str:
-    """The commit of the data set that the hub has now; "unknown" if it cannot be asked."""
+    if source.file:
+        return facts | {"sha256": {str(path): sha256_file(path) for path in source.files()}}
     try:
-        return HfApi().dataset_info(name, timeout=10).sha or "unknown"
-    except Exception:  # of the hub's, of the network's
-        return "unknown"
+        revision = HfApi().dataset_info(source.hub.split(":")[0], timeout=10).sha
+    except Exception:  # of the hub's, or of the network's
+        revision = "unknown"
+    return facts | {"hub": source.hub, "revision": revision}

@@ -114,9 +114,10 @@ def read_source(source: Source) -> list[Found]:
         trace = text_of(fields.get("reasoning")), text_of(fields.get("answer"))
         found.append(Found(name, make_record(fields, name, source, where), trace))
     if not any(one.record["prompt"] for one in found):
-        about = " ".join((source.data.record.__doc__ or "").split())
         where = f"{len(rows)} rows of {', '.join(rows[0])}"
-        raise UserError(f"{source.text}: no {source.kind or 'usable'} prompt in {where}; taken is: {about}")
+        raise UserError(
+            f"{source.text}: no {source.kind or 'usable'} prompt in {where}; taken is: {source.data.about}"
+        )
     if left:
         print(f"{source.text}: left out {', '.join(f'{count} {what}' for what, count in left.items())}")
     return found
@@ -208,18 +209,34 @@ def read_traces(sources: list[Source], dropped: Counter, max_chars: int) -> Trac
     return traced
 
 
-def take_quotas(pool: Pool, sources: list[Source], seed: int) -> list[dict]:
-    """SFT's prompts by the quotas S+R: of a source's prompts the first S; the next R stay in `pool`, others leave it."""
+def hold_out(pool: Pool, evaluation: Pool, most: int, seed: int) -> None:
+    """Move prompts of the pool to evaluation sets without a file: `most`, and half of them at most."""
+    for name in [name for name in pool if pool[name] and not evaluation[name]]:
+        count = min(most, len(pool[name]) // 2)
+        evaluation[name], pool[name] = pool[name][:count], pool[name][count:]
+        print(f"no --eval-files for {name}: {count} prompts of --files are held out")
+    if "jailbreak" in pool:  # to train on, it is a harmful prompt like others
+        pool["harmful"] = in_order(pool["harmful"] + pool.pop("jailbreak"), f"{seed}/pool")
+
+
+def take_sft(pool: Pool, sources: list[Source], count: int, seed: int) -> list[dict]:
+    """Move SFT's prompts out of the pool: by the quotas S+R, or else the first `count` harmful ones.
+
+    Of a source's prompts the first S are SFT's, the next R stay in the pool, others leave it.
+    """
     sft = []
     for source in sources:
-        if source.rl is None:
-            continue
-        kind, last = kind_of(source.kind), source.sft + source.rl
-        mine = [record for record in pool[kind] if record["source"] == source.name]
-        if len(mine) < last:
-            raise UserError(f"--files: {source.text} has {len(mine)} {kind} prompts; its quota needs {last}")
-        sft += mine[: source.sft]
-        others = [record for record in pool[kind] if record["source"] != source.name]
-        # in a new order: the first prompts of a large source come early, and would fill a small share
-        pool[kind] = in_order(others + mine[source.sft : last], f"{seed}/rl pool")
+        if source.rl is not None:
+            kind, last = kind_of(source.kind), source.sft + source.rl
+            mine = [record for record in pool[kind] if record["source"] == source.name]
+            if len(mine) < last:
+                raise UserError(
+                    f"--files: {source.text} has {len(mine)} {kind} prompts; its quota needs {last}"
+                )
+            sft += mine[: source.sft]
+            others = [record for record in pool[kind] if record["source"] != source.name]
+            # in a new order: the first prompts of a large source come early, and would fill a small share
+            pool[kind] = in_order(others + mine[source.sft : last], f"{seed}/rl pool")
+    if not sft:
+        sft, pool["harmful"] = pool["harmful"][:count], pool["harmful"][count:]
     return sft

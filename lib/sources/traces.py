@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib import UserError
-from lib.chat import decode, encode_example, encode_prompt, eos_token_ids
+from lib.chat import decode, encode_example, encode_prompt, eos_token_ids, set_date
 from lib.policy import context_of
 from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, resume_log
@@ -30,17 +30,14 @@ class TraceWriter:
     sampled with a seed of its own, so what is written does not depend on how the work is divided.
     """
 
-    def __init__(
-        self, name: str, device: str, temperature: float, max_new_tokens: int, max_batch_tokens: int
-    ):
-        self.name, self.tokenizer = name, load_tokenizer(name)
+    def __init__(self, settings):
+        """settings: stage 1's."""
+        set_date(settings.date)
+        name, device = settings.trace_model, settings.device
+        self.tokenizer = load_tokenizer(name)
         self.model = load_policy(name, device=device, dtype=dtype_to_infer(device))
-        self.temperature, self.max_new_tokens, self.max_batch_tokens = (
-            temperature,
-            max_new_tokens,
-            max_batch_tokens,
-        )
         check_tokenizer(self.model, self.tokenizer, [], reasoning=True)
+        self.settings, self.longest = settings, settings.trace_max_new_tokens
 
     def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, str]]:
         """(reasoning, answer) for each prompt; either may come out empty."""
@@ -56,42 +53,48 @@ class TraceWriter:
         return encode_example(self.tokenizer, prompt, reasoning, "")[0][:-1]  # all but the end of the turn
 
     def complete(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[str]:
-        eos = eos_token_ids(self.model, self.tokenizer)
-        limits = {"max_new_tokens": self.max_new_tokens, "max_batch_tokens": self.max_batch_tokens}
         try:
             completions = sample(
-                self.model, prompts, temperature=self.temperature, eos_token_ids=eos, seeds=seeds, **limits
+                self.model,
+                prompts,
+                max_new_tokens=self.longest,
+                temperature=self.settings.trace_temperature,
+                eos_token_ids=eos_token_ids(self.model, self.tokenizer),
+                max_batch_tokens=self.settings.max_batch_tokens,
+                seeds=seeds,
             )
-        except (ValueError, FloatingPointError) as error:  # too long for the model, or a broken model
-            raise UserError(f"--trace-model: {self.name}: {error}") from error
+        except FloatingPointError as error:  # a broken model
+            raise UserError(f"--trace-model: {self.settings.trace_model}: {error}") from error
         return [
             whole_sentences(decode(self.tokenizer, c.token_ids), c.finish_reason == "eos")
             for c in completions
         ]
 
     def check(self, records: Sequence[dict]) -> None:
-        """UserError for the first record whose prompt leaves no room for the longest reasoning and answer."""
-        room = min(context_of(self.model.config), self.max_batch_tokens)
+        """UserError for the first prompt that leaves no room for the longest reasoning and answer."""
+        room = min(context_of(self.model.config), self.settings.max_batch_tokens)
         for record in records:
-            prompt = record["prompt"]
-            longest = max(len(self.question(prompt)), len(self.opening(prompt, "")) + 1 + self.max_new_tokens)
-            if (tokens := longest + self.max_new_tokens) > room:
+            opening = len(self.opening(record["prompt"], "")) + 1 + self.longest
+            tokens = max(len(self.question(record["prompt"])), opening) + self.longest
+            if tokens > room:
                 raise UserError(
-                    f"--trace-model: {record['id']}: its prompt, a reasoning and an answer take up to {tokens} tokens; "
-                    f"{self.name} and trace_max_batch_tokens have room for {room}: give shorter prompts"
+                    f"--trace-model: {record['id']}: its prompt with a reasoning and an answer takes up to {tokens} "
+                    f"tokens; the context of {self.settings.trace_model}, or max_batch_tokens, is {room}"
                 )
 
 
-def write_all(writer: TraceWriter, records: list[dict], count: int, seed: int, progress: Path) -> list[list]:
-    """`count` (reasoning, answer) pairs for each record. What is finished stays in `progress`, for a resumed run."""
+def write_all(records: list[dict], count: int, settings, use: str) -> list[list[tuple[str, str]]]:
+    """`count` (reasoning, answer) pairs for each record; finished ones stay in a file in OUT, for a resumed run."""
+    progress = Path(settings.out) / f"{use.replace(' ', '_')}.partial.jsonl"
     traces = {line["id"]: line["traces"] for line in resume_log(progress)}
     missing = [record for record in records if record["id"] not in traces]
+    writer = TraceWriter(settings)
     writer.check(missing)  # before the first one is asked
-    with tqdm(total=len(records), initial=len(traces), desc="traces", unit="prompt") as bar:
+    with tqdm(total=len(records), initial=len(traces), desc=use, unit="prompt") as bar:
         for start in range(0, len(missing), PROMPTS_AT_ONCE):
             block = missing[start : start + PROMPTS_AT_ONCE]
             prompts = [record["prompt"] for record in block for _ in range(count)]
-            seeds = [seed_of(seed, record["id"], k) for record in block for k in range(count)]
+            seeds = [seed_of(settings.seed, record["id"], k) for record in block for k in range(count)]
             written = writer.write(prompts, seeds)
             for i, record in enumerate(block):
                 traces[record["id"]] = written[i * count : (i + 1) * count]

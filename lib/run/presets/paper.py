@@ -21,6 +21,11 @@ MIXTURE = dict(
         "ambiguous=or-bench:2000",
     ],
     eval_files=["harmful=harmbench", "ambiguous=xstest", "harmless=wildchat"],
+    rainbow_share=0.8,  # with --rainbow: 800 of the 1000 harmful prompts at lambda 0.5, as many as the line above takes
+    rainbow_attacker="huihui-ai/Qwen2.5-7B-Instruct-abliterated",
+    rainbow_judge="qwen3guard+grm-8b",
+    rainbow_tokens=4096,
+    max_batch_tokens=65536,
 )
 SFT = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct",
