@@ -2,33 +2,33 @@ r"""Chapter 1: what the model will read (paper, section 4: stage I's traces, sta
 
 A model that is rewarded for safety alone learns to refuse everything. What keeps it from that is the mixture:
 
-    1. evaluation sets: harmful, jailbreak (harmful, disguised), harmless, ambiguous (it looks harmful, and is not)
-    2. SFT: harmful prompts, each with a few traces (reasoning, answer) that show the format. The sandbox writes
-       them, or a better model elsewhere (--trace-files), or the model itself (--trace-model)
-    3. RL: a share lambda of harmful prompts, the rest harmless and ambiguous, 1:1     -> prompts_needed, mix
-       Prompts only: what to answer, the policy has to find out
-    4. maybe, a share of RL's harmful ones from a search against the model after SFT   -> with_rainbow
+    1. evaluation sets: harmful, jailbreak (harmful, disguised), harmless, ambiguous (it looks harmful only)
+    2. SFT: harmful prompts, each with a few traces (reasoning, answer) that show the format; by the sandbox,
+       by a better model elsewhere (--trace-files), or by the model itself (--trace-model)    -> write_traces
+    3. RL: a share lambda of harmful prompts, the rest harmless and ambiguous, 1:1    -> prompts_needed, mix
+       Prompts only: what to answer, the policy has to find out.
+    4. If asked for, a share of RL's harmful ones comes from a search against pi_SFT    -> with_rainbow
 
-In this order, so that nothing leaks: see `main` and `Taken`. The seed decides every choice. A larger lambda takes
-more of the same harmful prompts, so one SFT model serves several mixtures.
+In this order, so that nothing leaks: see `main` and `Taken`. The seed decides every choice. A larger lambda
+takes more of the same harmful prompts, so one SFT model serves several mixtures.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
-    python 01_build_mixture.py --source files --out runs/mine/data --trace-files star1 --files harmful=mine.csv \
-        harmful=wildjailbreak:800 harmless=hub:me/chat:train ambiguous=or-bench
+    python 01_build_mixture.py --source files --out runs/mine/data --trace-files star1 --files \
+        harmful=mine.csv harmful=wildjailbreak:800 harmless=hub:me/chat:train ambiguous=or-bench
 
-A file of yours (jsonl, json, csv, tsv, parquet) has `prompt`, a text or a conversation, of which the user's first
-turn is taken, and `kind`, if the word does not say it. It may have `id`, `category`, `context` (what the prompt is
-about) and, for stage 4, `target` (how a compliant answer begins; GCG needs it), `prefill` (the same, written by the
-attacker), `twin` (a request like it that deserves an answer) and `hops` (how deep it is disguised); for traces
-`reasoning` and `answer`. Other columns: five lines in lib/sources/known.py.
+A file of yours (jsonl, json, csv, tsv, parquet) has `prompt`, a text or a conversation (its first user turn
+is taken), and `kind`, unless the word says it. It may have `id`, `category`, `context` (what the prompt is
+about), for stage 4 `target` (how a compliant answer begins; GCG needs it), `prefill` (the same, for prefilling),
+`twin` (a request like it that deserves an answer), `hops` (how deep it is disguised), and for traces `reasoning`
+and `answer`. Other columns: five lines in lib/sources/known.py.
 
-**What you should see** (sandbox, 3 seconds): sft.jsonl with 4000 traces of 1000 prompts, rl.jsonl with 640 harmful,
-320 harmless and 320 ambiguous prompts, four eval_SET.jsonl of 150, and manifest.json, what was made of what. With
-`--rl-traces 8` also sft_rl.jsonl, traces for RL's prompts: what the paper's comparison "SFT" learns from instead of
-a reward. Half of the sandbox's traces judge wrongly. A stopped run goes on when the command is given again.
+**What you should see** (sandbox, 3 seconds): sft.jsonl, 4000 traces of 1000 prompts; rl.jsonl, 640 harmful,
+320 harmless and 320 ambiguous prompts; four eval_SET.jsonl of 150; manifest.json, what was made of what. With
+`--rl-traces 8` also sft_rl.jsonl, traces for RL's prompts: the paper's comparison "SFT" learns from them
+instead of a reward. Half of the sandbox's traces judge wrongly. The same command goes on with a stopped run.
 
-To think about: why would lambda = 1 teach to refuse everybody? And what would the numbers of stage 4 mean if the
-evaluation took its prompts last?
+To think about: why would lambda = 1 teach to refuse everybody? And what would the numbers of stage 4 mean if
+the evaluation took its prompts last?
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 from lib import UserError, sources
 from lib.run import Run, run_main, start
@@ -46,26 +44,17 @@ from lib.run.files import write_json, write_jsonl
 from lib.run.settings import TOKENS, Common, beside, next_command, setting
 from lib.run.text import same_prompt
 
-Pool = dict[str, list[dict]]  # records by kind, or by evaluation set
-
 
 @dataclass
 class Settings(Common):
     out: str = setting("runs/demo/data", "folder to write")
-    lambda_harmful: float = setting(
-        0.5, "share of harmful RL prompts. Paper: 0.1, 0.3 ... 0.9", low=0, high=1
-    )
+    lambda_harmful: float = setting(0.5, "share of harmful RL prompts. Paper: 0.1 to 0.9", low=0, high=1)
     rl_prompts: int = setting(2000, "RL prompts of all kinds. Paper: 2000", low=1)
     sft_prompts: int = setting(1000, "harmful prompts with traces; 0: no SFT. Paper: 1000", low=0)
     rl_traces: int = setting(0, "traces of each RL prompt, at most. Paper, for its SFT: 8", low=0, high=1000)
     eval_prompts: int = setting(500, "prompts of each evaluation set, at most", low=1)
     source: str = setting("sandbox", "the sandbox's world, or files", choices=("sandbox", "files"))
-    files: list[str] = setting(
-        [],
-        f"""prompts to train on, [KIND=]SOURCE, or KIND=SOURCE:N for N of them. SOURCE:
-        a FILE; a NAME, or NAME@FILE for a copy of it, of {", ".join(sources.KNOWN)}; or hub:OWNER/NAME[:CONFIG]:SPLIT.
-        For other columns write a function in lib/sources/known.py: it is one NAME more""",
-    )
+    files: list[str] = setting([], f"prompts to train on: {sources.HELP}")
     eval_files: list[str] = setting([], "prompts to evaluate on, [KIND=]SOURCE; KIND may be jailbreak, too")
     trace_files: list[str] = setting([], "SOURCEs with reasoning and answer: star1. Paper: by DeepSeek-R1")
     trace_model: str = setting("", "a model that writes the traces itself: a folder or a hub name")
@@ -77,9 +66,7 @@ class Settings(Common):
     max_batch_tokens: int = setting(16384, "in the cache of a model", low=16, high=TOKENS, flag=False)
     trace_temperature: float = setting(0.8, "of --trace-model", low=0.01, high=10, flag=False)
     trace_max_new_tokens: int = setting(256, "of its reasoning, and of its answer", low=1, flag=False)
-    rainbow_share: float = setting(
-        0.4, "of harmful RL prompts. Paper: 800 of 2000", low=0, high=1, flag=False
-    )
+    rainbow_share: float = setting(0.4, "of RL's harmful ones. Paper: 800 of 2000", low=0, high=1, flag=False)
     rainbow_attacker: str = setting("sandbox", "who writes them: or a chat model", flag=False)
     rainbow_judge: str = setting("sandbox", "of the answers' harm, as --judge of stage 3", flag=False)
     rainbow_compare: str = setting("", "a chat model that says which of two does more harm", flag=False)
@@ -108,7 +95,6 @@ class Settings(Common):
 def check(settings: Settings) -> None:
     """What no single flag can say. UserError for what does not go together."""
     traces = settings.source == "sandbox" or settings.trace_files or settings.trace_model
-    in_quotas = sum(source.sft for source in settings.parsed()[0])
     if settings.source == "sandbox" and (settings.files or settings.eval_files):
         raise UserError("--files: given, but --source is sandbox; add --source files")
     if settings.source == "files" and not settings.files:
@@ -116,28 +102,19 @@ def check(settings: Settings) -> None:
     if settings.trace_files and settings.trace_model:
         raise UserError("--trace-model: given together with --trace-files; give one of them")
     if (settings.sft_prompts or settings.rl_traces) and not traces:
-        raise UserError(
-            "--sft-prompts: no traces; give --trace-files or --trace-model, or 0 (--rl-traces, too)"
-        )
+        raise UserError("--sft-prompts, --rl-traces: no traces; give --trace-files, --trace-model, or 0")
     if settings.rainbow and settings.rl_traces and settings.trace_files:
         raise UserError("--rl-traces: --trace-files have none for what --rainbow finds; give --trace-model")
-    if in_quotas and not settings.trace_files and settings.sft_prompts not in (0, in_quotas):
-        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the quotas of --files say {in_quotas}")
-
-
-# ---- who gets which prompt ----
 
 
 class Taken:
     """Which prompts somebody has already, and how many records were left out."""
 
     def __init__(self) -> None:
-        self.owners: dict[
-            str, str
-        ] = {}  # by same_prompt: whatever its spaces, capitals, quotes, unseen characters
+        self.owners: dict[str, str] = {}  # by same_prompt: whatever its spaces, capitals, quotes
         self.dropped: Counter = Counter()  # by reason
 
-    def take(self, records: Iterable[dict], owner: str, most: int | None = None) -> list[dict]:
+    def take(self, records: list[dict], owner: str, most: int | None = None) -> list[dict]:
         """The records whose prompt nobody has, at most `most`: `owner` has them now."""
         kept: list[dict] = []
         for record in records:
@@ -149,7 +126,8 @@ class Taken:
                 self.owners[key] = owner
                 kept.append(record)
             else:
-                self.dropped["empty" if not key else "duplicate" if before == owner else f"in {before}"] += 1
+                reason = "duplicate" if before == owner else f"in {before}"
+                self.dropped[reason if key else "empty"] += 1
         return kept
 
 
@@ -160,14 +138,14 @@ def prompts_needed(settings: Settings) -> dict[str, int]:
     return {"harmful": harmful, "harmless": settings.rl_prompts - harmful - ambiguous, "ambiguous": ambiguous}
 
 
-def mix(pool: Pool, settings: Settings) -> list[dict]:
+def mix(pool: sources.Pool, settings: Settings) -> list[dict]:
     """RL prompts: the first of the pool, in random order. UserError if the pool is too small."""
     rl = []
     for kind, count in prompts_needed(settings).items():
         if len(pool[kind]) < count:
             raise UserError(
-                f"--lambda-harmful {settings.lambda_harmful:g} of --rl-prompts {settings.rl_prompts} needs {count} {kind} "
-                f"prompts, and beside SFT's there are {len(pool[kind])}: add --files, or lower --rl-prompts"
+                f"--lambda-harmful {settings.lambda_harmful:g} of --rl-prompts {settings.rl_prompts} needs "
+                f"{count} {kind} prompts, and SFT leaves {len(pool[kind])}: add --files or lower --rl-prompts"
             )
         rl += pool[kind][:count]
     random.Random(f"{settings.seed}/order").shuffle(rl)
@@ -182,15 +160,11 @@ def with_rainbow(rl: list[dict], settings: Settings, taken: Taken) -> list[dict]
     set_date(settings.date)
     harmful = [record for record in rl if record["kind"] == "harmful"]
     new = taken.take(search(settings, harmful), "RL")
-    last = [record["id"] for record in harmful[len(harmful) - len(new) :]]
-    replaced = dict(zip(last, new, strict=True))
-    return [replaced.get(record["id"], record) for record in rl]
+    instead = {old["id"]: record for old, record in zip(harmful[::-1], new[::-1], strict=False)}
+    return [instead.get(record["id"], record) for record in rl]
 
 
-# ---- where prompts and traces come from ----
-
-
-def sandbox_prompts(settings: Settings) -> tuple[Pool, Pool]:
+def sandbox_prompts(settings: Settings) -> tuple[sources.Pool, sources.Pool]:
     """(training pool, evaluation sets). The world keeps them apart: other things, words, disguises, hops."""
     world = importlib.import_module("lib.sandbox.world")  # by name: nothing else depends on the sandbox
 
@@ -207,21 +181,10 @@ def sandbox_prompts(settings: Settings) -> tuple[Pool, Pool]:
     return pool, {name: draw("eval", name, settings.eval_prompts) for name in sources.EVAL_SETS}
 
 
-def with_traces(traced: sources.Traced, settings: Settings, taken: Taken) -> list[dict]:
-    """--trace-files: `sft_prompts` of their prompts; none without these files. They count as harmful."""
-    records = sources.in_order([record for record, _ in traced.values()], f"{settings.seed}/traces")
-    sft = taken.take(records, "SFT", most=settings.sft_prompts)
-    if traced and len(sft) < settings.sft_prompts:
-        raise UserError(
-            f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(sft)} with traces"
-        )
-    return sft
-
-
 def write_traces(
     records: list[dict], count: int, use: str, traced: sources.Traced, settings: Settings, dropped: Counter
 ) -> list[dict]:
-    """Up to `count` traces for each record's prompt: from files, by --trace-model, or by the sandbox's teacher.
+    """Up to `count` traces for each record's prompt: of files, by --trace-model, or by the sandbox's teacher.
 
     use: "traces", or "rl traces" for the comparison with SFT, for which that teacher errs less.
     """
@@ -248,41 +211,43 @@ def write_traces(
     return made
 
 
+def check_traces(traced: sources.Traced, sft: list[dict], rl: list[dict], settings: Settings) -> None:
+    """UserError where --trace-files have not what is asked for."""
+    if traced and len(sft) < settings.sft_prompts:
+        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(sft)}")
+    if traced and settings.rl_traces and not any(same_prompt(record["prompt"]) in traced for record in rl):
+        raise UserError(f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; give 0")
+
+
 def main() -> None:
     settings, run = start(Settings, "mixture")
     check(settings)
     taken = Taken()
     train, evaluate, trace_files = settings.parsed()
-    traced = sources.read_traces(trace_files, taken.dropped, settings.max_chars)
+    traced = sources.read_traces(trace_files, settings, taken.dropped)
     if settings.source == "sandbox":
         pool, evaluation = sandbox_prompts(settings)
     else:
-        pool = sources.read_pool(train, settings.seed, taken.dropped, settings.max_chars)
-        evaluation = sources.read_pool(evaluate, settings.seed, taken.dropped)
+        pool = sources.read_pool(train, settings, taken.dropped, settings.max_chars)
+        evaluation = sources.read_pool(evaluate, settings, taken.dropped)
 
     # Why nothing leaks: who comes first has a prompt, who comes later goes without it.
-    evaluation = {name: taken.take(records, "evaluation") for name, records in evaluation.items()}  # 1.
-    sft = with_traces(traced, settings, taken)  # 2., if files have the traces
-    pool = {kind: taken.take(records, "RL") for kind, records in pool.items()}  # 3., for all that follows
-    sources.hold_out(
-        pool, evaluation, settings.eval_prompts, settings.seed
-    )  # moves prompts: sets without a file
-    from_pool = sources.take_sft(
-        pool, train, 0 if traced else settings.sft_prompts, settings.seed
-    )  # moves prompts, too
-    sft = sft or from_pool[: settings.sft_prompts]
+    evaluation = {name: taken.take(records, "evaluation") for name, records in evaluation.items()}
+    sft = taken.take([record for record, _ in traced.values()], "SFT", most=settings.sft_prompts)
+    pool = {kind: taken.take(records, "RL") for kind, records in pool.items()}
+    # From here on a prompt is moved, not copied: to evaluation sets without files, to SFT without traces.
+    sources.hold_out(pool, evaluation, settings)
+    from_pool = sources.take_sft(pool, train, settings)
+    sft = sft or from_pool
     rl = mix(pool, settings)
-    if settings.rl_traces and traced and not any(same_prompt(record["prompt"]) in traced for record in rl):
-        raise UserError(
-            f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; add some, or give 0"
-        )
+    check_traces(traced, sft, rl, settings)
 
     run.begin()  # after all has been read: a mistake in it costs no earlier run
     if settings.rainbow:
         rl = with_rainbow(rl, settings, taken)
-    traces = partial(write_traces, traced=traced, settings=settings, dropped=taken.dropped)
-    made = {"sft": traces(sft, settings.traces_per_prompt, "traces"), "rl": rl}
-    made["sft_rl"] = traces(rl, settings.rl_traces, "rl traces")
+    sft_traces = write_traces(sft, settings.traces_per_prompt, "traces", traced, settings, taken.dropped)
+    rl_traces = write_traces(rl, settings.rl_traces, "rl traces", traced, settings, taken.dropped)
+    made = {"sft": sft_traces, "rl": rl, "sft_rl": rl_traces}
     made |= {f"eval_{name}": records[: settings.eval_prompts] for name, records in evaluation.items()}
     made = {f"{name}.jsonl": records for name, records in made.items() if records}
     for name, records in made.items():
@@ -290,20 +255,8 @@ def main() -> None:
     write_json(run.out / "manifest.json", sources.manifest(settings, made, pool, taken.dropped))
     for progress in run.out.glob("*.partial.jsonl"):
         progress.unlink()
-    report(made, taken.dropped, run)
-
-
-def report(made: Pool, dropped: Counter, run: Run) -> None:
-    for name, records in made.items():
-        kinds = Counter(record["kind"] for record in records)
-        print(f"{len(records):6}  {name:22} {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
-    without = [record["id"] for record in made.get("eval_harmful.jsonl", []) if not record["target"]]
-    if without:
-        print(
-            f"{len(without)} harmful evaluation prompts have no target, which GCG needs: {', '.join(without[:3])} ..."
-        )
-    print(f"left out: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'nothing'}")
-    print(f"wrote {run.out}. Next: {run.settings.next_command(run)}")
+    print(sources.summary(made, taken.dropped))
+    print(f"wrote {run.out}. Next: {settings.next_command(run)}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Known data sets: for each a short function from a row to a record of ours, with its place and licence.
 
-A record has `kind` (one of EVAL_SETS) and `prompt`, a text or a conversation; it may have `id`, `category`, `context`,
-`target` and, for --trace-files, `reasoning` and `answer`. For another schema write a function here:
+A record has `kind` (one of EVAL_SETS) and `prompt`, a text or a conversation; it may have `id`, `category`,
+`context`, `target` and, for traces, `reasoning` and `answer`. For another schema write a function here:
 
     @data_set("me/questions:train", "MIT")
     def questions(row):
         \"\"\"Those that were flagged.\"\"\"
         if row["flagged"]:
-            return {"kind": "harmful", "prompt": row["question"]}
+            return dict(kind="harmful", prompt=row["question"])
 
-`harmful=questions` then reads it from the hub, `harmful=questions@FILE` a file of the same columns. The docstring says
-what is taken. Tried on real rows: tars, harmbench, xstest. The other columns are those of cards, or of public code that
-reads them; another column than expected is one line. Many are gated: ask for access there, and `hf auth login`.
+`harmful=questions` then reads the hub, `harmful=questions@FILE` a file of these columns. The docstring says
+what is taken. We have tried tars, harmbench and xstest on real rows; columns of the others are those of their
+cards, or of public code that reads them. Many are gated: ask for access on the hub, then `hf auth login`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DataSet:
     licence: str = "not verified: see its card"
     options: dict[str, Any] = field(default_factory=dict)  # of datasets.load_dataset
     beside: Callable[[Path], Path] | None = None  # a second file that belongs to a file of it
-    any_length: bool = False  # whether it may be longer than max_chars
+    any_length: bool = False  # whether max_chars is not for it
     paper: dict[str, int] = field(default_factory=dict)  # prompts that the paper took (section 4)
 
     @property
@@ -47,8 +47,8 @@ class DataSet:
 
 KNOWN: dict[str, DataSet] = {}
 CC_BY = "CC-BY-4.0"
-TEXTS = dict.fromkeys(("vanilla", "adversarial", "prompt", "category"), str)
-CSV = {"keep_default_na": False, "converters": TEXTS}  # "NA" and "007" are text
+COLUMNS = ("vanilla", "adversarial", "prompt", "category")
+CSV = {"keep_default_na": False, "converters": dict.fromkeys(COLUMNS, str)}  # "NA" and "007" are text
 TSV = {"delimiter": "\t", **CSV}
 
 
@@ -67,18 +67,16 @@ def own(row):
 
 OWN = DataSet(own, licence="not stated: see where it is from")
 
-
-# ---- to train on -----------------------------------------------------------------------------------------
+# ---- to train on ----
 
 
 @data_set(licence="mixed sources, research use")
 def tars(row):
-    """The authors' parquet files: RL's prompts (WildJailbreak's are jailbreaks: a part is held out), or their test set."""
+    """The authors' parquet files, RL's prompts or the test set. WildJailbreak's count as jailbreaks."""
     kind = {"wildjailbreak": "jailbreak", "refusal": "harmless"}.get(row["ability"], "harmful")
-    return {"kind": kind, "prompt": row["prompt"], "category": row["ability"]}
+    return dict(kind=kind, prompt=row["prompt"], category=row["ability"])
 
 
-# The authors' limit of 1000 characters does not reach it.
 @data_set(
     "allenai/wildjailbreak:train:train",
     "ODC-BY",
@@ -89,39 +87,39 @@ def tars(row):
 def wildjailbreak(row):
     """The harmful ones: the adversarial prompt, or the vanilla one where there is none."""
     if row["data_type"] in ("vanilla_harmful", "adversarial_harmful"):
-        return {"kind": "harmful", "prompt": row["adversarial"] or row["vanilla"]}
+        return dict(kind="harmful", prompt=row["adversarial"] or row["vanilla"])
 
 
 @data_set("nvidia/Aegis-AI-Content-Safety-Dataset-2.0:train", CC_BY, paper={"sft": 300, "rl pool": 400})
 def aegis(row):
     """Those labelled unsafe, but where the prompt says REDACTED (its text is elsewhere)."""
     if row["prompt_label"] == "unsafe" and row["prompt"].strip() != "REDACTED":
-        return {"kind": "harmful", "prompt": row["prompt"], "category": row["violated_categories"]}
+        return dict(kind="harmful", prompt=row["prompt"], category=row["violated_categories"])
 
 
 @data_set("zjunlp/SafeEdit:train", "CC-BY-NC-SA-4.0", paper={"sft": 300})
 def safeedit(row):
     """All: the question inside an attack prompt, not the plain question."""
-    return {"kind": "harmful", "prompt": row["adversarial prompt"], "category": row["unsafety category"]}
+    return dict(kind="harmful", prompt=row["adversarial prompt"], category=row["unsafety category"])
 
 
 @data_set(licence="generated: see the attacker's licence", paper={"rl pool": 800})
 def rainbow(row):
     """All: what --rainbow found against your model after SFT, OUT/rainbow/prompts.jsonl."""
-    return {"kind": "harmful", "prompt": row["prompt"], "category": row.get("category") or row.get("risk")}
+    return dict(kind="harmful", prompt=row["prompt"], category=row.get("category") or row.get("risk"))
 
 
 # Not openbmb/UltraFeedback itself: these are its prompts without those of TruthfulQA, an evaluation set.
 @data_set("HuggingFaceH4/ultrafeedback_binarized:train_prefs", "MIT", paper={"rl pool": 2000})
 def ultrafeedback(row):
     """All of train_prefs."""
-    return {"kind": "harmless", "prompt": row["prompt"], "id": row.get("prompt_id")}
+    return dict(kind="harmless", prompt=row["prompt"], id=row.get("prompt_id"))
 
 
 @data_set("bench-llm/or-bench:or-bench-hard-1k:train", CC_BY, options=CSV)
 def or_bench_hard(row):
     """All of or-bench-hard-1k."""
-    return {"kind": "ambiguous", "prompt": row["prompt"], "category": row["category"]}
+    return dict(kind="ambiguous", prompt=row["prompt"], category=row["category"])
 
 
 def hard_beside(file: Path) -> Path:
@@ -146,40 +144,35 @@ def or_bench(row, beside):
 def star1(row):
     """All, with a trace by DeepSeek-R1: `<think> reasoning </think> answer`."""
     reasoning, marker, answer = row["response"].partition("</think>")
-    trace = {
-        "reasoning": reasoning.replace("<think>", "", 1).strip() if marker else "",
-        "answer": answer.strip(),
-    }
+    reasoning = reasoning.replace("<think>", "", 1).strip() if marker else ""
     category = text_of(row["category"]) or row["category"][0]
-    return {"kind": "harmful", "prompt": row["question"], "category": category, **trace}
+    trace = dict(reasoning=reasoning, answer=answer.strip())
+    return dict(kind="harmful", prompt=row["question"], category=category, **trace)
 
 
-# ---- to evaluate on --------------------------------------------------------------------------------------
+# ---- to evaluate on ----
 
 
 @data_set("allenai/WildChat-1M:train", "ODC-BY", paper={"evaluation": 500})
 def wildchat(row):
-    """English, not toxic, the user's first turn; not where the assistant speaks first, since that turn is an answer."""
-    (first, _), *_ = turns_of(row["conversation"]) or [("assistant", "")]
+    """English, not toxic: the user's first turn, unless the assistant speaks first (it is an answer then)."""
+    (first, _), *_ = turns_of(row["conversation"]) or [("nobody", "")]
     if row["language"] == "English" and text_of(row["toxic"]).lower() == "false" and first != "assistant":
-        return {"kind": "harmless", "prompt": row["conversation"], "id": row.get("conversation_hash")}
+        return dict(kind="harmless", prompt=row["conversation"], id=row.get("conversation_hash"))
 
 
 @data_set("walledai/XSTest:test", CC_BY, paper={"evaluation": 250})
 def xstest(row):
     """Safe: ambiguous. Unsafe (by label on the hub, by type contrast_... in the authors' csv): harmful."""
     unsafe = row.get("label") == "unsafe" or row["type"].startswith("contrast_")
-    return {"kind": "harmful" if unsafe else "ambiguous", "prompt": row["prompt"], "category": row["type"]}
+    return dict(kind="harmful" if unsafe else "ambiguous", prompt=row["prompt"], category=row["type"])
 
 
 @data_set("walledai/StrongREJECT:train")
 def strongreject(row):
-    """All; its small set is strongreject_small_dataset.csv of GitHub alexandrasouly/strongreject, by @FILE."""
-    return {
-        "kind": "harmful",
-        "prompt": row.get("forbidden_prompt") or row["prompt"],
-        "category": row["category"],
-    }
+    """All; or by @FILE the small set, strongreject_small_dataset.csv of alexandrasouly/strongreject."""
+    prompt = row.get("forbidden_prompt") or row["prompt"]
+    return dict(kind="harmful", prompt=prompt, category=row["category"])
 
 
 SORRY = {
@@ -197,7 +190,7 @@ def sorry_bench(row):
     if category.isdecimal():
         category = next((domain for last, domain in SORRY.items() if int(category) <= last), category)
     if row["prompt_style"] == "base":
-        return {"kind": "harmful", "prompt": row["turns"][0], "category": category}
+        return dict(kind="harmful", prompt=row["turns"][0], category=category)
 
 
 def targets_beside(file: Path) -> Path:
@@ -211,12 +204,15 @@ def targets(file: Path | None) -> dict[str, str]:
 
 @data_set("walledai/HarmBench:standard:train", "MIT", beside=targets_beside, paper={"evaluation": 400})
 def harmbench(row, beside):
-    """Without copyright (hashes of a text decide it, no judge): 200 of the hub, 300 of the 400 of the authors' csv.
+    """Without copyright, which hashes decide and no judge: the hub's 200, or 300 of 400 in the authors' csv.
 
-    Targets for GCG: of harmbench_behaviors_X.csv they stand in harmbench_targets_X.json, read if it lies beside it.
+    Targets for GCG: those of harmbench_behaviors_X.csv stand in harmbench_targets_X.json beside it.
     """
-    prompt, category = row.get("Behavior") or row["prompt"], row.get("SemanticCategory") or row["category"]
-    name = row.get("BehaviorID")
-    fields = {"id": name, "context": row.get("ContextString"), "target": targets(beside).get(name)}
     if row.get("FunctionalCategory") != "copyright":
-        return {"kind": "harmful", "prompt": prompt, "category": category, **fields}
+        prompt, category = (
+            row.get("Behavior") or row["prompt"],
+            row.get("SemanticCategory") or row["category"],
+        )
+        name, context = row.get("BehaviorID"), row.get("ContextString")
+        target = targets(beside).get(name)
+        return dict(kind="harmful", prompt=prompt, category=category, id=name, context=context, target=target)

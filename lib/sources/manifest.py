@@ -57,3 +57,19 @@ def provenance(source: Source) -> dict:
     except Exception:  # of the hub's, or of the network's
         revision = "unknown"
     return facts | {"hub": source.hub, "revision": revision}
+
+
+def summary(made: Pool, dropped: Counter) -> str:
+    """A line for each file, and what was left out."""
+    lines = []
+    for name, records in made.items():
+        kinds = Counter(record["kind"] for record in records)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines.append(f"{len(records):6}  {name:22} {counts}")
+    without = [record["id"] for record in made.get("eval_harmful.jsonl", []) if not record["target"]]
+    if without:
+        lines.append(
+            f"{len(without)} harmful evaluation prompts have no target, which GCG needs: {without[0]}, ..."
+        )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    return "\n".join([*lines, f"left out: {reasons or 'nothing'}"])

@@ -1,7 +1,7 @@
 """Rows of other people's tables, from files and from the hub, and the text in a cell.
 
-Text stays what stands in the file: 007, 1e5, true and NA are names. `datasets` guesses types for csv and json, so
-these are read without it.
+Text stays what stands in the file: 007, 1e5, true and NA are names. `datasets` guesses types of csv and json,
+so these are read without it.
 """
 
 from __future__ import annotations
@@ -59,13 +59,12 @@ def _read_parquet(path: Path) -> list[dict]:
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-CSV_READERS = {".csv": _read_csv, ".tsv": _read_csv}
-READERS: dict[str, Callable[[Path], list[dict]]] = {".jsonl": read_jsonl, ".json": _read_json, **CSV_READERS}
-READERS[".parquet"] = _read_parquet
+READERS: dict[str, Callable[[Path], list[dict]]] = {".jsonl": read_jsonl, ".json": _read_json}
+READERS |= {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
 
 
 def load_rows(place: str, options: dict[str, Any]) -> Any:
-    """OWNER/NAME[:CONFIG]:SPLIT of the hub, a datasets.Dataset. No code of the data set's own is run. Raises UserError."""
+    """OWNER/NAME[:CONFIG]:SPLIT of the hub, a datasets.Dataset; its own code is not run. Raises UserError."""
     import datasets  # slow to import, and the sandbox has no need of it
 
     name, *config, split = place.split(":")
@@ -79,7 +78,7 @@ def load_rows(place: str, options: dict[str, Any]) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """The text in a cell, numbers and truth values as JSON writes them; of a conversation the user's first turn.
+    """The text in a cell, a number or truth value as in JSON; of a conversation the user's first turn.
 
     >>> text_of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
     'Hello'

@@ -53,22 +53,15 @@ class TraceWriter:
         return encode_example(self.tokenizer, prompt, reasoning, "")[0][:-1]  # all but the end of the turn
 
     def complete(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[str]:
+        eos, settings = eos_token_ids(self.model, self.tokenizer), self.settings
+        limits: dict = {"max_new_tokens": self.longest, "max_batch_tokens": settings.max_batch_tokens}
+        limits |= {"temperature": settings.trace_temperature, "eos_token_ids": eos}
         try:
-            completions = sample(
-                self.model,
-                prompts,
-                max_new_tokens=self.longest,
-                temperature=self.settings.trace_temperature,
-                eos_token_ids=eos_token_ids(self.model, self.tokenizer),
-                max_batch_tokens=self.settings.max_batch_tokens,
-                seeds=seeds,
-            )
+            completions = sample(self.model, prompts, seeds=seeds, **limits)
         except FloatingPointError as error:  # a broken model
-            raise UserError(f"--trace-model: {self.settings.trace_model}: {error}") from error
-        return [
-            whole_sentences(decode(self.tokenizer, c.token_ids), c.finish_reason == "eos")
-            for c in completions
-        ]
+            raise UserError(f"--trace-model: {settings.trace_model}: {error}") from error
+        texts = [(decode(self.tokenizer, c.token_ids), c.finish_reason == "eos") for c in completions]
+        return [whole_sentences(text, ended) for text, ended in texts]
 
     def check(self, records: Sequence[dict]) -> None:
         """UserError for the first prompt that leaves no room for the longest reasoning and answer."""
@@ -77,14 +70,13 @@ class TraceWriter:
             opening = len(self.opening(record["prompt"], "")) + 1 + self.longest
             tokens = max(len(self.question(record["prompt"])), opening) + self.longest
             if tokens > room:
-                raise UserError(
-                    f"--trace-model: {record['id']}: its prompt with a reasoning and an answer takes up to {tokens} "
-                    f"tokens; the context of {self.settings.trace_model}, or max_batch_tokens, is {room}"
-                )
+                wanted = f"its prompt, a reasoning and an answer take up to {tokens} tokens"
+                least = f"the context of {self.settings.trace_model}, or max_batch_tokens, is {room}"
+                raise UserError(f"--trace-model: {record['id']}: {wanted}; {least}")
 
 
 def write_all(records: list[dict], count: int, settings, use: str) -> list[list[tuple[str, str]]]:
-    """`count` (reasoning, answer) pairs for each record; finished ones stay in a file in OUT, for a resumed run."""
+    """`count` (reasoning, answer) pairs for each record; OUT keeps finished ones for a resumed run."""
     progress = Path(settings.out) / f"{use.replace(' ', '_')}.partial.jsonl"
     traces = {line["id"]: line["traces"] for line in resume_log(progress)}
     missing = [record for record in records if record["id"] not in traces]
