@@ -217,8 +217,11 @@ def take_sft(pool: Pool, sources: list[Source], settings) -> list[dict]:
                 )
             sft += mine[: source.sft]
             others = [record for record in pool[kind] if record["source"] != source.name]
-            # in a new order: the first prompts of a large source come early, and would fill a small share
-            pool[kind] = in_order(others + mine[source.sft : last], f"{settings.seed}/rl pool")
+            pool[kind] = others + mine[source.sft : last]
+    if any(source.rl is not None for source in sources):
+        # in a new order: the first prompts of a large source came early, and would fill a small share
+        for kind, records in pool.items():
+            pool[kind] = in_order(records, f"{settings.seed}/rl pool")
     count = 0 if settings.trace_files else settings.sft_prompts
     if sft and count not in (0, len(sft)):
         raise UserError(f"--sft-prompts: given {count}; the quotas S+R of --files say {len(sft)}")
