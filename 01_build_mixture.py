@@ -18,8 +18,8 @@ takes more of the same harmful prompts, so one SFT model serves several mixtures
 
 A file of yours (jsonl, json, csv, tsv, parquet) has `prompt`, a text or a conversation (its first user turn
 is taken), and `kind`, unless the word says it. It may have `id`, `category`, `context` (what the prompt is
-about), for stage 4 `target` (how a compliant answer begins; GCG needs it), `prefill` (the same, for prefilling),
-`twin` (a request like it that deserves an answer), `hops` (how deep it is disguised), and for traces `reasoning`
+about), for stage 4 `target` (how a compliant answer begins; GCG needs it), `prefill` (the same, for prefill),
+`twin` (a request like it that deserves an answer), `hops` (how deep it is disguised), for traces `reasoning`
 and `answer`. Other columns: five lines in lib/sources/known.py.
 
 **What you should see** (sandbox, 3 seconds): sft.jsonl, 4000 traces of 1000 prompts; rl.jsonl, 640 harmful,
@@ -39,9 +39,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lib import UserError, sources
-from lib.run import Run, run_main, start
+from lib.run import run_main, start
 from lib.run.files import write_json, write_jsonl
-from lib.run.settings import TOKENS, Common, beside, next_command, setting
+from lib.run.settings import TOKENS, Common, following, setting
 from lib.run.text import same_prompt
 
 
@@ -83,13 +83,6 @@ class Settings(Common):
         files = [str(file) for part in self.parsed() for source in part for file in source.files()]
         models = [self.trace_model, self.rainbow, self.rainbow_attacker if self.rainbow else ""]
         return [*files, *filter(None, models)]
-
-    def next_command(self, run: Run) -> str:
-        script, folder, model = "02_sft_warmstart.py", "sft", self.trace_model
-        if not self.sft_prompts:
-            script, folder, model = "03_rl_train.py", "rl", self.rainbow
-        flags = {"model": model} if model else {}
-        return next_command(script, self, run.stages, data=run.out, out=beside(run.out, folder), **flags)
 
 
 def check(settings: Settings) -> None:
@@ -256,7 +249,7 @@ def main() -> None:
     for progress in run.out.glob("*.partial.jsonl"):
         progress.unlink()
     print(sources.summary(made, taken.dropped))
-    print(f"wrote {run.out}. Next: {settings.next_command(run)}")
+    print(f"wrote {run.out}. Next: {following(settings, run.stages)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Chapter 1: counts, shares, order, and above all that no prompt is in two sets; from the sandbox and from files."""
+"""Chapter 1: counts, shares, order; above all, no prompt is in two sets; from the sandbox and from files."""
 
 from __future__ import annotations
 

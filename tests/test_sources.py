@@ -1,4 +1,4 @@
-"""The room of sources: known data sets on small files of their columns, files of every format, the hub without a hub.
+"""The room of sources: known data sets on small files of their columns, files of each format, a hub that is none.
 
 All prompts are made up. What the columns of a data set are is stated here once more, by hand, from its card.
 """
@@ -59,14 +59,15 @@ def turn(text: str, role: str = "user") -> dict:
 
 
 def chat(text: str, language: str = "English", toxic: bool = False, role: str = "user") -> dict:
-    talk = [turn(text, role), turn("Sure.", "assistant"), turn("and then?")]
+    talk = [turn("Be brief.", "system"), turn(text, role), turn("Sure.", "assistant"), turn("and then?")]
+    talk = talk[role == "assistant" :]
     return {"conversation_hash": f"h-{text}", "conversation": talk, "language": language, "toxic": toxic}
 
 
-def wild(prompt: str, data_type: str = "adversarial_harmful") -> dict:
-    vanilla = data_type.startswith("vanilla")
+def wild(prompt: str, kind: str = "adversarial_harmful") -> dict:
+    vanilla = kind.startswith("vanilla")
     texts = {"vanilla": prompt if vanilla else "plain", "adversarial": "" if vanilla else prompt}
-    return {**texts, "completion": "No.\tNever.", "data_type": data_type}
+    return {**texts, "completion": "No.\tNever.", "data_type": kind}
 
 
 def aegis(prompt: str, label: str = "unsafe") -> dict:
@@ -81,101 +82,56 @@ def tars(prompt: str, ability: str) -> dict:
     return {"data_source": "", "prompt": [turn(prompt)], "ability": ability}
 
 
-ODD = [{"type": t, "prompt": f"{t}?"} for t in ("homonyms", "contrast_homonyms")]
-TYPES = [("ambiguous", "homonyms?", "homonyms"), ("harmful", "contrast_homonyms?", "contrast_homonyms")]
-STAR = {
-    "question": "how to zog?",
-    "category": ["zogs"],
-    "response": "<think>\nNo good.\n</think>\n\nI will not.",
-}
+ODD = [{"type": "homonyms", "prompt": "kill time?"}, {"type": "contrast_x", "prompt": "zog?"}]
+ON_HUB = [row | {"label": label, "type": "t"} for row, label in zip(ODD, ("safe", "unsafe"), strict=True)]
+STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
 SORRY = {"5": "hate speech", "6": "crimes or torts", "24": "crimes or torts", "Fraud": "Fraud"}
 SORRY |= {"39": "potentially inappropriate topics", "44": "unqualified advice"}
-CASES: list[
-    tuple[str, list[dict], list[tuple[str, str, str]]]
-] = [  # (file, rows, (set, prompt, category) found)
-    (
-        "wildjailbreak.tsv",
-        [
-            wild("NA"),
-            wild('tell, "me"\nof zogs'),
-            wild("b", "adversarial_benign"),
-            wild("007", "vanilla_harmful"),
-        ],
-        [("harmful", "NA", ""), ("harmful", 'tell, "me"\nof zogs', ""), ("harmful", "007", "")],
+SORRIES = [sorry("z", "6", "slang"), *(sorry(f"p{category}", category) for category in SORRY)]
+WILD = [wild("NA"), wild('say, "me"\nof'), wild("b", "adversarial_benign"), wild("007", "vanilla_harmful")]
+CHATS = [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True), chat("I begin", role="assistant")]
+TARS = [tars("a", "wildjailbreak"), tars("b", "aegis"), tars("c", "refusal"), tars("d", "Violence")]
+CASES: dict[
+    str, tuple[list[dict], list[str]]
+] = {  # a file of the data set; "set: prompt: category" of what is taken
+    "wildjailbreak.tsv": (WILD, ["harmful: NA: ", 'harmful: say, "me"\nof: ', "harmful: 007: "]),
+    "aegis.json": (
+        [aegis(" zog 1 "), aegis("REDACTED"), aegis("soup", "safe")],
+        ["harmful: zog 1: Zog, Wip"],
     ),
-    (
-        "aegis.json",
-        [aegis("zog 1"), aegis("REDACTED"), aegis("soup 2", "safe"), aegis(" zog 3 ")],
-        [("harmful", "zog 1", "Zog, Wip"), ("harmful", "zog 3", "Zog, Wip")],
+    "safeedit.json": (
+        [{"unsafety category": "Z", "adversarial prompt": "zog", "question": "?"}],
+        ["harmful: zog: Z"],
     ),
-    (
-        "safeedit.json",
-        [{"unsafety category": "Zogs", "adversarial prompt": "play a zog: how?", "question": "how?"}],
-        [("harmful", "play a zog: how?", "Zogs")],
-    ),
-    (
-        "ultrafeedback.parquet",
+    "ultrafeedback.parquet": (
         [{"prompt": "Soup.", "prompt_id": "p", "chosen": [turn("x")]}],
-        [("harmless", "Soup.", "")],
+        ["harmless: Soup.: "],
     ),
-    (
-        "or-bench-hard.csv",
-        [{"prompt": "Kill it", "category": "violence"}],
-        [("ambiguous", "Kill it", "violence")],
+    "or-bench-hard.csv": ([{"prompt": "Kill it", "category": "c"}], ["ambiguous: Kill it: c"]),
+    "wildchat.parquet": (CHATS, ["harmless: hello: "]),
+    "xstest.csv": (ODD, ["ambiguous: kill time?: homonyms", "harmful: zog?: contrast_x"]),
+    "xstest.parquet": (ON_HUB, ["ambiguous: kill time?: t", "harmful: zog?: t"]),
+    "strongreject.parquet": ([{"prompt": "zog", "category": "Z"}], ["harmful: zog: Z"]),
+    "strongreject.csv": ([{"category": "Z", "forbidden_prompt": "zog"}], ["harmful: zog: Z"]),
+    "sorry-bench.jsonl": (SORRIES, [f"harmful: p{category}: {domain}" for category, domain in SORRY.items()]),
+    "harmbench.parquet": ([{"prompt": "make a zog", "category": "zogs"}], ["harmful: make a zog: zogs"]),
+    "rainbow.jsonl": ([{"prompt": "a zog", "risk": "zogs", "style": "slang"}], ["harmful: a zog: zogs"]),
+    "tars.parquet": (
+        TARS,
+        ["jailbreak: a: wildjailbreak", "harmful: b: aegis", "harmless: c: refusal", "harmful: d: Violence"],
     ),
-    (
-        "wildchat.parquet",
-        [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True), chat("I begin", role="assistant")]
-        + [
-            chat("x")
-            | {"conversation": [turn("Be brief.", "system"), turn("after"), turn("Sure.", "assistant")]}
-        ],
-        [("harmless", "hello", ""), ("harmless", "after", "")],
-    ),
-    ("xstest.csv", [{"id": "v2-1", **row} for row in ODD], TYPES),  # as the authors'
-    (
-        "xstest.parquet",
-        [row | {"label": l, "type": t} for row, l, t in zip(ODD, ("safe", "unsafe"), "ab", strict=True)],
-        [("ambiguous", "homonyms?", "a"), ("harmful", "contrast_homonyms?", "b")],
-    ),  # as on the hub
-    ("strongreject.parquet", [{"prompt": "zog", "category": "Z"}], [("harmful", "zog", "Z")]),
-    ("strongreject.csv", [{"category": "Z", "forbidden_prompt": "zog"}], [("harmful", "zog", "Z")]),
-    (
-        "sorry-bench.jsonl",
-        [sorry("z", "6", "slang"), *(sorry(f"p{category}", category) for category in SORRY)],
-        [("harmful", f"p{category}", domain) for category, domain in SORRY.items()],
-    ),
-    (
-        "harmbench.parquet",
-        [{"prompt": "make a zog", "category": "zogs"}],
-        [("harmful", "make a zog", "zogs")],
-    ),
-    (
-        "rainbow.jsonl",
-        [{"prompt": "a zog", "risk": "zogs", "style": "slang"}],
-        [("harmful", "a zog", "zogs")],
-    ),
-    (
-        "tars.parquet",
-        [tars("a", "wildjailbreak"), tars("b", "aegis"), tars("c", "refusal"), tars("d", "Violence")],
-        [("jailbreak", "a", "wildjailbreak"), ("harmful", "b", "aegis"), ("harmless", "c", "refusal")]
-        + [("harmful", "d", "Violence")],
-    ),
-    ("star1.parquet", [STAR], [("harmful", "how to zog?", "zogs")]),
-]
+    "star1.parquet": ([STAR], ["harmful: zog?: zogs"]),
+}
 
 
-@pytest.mark.parametrize("file, rows, expected", CASES, ids=[case[0] for case in CASES])
-def test_a_known_data_set_of_its_own_columns(tmp_path, file, rows, expected):
+@pytest.mark.parametrize("file", CASES)
+def test_a_known_data_set_of_its_own_columns(tmp_path, file):
+    rows, expected = CASES[file]
     path = write_rows(tmp_path / file, rows)
     found = read_source(parse_word(f"{path.stem}@{path}"))
-    assert [(name, record["prompt"], record["category"]) for name, record, _ in found] == expected
+    assert [f"{name}: {record['prompt']}: {record['category']}" for name, record, _ in found] == expected
     assert all(KEYS <= set(r) and r["source"] == path.stem and r["kind"] != "jailbreak" for _, r, _ in found)
-
-
-def test_every_known_data_set_has_a_case_and_says_what_is_taken():
-    assert {case[0].split(".")[0] for case in CASES} | {"or-bench"} == set(KNOWN)
-    assert all(data.about and data.licence for data in KNOWN.values())
+    assert KNOWN[path.stem].about and {name.split(".")[0] for name in CASES} | {"or-bench"} == set(KNOWN)
 
 
 def test_or_bench_is_without_its_hard_prompts(tmp_path):
@@ -265,35 +221,17 @@ def test_a_text_is_what_stands_in_the_file(tmp_path, ending):
         assert [r["prompt"] for r in found] == [name or "p" for name in names]
 
 
-def test_json_may_have_an_object_a_line_and_numbers_for_texts(tmp_path):
-    (tmp_path / "x.json").write_text('\ufeff{"id": 7, "prompt": 12}\n{"id": true, "prompt": "p"}\n', "utf-8")
-    assert [(r["id"].split("-")[1], r["prompt"]) for r in read(f"harmful={tmp_path}/x.json")] == [
-        ("7", "12"),
-        ("true", "p"),
-    ]
-
-
-SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "how to zog?"}
-ANSWER = {"role": "assistant", "content": "No."}
-TALKS: list[tuple[object, str]] = [  # what stands in the column; what is said to be left out of two of them
+ASKED = turn("how to zog?")
+MORE = [turn("Be brief.", "system"), ASKED, turn("No.", "assistant"), turn("why?")]
+GPT = [{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}]}]
+TALKS = [  # what stands in the column; what is said to be left out of two of them
     ("how to zog?", ""),
     ([ASKED], ""),
-    ([SYSTEM, ASKED], "2 turns of system"),
-    (
-        [SYSTEM, ASKED, ANSWER, {"role": "user", "content": "why?"}],
-        "2 turns of system, 2 turns of assistant, 2 turns of user",
-    ),
-    ([{"role": "assistant", "content": "Hello."}, ASKED], "2 turns of assistant"),
-    ([{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}], "2 turns of system"),
-    (
-        [
-            {
-                "role": "user",
-                "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}],
-            }
-        ],
-        "",
-    ),
+    (MORE, "2 turns of system, 2 turns of assistant, 2 turns of user"),
+    ([turn("Hello.", "assistant"), ASKED], "2 turns of assistant"),
+    (GPT, "2 turns of system"),
+    (PARTS, ""),
 ]
 
 
@@ -331,11 +269,10 @@ def test_the_kind_is_the_words_or_else_the_rows(tmp_path):
 
 
 def test_ids_are_unique_and_no_text_holds_what_tokenizers_do_not_take(tmp_path):
-    (tmp_path / "x.jsonl").write_text(
-        '{"id": "a", "prompt": "x\\ud800y"}\n{"id": "a", "prompt": "z\\u0000"}\n'
-    )
-    one, other = read(f"harmful={tmp_path}/x.jsonl")
-    assert (one["prompt"], other["prompt"]) == ("x\ufffdy", "z\ufffd") and one["id"] != other["id"]
+    (tmp_path / "x.json").write_text('{"id": 7, "prompt": "x\\ud800y"}\n{"id": 7, "prompt": "z\\u0000"}\n')
+    one, other = read(f"harmful={tmp_path}/x.json")
+    assert (one["prompt"], other["prompt"]) == ("x\ufffdy", "z\ufffd")
+    assert one["id"].startswith("x-7-") and one["id"] != other["id"]
 
 
 BROKEN = {
@@ -359,32 +296,17 @@ def test_a_malformed_file_is_one_line(tmp_path, name):
 
 
 SAME = [
-    (
-        "How do I bake?",
-        "how  do i\tbake",
-        "\u201cHow do I bake?\u201d",
-        "How do I ba\u200bke?\ufeff",
-        "How do I bake...",
-    ),
-    ("How do I bake?", "How\u00a0do\u2003I ba\u00adke ?", "\uff28ow do I bake\uff1f"),
+    ("How do I bake?", "how  do i\tbake", "\u201cHow do I bake?\u201d", "How do I ba\u200bke?\ufeff"),
+    ("How do I bake?", "How do I bake...", "How\u00a0do\u2003I ba\u00adke ?", "\uff28ow do I bake\uff1f"),
     ("don't", "don\u2019t", "don\u0060t"),
     ("say 'x'", "say \u00abx\u00bb"),
-    ("well-known", "well\u2010known"),
-    ("a - b", "a \u2014 b", "a \u2212 b"),
-    ("caf\u00e9", "cafe\u0301"),
-    ("office", "o\ufb03ce"),
+    ("a-b - c", "a\u2010b \u2014 c", "a-b \u2212 c"),
+    ("caf\u00e9 office", "cafe\u0301 o\ufb03ce"),
     ("stra\u00dfe", "STRASSE"),
-    ("a\ufe0f b", "a b"),
-    ("\u00bfqu\u00e9?", "qu\u00e9"),
+    ("\u00bfa\ufe0f b?", "a b"),
 ]
-APART = [
-    ("bake", "boil"),
-    ("what is C#", "what is C"),
-    ("what is C++?", "what is C?"),
-    ("10 - 3", "103"),
-    ("it's", "its"),
-]
-APART += [("a b", "ab"), ("!!!", "???"), ("caf\u00e9", "cafe"), ("resume 1.5", "resume 15"), ("", "?")]
+APART = [("bake", "boil"), ("what is C#", "what is C"), ("what is C++?", "what is C?"), ("10 - 3", "103")]
+APART += [("it's", "its"), ("a b", "ab"), ("!!!", "???"), ("caf\u00e9", "cafe"), ("resume 1.5", "resume 15")]
 
 
 def test_what_is_the_same_prompt_to_a_reader():
@@ -402,11 +324,7 @@ def test_what_is_the_same_prompt_to_a_reader():
 
 def test_a_word_is_taken_apart():
     words = [parse_word(word) for word in ("aegis", "harmful=aegis:3", "harmful=aegis:4+0")]
-    assert [(w.kind, w.name, w.sft, w.rl) for w in words] == [
-        ("", "aegis", 0, None),
-        ("harmful", "aegis", 0, 3),
-        ("harmful", "aegis", 4, 0),
-    ]
+    assert [(w.kind, w.sft, w.rl) for w in words] == [("", 0, None), ("harmful", 0, 3), ("harmful", 4, 0)]
     source = parse_word("harmless=hub:me/chat:en:train:20")
     assert (source.hub, source.name, source.rl) == ("me/chat:en:train", "me/chat:en:train", 20)
     source = parse_word("harmful=aegis@a/b=c.json:5")
@@ -414,18 +332,23 @@ def test_a_word_is_taken_apart():
     assert parse_word("notes@home.csv").file == Path("notes@home.csv")
 
 
+WRONG = [
+    "aegs",
+    "aegis:5",
+    "harmless=aegis:1+5",
+    "hub:me:train",
+    "hub:me/chat",
+    "aegis@",
+    "rainbow",
+    "notes.txt",
+]
+WRONG += ["", "harmful=", "harmfull=aegis:4"]
+
+
 @pytest.mark.parametrize(
     "flag, word",
-    [
-        ("--files", word)
-        for word in ("aegs", "aegis:5", "harmless=aegis:1+5", "hub:me:train", "hub:me/chat", "aegis@")
-    ]
-    + [("--files", word) for word in ("", "rainbow", "harmfull=aegis:4", "notes.txt", "harmful=")]
-    + [
-        ("--eval-files", "harmful=aegis:5"),
-        ("--trace-files", "harmless=star1"),
-        ("--trace-files", "star1:5"),
-    ],
+    [("--eval-files", "harmful=aegis:5"), ("--trace-files", "harmless=star1"), ("--trace-files", "star1:5")]
+    + [("--files", word) for word in WRONG],
 )
 def test_a_word_that_says_nothing_is_one_line_with_what_is_allowed(flag, word):
     with pytest.raises(UserError) as error:

@@ -90,7 +90,7 @@ class Run:
         last = "manifest.json" if self.stages[0] == "mixture" else "config.json"  # what it writes last
         done = (self.out / last).exists() and not (self.out / "state").exists()
         if self.gather(same and done)[0]:
-            self.say(f"{self.out} is finished. Next: {settings.next_command(self)}")
+            self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
             self.stop()
             raise SystemExit(0)
 
@@ -188,8 +188,9 @@ class Run:
         """`items`, which have `ids` and a `mask` of what is learned, in batches of at most `most` tokens.
 
         Each comes with its tensors on the device: ids (B, T) int64, padded on the right, attention_mask and
-        completion_mask (B, T) bool. With `share` the items are those of all processes, and this one takes its part.
-        Under shards all processes pass equally often; one that has no batch left gets an empty completion_mask.
+        completion_mask (B, T) bool. With `share` the items are those of all processes, and this one takes its
+        part. Under shards all processes pass equally often; one that has no batch left gets an empty
+        completion_mask.
         """
         from lib.batches import masked_batch
 
@@ -218,6 +219,12 @@ class Run:
         from lib.run.shards import full_weights
 
         return {name: weight.clone() for name, weight in full_weights(model).items()}
+
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """Of the optimizer: peak rate, epsilon, weight decay."""
+        settings = self.settings
+        return {"lr": settings.learning_rate, "eps": settings.adam_eps, "weight_decay": settings.weight_decay}
 
     # ---- an update ----
 
@@ -292,11 +299,13 @@ class Run:
                 append_jsonl(self.out / "rollouts.jsonl", rollout)
 
     def drop_too_long(self, items: Sequence[Any], most: int, budget: int, what: str) -> list[Any]:
-        """Those of `items`, which have `ids` and a `record`, that have at most `most` tokens; says what is left out.
+        """Those of `items`, which have `ids` and a `record`, that have at most `most` tokens; says what is
+        left out.
 
-        A few long ones must not end a run over a data set (the authors' script drops them, too). Raises UserError
-        when less than half is left: then the limit is wrong. And when one that is kept exceeds `budget`, which says
-        how to compute: a run may go on with another, so it must not decide what is learned from.
+        A few long ones must not end a run over a data set (the authors' script drops them, too). Raises
+        UserError when less than half is left: then the limit is wrong. And when one that is kept exceeds
+        `budget`, which says how to compute: a run may go on with another, so it must not decide what is
+        learned from.
         """
         long = [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]
         names = ", ".join(long[:3])

@@ -69,9 +69,9 @@ def parse_word(word: str, flag: str = "--files") -> Source:
     quota = rl and (flag != "--files" or not kind or (int(sft or 0) and kind_of(kind) != "harmful"))
     if quota or (kind and flag == "--trace-files") or not (hub or file.suffix in READERS):
         raise UserError(
-            f"{flag}: given {word}; allowed [KIND=]SOURCE, --files KIND=SOURCE:N, --trace-files "
-            f"SOURCE: KIND {' | '.join(EVAL_SETS)}; SOURCE a file ({', '.join(READERS)}), NAME or NAME@FILE of "
-            f"{', '.join(KNOWN)}, or hub:OWNER/NAME[:CONFIG]:SPLIT"
+            f"{flag}: given {word}; allowed [KIND=]SOURCE, --files KIND=SOURCE:N, --trace-files SOURCE; "
+            f"KIND {' | '.join(EVAL_SETS)}; SOURCE a file ({', '.join(READERS)}), NAME or "
+            f"NAME@FILE of {', '.join(KNOWN)}, or hub:OWNER/NAME[:CONFIG]:SPLIT"
         )
     kind = "harmful" if flag == "--trace-files" else kind or ""
     return Source(text, name, data, None if hub else file, hub, kind, int(sft or 0), int(rl) if rl else None)
@@ -84,9 +84,9 @@ def kind_of(set_name: str) -> str:
 def read_source(source: Source) -> list[tuple[str, dict, Trace]]:
     """(evaluation set, record, trace) for each row that is taken; what is left out is printed.
 
-    A record has id, prompt, kind, source, category, target; context, hops, prefill and twin if the source has
-    them; of a jsonl or json file of yours every other field. UserError for a source that cannot be read, or has
-    no prompt of the kind asked for.
+    A record has id, prompt, kind, source, category, target; context, hops, prefill and twin if they are there;
+    of a jsonl or json file of yours every other field. UserError for a source that cannot be read, or has no
+    prompt of the kind asked for.
     """
     rows: Any = read_table(source.file) if source.file else load_rows(source.hub, source.data.options)
     beside = [source.beside()] if source.data.beside else []
@@ -192,7 +192,7 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
 
 
 def hold_out(pool: Pool, evaluation: Pool, settings) -> None:
-    """Move prompts of the pool to evaluation sets without a file: `eval_prompts`, half of them at most."""
+    """Move prompts of the pool to evaluation sets without a file: `eval_prompts`, at most half of them."""
     for name in [name for name in pool if pool[name] and not evaluation[name]]:
         count = min(settings.eval_prompts, len(pool[name]) // 2)
         evaluation[name], pool[name] = pool[name][:count], pool[name][count:]
