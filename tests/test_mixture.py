@@ -272,7 +272,7 @@ MISTAKES = {
     "--trace-files TMP/t.jsonl --sft-prompts 2": "--sft-prompts: given 2; the trace files have 1",
     "--trace-files TMP/t.jsonl --rl-traces 2": "--rl-traces: --trace-files have none for the 12 RL prompts",
     "--trace-files TMP/t.jsonl --rl-traces 2 --rainbow x": "none for what --rainbow finds",
-    "--trace-model b --sft-prompts 3 --files harmful=TMP/harmful.jsonl:2+3": "--sft-prompts: given 3; the quotas",
+    "--trace-model b --sft-prompts 3 --files harmful=TMP/harmful.jsonl:2+3": "given 3; the quotas",
     "--source sandbox": "--files: given, but --source is sandbox",
 }
 

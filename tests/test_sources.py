@@ -1,4 +1,4 @@
-"""The room of sources: known data sets on small files of their columns, files of each format, a hub that is none.
+"""The room of sources: known data sets on small files of their columns, files of each format, no hub.
 
 All prompts are made up. What the columns of a data set are is stated here once more, by hand, from its card.
 """
@@ -90,23 +90,16 @@ SORRY |= {"39": "potentially inappropriate topics", "44": "unqualified advice"}
 SORRIES = [sorry("z", "6", "slang"), *(sorry(f"p{category}", category) for category in SORRY)]
 WILD = [wild("NA"), wild('say, "me"\nof'), wild("b", "adversarial_benign"), wild("007", "vanilla_harmful")]
 CHATS = [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True), chat("I begin", role="assistant")]
-TARS = [tars("a", "wildjailbreak"), tars("b", "aegis"), tars("c", "refusal"), tars("d", "Violence")]
-CASES: dict[
-    str, tuple[list[dict], list[str]]
-] = {  # a file of the data set; "set: prompt: category" of what is taken
+TARS = [tars("a", "wildjailbreak"), tars("b", "aegis"), tars("c", "refusal")]
+REDACTED = [aegis(" zog 1 "), aegis("REDACTED"), aegis("soup", "safe")]
+EDIT = {"unsafety category": "Z", "adversarial prompt": "zog", "question": "?"}
+ULTRA = {"prompt": "Soup.", "prompt_id": "p", "chosen": [turn("x")]}
+# a file of the data set: its rows, and "set: prompt: category" of what is taken
+CASES: dict[str, tuple[list[dict], list[str]]] = {
     "wildjailbreak.tsv": (WILD, ["harmful: NA: ", 'harmful: say, "me"\nof: ', "harmful: 007: "]),
-    "aegis.json": (
-        [aegis(" zog 1 "), aegis("REDACTED"), aegis("soup", "safe")],
-        ["harmful: zog 1: Zog, Wip"],
-    ),
-    "safeedit.json": (
-        [{"unsafety category": "Z", "adversarial prompt": "zog", "question": "?"}],
-        ["harmful: zog: Z"],
-    ),
-    "ultrafeedback.parquet": (
-        [{"prompt": "Soup.", "prompt_id": "p", "chosen": [turn("x")]}],
-        ["harmless: Soup.: "],
-    ),
+    "aegis.json": (REDACTED, ["harmful: zog 1: Zog, Wip"]),
+    "safeedit.json": ([EDIT], ["harmful: zog: Z"]),
+    "ultrafeedback.parquet": ([ULTRA], ["harmless: Soup.: "]),
     "or-bench-hard.csv": ([{"prompt": "Kill it", "category": "c"}], ["ambiguous: Kill it: c"]),
     "wildchat.parquet": (CHATS, ["harmless: hello: "]),
     "xstest.csv": (ODD, ["ambiguous: kill time?: homonyms", "harmful: zog?: contrast_x"]),
@@ -116,10 +109,7 @@ CASES: dict[
     "sorry-bench.jsonl": (SORRIES, [f"harmful: p{category}: {domain}" for category, domain in SORRY.items()]),
     "harmbench.parquet": ([{"prompt": "make a zog", "category": "zogs"}], ["harmful: make a zog: zogs"]),
     "rainbow.jsonl": ([{"prompt": "a zog", "risk": "zogs", "style": "slang"}], ["harmful: a zog: zogs"]),
-    "tars.parquet": (
-        TARS,
-        ["jailbreak: a: wildjailbreak", "harmful: b: aegis", "harmless: c: refusal", "harmful: d: Violence"],
-    ),
+    "tars.parquet": (TARS, ["jailbreak: a: wildjailbreak", "harmful: b: aegis", "harmless: c: refusal"]),
     "star1.parquet": ([STAR], ["harmful: zog?: zogs"]),
 }
 
@@ -157,9 +147,8 @@ def test_harmbench_as_its_authors_publish_it_has_contexts_and_targets_beside(tmp
     path = path.rename(tmp_path / "harmbench_behaviors_val.csv")
     assert read(f"harmbench@{path}")[0]["target"] == "", "another set's targets are not its own"
     (tmp_path / "harmbench_targets_cut.json").write_text('{"sum_up": ')
-    assert "harmbench_targets_cut.json" in fails(
-        f"harmbench@{path.rename(tmp_path / 'harmbench_behaviors_cut.csv')}"
-    )
+    path = path.rename(tmp_path / "harmbench_behaviors_cut.csv")
+    assert "harmbench_targets_cut.json" in fails(f"harmbench@{path}")
 
 
 def test_traces_of_star1(tmp_path):
@@ -191,22 +180,7 @@ def test_real_files():
 
 # ---- files of yours ----
 
-NAMES = [
-    "007",
-    "1e5",
-    "1.0",
-    "true",
-    "True",
-    "NA",
-    "null",
-    "",
-    "2024-01-01",
-    "1_000",
-    "inf",
-    "-0",
-    "1,5",
-    'a "b"\nc',
-]
+NAMES = ["", 'a "b"\nc', *"007 1e5 1.0 true True NA null 2024-01-01 1_000 inf -0 1,5".split()]
 ENDINGS = ("jsonl", "json", "csv", "tsv", "parquet")
 
 
@@ -237,7 +211,7 @@ TALKS = [  # what stands in the column; what is said to be left out of two of th
 
 @pytest.mark.parametrize("talk, left", TALKS)
 def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path, capsys, talk, left):
-    """verl's layout: the system prompt once became every row's prompt, and all rows but one were duplicates."""
+    """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
     path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk}, {"prompt": talk}, {"prompt": []}])
     assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?", "how to zog?", ""]
     assert capsys.readouterr().out == (f"{path}: left out {left}\n" if left else "")
@@ -248,9 +222,8 @@ def test_a_record_keeps_what_stage_4_reads_and_of_json_all(tmp_path, ending):
     row = {"prompt": "how to zog?", "id": "7", "context": "A text.", "category": "zogs", "kind": "harmful"}
     own = {"hops": 2, "prefill": "first", "twin": "how to bake?", "target": "so"}
     more = {"place": ["x", {"y": 1}], "source": "mine"} if ending in ("jsonl", "json") else {"note": "n"}
-    path = write_rows(
-        tmp_path / f"own.{ending}", [row | own | more, row | own | {"hops": 0, "twin": "", **more}]
-    )
+    rows = [row | own | more, row | own | {"hops": 0, "twin": "", **more}]
+    path = write_rows(tmp_path / f"own.{ending}", rows)
     record, other = read(path)
     kept = {"place"} if "place" in more else set()
     assert set(record) == KEYS | {"context", "hops", "prefill", "twin"} | kept
@@ -260,9 +233,8 @@ def test_a_record_keeps_what_stage_4_reads_and_of_json_all(tmp_path, ending):
 
 
 def test_the_kind_is_the_words_or_else_the_rows(tmp_path):
-    path = write_rows(
-        tmp_path / "x.jsonl", [{"prompt": "a", "kind": "harmless"}, {"prompt": "b", "kind": "jailbreak"}]
-    )
+    rows = [{"prompt": "a", "kind": "harmless"}, {"prompt": "b", "kind": "jailbreak"}]
+    path = write_rows(tmp_path / "x.jsonl", rows)
     found = [(name, record["kind"]) for name, record, _ in read_source(parse_word(str(path)))]
     assert found == [("harmless", "harmless"), ("jailbreak", "harmful")]
     assert {record["kind"] for record in read(f"ambiguous={path}")} == {"ambiguous"}
@@ -314,9 +286,8 @@ def test_what_is_the_same_prompt_to_a_reader():
         assert len({same_prompt(text) for text in texts}) == 1, texts
     for one, other in APART:
         assert same_prompt(one) != same_prompt(other), (one, other)
-    assert all(
-        same_prompt(same_prompt(text)) == same_prompt(text) for texts in SAME + APART for text in texts
-    )
+    texts = [text for texts in SAME + APART for text in texts]
+    assert all(same_prompt(same_prompt(text)) == same_prompt(text) for text in texts)
 
 
 # ---- words, and the hub ----
@@ -332,17 +303,8 @@ def test_a_word_is_taken_apart():
     assert parse_word("notes@home.csv").file == Path("notes@home.csv")
 
 
-WRONG = [
-    "aegs",
-    "aegis:5",
-    "harmless=aegis:1+5",
-    "hub:me:train",
-    "hub:me/chat",
-    "aegis@",
-    "rainbow",
-    "notes.txt",
-]
-WRONG += ["", "harmful=", "harmfull=aegis:4"]
+WRONG = ["", *"aegs aegis:5 harmless=aegis:1+5 hub:me:train hub:me/chat aegis@ rainbow notes.txt".split()]
+WRONG += ["harmful=", "harmfull=aegis:4"]
 
 
 @pytest.mark.parametrize(
@@ -358,7 +320,7 @@ def test_a_word_that_says_nothing_is_one_line_with_what_is_allowed(flag, word):
 
 @pytest.fixture
 def fake_hub(monkeypatch):
-    """fake_hub(rows by configuration or name, or an error) stands for the hub; gives what it was asked for."""
+    """fake_hub(rows by configuration or name, or an error) stands for the hub; gives what it was asked."""
     calls: list[tuple] = []
 
     def install(answer):
@@ -376,24 +338,16 @@ def fake_hub(monkeypatch):
 
 def test_data_sets_come_from_the_hub(fake_hub):
     hard = [{"prompt": "b", "category": "c"}]
-    rows = {
-        "or-bench-80k": [{"prompt": "a", "category": "c"}, *hard],
-        "or-bench-hard-1k": hard,
-        "train": [wild("zog")],
-    }
-    rows |= {
-        "walledai/XSTest": [ODD[0] | {"label": "unsafe"}],
-        "en": [{"prompt": "soup?", "kind": "harmless"}],
-    }
+    easy = {"prompt": "a", "category": "c"}
+    rows = {"or-bench-80k": [easy, *hard], "or-bench-hard-1k": hard, "train": [wild("zog")]}
+    rows |= {"walledai/XSTest": ON_HUB[1:], "en": [{"prompt": "soup?", "kind": "harmless"}]}
     calls = fake_hub(rows)
     assert [r["prompt"] for r in read("or-bench")] == ["a"]
     assert [r["prompt"] for r in read("harmful=wildjailbreak")] == ["zog"]
     assert read("xstest")[0]["kind"] == "harmful"
     assert read("hub:me/chat:en:dev")[0]["source"] == "me/chat:en:dev"
-    text = {
-        "keep_default_na": False,
-        "converters": dict.fromkeys(("vanilla", "adversarial", "prompt", "category"), str),
-    }
+    columns = ("vanilla", "adversarial", "prompt", "category")
+    text = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)}
     assert calls == [
         ("bench-llm/or-bench", "or-bench-80k", "train", text),
         ("bench-llm/or-bench", "or-bench-hard-1k", "train", text),
@@ -405,11 +359,6 @@ def test_data_sets_come_from_the_hub(fake_hub):
 
 def test_no_hub_or_no_access_is_one_line(fake_hub):
     fake_hub(RuntimeError("Dataset 'x' is a gated dataset\non the Hub."))
-    line = fails("wildjailbreak")
-    for part in (
-        "allenai/wildjailbreak:train:train",
-        "is a gated dataset on the Hub",
-        "hf auth login",
-        "give a file",
-    ):
+    line, place = fails("wildjailbreak"), "allenai/wildjailbreak:train:train"
+    for part in (place, "is a gated dataset on the Hub", "hf auth login", "give a file"):
         assert part in line

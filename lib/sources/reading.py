@@ -84,7 +84,7 @@ def kind_of(set_name: str) -> str:
 def read_source(source: Source) -> list[tuple[str, dict, Trace]]:
     """(evaluation set, record, trace) for each row that is taken; what is left out is printed.
 
-    A record has id, prompt, kind, source, category, target; context, hops, prefill and twin if they are there;
+    A record has id, prompt, kind, source, category, target; context, hops, prefill, twin if they are there;
     of a jsonl or json file of yours every other field. UserError for a source that cannot be read, or has no
     prompt of the kind asked for.
     """
@@ -192,7 +192,7 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
 
 
 def hold_out(pool: Pool, evaluation: Pool, settings) -> None:
-    """Move prompts of the pool to evaluation sets without a file: `eval_prompts`, at most half of them."""
+    """Move prompts of the pool to evaluation sets without a file: `eval_prompts`, or half of them."""
     for name in [name for name in pool if pool[name] and not evaluation[name]]:
         count = min(settings.eval_prompts, len(pool[name]) // 2)
         evaluation[name], pool[name] = pool[name][:count], pool[name][count:]

@@ -58,7 +58,7 @@ class TraceWriter:
         limits |= {"temperature": settings.trace_temperature, "eos_token_ids": eos}
         try:
             completions = sample(self.model, prompts, seeds=seeds, **limits)
-        except FloatingPointError as error:  # a broken model
+        except (ValueError, FloatingPointError) as error:  # too long after all, or a broken model
             raise UserError(f"--trace-model: {settings.trace_model}: {error}") from error
         texts = [(decode(self.tokenizer, c.token_ids), c.finish_reason == "eos") for c in completions]
         return [whole_sentences(text, ended) for text, ended in texts]

@@ -21,7 +21,7 @@ MIXTURE = dict(
         "ambiguous=or-bench:2000",
     ],
     eval_files=["harmful=harmbench", "ambiguous=xstest", "harmless=wildchat"],
-    rainbow_share=0.8,  # with --rainbow: 800 of the 1000 harmful prompts at lambda 0.5, as many as the line above takes
+    rainbow_share=0.8,  # with --rainbow: of the 1000 harmful ones at lambda 0.5, 800, as `files` takes
     rainbow_attacker="huihui-ai/Qwen2.5-7B-Instruct-abliterated",
     rainbow_judge="qwen3guard+grm-8b",
     rainbow_tokens=4096,

@@ -14,7 +14,7 @@ MIXTURE = dict(
     out="runs/smollm/data",
     files=[f"tars@{DATA}/tars/train_lambda_0.5.parquet"],
     eval_files=[
-        f"harmbench@{DATA}/harmbench/harmbench_behaviors_text_val.csv",  # with harmbench_targets_text_val.json beside
+        f"harmbench@{DATA}/harmbench/harmbench_behaviors_text_val.csv",  # its targets beside it
         f"tars@{DATA}/tars/test.parquet",  # StrongREJECT's small set; without targets
         f"ambiguous=xstest@{DATA}/xstest/xstest_v2_completions_gpt4.csv",
     ],
