@@ -161,7 +161,10 @@ def test_what_a_known_data_set_has_not_is_one_line(tmp_path):
     new = write_rows(tmp_path / "new.tsv", [{"attack": "zog", "data_type": "adversarial_harmful"}])
     calm = write_rows(tmp_path / "calm.tsv", [wild("soup", "vanilla_benign")])
     zog = write_rows(tmp_path / "zog.tsv", [wild("zog")])
-    assert "no column 'adversarial' in attack, data_type" in fails(f"wildjailbreak@{new}")
+    odd = write_rows(tmp_path / "odd.jsonl", [sorry("a", "1"), sorry("b", "1") | {"turns": []}])
+    assert "record 1: not as " in (line := fails(f"wildjailbreak@{new}"))
+    assert "KeyError: 'adversarial'; its columns are attack, data_type" in line
+    assert "record 2: not as lib/sources/known.py expects it: IndexError" in fails(f"sorry-bench@{odd}")
     assert "no usable prompt in 1 rows" in fails(f"wildjailbreak@{calm}")
     assert "no harmless prompt in 1 rows" in fails(f"harmless=wildjailbreak@{zog}")
 
@@ -252,6 +255,7 @@ BROKEN = {
     "quote.csv": ('prompt,b\n"1,2\n', "cannot be read as csv"),
     "odd.tsv": ('prompt\tb\n"1"2\t3\n', "cannot be read as tsv"),
     "head.csv": ("prompt,b\n", "is empty"),
+    "deep.json": ("[" * 10**5, "cannot be read as json"),
     "list.json": ("[1, 2]", "allowed one object"),
     "cut.json": ('[{"prompt": "a"},', "not a JSON object"),
     "no.parquet": ("no parquet", "cannot be read as parquet"),

@@ -92,11 +92,12 @@ def read_source(source: Source) -> list[tuple[str, dict, Trace]]:
     beside = [source.beside()] if source.data.beside else []
     found, left, columns = [], Counter[str](), ", ".join(rows[0])
     for place, row in enumerate(tqdm(rows, source.name, unit="row", delay=2, leave=False), start=1):
+        where = f"{source.text}: record {place}"
         try:
             fields = readable(source.data.record(row, *beside))
-        except KeyError as error:
-            raise UserError(f"{source.text}: no column {error} in {columns} (lib/sources/known.py)") from None
-        where = f"{source.text}: record {place}"
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}; its columns are {columns}"
+            raise UserError(f"{where}: not as lib/sources/known.py expects it: {reason}") from error
         name = set_of(fields, source, where) if fields else ""
         if name:
             found.append((name, *make_record(fields, name, source, where)))
@@ -192,7 +193,7 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
 
 
 def hold_out(pool: Pool, evaluation: Pool, settings) -> None:
-    """Move prompts of the pool to evaluation sets without a file: `eval_prompts`, or half of them."""
+    """Move prompts of the pool to evaluation sets without a file: `eval_prompts`, or half."""
     for name in [name for name in pool if pool[name] and not evaluation[name]]:
         count = min(settings.eval_prompts, len(pool[name]) // 2)
         evaluation[name], pool[name] = pool[name][:count], pool[name][count:]

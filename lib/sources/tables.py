@@ -24,7 +24,7 @@ def read_table(path: Path) -> list[dict]:
         raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
         rows = READERS[path.suffix](path)
-    except (ValueError, csv.Error) as error:  # pyarrow's are ValueErrors
+    except (ValueError, RecursionError, csv.Error) as error:  # pyarrow's are ValueErrors
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
