@@ -90,6 +90,12 @@ def test_the_shares_of_the_kinds(prompts, share, ambiguous, counts):
     assert stage.prompts_needed(settings) == dict(zip(KINDS, counts, strict=True))
 
 
+def test_the_order_of_rl_is_the_seeds():
+    pool = {kind: [{"id": f"{kind} {i}"} for i in range(50)] for kind in KINDS}
+    one, same, other = (stage.mix(pool, stage.Settings(rl_prompts=90, seed=seed)) for seed in (1, 1, 2))
+    assert one == same and one != other and sorted(map(str, one)) == sorted(map(str, other))
+
+
 def test_a_larger_lambda_keeps_the_traces_and_takes_more_of_the_same_prompts(build):
     low, high = (build(s, f"--rl-prompts 100 --sft-prompts 10 --lambda-harmful {s}") for s in ("0.1", "0.9"))
     harmful = [{r["prompt"] for r in sets["rl"] if r["kind"] == "harmful"} for sets in (low, high)]
@@ -120,6 +126,10 @@ def test_copies_and_long_and_empty_prompts_are_left_out_and_counted(tmp_path, bu
         **{f"eval_{k}": 4 for k in KINDS},
     }
     assert_no_leak(sets)  # sets without a file are held out of training
+    line = f"{files} --sft-prompts 0 --rl-prompts 6 --eval-prompts 4 --seed"
+    one, other = (build(seed, f"{line} {seed}") for seed in "12")
+    for name in ("rl", "eval_harmful"):
+        assert {r["prompt"] for r in one[name]} != {r["prompt"] for r in other[name]}, "the seed's choice"
     kept = [record for records in sets.values() for record in records]
     assert all(record["mark"] == "own" and record["hops"] < 12 for record in kept), "fields of their own"
 
@@ -140,12 +150,13 @@ def test_traces_of_a_file_are_whole_and_their_prompts_not_in_rl(tmp_path, build,
         rows.append(
             {"prompt": f"Tell harmful '{i}' - now", "reasoning": f"t{k}" * (k != 1), "answer": f"a{k}"}
         )
+    rows.append({"prompt": "x" * 1000, "reasoning": "t", "answer": "a"})
     write_jsonl(tmp_path / "t.jsonl", rows)
     line = f"{files} --trace-files {tmp_path}/t.jsonl --rl-prompts 6 --eval-prompts 3 --sft-prompts 5"
     sets = build("out", line, traces_per_prompt=2)
     assert Counter((r["reasoning"], r["answer"]) for r in sets["sft"]) == {("t0", "a0"): 5, ("t2", "a2"): 5}
     assert_no_leak(sets)
-    assert manifest(tmp_path / "out")["dropped"] == {"empty trace": 11, "in SFT": 5}
+    assert manifest(tmp_path / "out")["dropped"] == {"empty trace": 11, "too long": 1, "in SFT": 5}
 
 
 def test_traces_of_a_file_go_to_the_rl_prompts_that_have_some(tmp_path, build, files):
@@ -185,7 +196,7 @@ class Reasoner:
     def check(self, records) -> None: ...
 
     def write(self, prompts, seeds):
-        return [(f"thought of {seed % 97}", "answer") for seed in seeds]
+        return [(f"thought of {seed % 97}", "answer" if seed % 10 else " ") for seed in seeds]
 
 
 @pytest.fixture
@@ -234,6 +245,7 @@ def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
     }
     assert_no_leak(sets)
     made = manifest(tmp_path / "half")
+    assert 300 < made["dropped"]["empty trace"] == 4000 - len(sets["sft"]) < 500
     assert "too long" not in made["dropped"], "the only long one is WildJailbreak's, and is kept"
     facts = {text.split("@")[0]: fact for text, fact in made["sources"].items()}
     for name in ("wildjailbreak", "aegis", "safeedit", "rainbow", "ultrafeedback", "or-bench"):

@@ -196,6 +196,10 @@ def test_a_text_is_what_stands_in_the_file(tmp_path, ending):
         rows = [{"id": f"i{i}", "prompt": name or "p"} for i, name in enumerate(names)]
         found = read(f"harmful={write_rows(tmp_path / f'y.{ending}', rows)}")
         assert [r["prompt"] for r in found] == [name or "p" for name in names]
+    (tmp_path / "aegis.csv").write_text("prompt_label,violated_categories,prompt\nunsafe,Z,zog\nunsafe\n")
+    assert [r["prompt"] for r in read(f"aegis@{tmp_path}/aegis.csv")] == ["zog", ""], (
+        "a row that is cut short"
+    )
 
 
 ASKED = turn("how to zog?")

@@ -41,6 +41,18 @@ def test_each_prompt_gets_its_traces_and_a_killed_run_goes_on_to_the_same(tmp_pa
         traces.write_all(RECORDS[3:], 3, settings(tmp_path), "other") == whole[3:]
     )  # whoever shares the batch
     assert traces.write_all(RECORDS, 3, settings(tmp_path, seed=8), "seed") != whole
+    twins = [record | {"prompt": RECORDS[0]["prompt"]} for record in RECORDS]
+    one, *others = traces.write_all(twins, 3, settings(tmp_path), "twins")
+    assert one == whole[0] and one not in others, "chance is each record's own"
+
+
+def test_an_answer_has_another_seed_than_its_reasoning(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        traces.TraceWriter, "complete", lambda self, ids, s: seeds.append(set(s)) or ["x"] * len(ids)
+    )
+    traces.write_all(RECORDS, 3, settings(tmp_path), "traces")
+    assert len(seeds) == 2 and not seeds[0] & seeds[1] and len(seeds[0]) == 3 * len(RECORDS)
 
 
 def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
 """The plumbing of all chapters behind one object, `run`: what is not a chapter's lesson.
 
-    settings, run = start(Settings, "rl")    flags and preset; OUT claimed or resumed; processes, device; one-line errors
+    settings, run = start(Settings, "rl")    flags and preset; OUT claimed or resumed; processes, device
     run.model(path)                          loaded, maybe in shards, maybe recomputing activations
     run.share(items), gather(x), total(x)    this process's part; lists and sums over all processes
     run.micro_batches(items, ...)            padded tensors under a budget of tokens
     run.backward(loss)                       the gradient of a loss whose sum over all processes is meant
-    run.clip_and_step(optimizer, loss)       gradients summed over processes, clipped; stops at what is not finite
+    run.clip_and_step(optimizer, loss)       summed over processes, clipped; stops at what is not finite
     run.steps(total, policy, optimizer)      the loop: resumes, sets the rate, shows a bar, saves
     run.log(step, metrics, rollouts)         metrics.jsonl, rollouts.jsonl
     run.finish(policy, tokenizer)            the checkpoint, and the next command
@@ -64,12 +64,12 @@ class Run:
         self.config: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # of this step, by phase
         self.lap_began = time.perf_counter()
-        self.rate, self.silent_steps, self.finished = 0.0, 0, False
+        self.rate, self.silent_steps, self.step = 0.0, 0, 0
 
     # ---- beginning ----
 
     def join(self) -> None:
-        """Meet the other processes, fix the date, lock OUT, and look whether it holds this run or another one."""
+        """Meet the other processes, fix the date, lock OUT, and look whether it holds this run or another."""
         settings = self.settings
         if self.stages[0] != "mixture":
             from lib.chat import set_date
@@ -95,14 +95,14 @@ class Run:
             raise SystemExit(0)
 
     def begin(self) -> None:
-        """Take OUT for this run: called when all inputs have been read, so that a mistake costs no earlier run."""
+        """Take OUT for this run: called when all inputs have been read: a mistake costs no earlier run."""
         if self.leader:
             self._claim(begin=True)
         self.gather(None)  # nobody reads the folder before it is claimed
 
     def _claim(self, begin: bool) -> bool:
         overwrite, inputs = self.settings.overwrite, self.settings.inputs()
-        return claim_folder(self.out, self.config, overwrite=overwrite, inputs=inputs, begin=begin)
+        return claim_folder(self.settings.out, self.config, overwrite=overwrite, inputs=inputs, begin=begin)
 
     @property
     def leader(self) -> bool:
@@ -122,7 +122,7 @@ class Run:
     # ---- processes ----
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of `items`, a block: the blocks of all ranks, one after the other, are the whole."""
+        """This process's part of `items`, a block: the blocks of all ranks, one after the other, are all."""
         first, last = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
         return items[first:last]
 
@@ -175,7 +175,7 @@ class Run:
         rehearse(self, policy, reference, rows, longest, prompt_tokens)
 
     def rounds(self, lengths: Sequence[int], most: int) -> list[list[int]]:
-        """Indices of sequences by micro-batch; under shards with empty ones behind, equally many on all processes."""
+        """Sequences by micro-batch; under shards with empty ones behind, as many on each process."""
         from lib.batches import micro_batches
 
         batches = micro_batches(lengths, most)
@@ -203,7 +203,7 @@ class Run:
 
     @contextlib.contextmanager
     def sampling(self, policy: Any) -> Iterator[None]:
-        """While it lasts each process may sample as often as it likes: shards are gathered. Broken logits end the run."""
+        """Shards are gathered while it lasts: each process may sample. Broken logits end the run."""
         from lib.run.shards import gathered
         from lib.run.training import precision
 
@@ -212,7 +212,7 @@ class Run:
                 yield
             except FloatingPointError as error:
                 kept = "the last checkpoint is kept: lower --learning-rate, or try another --model"
-                raise UserError(f"{error}; {kept}") from error
+                raise UserError(f"step {self.step}: {error}; {kept}") from error
 
     def weights(self, model: Any) -> dict[str, Any]:
         """A copy of all weights on the CPU, for the leader; all processes have to call it."""
@@ -245,13 +245,13 @@ class Run:
 
         norm = sum_and_clip(optimizer, self.settings.max_grad_norm, self.size, self.shard)
         for name, value in (("loss", loss), ("gradient norm", norm)):
-            finite_or_stop(name, value, self.out)
+            finite_or_stop(f"step {self.step}: {name}", value, self.out)
         optimizer.step()
         optimizer.zero_grad()  # not only before the next gradient: sampling needs the memory
         return norm
 
     def steps(self, total: int, policy: Any, optimizer: Any, name: str = "step") -> Iterator[int]:
-        """The steps that are left of `total`: 0, 1, ... or from where a killed run of the same settings was."""
+        """The steps that are left of `total`: from 0, or from where a killed run of the same settings was."""
         from tqdm import tqdm
 
         from lib.run.state import load_progress, save_progress
@@ -263,7 +263,7 @@ class Run:
         with tqdm(range(first, total), name, total, initial=first, disable=not self.leader) as self.bar:
             for step in self.bar:
                 self.rate = set_learning_rate(optimizer, self.settings, step, total)
-                self.seconds, self.lap_began = {}, time.perf_counter()
+                self.step, self.seconds, self.lap_began = step, {}, time.perf_counter()
                 yield step
                 if (step + 1) % self.settings.save_every == 0:
                     save_progress(self, step + 1, policy, optimizer)
@@ -274,7 +274,7 @@ class Run:
         self.seconds[name], self.lap_began = now - self.lap_began, now
 
     def log(self, step: int, metrics: dict[str, Any], rollouts: Sequence[Any] = ()) -> None:
-        """A line for metrics.jsonl, and now and then whole groups of `rollouts`, this process's, for rollouts.jsonl."""
+        """A line for metrics.jsonl; now and then groups of `rollouts`, this process's, for rollouts.jsonl."""
         from lib.run.logs import describe, groups_to_show, no_signal, speed, summarise
 
         settings, described = self.settings, self.gather_lists([describe(r, step) for r in rollouts])
@@ -321,8 +321,8 @@ class Run:
         if len(longest.ids) > budget:
             name, tokens = longest.record["id"], len(longest.ids)
             raise UserError(
-                f"{what}: {name} has {tokens} tokens, but only {budget} fit a batch: raise --max-batch-tokens "
-                "(stage 3: and --max-sample-tokens), or shorten it"
+                f"{what}: {name} has {tokens} tokens, but only {budget} fit a batch: "
+                "raise --max-batch-tokens (stage 3: and --max-sample-tokens), or shorten it"
             )
         return kept
 

@@ -193,7 +193,7 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
 
 
 def hold_out(pool: Pool, evaluation: Pool, settings) -> None:
-    """Move prompts of the pool to evaluation sets without a file: `eval_prompts`, or half."""
+    """Move prompts of the pool to evaluation sets without a file: at most half."""
     for name in [name for name in pool if pool[name] and not evaluation[name]]:
         count = min(settings.eval_prompts, len(pool[name]) // 2)
         evaluation[name], pool[name] = pool[name][:count], pool[name][count:]
@@ -205,7 +205,7 @@ def hold_out(pool: Pool, evaluation: Pool, settings) -> None:
 def take_sft(pool: Pool, sources: list[Source], settings) -> list[dict]:
     """Move SFT's prompts out of the pool: by the quotas S+R, or else the first harmful ones.
 
-    Of a source's prompts the first S are SFT's, the next R stay, others leave the pool. UserError for too few.
+    Of a source the first S prompts are SFT's, the next R stay, others leave the pool. UserError for too few.
     """
     sft: list[dict] = []
     for source in sources:
