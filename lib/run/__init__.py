@@ -87,8 +87,9 @@ class Run:
             raise UserError(f"--{given}: {settings.model} was trained the other way")
         self.config = {**asdict(settings), **checksums(*settings.inputs())}
         same = self.leader and self._claim(begin=False)
-        weights = (self.out / "config.json").exists() and not (self.out / "state").exists()
-        if self.gather(same and weights)[0]:
+        last = "manifest.json" if self.stages[0] == "mixture" else "config.json"  # what it writes last
+        done = (self.out / last).exists() and not (self.out / "state").exists()
+        if self.gather(same and done)[0]:
             self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
             self.stop()
             raise SystemExit(0)

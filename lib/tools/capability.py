@@ -33,7 +33,7 @@ from lib.run.folder import checksums, claim_folder, date_of_run, reasons
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import TOKENS, named
 from lib.sampler import sample
-from lib.sources.tables import first_text, read_table
+from lib.sources import read_table, text_of
 
 AT_ONCE = 64  # questions between two savings
 # 1,234 or 1234 or 1,234.5 or .5, or 3/4; the sign is no minus behind a digit or a word (10-3, twenty-3)
@@ -119,16 +119,16 @@ class Question:
 
 
 def read_questions(path: Path, question: str, answer: str, limit: int) -> list[Question]:
-    """The questions of a jsonl, json, csv or parquet file. Columns may be "a.b" or several, "a,b": the first with text."""
+    """The questions of a jsonl, json, csv or parquet file."""
     rows = read_table(path)[: limit or None]
     for place, row in enumerate(rows, start=1):
         for flag, column in (("--question-column", question), ("--answer-column", answer)):
-            if not first_text(row, column):
+            if not text_of(row.get(column)):
                 raise UserError(
                     f"{flag}: given {column}, which is empty in row {place} of {path}; its columns: {', '.join(row)}"
                 )
     return [
-        Question(str(i), first_text(row, question), first_text(row, answer)) for i, row in enumerate(rows)
+        Question(str(i), text_of(row.get(question)), text_of(row.get(answer))) for i, row in enumerate(rows)
     ]
 
 
