@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from lib.run.plan import Need, memory, shape_of_model
 from tokenizers import (
     AddedToken,
     Regex,
@@ -47,7 +48,7 @@ from transformers import (
 from lib import UserError
 from lib.attacks.autodan import target_losses
 from lib.attacks.core import Budget, Cost
-from lib.attacks.suffix import Slot
+from lib.attacks.suffix import Slot, first_exact, surviving
 from lib.attacks.victim import Victim
 from lib.batches import pad_batch
 from lib.chat import (
@@ -68,7 +69,7 @@ from lib.run.checks import check_tokenizer
 from lib.run.files import read_jsonl, write_jsonl
 from lib.run.folder import date_of_run
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.plan import Need, memory, shape_of_model
+from lib.run.presets import smollm
 from lib.sampler import sample
 
 stage = importlib.import_module("04_attack_eval")
@@ -434,8 +435,9 @@ def test_a_suffix_is_scored_as_the_model_will_read_it(loaded, name):
     )
     victim = Victim(name, model, tokenizer, reasoning, judge, max_new_tokens=4, temperature=0.0)
     budget = Budget(gcg_steps=1, gcg_width=1, gcg_top_k=1, gcg_suffix_tokens=4, gcg_init="please")
-    slot = Slot(victim, behaviour, behaviour["target"], budget)
-    assert slot.is_exact(budget.initial_suffix(), slot.start)
+    slot = Slot(victim, behaviour, behaviour["target"], budget, Cost())
+    start, texts = slot.start[None], [budget.initial_suffix()]
+    assert first_exact([slot], start, texts, torch.zeros(1)) == 0
     assert (
         tokenizer.decode(slot.prefix).endswith("Tell me a story")
         and tokenizer.decode(slot.start.tolist()).strip() == budget.initial_suffix()
@@ -450,11 +452,12 @@ def test_a_suffix_is_scored_as_the_model_will_read_it(loaded, name):
     candidates = slot.start.repeat(40, 1)
     choices = allowed.nonzero().flatten()
     candidates[:, 2] = choices[torch.randperm(len(choices), generator=torch.Generator().manual_seed(0))[:40]]
-    kept, texts = slot.surviving(candidates)
-    assert len(kept) and all(slot.is_exact(text, row) for text, row in zip(texts, kept, strict=True))
+    kept, texts = surviving([slot], candidates)
+    rows = [first_exact([slot], kept[i : i + 1], [text], torch.zeros(1)) for i, text in enumerate(texts)]
+    assert rows and {*rows} == {0}
     ids = victim.encode(f"Tell me a story {texts[0]}") + slot.target.tolist()
     logits = model(input_ids=torch.tensor([ids])).logits[0, -len(slot.target) - 1 : -1]
-    assert slot.losses(kept[:1]).item() == pytest.approx(
+    assert stage.losses(slot, kept[:1]).item() == pytest.approx(
         torch.nn.functional.cross_entropy(logits, slot.target).item(), rel=1e-4
     )
 
@@ -490,10 +493,12 @@ def test_one_command_attacks_a_reasoner_and_a_model_without_reasoning(hub, tmp_p
             "target": "Sure, here is a story",
         }
         write_jsonl(tmp_path / f"data/eval_{file}.jsonl", [{"id": f"{file}-0", **record}])
-    words = "--judge standin --max-new-tokens 8 --answer-tokens 6 --device cpu --behaviours 1 --gcg-steps 2 --gcg-width 6"
-    words += " --gcg-top-k 8 --gcg-suffix-tokens 3 --budgets 0 --direct llama --attacks gcg prefill_answer --preset smollm"
+    words = "--judge standin --max-new-tokens 8 --answer-tokens 6 --device cpu --behaviours 1 --gcg-steps 2"
+    words += " --direct llama --attacks gcg prefill_answer --preset smollm"
+    small = {"gcg_width": 6, "gcg_top_k": 8, "gcg_suffix_tokens": 3, "budgets": ["0"], "gcg_init": "please"}
+    monkeypatch.setattr(smollm, "EVAL", smollm.EVAL | small)
     models = ["--models", f"llama={hub / 'llama'}", f"r1={hub / 'r1'}", "--systems", "llama=Be brief."]
-    paths = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "eval"), "--gcg-init", "please"]
+    paths = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "eval")]
     monkeypatch.setattr(sys, "argv", ["04", *paths, *words.split(), *models])
     monkeypatch.setattr("lib.report.draw_figures", lambda *args: {})  # slow
     stage.main()
@@ -619,10 +624,10 @@ def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
 
     victim = Victim("x", model, tokenizer, True, NO_JUDGE, max_new_tokens=4, temperature=0.0)
     behaviour = {"id": "a", "prompt": "tell me about the sea", "target": "sure here is a story"}
-    slot = Slot(victim, behaviour, behaviour["target"], BUDGET)
+    slot = Slot(victim, behaviour, behaviour["target"], BUDGET, Cost())
     ids, target = [*slot.prefix, *slot.start.tolist(), *slot.tail.tolist()], slot.target.tolist()
     nll = -literal(ids)[-len(target) :].gather(1, slot.target[:, None]).mean()
-    assert slot.losses(slot.start[None]).item() == pytest.approx(nll.item(), abs=1e-4)
+    assert stage.losses(slot, slot.start[None]).item() == pytest.approx(nll.item(), abs=1e-4)
     assert target_losses(
         victim,
         [f"{behaviour['prompt']} please please please please", "please"],
@@ -647,7 +652,7 @@ def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
     loss = -literal(ids)[-len(target) :].gather(1, slot.target[:, None]).mean()
     hook.remove()
     slope = torch.autograd.grad(loss, share)[0].item()
-    assert slot.gradient(slot.start)[1, 50].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
+    assert stage.gradient(slot, slot.start)[1, 50].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
 
 
 NO_JUDGE = Judge(

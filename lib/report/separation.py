@@ -158,3 +158,25 @@ def separation(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0) -> dict[str,
         "slack": round(float(slack), 4),
         "points": [[round(a, 4), round(b, 4), int(group)] for a, b, group in points],
     }
+
+
+def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> dict[str, dict[str, Any]]:
+    """`separation` of each group of harmful prompts from equally many safe ones, as a model holds them.
+
+    victim: a lib.attacks.Victim. Groups of fewer than 10 prompts that fit its context say nothing.
+    """
+    found = {}
+    for name, harmful in groups.items():
+        fitting = [[text for text in texts if victim.fits(victim.encode(text))] for texts in (harmful, safe)]
+        n = min(map(len, fitting))
+        if n >= 10:
+            prompts, how = (
+                fitting[0][:n] + fitting[1][:n],
+                {"reasoning": victim.reasoning, "system": victim.system},
+            )
+            limit = victim.max_batch_tokens
+            embeddings = prompt_embeddings(
+                victim.model, victim.tokenizer, prompts, max_batch_tokens=limit, **how
+            )
+            found[name] = separation(embeddings, torch.tensor([1.0] * n + [-1.0] * n))
+    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
 import math
 import subprocess
@@ -34,6 +35,7 @@ from lib.run.files import append_jsonl, resume_log
 from lib.run.hub import load_policy, load_tokenizer
 from lib.sampler import random_numbers
 
+search = importlib.import_module("04_attack_eval").search
 WORKER = Path(__file__).with_name("nanogcg_worker.py")
 SAME = 1e-3  # nats, by which the initial losses of two libraries may differ
 
@@ -63,7 +65,7 @@ def ours(victim: Victim, behaviour: dict, budget: Budget, seed: int) -> dict:
     generator = random_numbers(seed, f"gcg/{behaviour['id']}")
     with tqdm(total=budget.gcg_steps, desc="ours", leave=False) as bar:
         wall, cpu = time.perf_counter(), time.process_time()
-        attempt = ATTACKS["gcg"].run(victim, [behaviour], budget, [generator], bar.update)[0]
+        attempt = ATTACKS["gcg"].run(victim, [behaviour], budget, [generator], bar.update, search)[0]
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     curve = [step["loss"] for step in attempt.trace]
     return {"curve": curve, "sent": attempt.trace[-1]["sent"], "seconds": wall, "cpu_seconds": cpu}
