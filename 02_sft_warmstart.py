@@ -242,7 +242,7 @@ def main() -> None:
     model = load_model(settings, device, processes)
     train, held_out = load_examples(settings, tokenizer, context_of(model.config), leader)
     check_tokenizer(model, tokenizer, [e.prompt for e in train[:8]], reasoning=settings.reasoning)
-    check_ids(model, [e.ids for e in train + held_out], settings.model)
+    check_ids(model, [e.ids for e in train + held_out], [e.prompt[:40] for e in train + held_out])
     if settings.overwrite or not is_finished(
         out
     ):  # what does not fit ends here, and not when the longest traces come

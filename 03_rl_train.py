@@ -512,7 +512,7 @@ def main() -> None:
     reference = load_model(settings, device, processes, trained=False)
     records = load_prompts(settings, tokenizer, context_of(policy.config), leader)
     check_tokenizer(policy, tokenizer, [r["prompt"] for r in records[:8]], reasoning=settings.reasoning)
-    check_ids(policy, [r["prompt_ids"] for r in records], settings.model)
+    check_ids(policy, [r["prompt_ids"] for r in records], [r["id"] for r in records])
     if settings.overwrite or not is_finished(
         out
     ):  # what does not fit ends here, not when the longest rollouts come

@@ -4,11 +4,11 @@ The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y 
 
     chat template of the prompt | <think>\\n | z \\n</think>\\n\\n y | end-of-turn token
 
-Both markers are read and written as plain text, also where a tokenizer has special tokens for them. The bars are
-seams: what lies between two of them is tokenised on its own. So a training example begins with exactly the token ids
-of the generation prompt. A template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the
-caller's counts. One that can be told whether to reason (Qwen3's `enable_thinking`) is told, and without reasoning
-closes an empty one.
+Both markers are read and written as plain text, also where a tokenizer has special tokens for them. The bars
+are seams: what lies between two of them is tokenised on its own. So a training example begins with exactly
+the token ids of the generation prompt. A template that opens the reasoning by itself (DeepSeek-R1) has its
+marker cut off: only the caller's counts. One that can be told whether to reason (Qwen3's `enable_thinking`)
+is told, and without reasoning closes an empty one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def parse_direct(text: str) -> Parsed:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, reasoning: bool, system: str = "") -> list[int]:
-    """Token ids of one question's generation prompt: `encode_chat` of it, behind a `system` prompt if there is one.
+    """Token ids of one question's generation prompt, maybe behind a system prompt: see `encode_chat`.
 
     Without `system` the template does as it always does; some add a system prompt of their own.
     """
@@ -81,9 +81,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, reasoning: bool, system:
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], *, reasoning: bool) -> list[int]:
     """Token ids of a conversation's generation prompt: what the model reads before its first own token.
 
-    `messages` are {"role", "content"}: maybe a system prompt, then user and assistant in turn, a user's last. With
-    `reasoning` the ids end in "<think>\\n", once. The template writes the beginning-of-sequence token, the tokenizer
-    adds none. Raises UserError if the template refuses, as some do to a system prompt, or leaves that out.
+    `messages` are {"role", "content"}: maybe a system prompt, then user and assistant in turn, a user's last.
+    With `reasoning` the ids end in "<think>\\n", once. The template writes the beginning-of-sequence token,
+    the tokenizer adds none. Raises UserError if the template refuses, as some do to a system prompt, or
+    leaves that out.
     """
     ids = _encode_turn(tokenizer, messages, reasoning)
     return ids + encode_text(tokenizer, THINK_OPEN) if reasoning else ids
@@ -94,8 +95,8 @@ def encode_example(
 ) -> tuple[list[int], list[bool]]:
     """(ids, completion_mask), both of length T; the mask is True on all that the model must learn to write.
 
-    With reasoning that is "<think>\\n" z "\\n</think>\\n\\n" y and the end-of-turn token, markers included (paper,
-    appendix F); with None it is the answer and the end-of-turn token. Each begins as `encode_prompt` does.
+    With reasoning that is "<think>\\n" z "\\n</think>\\n\\n" y and the end-of-turn token, markers included
+    (paper, appendix F); with None it is the answer and the end-of-turn token. Each begins as its prompt.
     """
     ids = _encode_turn(tokenizer, [{"role": "user", "content": prompt}], reasoning is not None)
     if reasoning is None:
@@ -108,7 +109,7 @@ def encode_example(
 
 
 def _encode_turn(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], reasoning: bool) -> list[int]:
-    """Token ids up to where the model's turn begins, without a "<think>\\n" that the template itself writes there."""
+    """Token ids up to where the model's turn begins, without a "<think>\\n" that the template writes."""
     name = tokenizer.name_or_path or "the model"
     try:  # a template that knows no `enable_thinking` ignores it
         text = render(tokenizer, messages, add_generation_prompt=True, enable_thinking=reasoning)
@@ -125,7 +126,7 @@ _today: date | None = None
 def set_date(day: str) -> None:
     """Tell every chat template, of policy, victim, attacker and judges, that today is `day`, "2026-11-26".
 
-    Else prompts would change overnight: a resumed run or an evaluation would not see those of the run before it.
+    Else prompts would change overnight, and a resumed run or an evaluation would not see those before it.
     """
     global _today
     _today = date.fromisoformat(day)
@@ -169,7 +170,7 @@ def eos_token_ids(model_or_config: Any, tokenizer: Tokenizer) -> list[int]:
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of the ids, spaces as the tokens have them, without special tokens other than <think> and </think>."""
+    """The text of the ids, spaces as the tokens have them; of special tokens only <think> and </think>."""
     unseen = _unseen_ids(tokenizer, len(tokenizer))
     text = tokenizer.decode([i for i in ids if i not in unseen], clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
@@ -178,6 +179,6 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 @lru_cache(maxsize=8)
 def _unseen_ids(tokenizer: Tokenizer, size: int) -> frozenset[int]:
-    """Special tokens but for the markers; looked up once for a tokenizer of so many tokens: some have thousands."""
+    """Special tokens but for the markers, looked up once for a tokenizer of `size` tokens."""
     tokens, markers = tokenizer.added_tokens_decoder.items(), ("<think>", "</think>")
     return frozenset(i for i, token in tokens if token.special and token.content not in markers)

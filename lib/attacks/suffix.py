@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from lib import UserError
 from lib.attacks.core import Budget, Cost, attach
 from lib.attacks.victim import Victim
-from lib.cache import repeat_row, table_rows
+from lib.cache import repeat_row
+from lib.policy import table_rows
 
 VOCABULARY_PART = 8192  # rows of the table that a gradient looks at at a time: all of them may be a gigabyte
 CPU_TOKENS = (

@@ -50,7 +50,7 @@ class Victim:
         read = partial(encode_prompt, self.tokenizer, reasoning=self.reasoning, system=self.system)
         write = partial(encode_text, self.tokenizer)
         ids = encoded(read, sent, self.name) + encoded(write, opening, self.name)
-        check_ids(self.model, [ids], self.name)
+        check_ids(self.model, [ids], [f"{self.name}: {sent[:40]!r}"])
         return ids
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:

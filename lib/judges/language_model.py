@@ -15,9 +15,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
 from lib.batches import pad_batch
-from lib.cache import context_of
 from lib.chat import decode, encode_prompt, eos_token_ids
-from lib.policy import head_logits, hidden_states
+from lib.policy import context_of, head_logits, hidden_states
 from lib.run.hub import dtype_to_infer, load_policy, load_pretrained, load_tokenizer, read_tokenizer
 from lib.run.plan import kv_cache_bytes, shape_of_model
 from lib.run.processes import pick_device

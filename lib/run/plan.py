@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lib import UserError
 from lib.policy import CHUNK
-from lib.run.hub import load_pretrained, quiet
+from lib.run.hub import load_pretrained
 
 SPARE = 0.08  # of a GPU
 GB = 1e9
@@ -66,7 +66,7 @@ def shape_of(name_or_path: str) -> Shape:
     """From the configuration alone: no weights are read. Raises UserError if there is no such model."""
     config = load_pretrained(AutoConfig.from_pretrained, name_or_path, "model's configuration")
     try:
-        with quiet(), torch.device("meta"):
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise UserError(

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib import UserError
-from lib.run.checkpoint import disk_errors
 from lib.run.files import atomic, resume_log
 from lib.run.processes import Processes, gather_objects
 from lib.run.shards import full_optimizer, full_weights, set_optimizer, set_weights
@@ -97,7 +96,7 @@ def save_state(path: str | Path, state: dict) -> None:
     """
     tensors: dict[str, Tensor] = {}
     metadata = {"state": json.dumps(_encode(state, "", tensors, {}))}
-    with atomic(path) as temporary, disk_errors(path):
+    with atomic(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
