@@ -1,7 +1,8 @@
 """The formulas of the paper word by word, in plain Python and slow: what the chapters are compared with.
 
-They are the solutions of exercises, so they stand here and in no other test: a course withholds this file. One symbol
-a name; logprob[i][t] = log pi(o_i,t | q, o_i,<t) is a list of scalars for each completion o_i of a batch.
+They are the solutions of exercises, so they stand here and in no other test: a course withholds this file.
+One symbol a name; logprob[i][t] = log pi(o_i,t | q, o_i,<t) is a list of scalars for each completion o_i of a
+batch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Templates, tokenizers and the <think> format, on released chat models in small.
 
-No installed package ships the vocabulary of a real tokenizer, so each is trained here on a few sentences. Around it,
-normalizer, pre-tokenizer, special tokens and `tokenizer_class` are the family's, and templates are rewritten to what
-matters of those in the models' tokenizer_config.json, as public code quotes them.
+No installed package ships the vocabulary of a real tokenizer, so each is trained here on a few sentences.
+Around it, normalizer, pre-tokenizer, special tokens and `tokenizer_class` are the family's, and templates are
+rewritten to what matters of those in the models' tokenizer_config.json, as public code quotes them.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ THINK, CHATML = ("<think>", "</think>"), ("<|im_start|>", "<|im_end|>", "<|endof
 DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 LLAMA = (
-    "{% for m in messages %}{{ bos_token if loop.first }}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
-    "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% for m in messages %}{{ bos_token if loop.first }}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
@@ -67,11 +68,11 @@ QWEN2 = (
 QWEN3 = (  # can be told whether to reason
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 SENTENCES = [
     "Write a poem about green soup, please. Sure, here is a poem: roses are red and the soup is green.",
-    "How do I bake a cake, please? They ask for a cake, so I should help. Mix the flour.\n</think>\n\nHi\n<think>\n",
+    "How do I bake a cake? They ask for a cake, so I should help. Mix the flour.\n</think>\n\nHi\n<think>\n",
 ] * 8
 WORDS = (
     r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -111,7 +112,8 @@ FAMILIES = {
         "<|im_start|>system\nYou are Qwen.<|im_end|>\n" + USER, BRIEF, CHATML,
     ),
     "qwen3": Family(  # its eos is a base's: the template ends a turn with another token
-        QWEN3, "Qwen2Tokenizer", None, CHATML[2], CHATML[1], USER + "<think>\n\n</think>\n\n", BRIEF, CHATML, THINK,
+        QWEN3, "Qwen2Tokenizer", None, CHATML[2], CHATML[1],
+        USER + "<think>\n\n</think>\n\n", BRIEF, CHATML, THINK,
     ),
 }  # fmt: skip
 
@@ -148,7 +150,9 @@ def sentence_piece(family: Family) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
-    """A family, its tokenizer as the stages load it from a folder as on the hub, and what is in tokenizer.json."""
+    """A family, its tokenizer as the stages load it from a folder as on the hub, and what is in
+    tokenizer.json.
+    """
     family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("hub")
     core = sentence_piece(family) if request.param == "mistral" else byte_level(family)
     if family.bos:
@@ -276,14 +280,14 @@ def test_parsing_never_raises_and_never_rewards_a_broken_format(text):
         assert parsed.answer == text.strip() and parsed.reasoning == ""
 
 
-ASKS = '{% if not d is defined %}{% set d = strftime_now( "%d %b %R %-m" ) %}{% endif %}\n{{ d }} {% for m in messages %}{{ m.content }}{% endfor %}'
+ASKS = '{% if not d is defined %}{% set d = strftime_now( "%d %b %R %-m" ) %}{% endif %}\n{{ d }}'
 
 
 @pytest.mark.parametrize("template", [ASKS, ASKS.replace('"', "'")])
 def test_templates_are_told_the_date_of_the_run(monkeypatch, word_tokenizer, template):
     monkeypatch.setattr("lib.chat._today", None)
     word_tokenizer.chat_template = template
-    for day, text in (("2026-11-26", "26 Nov 00:00 11 how"), ("2027-01-07", "07 Jan 00:00 1 how")):
+    for day, text in (("2026-11-26", "26 Nov 00:00 11"), ("2027-01-07", "07 Jan 00:00 1")):
         set_date(day)
         assert render(word_tokenizer, [{"role": "user", "content": "how"}]).strip() == text
 
