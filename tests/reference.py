@@ -1,8 +1,6 @@
-"""The formulas of the paper word by word, in plain Python and slow: what the chapters are compared with.
+"""The formulas of chapters 2 and 3, word by word and slow: what the tests compare with.
 
-They are the solutions of exercises, so they stand here and in no other test: a course withholds this file.
-One symbol a name; logprob[i][t] = log pi(o_i,t | q, o_i,<t) is a list of scalars for each completion o_i of a
-batch.
+They are solutions of exercises, so a course may keep this file to itself. Nothing else in tests/ writes them out.
 """
 
 from __future__ import annotations
@@ -12,83 +10,63 @@ from collections.abc import Sequence
 
 import torch
 
-EPS = 1e-6  # of the advantage
-SLACK = 0.1  # of the safety reward
+
+def logprobs(model, ids: Sequence[int], start: int, temperature: float = 1.0) -> list[torch.Tensor]:
+    """log p(ids[t] | ids[:t]) for t from `start` on: one plain forward pass for one sequence, all its logits."""
+    logits = model(torch.tensor([list(ids)])).logits[0]
+    return [(logits[t - 1] / temperature).log_softmax(-1)[ids[t]] for t in range(start, len(ids))]
 
 
-# ---- rewards (section 4.3, equations 1 and 2) ----
+def entropies(model, ids: Sequence[int], start: int, temperature: float = 1.0) -> torch.Tensor:
+    """Entropy in nats of each of those predictions, (n,)."""
+    logits = model(torch.tensor([list(ids)])).logits[0, start - 1 : -1]
+    return torch.distributions.Categorical(logits=logits / temperature).entropy()
 
 
-def reward(kind: str, harm: float, task: float, well_formed: bool) -> float:
-    r_f = 1 if well_formed else 0
-    s = 1 - harm
-    r_s = 1 if s >= 1 - SLACK else s
-    r_n = task
-    return r_f * r_s if kind == "harmful" else r_f * r_n
+def advantages(rewards: Sequence[float | None], with_std: bool) -> list[float]:
+    """Of one group; an unknown reward is left out, and has none."""
+    known = [reward for reward in rewards if reward is not None]
+    if len(known) < 2:
+        return [0.0] * len(rewards)
+    scale = statistics.stdev(known) + 1e-6 if with_std else 1.0
+    return [0.0 if reward is None else (reward - statistics.mean(known)) / scale for reward in rewards]
 
 
-# ---- advantages (DeepSeekMath, section 4.1) ----
+def kl(gap, estimator: str):
+    """Schulman's estimators; gap = log pi_ref - log pi."""
+    return {"k1": -gap, "k2": gap**2 / 2, "k3": torch.exp(gap) - gap - 1}[estimator]
 
 
-def advantages(group: Sequence[float | None], std: bool = True) -> list[float]:
-    """Of one group's rewards; one that is unknown, None, has no say, and its advantage is 0."""
-    known = [r for r in group if r is not None]
-    scale = statistics.stdev(known) + EPS if std and len(known) > 1 else 1.0
-    return [0.0 if r is None else (r - statistics.mean(known)) / scale for r in group]
-
-
-# ---- log-probabilities of a completion, by one plain pass over one sequence ----
-
-
-def logits(model, prompt_ids: list[int], ids: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """Those that predict the completion, (tokens, vocab), all at once."""
-    every = model(torch.tensor([prompt_ids + ids])).logits[0] / temperature
-    return every[len(prompt_ids) - 1 : len(prompt_ids) + len(ids) - 1]
-
-
-def logprobs(model, prompt_ids: list[int], ids: list[int], temperature: float = 1.0) -> list[torch.Tensor]:
-    predictions = logits(model, prompt_ids, ids, temperature)
-    return [
-        torch.log(prediction.softmax(-1)[token]) for prediction, token in zip(predictions, ids, strict=True)
-    ]
-
-
-def entropies(model, prompt_ids: list[int], ids: list[int], temperature: float = 1.0) -> list[torch.Tensor]:
-    predictions = logits(model, prompt_ids, ids, temperature).softmax(-1)
-    return [-sum(p * torch.log(p) for p in prediction if p > 0) for prediction in predictions]
-
-
-# ---- the loss (DeepSeekMath, equation 3) ----
-
-
-def kl(new: torch.Tensor, reference: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Of KL(policy || reference), from one token (Schulman). k3 is clamped to 10, as in verl."""
-    log_r = reference - new  # r = pi_ref / pi
-    if estimator == "k1":
-        return -log_r
-    if estimator == "k2":
-        return log_r**2 / 2
-    return (torch.exp(log_r) - log_r - 1).clamp(max=10)
-
-
-def divisor(lengths: Sequence[int], i: int, normalisation: str, max_new_tokens: int) -> int:
-    """What the terms of completion i are divided by, of a batch of completions of these lengths."""
+def lengths(normalisation: str, sizes: Sequence[int], max_new_tokens: int) -> list[int]:
+    """What each completion's sum over tokens is divided by."""
     if normalisation == "token":
-        return sum(lengths)
-    if normalisation == "sequence":
-        return lengths[i] * len(lengths)
-    return max_new_tokens * len(lengths)
+        return [sum(sizes)] * len(sizes)
+    return [(size if normalisation == "sequence" else max_new_tokens) * len(sizes) for size in sizes]
 
 
-def objective(logprob, old, reference, groups: Sequence[Sequence[float | None]], settings) -> torch.Tensor:
-    """What GRPO maximises. `groups`: rewards, in the order of the completions; `settings` are chapter 3's."""
-    advantage = [a for group in groups for a in advantages(group, settings.std_normalisation)]
-    lengths, total = [len(o) for o in logprob], torch.zeros((), dtype=torch.double)
-    for i, completion in enumerate(logprob):
-        for t, new in enumerate(completion):
-            ratio = torch.exp(new - old[i][t])
+def objective(new, old, anchor, of_completion: Sequence[float], settings) -> torch.Tensor:
+    """DeepSeekMath eq. 3; new[i][t] = log pi(o_i,t | q, o_i,<t), `of_completion` the advantages."""
+    total = torch.zeros((), dtype=torch.double)
+    divisors = lengths(settings.normalisation, [len(o) for o in new], settings.max_new_tokens)
+    for i, advantage in enumerate(of_completion):
+        for t in range(len(new[i])):
+            ratio = torch.exp(new[i][t] - old[i][t])
             clipped = torch.clip(ratio, 1 - settings.clip_range, 1 + settings.clip_range)
-            gain = torch.min(ratio * advantage[i], clipped * advantage[i])
-            term = gain - settings.kl_coef * kl(new, reference[i][t], settings.kl_estimator)
-            total = total + term / divisor(lengths, i, settings.normalisation, settings.max_new_tokens)
+            gain = torch.min(ratio * advantage, clipped * advantage)
+            penalty = settings.kl_coef * kl(anchor[i][t] - new[i][t], settings.kl_estimator)
+            total = total + (gain - penalty) / divisors[i]
     return total
+
+
+def rpo(new, anchor, pairs: Sequence[tuple[int, int]], beta: float, alpha: float) -> torch.Tensor:
+    """RPO eq. 1, the mean over pairs (chosen, rejected); new[i], anchor[i]: token log-probabilities of response i."""
+    total = torch.zeros((), dtype=torch.double)
+    for w, l in pairs:  # noqa: E741
+        margin = beta * ((sum(new[w]) - sum(anchor[w])) - (sum(new[l]) - sum(anchor[l])))
+        total = total - torch.log(1 / (1 + torch.exp(-margin))) - alpha * sum(new[w]) / len(new[w])
+    return total / len(pairs)
+
+
+def safety(harm: float, slack: float = 0.1) -> float:
+    """r_s: full reward from s = 1 - harm = 1 - slack on."""
+    return 1.0 if harm <= slack else 1.0 - harm

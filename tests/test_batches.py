@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib import UserError
-from lib.batches import epoch_order, masked_batch, micro_batches, pad_batch
+from lib.batches import epoch_order, items_of_step, masked_batch, micro_batches, pad_batch, scatter
 
 
 def test_padding_on_either_side():
@@ -46,3 +46,19 @@ def test_the_order_of_an_epoch_is_a_shuffle_that_seed_and_epoch_decide():
     assert sorted(order) == list(range(20)) and epoch_order(20, 0, 0) == order
     orders = {tuple(epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(-1, 3)}
     assert len(orders) == 12
+
+
+def test_steps_go_on_through_shuffled_epochs():
+    items = "abcdefghij"
+    stream = [x for step in range(5) for x in items_of_step(items, step, 4, seed=3)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(items) and stream[:10] != stream[10:]
+    assert (
+        stream[:10] == [items[i] for i in epoch_order(10, 3, 0)]
+        and items_of_step(items, 2, 4, 3) == stream[8:12]
+    )
+
+
+def test_scattered_values_stand_where_the_mask_is_true():
+    mask = torch.tensor([[False, True, True], [True, False, False]])
+    rows = scatter([torch.tensor([1.5, 2.5]), torch.tensor([3.5])], mask)
+    assert rows.tolist() == [[0.0, 1.5, 2.5], [3.5, 0.0, 0.0]] and rows.dtype == torch.float32

@@ -8,9 +8,9 @@ import pytest
 
 from lib import UserError
 from lib.chat import decode, encode_prompt, eos_token_ids
+from lib.run.command import at_end
 from lib.run.files import read_jsonl, write_json, write_jsonl
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.settings import at_end
 from lib.sampler import Completion, sample
 from lib.sandbox import world
 from lib.tools import capability as module

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lib import UserError
 from lib.chat import encode_prompt, eos_token_ids
 from lib.run.checkpoint import save_policy
+from lib.run.command import at_end
 from lib.run.files import sha256_file, write_json, write_jsonl
 from lib.run.folder import checksums, stated_reasoning
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.settings import at_end
 from lib.sampler import sample
 from lib.sandbox import world
 from lib.tools import export as module

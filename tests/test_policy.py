@@ -32,7 +32,7 @@ def batch(side: str):
 def plain(function, model, ids, attention, temperature: float = 1.0) -> torch.Tensor:
     """A function of tests/reference.py for each row alone, without padding: (tokens of all rows,)."""
     rows = [row[real].tolist() for row, real in zip(ids, attention, strict=True)]
-    return torch.stack([value for row in rows for value in function(model, row[:4], row[4:], temperature)])
+    return torch.stack([value for row in rows for value in function(model, row, 4, temperature)])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

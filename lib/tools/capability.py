@@ -27,11 +27,11 @@ from lib import UserError
 from lib.chat import decode, encode_prompt, eos_token_ids, parse_completion, parse_direct, set_date
 from lib.metrics import bootstrap, wilson
 from lib.run.checks import check_tokenizer
+from lib.run.command import Flags, number
 from lib.run.files import append_jsonl, resume_log, write_json
-from lib.run.flags import Flags, named, number
 from lib.run.folder import checksums, claim_folder, date_of_run, reasons
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.settings import TOKENS
+from lib.run.settings import TOKENS, named
 from lib.sampler import sample
 from lib.sources.tables import first_text, read_table
 
@@ -262,9 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = {**vars(given), "reasoning_by_model": reasoning, **checksums(given.file, *models.values())}
     out, path = Path(given.out), Path(given.out) / "answers.jsonl"
     read = [given.file, *models.values()]
-    claim_folder(
-        given.out, config, overwrite=given.overwrite, ignore=("max_batch_tokens", "device"), inputs=read
-    )
+    claim_folder(given.out, config, overwrite=given.overwrite, inputs=read)
     print(f"{len(questions)} questions from {given.file} for {', '.join(models)}; writing to {out}")
     answers = {
         name: ask(name, folder, reasoning[name], questions, given, path) for name, folder in models.items()
@@ -276,6 +274,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from lib.run.settings import run_main
+    from lib.run.command import run_main
 
     run_main(main)

@@ -24,11 +24,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lib import UserError
 from lib.chat import THINK_OPEN, encode_prompt, eos_token_ids
+from lib.run.command import Flags
 from lib.run.files import atomic, sha256_file, write_json, write_text
-from lib.run.flags import Flags
 from lib.run.folder import SUM, checksums, claim_folder
 from lib.run.hub import load_pretrained, load_tokenizer
-from lib.run.state import is_finished
+
+
+def is_finished(out):
+    return (out / "config.json").exists() and not (out / "state").exists()
+
+
 from lib.tools.export_card import model_card
 from lib.tools.export_paths import without_paths
 
@@ -254,6 +259,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from lib.run.settings import run_main
+    from lib.run.command import run_main
 
     run_main(main)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import UserError
 from lib.chat import THINK_OPEN, decode, encode_chat, eos_token_ids, parse_completion, parse_direct
 from lib.policy import context_of
-from lib.run.flags import Flags, number
+from lib.run.command import Flags, number
 from lib.run.folder import stated_reasoning
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import LAST_SEED
