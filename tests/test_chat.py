@@ -11,33 +11,11 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import PreTrainedTokenizerFast
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lib import UserError
-from lib.chat import (
-    THINK_OPEN,
-    Parsed,
-    decode,
-    encode_chat,
-    encode_example,
-    encode_prompt,
-    eos_token_ids,
-    parse_completion,
-    parse_direct,
-    render,
-    set_date,
-)
+from lib import UserError, chat
+from lib.chat import THINK_OPEN, Parsed, decode, encode_example, encode_prompt, eos_token_ids, render
 from lib.run.hub import load_tokenizer
 
 THINK, CHATML = ("<think>", "</think>"), ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -121,13 +99,13 @@ FAMILIES = {
 def byte_level(family: Family) -> Tokenizer:
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.NFC() if "Qwen" in family.claim else None
-    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence([split, to_bytes]), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
     core.add_special_tokens(list(family.special))
-    core.add_tokens([AddedToken(token, normalized=False) for token in family.added])
+    core.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in family.added])
     return core
 
 
@@ -197,7 +175,7 @@ def test_an_example_begins_with_its_prompt_and_ends_with_the_end_of_turn(loaded)
         assert ids[: len(prompt)] == prompt and ids[-1] == end and ids.count(end) == prompt.count(end) + 1
         assert mask == [i >= learned for i in range(len(ids))]
         text = decode(tokenizer, ids[len(prompt) :])
-        parsed = parse_direct(text) if reasoning is None else parse_completion(text)
+        parsed = chat.parse_direct(text) if reasoning is None else chat.parse_completion(text)
         assert parsed == Parsed((reasoning or "").strip(), "Mix the flour.", True)
 
 
@@ -232,24 +210,23 @@ def test_r1_reads_alike_whether_its_template_opens_the_reasoning_or_not(loaded):
 
 def test_a_conversation_is_what_the_template_writes(loaded):
     family, tokenizer, _ = loaded
-    turns = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "A cake"},
-        {"role": "user", "content": "Mix"},
-    ]
-    text = render(tokenizer, turns, add_generation_prompt=True, enable_thinking=False).removesuffix(
-        THINK_OPEN
+    roles = zip(("user", "assistant", "user"), ("Hi", "A cake", "Mix"), strict=True)
+    turns = [{"role": role, "content": content} for role, content in roles]
+    text = render(tokenizer, turns, add_generation_prompt=True, enable_thinking=False)
+    text = text.removesuffix(THINK_OPEN)
+    assert chat.encode_chat(tokenizer, turns, reasoning=False) == tokenizer.encode(
+        text, add_special_tokens=False
     )
-    assert encode_chat(tokenizer, turns, reasoning=False) == tokenizer.encode(text, add_special_tokens=False)
-    assert encode_chat(tokenizer, turns[:1], reasoning=True) == encode_prompt(tokenizer, "Hi", reasoning=True)
+    assert chat.encode_chat(tokenizer, turns[:1], reasoning=True) == encode_prompt(
+        tokenizer, "Hi", reasoning=True
+    )
 
 
 def test_every_end_is_known(word_tokenizer, tiny_model):
     assert eos_token_ids(tiny_model, word_tokenizer) == [2]
     tiny_model.generation_config.eos_token_id = [2, 5]
-    assert eos_token_ids(tiny_model, word_tokenizer) == [2, 5] and eos_token_ids(
-        tiny_model.config, word_tokenizer
-    ) == [2]
+    assert eos_token_ids(tiny_model, word_tokenizer) == [2, 5]
+    assert eos_token_ids(tiny_model.config, word_tokenizer) == [2]
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -261,23 +238,20 @@ def test_markers_are_written_and_read_whether_they_are_special_tokens_or_not(wor
     assert decode(word_tokenizer, written) == "<think> maybe green </think> cake"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_parsing_never_raises_and_never_rewards_a_broken_format():
+    broken = [
         "",
-        "</think>",
         "<think>",
         "</think></think>",
         "a<think>b</think>c",
         "a</think>b<think>",
-        "\ud800</think>\x00",
-    ],
-)
-def test_parsing_never_raises_and_never_rewards_a_broken_format(text):
-    parsed = parse_completion(text)
-    assert parsed.well_formed == (text.count("</think>") == 1 and "<think>" not in text)
-    if "</think>" not in text:
-        assert parsed.answer == text.strip() and parsed.reasoning == ""
+        "a</think>b</think>",
+    ]
+    for text in ("</think>", "\ud800</think>\x00", *broken):
+        parsed = chat.parse_completion(text)
+        assert parsed.well_formed == (text not in broken)
+        if "</think>" not in text:
+            assert parsed.answer == text and parsed.reasoning == ""
 
 
 ASKS = '{% if not d is defined %}{% set d = strftime_now( "%d %b %R %-m" ) %}{% endif %}\n{{ d }}'
@@ -288,14 +262,5 @@ def test_templates_are_told_the_date_of_the_run(monkeypatch, word_tokenizer, tem
     monkeypatch.setattr("lib.chat._today", None)
     word_tokenizer.chat_template = template
     for day, text in (("2026-11-26", "26 Nov 00:00 11"), ("2027-01-07", "07 Jan 00:00 1")):
-        set_date(day)
+        chat.set_date(day)
         assert render(word_tokenizer, [{"role": "user", "content": "how"}]).strip() == text
-
-
-def test_a_text_that_the_tokenizer_cannot_read_is_one_line(word_tokenizer):
-    core = json.loads(word_tokenizer.backend_tokenizer.to_str())
-    core["model"]["unk_token"] = "-"
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<end>")
-    words.chat_template = word_tokenizer.chat_template
-    with pytest.raises(UserError, match="its tokenizer cannot read .*Hello"):
-        encode_prompt(words, "Hello", reasoning=True)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from lib import UserError
 from lib.batches import pad_batch
 from lib.cache import repeat_row
-from lib.chat import decode
+from lib.chat import decode, encode_prompt
 from lib.policy import context_of, token_logprobs
 from lib.run.checkpoint import save_policy
 from lib.run.checks import check_tokenizer
@@ -75,13 +75,15 @@ def tiny(folder: Path, architecture: str, changes: dict, sizes: dict = SIZES) ->
 
 
 ACCEPTED = {  # what was wrong with it -> architecture, changes of its configuration
-    "no SDPA": ("Gemma2", GEMMA),
     "no SDPA, but sinks": ("GptOss", {**EXPERTS, "sliding_window": 7}),
     "no SDPA, and no end of its context": ("Bloom", {}, SMALL),
     "a module by the name of a number": ("Falcon", FALCON),
     "scales what it looks up in place": ("CTRL", {"dff": 64, "n_positions": 256}, SMALL),
     "heads of other widths in other layers": ("Gemma4Text", GEMMA_4),
     "positions that change with the batch": ("Phi3", PHI3),
+    "logits that are divided": ("Granite", {"logits_scaling": 4.0}),
+    "logits that are multiplied": ("Cohere", {"logit_scale": 0.25}),
+    "logits that are bounded": ("Gemma2", {**GEMMA, "final_logit_softcapping": 2.0}),
     "a configuration within a configuration": ("Gemma3", GEMMA_3, {}),
 }
 
@@ -207,7 +209,9 @@ def test_a_padding_token_without_a_row_gives_way_if_eos_has_one(llama):
 def test_a_tokenizer_that_loses_words_or_markers_is_one_line(llama, tmp_path):
     with pytest.raises(UserError, match="loses most words of the prompts: 'Write a poem' becomes 'a'"):
         check_tokenizer(llama, word_level(), ["Write a poem"], reasoning=True)
-    check_tokenizer(llama, word_level(unknown="-"), ["tell me a story"], reasoning=True)
+    check_tokenizer(llama, words := word_level(unknown="-"), ["tell me a story"], reasoning=True)
+    with pytest.raises(UserError, match="its tokenizer cannot read .*Hello"):
+        encode_prompt(words, "Hello", reasoning=True)
     core = json.loads(word_level().backend_tokenizer.to_str())
     core["model"]["vocab"]["other"] = core["model"]["vocab"].pop("</think>")
     core["model"]["vocab"]["caf\u00e9"] = core["model"]["vocab"].pop("w3")
