@@ -30,7 +30,7 @@ def save_progress(run: Run, step: int, model: torch.nn.Module, optimizer: torch.
 
 
 def load_progress(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore model, optimizer and `run.state`, drop what the logs have beyond; the number of finished steps."""
+    """Restore model, optimizer and `run.state`, drop what logs have beyond; the number of finished steps."""
     path = run.out / "state" / "progress.pt"
     state: dict[str, Any] = read_state(path) if run.leader and path.exists() else {"step": 0}
     step = run.gather(state["step"])[0]

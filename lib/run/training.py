@@ -1,4 +1,4 @@
-"""Of a training step what is no lesson: loading for training, the rate, gradients of several processes, the rehearsal."""
+"""Of a training step what is no lesson: loading, the rate, gradients of several processes, the rehearsal."""
 
 from __future__ import annotations
 
