@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import UserError
 from lib.chat import decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
 from lib.policy import context_of
-from lib.rewards import Judge
 from lib.run.checks import check_ids
 from lib.sampler import Completion, sample
 

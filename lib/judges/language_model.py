@@ -21,9 +21,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lib import UserError
 from lib.batches import micro_batches, pad_batch
-from lib.cache import context_of
 from lib.chat import decode, encode_text, eos_token_ids, render
-from lib.policy import head_logits, hidden_states
+from lib.policy import context_of, head_logits, hidden_states
 from lib.run.hub import dtype_to_infer, load_policy, load_pretrained, load_tokenizer, read_tokenizer
 from lib.run.processes import pick_device
 from lib.run.text import readable

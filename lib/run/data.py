@@ -40,7 +40,7 @@ def load_prompts(run: Run, tokenizer: Any, policy: Any, together: int = 1) -> li
         prompts.append(Prompt(record, ids, place))
     texts = [prompt.record["prompt"] for prompt in prompts[:8]]
     check_tokenizer(policy, tokenizer, texts, reasoning=settings.reasoning)
-    check_ids(policy, [prompt.ids for prompt in prompts], settings.model)
+    check_ids(policy, [p.ids for p in prompts], [p.record["id"] for p in prompts])
     new, most = settings.max_new_tokens, settings.max_prompt_tokens
     budget = min(settings.max_batch_tokens // together, settings.max_sample_tokens) - new
     limits = f"context {context}, max_prompt_tokens {most}, --max-new-tokens {new}"

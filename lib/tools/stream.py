@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from lib import UserError
 from lib.chat import THINK_OPEN, decode
-from lib.draw import draw, uniform
+from lib.sampler import draw, uniform
 
 Part = tuple[bool, str]  # whether it is reasoning, and the text
 
