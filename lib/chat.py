@@ -230,10 +230,3 @@ def _unseen_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]
     return frozenset(
         i for i, token in tokens if token.special and token.content not in ("<think>", "</think>")
     )
-
-
-if __name__ == "__main__":  # python -m lib.chat RUN: talk to it
-    from lib.run.settings import run_main
-    from lib.tools.terminal import main
-
-    run_main(main)
