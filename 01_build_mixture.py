@@ -40,11 +40,11 @@ from pathlib import Path
 from typing import Any
 
 from lib import UserError
+from lib.run.command import run_main
 from lib.run.files import write_json, write_jsonl
 from lib.run.folder import checksums, claim_folder, date_of_run, lock_folder
-from lib.run.settings import LAST_SEED, TOKENS, beside, next_command, parse_settings, run_main, setting
+from lib.run.settings import LAST_SEED, TOKENS, beside, next_command, parse_settings, setting
 from lib.sources import SETS, parse_word, read_prompts, same_prompt, source_names
-from lib.sources.downloads import plan_downloads
 from lib.sources.known import SOURCES
 from lib.sources.manifest import inputs, manifest, words_of
 from lib.sources.traced import Traced, traced_prompts
@@ -145,9 +145,6 @@ class Settings:
     )
     date: str = setting(
         "", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today"
-    )
-    dry_run: str = setting(
-        "", "list the sources, and what --trace-model takes on GPUSxGIGABYTES, e.g. 1x80, and stop"
     )
 
 
@@ -473,15 +470,7 @@ def main() -> None:
     if not settings.sft_prompts:
         script, next_out, model = "03_rl_train.py", "rl", settings.rainbow
     given = {"data": out, "out": beside(out, next_out)} | ({"model": model} if model else {})
-    following = next_command(script, settings, "mixture", **given)
-    if settings.dry_run:
-        plan_downloads(settings)
-        if settings.trace_model:
-            from lib.run.rehearsal import plan_inference  # here, because torch is slow to import
-
-            tokens, flags = settings.trace_max_batch_tokens, "--trace-max-batch-tokens"
-            plan_inference(settings.dry_run, [settings.trace_model], tokens, "bfloat16", flags=flags)
-        return
+    following = next_command(script, settings, ("mixture",), **given)
     lock_folder(settings.out)
     if settings.trace_model or settings.rainbow:
         from lib.chat import set_date  # here, because torch is slow to import
@@ -518,14 +507,8 @@ def main() -> None:
         **asdict(settings),
         **checksums(*inputs(settings), *([settings.rainbow] if settings.rainbow else [])),
     }
-    machinery = (
-        "device",
-        "trace_max_batch_tokens",
-        "rainbow_max_batch_tokens",
-        "rainbow_archives",
-    )  # more archives: it goes on
     read = [*map(str, inputs(settings)), settings.trace_model, settings.rainbow, settings.rainbow_attacker]
-    claim_folder(settings.out, config, overwrite=settings.overwrite, ignore=machinery, inputs=read)
+    claim_folder(settings.out, config, overwrite=settings.overwrite, inputs=read)
     if (out / "manifest.json").exists():
         print(f"{out} is finished. Next: {following}")
         return

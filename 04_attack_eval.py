@@ -44,20 +44,20 @@ from lib.attacks.gcg import check_suffixes
 from lib.attacks.suffix import target_of
 from lib.attacks.victim import NOT_ASKED, Victim, encoded
 from lib.chat import encode_prompt, encode_text, set_date
-from lib.judges import load_judge, models_of
+from lib.judges import load_judge
 from lib.metrics import attack_summary, differences, measure, shared_attacks
 from lib.policy import context_of
 from lib.report import write_report
 from lib.report.separation import prompt_embeddings, separation
 from lib.rewards import KINDS
+from lib.run import Run
 from lib.run.checks import check_tokenizer
+from lib.run.command import run_main
 from lib.run.files import append_jsonl, read_jsonl, read_log, resume_log, write_json
-from lib.run.flags import named
 from lib.run.folder import checksums, claim_folder, date_of_run, lock_folder, reasons
 from lib.run.hub import load_policy, load_pretrained, load_tokenizer
-from lib.run.processes import Processes, gather_objects, pick_device, share, start_processes, stop_processes
-from lib.run.rehearsal import HELP, plan_inference
-from lib.run.settings import LAST_SEED, TOKENS, parse_settings, run_main, setting
+from lib.run.processes import pick_device, start_processes, stop_processes
+from lib.run.settings import LAST_SEED, TOKENS, named, parse_settings, setting
 from lib.sampler import draw_seeds, random_numbers
 
 FILES = {  # set -> file of stage 1
@@ -158,7 +158,6 @@ class EvalSettings:
     date: str = setting(
         "", "day that chat templates are told, e.g. 2026-11-26; none: that of the run in OUT, or today"
     )
-    dry_run: str = setting("", HELP)
 
     def budget(self) -> Budget:
         return Budget(**{name: getattr(self, name) for name in Budget.__dataclass_fields__})
@@ -283,7 +282,7 @@ def check_texts(
 # ---- attack ------------------------------------------------------------------------------------------------
 
 
-def load_victim(subject: Subject, settings: EvalSettings, judge, processes: Processes) -> Victim:
+def load_victim(subject: Subject, settings: EvalSettings, judge, processes: Run) -> Victim:
     device = pick_device(settings.device, processes.local_rank)
     model = load_policy(subject.path, device=device, dtype=settings.dtype)
     return Victim(
@@ -308,7 +307,7 @@ def run_attack(
     behaviours: list[dict],
     settings,
     path: Path,
-    processes: Processes,
+    processes: Run,
 ) -> list[dict]:
     """The attempts on all behaviours, lines of attacks.jsonl: the ones already there first. Part by part: each process attacks
     its share, then the part is saved."""
@@ -331,7 +330,7 @@ def run_attack(
         for begin in todo:
             part = behaviours[begin : begin + at_once]
             mine = (
-                share(part, processes) if attack.at_once else part[: len(part) * leader]
+                processes.share(part) if attack.at_once else part[: len(part) * leader]
             )  # one search for all has no shares
             generators = [random_numbers(settings.seed, f"{name}/{b['id']}") for b in mine]
             extra, on_step = (
@@ -339,7 +338,7 @@ def run_attack(
                 bar.update if steps > 1 else lambda: None,
             )
             attempts = attack.run(victim(), mine, budget, generators, on_step, *extra) if mine else []
-            for attempt in sum(gather_objects([asdict(attempt) for attempt in attempts], processes), []):
+            for attempt in sum(processes.gather([asdict(attempt) for attempt in attempts]), []):
                 done.append({"model": model, "attack": name, **attempt})
                 if leader:
                     append_jsonl(path, done[-1])
@@ -355,7 +354,7 @@ def attack_all(
     judge,
     path: Path,
     seconds: dict,
-    processes: Processes,
+    processes: Run,
 ) -> dict:
     """{model: {attack: attempts}}. One model at a time is in memory, and the attacker, from when it is first needed."""
 
@@ -378,10 +377,10 @@ def attack_all(
     return attempts
 
 
-def read_lines(path: Path, model: str, processes: Processes) -> list[dict]:
+def read_lines(path: Path, model: str, processes: Run) -> list[dict]:
     """The lines of one model in a file that grows; none yet at the start. The one process that writes it reads it for all."""
     lines = read_log(path) if processes.rank == 0 else []
-    return gather_objects([line for line in lines if line["model"] == model], processes)[0]
+    return processes.gather([line for line in lines if line["model"] == model])[0]
 
 
 def plan(
@@ -429,7 +428,7 @@ def plan(
 
 
 def run_answers(
-    model: str, victim: Load, blocks: dict[Block, list[Asked]], seed: int, path: Path, processes: Processes
+    model: str, victim: Load, blocks: dict[Block, list[Asked]], seed: int, path: Path, processes: Run
 ) -> None:
     """This model's lines of completions.jsonl, by blocks; one that a kill cut short is done again.
 
@@ -448,14 +447,14 @@ def run_answers(
             random_numbers(seed, f"{block[0]}/{block[1]}"), len(asked)
         )  # one each: the same for all models
         seeds = [one for one, pair in zip(drawn, asked, strict=True) if "completion" not in pair[1]]
-        mine = share(new, processes)
+        mine = processes.share(new)
         records, sent, openings = (
             [r for r, _ in mine],
             [t["sent"] for _, t in mine],
             [t["opening"] for _, t in mine],
         )
-        read = victim().ask(records, sent, openings, share(seeds, processes)) if mine else []
-        answers: Iterator[dict] = iter(sum(gather_objects(read, processes), []))
+        read = victim().ask(records, sent, openings, processes.share(seeds)) if mine else []
+        answers: Iterator[dict] = iter(sum(processes.gather(read), []))
         for record, attempt in asked if leader else []:
             line = {"model": model, "set": block[0], "step": block[1]}
             line |= {
@@ -526,33 +525,23 @@ def main() -> None:
     hired = settings.attacker != "sandbox" and any(
         ATTACKS[name].attacker for name in names
     )  # a model writes for them
-    if settings.dry_run:
-        writer = [settings.attacker] if hired else []
-        paths = [subject.path for subject in subjects]
-        beside = [*models_of(settings.judge), *models_of(settings.refusals), *writer]
-        return plan_inference(settings.dry_run, paths, settings.max_batch_tokens, settings.dtype, beside)
-    processes = start_processes(
+    processes = Run(settings, ("eval",))
+    processes.rank, processes.size, processes.local_rank = start_processes(
         settings.device, timeout_s=7 * 24 * 3600
-    )  # a universal suffix is searched by one alone
+    )
     if processes.rank == 0:
         lock_folder(settings.out)
     (sets, behaviours), judge = read_sets(settings, names), load_judge(settings.judge, settings.refusals)
     out, leader = Path(settings.out), processes.rank == 0
-    settings.date = gather_objects(date_of_run(out, settings.date), processes)[0]
+    settings.date = processes.gather(date_of_run(out, settings.date))[0]
     set_date(settings.date)
     # All inputs are looked at before OUT is: a mistake in one must not cost earlier results. A run that goes on knows them.
     inputs = [Path(settings.data) / FILES[name] for name in sets] + [subject.path for subject in subjects]
     config = {**asdict(settings), **checksums(*inputs)}
-    claim = partial(
-        claim_folder,
-        settings.out,
-        config,
-        overwrite=settings.overwrite,
-        ignore=("max_batch_tokens", "device"),
-    )
+    claim = partial(claim_folder, settings.out, config, overwrite=settings.overwrite)
     if leader:
         claim(begin=False)  # what is refused here costs nobody any time
-    new = gather_objects(settings.overwrite or not (out / "attacks.jsonl").exists(), processes)[0]
+    new = processes.gather(settings.overwrite or not (out / "attacks.jsonl").exists())[0]
     first = [record["prompt"] for record in sets["direct"][:8]]
     for subject in subjects:
         check_texts(subject, sets, behaviours, names, settings)

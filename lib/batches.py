@@ -109,3 +109,9 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> 
         ids[row, part] = torch.tensor(sequence, dtype=torch.long)
         attention_mask[row, part] = True
     return ids, attention_mask
+
+
+def scatter(values: list[Tensor], mask: Tensor) -> Tensor:
+    """Of each row the values of its True places, (n,) -> (B, T) fp32, 0 elsewhere."""
+    placed = torch.zeros(mask.shape, device=mask.device)
+    return placed.masked_scatter(mask, torch.cat(values).to(placed))

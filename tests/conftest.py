@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from lib.run.settings import at_end
+from lib.run.command import at_end
 
 WORDS = "<unk> <pad> <end> <user> <assistant> <system> <think> </think>".split()
 WORDS += "how are you ? maybe green soup cake please".split()

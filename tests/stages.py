@@ -23,8 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lib.run.command import run_main
 from lib.run.files import read_jsonl, write_jsonl
-from lib.run.settings import run_main
 from lib.sandbox import world
 from lib.sandbox.traces import write_trace
 

@@ -35,8 +35,8 @@ from stages import (
 )
 
 from lib.chat import encode_example, encode_prompt
+from lib.run.command import Flags
 from lib.run.files import read_jsonl, write_jsonl
-from lib.run.flags import Flags
 from lib.run.hub import load_tokenizer
 from lib.run.processes import Processes
 from lib.run.settings import model_and_out, next_command, parse_settings
@@ -562,7 +562,7 @@ def test_resume_state_that_is_damaged(data, tmp_path, fails, monkeypatch):
 HOLD = """
 import sys
 from lib.run.folder import lock_folder
-from lib.run.settings import run_main
+from lib.run.command import run_main
 
 def main():
     lock_folder(sys.argv[1])

@@ -321,7 +321,7 @@ def test_what_is_no_state_is_a_user_error(tmp_path):
 WORKER = """
 import json, os, torch
 from lib.run.processes import gather_objects, start_processes, sum_gradients
-from lib.run.settings import run_main
+from lib.run.command import run_main
 
 def main():
     processes = start_processes("cpu", timeout_s=60)
@@ -380,7 +380,7 @@ import time
 import torch.distributed as dist
 from lib.run.processes import start_processes
 from lib import UserError
-from lib.run.settings import run_main
+from lib.run.command import run_main
 
 def main():
     start_processes("cpu", timeout_s=60)

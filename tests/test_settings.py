@@ -15,8 +15,9 @@ import pytest
 
 import lib.run.settings
 from lib import UserError
+from lib.run.command import run_main
 from lib.run.folder import claim_folder
-from lib.run.settings import parse_settings, presets_found, run_main, setting
+from lib.run.settings import parse_settings, presets_found, setting
 
 ROOT = Path(__file__).parents[1]
 STAGES = {

@@ -18,8 +18,8 @@ import pytest
 
 from lib import UserError
 from lib.rewards import KINDS
+from lib.run.command import run_main
 from lib.run.files import read_jsonl, write_jsonl
-from lib.run.settings import run_main
 from lib.run.text import without_context
 from lib.sources import hub, parse_word, read_prompts, read_traces, same_prompt
 from lib.sources.known import SOURCES

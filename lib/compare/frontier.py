@@ -28,9 +28,9 @@ from lib import UserError
 from lib.compare.frontier_report import training_tokens, write_frontier
 from lib.compare.jobs import Children, Job, run_jobs
 from lib.compare.replicate import DIRECT, Seed
-from lib.run.flags import Flags, number
+from lib.run.command import Flags, number, run_main
 from lib.run.folder import lock_folder
-from lib.run.settings import LAST_SEED, run_main
+from lib.run.settings import LAST_SEED
 
 FIRST_SEED = 40  # those below were used by `make replicate`, or looked at while world and settings were made
 LAMBDAS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from lib.compare.frontier_report import over_seeds, shown, table
 from lib.compare.jobs import Children, Job, run_jobs
 from lib.compare.replicate import Get, Seed, cell
+from lib.run.command import Flags, number, run_main
 from lib.run.files import write_text
-from lib.run.flags import Flags, number
 from lib.run.folder import lock_folder
-from lib.run.settings import LAST_SEED, run_main
+from lib.run.settings import LAST_SEED
 
 FIRST_SEED = (
     50  # those below were used by `make replicate` and `make frontier`, or looked at while the world was made

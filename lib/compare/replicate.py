@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.metrics import student_t
+from lib.run.command import Flags, number, run_main
 from lib.run.files import write_text
-from lib.run.flags import Flags, number
 from lib.run.folder import lock_folder
-from lib.run.settings import run_main
 
 FIRST_SEED = 30  # the results of smaller ones were looked at while world and settings were made
 Get = Callable[[dict], float]

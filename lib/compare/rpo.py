@@ -1,51 +1,172 @@
 """RPO, the paper's comparison with RL: the same prompts, samples and rewards, but learned from as preferences.
 
-DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) needs no sampling from the policy: of two answers y_w and y_l to x,
-of which the first is preferred, it raises the one against the other, as seen from the frozen reference:
+DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) needs no sampling from the policy: of two answers y_w and y_l to x, of
+which the first is preferred, it raises the one against the other, as seen from the frozen reference:
 
     h(x, y) = log pi(y | x) - log pi_ref(y | x)
     L_DPO = -log sigmoid(beta (h(x, y_w) - h(x, y_l)))
 
-Only the difference counts, so both may become less likely. RPO (Pang et al. 2024, arXiv 2404.19733, eq. 1) adds alpha times
-the negative log-likelihood of y_w, divided by its length. Paper: beta 0.01, alpha 3, 8 responses and 4 pairs a prompt.
+Only the difference counts, so both may become less likely. RPO (Pang et al. 2024, arXiv 2404.19733, eq. 1) adds alpha
+times the negative log-likelihood of y_w, divided by its length. Paper: beta 0.01, alpha 3, 8 responses and 4 pairs a prompt.
+
+    python -m lib.compare.rpo --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rpo
 
 **Offline.** Responses are pi_SFT's, the reference's own, and the same in every epoch. They are sampled anew each time
-instead of stored: their seeds depend on the prompt's place in the data alone, so nothing has to be kept, and a step costs what
-one of GRPO costs.
+instead of stored: their seeds depend on the prompt's place in the data alone, so nothing has to be kept, and a step costs
+what one of GRPO costs.
 
 **Temperature.** A sequence's log-probability is the sum over its tokens at temperature 1, whatever the temperature of
 sampling: the loss is about the model, and the sampling only picks what is compared.
+
+What it writes, and how it resumes, is as in 03_rl_train.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.batches import micro_batches, rollout_batch
-from lib.policy import k3, token_logprobs
-from lib.run.processes import Processes, gather_objects
-from lib.run.shards import backward, device_of, even_rounds, sum_and_clip
-from lib.run.training import precision
+from lib.batches import epoch_order, masked_batch
+from lib.chat import Parsed, decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
+from lib.judges import load_judge, refusal_label
+from lib.policy import context_of, k3, token_logprobs
+from lib.report import draw_curves
+from lib.rewards import total_reward
+from lib.run import run_main, start
+from lib.run.checks import check_ids, check_tokenizer
+from lib.run.files import read_jsonl
+from lib.run.hub import load_tokenizer
+from lib.run.settings import TOKENS, Training, setting
+from lib.sampler import Completion, sample
 
 TIE = 1e-6  # rewards nearer than this say nothing
 
 
-def response_seeds(places: Sequence[int], group_size: int, seed: int) -> Tensor:
-    """Seeds of the responses to the prompts at these places in the data, (prompts, G) int64: the same in every epoch."""
-    generators = (torch.Generator().manual_seed(seed * 1_000_003 + place) for place in places)
-    return torch.stack([torch.randint(2**62, (group_size,), generator=generator) for generator in generators])
+@dataclass
+class Settings(Training):
+    model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
+    out: str = setting("runs/demo/rpo", "folder for the checkpoint and its logs")
+    judge: str = setting("sandbox", "as in 03_rl_train.py")
+    prompts_per_step: int = setting(4, "prompts a step, over all processes. Paper: 4", low=1, high=10_000)
+    group_size: int = setting(8, "responses a prompt: half as many pairs. Paper: 8", low=2, high=1000)
+    temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01, high=10.0)
+    max_new_tokens: int = setting(4096, "tokens of a response. Paper: 4096", low=1)
+    max_prompt_tokens: int = setting(512, "prompts of more are left out", low=1, flag=False)
+    max_sample_tokens: int = setting(65536, "rows x columns of the sampler's cache", low=16, high=TOKENS)
+    learning_rate: float = setting(3e-4, "peak rate of AdamW. Paper: 3e-4", low=0.0, high=1.0)
+    epochs: float = setting(3.0, "passes over the prompts. Paper: 3", low=0.01, high=1000.0)
+    rollouts_every: int = setting(5, "steps between groups in rollouts.jsonl", low=1, flag=False)
+    rpo_beta: float = setting(0.01, "beta of DPO. Paper: 0.01", low=0.0, high=1000.0)
+    rpo_alpha: float = setting(3.0, "weight of the chosen one's NLL. Paper: 3", low=0.0, high=1000.0)
+
+    def inputs(self) -> list[str]:
+        return [self.model, f"{self.data}/rl.jsonl"]
+
+
+@dataclass
+class Prompt:
+    record: dict
+    ids: list[int]
+    place: int  # in the data
+
+
+@dataclass
+class Response:
+    """What `lib.run.logs.describe` shows of a completion."""
+
+    record: dict
+    prompt_ids: list[int]
+    completion: Completion
+    text: str
+    parsed: Parsed
+    reasoning_tokens: int
+    refusal: str
+    harm: float | None = None
+    task: float | None = None
+    reward: float | None = None
+    advantage: float = 0.0  # has none
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt_ids + self.completion.token_ids
+
+    @property
+    def mask(self) -> list[bool]:
+        return [False] * len(self.prompt_ids) + [True] * len(self.completion.token_ids)
+
+
+def load_prompts(settings: Settings, tokenizer, policy, run) -> list[Prompt]:
+    """The mixture as token ids, as in 03_rl_train.py. Raises UserError."""
+    path, context, prompts = Path(settings.data) / "rl.jsonl", context_of(policy.config), []
+    for place, record in enumerate(read_jsonl(path, ("id", "prompt", "kind"))):
+        prompts.append(
+            Prompt(record, encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning), place)
+        )
+    check_tokenizer(
+        policy, tokenizer, [p.record["prompt"] for p in prompts[:8]], reasoning=settings.reasoning
+    )
+    check_ids(policy, [p.ids for p in prompts], settings.model)
+    most = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
+    budget = min(settings.max_batch_tokens // 2, settings.max_sample_tokens) - settings.max_new_tokens
+    return run.drop_too_long(
+        prompts, most, budget, f"{path} (context {context}; a pair is in one micro-batch)"
+    )
+
+
+def response_seeds(places: Sequence[int], group_size: int, seed: int) -> list[list[int]]:
+    """Seeds of the responses to the prompts at these places in the data: the same in every epoch."""
+    seeds = []
+    for place in places:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+        seeds.append(torch.randint(2**62, (group_size,), generator=generator).tolist())
+    return seeds
+
+
+def collect_responses(
+    reference, tokenizer, prompts: Sequence[Prompt], judge, settings: Settings, run
+) -> list[Response]:
+    """This process's share of the prompts: G responses each, with their rewards, those of one prompt together."""
+    prompts = run.share(prompts)
+    seeds = response_seeds([prompt.place for prompt in prompts], settings.group_size, settings.seed)
+    with run.sampling(reference):
+        completions = sample(
+            reference,
+            [prompt.ids for prompt in prompts],
+            group_size=settings.group_size,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            eos_token_ids=eos_token_ids(reference, tokenizer),
+            max_batch_tokens=settings.max_sample_tokens,
+            seeds=[seed for group in seeds for seed in group],
+            progress=run.leader,
+        )
+    run.lap("sample")
+    responses = []
+    for i, completion in enumerate(completions):
+        prompt, text = prompts[i // settings.group_size], decode(tokenizer, completion.token_ids)
+        parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
+        tokens, refusal = len(encode_text(tokenizer, parsed.reasoning)), refusal_label(parsed.answer)
+        responses.append(Response(prompt.record, prompt.ids, completion, text, parsed, tokens, refusal))
+    asked, answers = [r.record["prompt"] for r in responses], [r.parsed.answer for r in responses]
+    scores = zip(responses, judge.harm_score(asked, answers), judge.task_score(asked, answers), strict=True)
+    for response, harm, task in scores:
+        response.harm, response.task = harm, task
+        response.reward = total_reward(response.record["kind"], harm, task, response.parsed.well_formed)
+    run.lap("reward")
+    return responses
 
 
 def preference_pairs(rewards: Sequence[float | None], group_size: int) -> tuple[list[tuple[int, int]], int]:
     """(index of the chosen, of the rejected) of each pair, and how many pairs were ties and left out.
 
-    `rewards` are of one group of `group_size` after the other. In each the best is paired with the worst, the second best
-    with the second worst, and so on: G/2 pairs (of an odd group the middle one is in none). None, a reward that is unknown
-    because the judge had no verdict, is in no pair.
+    `rewards` are of one group of `group_size` after the other. In each the best is paired with the worst, the second
+    best with the second worst, and so on: G/2 pairs (of an odd group the middle one is in none). None, a reward that
+    is unknown because the judge had no verdict, is in no pair.
 
     >>> preference_pairs([0.2, 1.0, 0.0, 0.9], group_size=4)
     ([(1, 2), (3, 0)], 0)
@@ -53,8 +174,8 @@ def preference_pairs(rewards: Sequence[float | None], group_size: int) -> tuple[
     ([(0, 2)], 1)
     """
     pairs, ties = [], 0
-    for start in range(0, len(rewards), group_size):
-        known = {i: reward for i in range(start, start + group_size) if (reward := rewards[i]) is not None}
+    for start_ in range(0, len(rewards), group_size):
+        known = {i: reward for i in range(start_, start_ + group_size) if (reward := rewards[i]) is not None}
         best_first = sorted(known, key=lambda i: -known[i])  # stable: the same everywhere
         for chosen, rejected in zip(best_first[: len(known) // 2], best_first[::-1], strict=False):
             if known[chosen] - known[rejected] < TIE:
@@ -79,74 +200,91 @@ def rpo_loss(
 
 
 def update_on_preferences(
-    policy, reference, optimizer, rollouts: Sequence[Any], pad_id: int, settings: Any, processes: Processes
+    policy, reference, optimizer, responses, pad_id: int, settings, run
 ) -> dict[str, Any]:
-    """The gradient of the mean loss over the pairs of all processes; the caller takes the step.
+    """One step on the mean loss over the pairs of all processes. The two of a pair are in one micro-batch.
 
-    `rollouts` (03_rl_train.Rollout) are this process's, group by group, with their rewards; the two of a pair are in one
-    micro-batch. Without any pair there is no gradient, "pairs" is 0, and the caller must take no step: that of AdamW would
-    still be one of weight decay and old momentum.
-
-    Returns loss, pairs, tied_pairs, pair_accuracy (share of margins > 0: before the first step there are none), margin, the
-    gradient norm before clipping, and means over the pairs' tokens of entropy and kl: k3 of KL(reference || policy), since
-    these tokens are samples of the reference (at the sampling temperature, so it is roughly that).
+    Without any pair no step is taken: that of AdamW would still be one of weight decay and old momentum. Returns loss,
+    pairs, tied_pairs, pair_accuracy (share of margins > 0: before the first step there are none), margin, the gradient
+    norm before clipping, and means over the pairs' tokens of entropy and kl: k3 of KL(reference || policy), since these
+    tokens are samples of the reference (at the sampling temperature, so it is roughly that).
     """
-    pairs, ties = preference_pairs([r.reward for r in rollouts], settings.group_size)
-    totals = gather_objects([len(pairs), ties], processes)
-    total, total_ties = (sum(column) for column in zip(*totals, strict=True))
-    counts = {"pairs": total, "tied_pairs": total_ties}
-    optimizer.zero_grad()
-    if not total:
+    pairs, ties = preference_pairs([r.reward for r in responses], settings.group_size)
+    counts = run.total({"pairs": len(pairs), "tied_pairs": ties})
+    sums = dict.fromkeys(("loss", "kl", "entropy", "pair_accuracy", "margin", "tokens"), 0.0)
+    if not counts["pairs"]:
         nothing = dict.fromkeys(("kl", "entropy", "pair_accuracy", "margin"))
         return {"loss": 0.0, **nothing, **counts, "grad_norm": 0.0}
-    sums = dict.fromkeys(("loss", "kl", "entropy", "pair_accuracy", "margin", "tokens"), 0.0)
-    sizes = [
-        2 * max(len(rollouts[i].prompt_ids) + len(rollouts[i].completion.token_ids) for i in pair)
-        for pair in pairs
-    ]
-    for indices in even_rounds(micro_batches(sizes, settings.max_batch_tokens), policy, processes):
-        batch = [pairs[i] for i in indices] or [(0, 0)]  # nothing left: any one, at weight 0
-        rows = [rollouts[chosen] for chosen, _ in batch] + [rollouts[rejected] for _, rejected in batch]
-        lengths = [len(r.completion.token_ids) for r in rows]
-        ids, attention_mask, mask = rollout_batch(rows, pad_id, device_of(policy))  # (2P, T) each
-        with precision(device_of(policy), settings.dtype):
-            logprobs, entropy = token_logprobs(
-                policy, ids, attention_mask, mask, with_entropy=True
-            )  # (2P, T) each
-        with torch.no_grad(), precision(device_of(policy), settings.dtype):
+    sizes = [2 * max(len(responses[i].ids) for i in pair) for pair in pairs]
+    for indices in run.rounds(sizes, settings.max_batch_tokens):
+        batch = [pairs[i] for i in indices] or [(0, 0)]
+        rows = [responses[chosen] for chosen, _ in batch] + [responses[rejected] for _, rejected in batch]
+        tensors = masked_batch([r.ids for r in rows], [r.mask for r in rows], pad_id, run.device)
+        ids, attention_mask, mask = tensors  # (2P, T) each
+        mask = mask & bool(indices)  # under shards a process may pass with nothing to learn
+        logprobs, entropy = token_logprobs(
+            policy, ids, attention_mask, mask, with_entropy=True
+        )  # (2P, T) each
+        with torch.no_grad():
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask)
-        chosen, rejected = logprobs.sum(1).chunk(2)
-        chosen_lengths = torch.tensor(lengths[: len(batch)], device=ids.device)
+        chosen, rejected = logprobs.sum(1).chunk(2)  # (P,) each
         reference_chosen, reference_rejected = reference_logprobs.sum(1).chunk(2)
+        lengths = torch.tensor([len(r.completion.token_ids) for r in rows[: len(batch)]], device=ids.device)
         losses, margin = rpo_loss(
             chosen,
             rejected,
             reference_chosen,
             reference_rejected,
-            chosen_lengths,
+            lengths,
             settings.rpo_beta,
             settings.rpo_alpha,
         )
-        loss = losses.sum() / total * bool(indices)
-        backward(loss, policy, processes)
-        if not indices:
-            continue
-        gap = (logprobs.detach() - reference_logprobs)[mask]
+        loss = losses.sum() / counts["pairs"] * bool(indices)
+        run.backward(loss)
         sums["loss"] += loss.item()
-        sums["kl"] += k3(gap).sum().item()
+        sums["kl"] += k3((logprobs.detach() - reference_logprobs)[mask]).sum().item()
         sums["entropy"] += entropy[mask].sum().item()
         sums["pair_accuracy"] += (margin > 0).sum().item()
         sums["margin"] += margin.detach().sum().item()
-        sums["tokens"] += sum(lengths)
-    grad_norm = sum_and_clip(policy, settings.max_grad_norm, processes)
-    everyone = gather_objects(sums, processes)
-    sums = {key: sum(part[key] for part in everyone) for key in sums}
-    per = {
-        "loss": 1,
-        "kl": sums["tokens"],
-        "entropy": sums["tokens"],
-        "pair_accuracy": total,
-        "margin": total,
-    }
-    metrics = {key: sums[key] / count for key, count in per.items()}
-    return {**metrics, **counts, "grad_norm": grad_norm}
+        sums["tokens"] += mask.sum().item()
+    sums = run.total(sums)
+    per = {"loss": 1, "kl": sums["tokens"], "entropy": sums["tokens"]}
+    means = {key: sums[key] / per.get(key, counts["pairs"]) for key in sums if key != "tokens"}
+    return {**means, **counts, "grad_norm": run.clip_and_step(optimizer, sums["loss"])}
+
+
+def main() -> None:
+    settings, run = start(Settings, "rl", "rpo")
+    tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
+    policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
+    prompts = load_prompts(settings, tokenizer, policy, run)
+    run.say(
+        f"read {len(prompts)} prompts from {settings.data}; policy {settings.model}; judge {settings.judge}"
+    )
+    longest = max(len(prompt.ids) for prompt in prompts)
+    rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
+    run.rehearse(policy, reference, rows, 2 * (longest + settings.max_new_tokens), longest)
+
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=settings.learning_rate,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+    )
+    total = max(1, round(settings.epochs * len(prompts) / settings.prompts_per_step))
+    for step in run.steps(total, policy, optimizer, "RPO"):
+        places = range(step * settings.prompts_per_step, (step + 1) * settings.prompts_per_step)
+        chosen = []
+        for epoch, place in (divmod(place, len(prompts)) for place in places):
+            chosen.append(prompts[epoch_order(len(prompts), settings.seed, epoch)[place]])
+        responses = collect_responses(reference, tokenizer, chosen, judge, settings, run)
+        stats = update_on_preferences(
+            policy, reference, optimizer, responses, tokenizer.pad_token_id, settings, run
+        )
+        run.lap("train")
+        run.log(step, stats, responses)
+    run.finish(policy, tokenizer, draw_curves)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.metrics import deciding
+from lib.report.curves import draw_curves as draw_curves
 from lib.report.figures import draw_figures
 from lib.report.html import page
 from lib.report.md import markdown

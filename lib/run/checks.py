@@ -22,10 +22,12 @@ from lib.sampler import sample
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel, name: str | Path) -> None:
-    """Raise UserError, with the cause, unless all ways in which the stages use the model agree with plain passes.
+    """Raise UserError, with the cause, unless all ways in which the stages use the model agree with plain
+    passes.
 
-    A plain pass reads one row, without cache and padding: what the model is by its definition. Architectures differ in
-    how they pad, cache, scale and count positions, so each way is tried on two short rows of random tokens.
+    A plain pass reads one row, without cache and padding: what the model is by its definition. Architectures
+    differ in how they pad, cache, scale and count positions, so each way is tried on two short rows of random
+    tokens.
     """
     refused = f"{name}: {type(model).__name__} cannot be used here"
     if strange := sorted({*layer_types(model)} - {"full_attention", "sliding_attention"}):
@@ -114,8 +116,9 @@ def check_tokenizer(
     reasoning: bool,
     system: str = "",
 ) -> None:
-    """Raise UserError unless model and tokenizer belong together: ids and rows, `prompts` (some of the data's) there and back,
-    and the markers of `reasoning`. A padding token without a row, which is never learned, gives way to the end of sequence.
+    """Raise UserError unless model and tokenizer belong together: ids and rows, `prompts` (some of the
+    data's) there and back, and the markers of `reasoning`. A padding token without a row, which is never
+    learned, gives way to the end of sequence.
     """
     name, table = tokenizer.name_or_path or "the model", table_rows(model)
     if tokenizer.pad_token_id >= table:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lib import UserError
+from lib.run.command import at_end
 from lib.run.files import git_revision, sha256_file, write_json
-from lib.run.settings import at_end, shown
+from lib.run.settings import MACHINERY, shown
 
 try:
     import fcntl
@@ -24,26 +25,26 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-_held: set[tuple[int, int]] = set()  # device and inode of the locks that this process holds
 SUM = "sha256 of "  # and a path: a setting that is a checksum
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
+_held: set[tuple[int, int]] = set()  # device and inode of the locks that this process holds
 
 
 def checksums(*paths: str | Path) -> dict[str, str]:
-    """{"sha256 of FILE": ...} for files, and for the weights in model folders (a name on the hub has none here).
+    """{"sha256 of FILE": ...} for files, and for the weights in model folders (a name on the hub has none
+    here).
 
     Among a run's settings, they keep it from going on with other inputs than it began with.
     """
-    files = [
-        f
-        for p in map(Path, paths)
-        for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])
-        if f.is_file()
-    ]
-    return {f"{SUM}{os.path.normpath(file)}": sha256_file(file)[:32] for file in files}
+    sums = {}
+    for path in map(Path, paths):
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            if file.is_file():
+                sums[f"{SUM}{os.path.normpath(file)}"] = sha256_file(file)[:32]
+    return sums
 
 
-def stated_reasoning(model: str) -> bool | None:
+def stated_reasoning(model: str | Path) -> bool | None:
     """Whether a checkpoint of stage 2 or 3 reasons, as its settings.json says; None for other models."""
     path = Path(model) / "settings.json"
     if not path.is_file():
@@ -76,27 +77,29 @@ def date_of_run(out: str | Path, date: str) -> str:
     try:
         return (datetime.date.fromisoformat(date) if date else datetime.date.today()).isoformat()
     except (ValueError, TypeError):
-        raise UserError(f"--date: given {date}; allowed a day, as 2026-11-26") from None
+        raise UserError(f"date: given {date}; allowed a day, as 2026-11-26") from None
 
 
 def lock_folder(out: str | Path) -> None:
-    """Make `out`, and hold OUT/.lock until this command ends (`lib.run.settings.run_main`); a kill releases it, too.
+    """Make `out`, and hold OUT/.lock until this command ends (`run_main`); a kill releases it, too.
 
-    Folders in which nothing was written are gone again then. Raises UserError if another process holds the lock, or if `out`
-    cannot be written. Where the system has no such locks (Windows, some network disks), it says so on stderr.
+    Folders in which nothing was written are gone again then. Raises UserError if another process holds the
+    lock, or if `out` cannot be written. Where the system has no such locks (Windows, some network disks), it
+    says so.
     """
     if not str(out):
         raise UserError("--out: given nothing; allowed a folder, new or of an earlier run")
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: given {out}, a file; allowed a folder, new or of an earlier run")
     made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     at_end.callback(_remove_empty, made)
     try:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: given {out}, a file; allowed a folder, new or of an earlier run")
         while True:
             out.mkdir(parents=True, exist_ok=True)
             file = (out / LOCK).open("a+", encoding="utf-8")
-            key = (status := os.fstat(file.fileno())).st_dev, status.st_ino
+            status = os.fstat(file.fileno())
+            key = status.st_dev, status.st_ino
             if key in _held:
                 return file.close()
             _flock(file, out)
@@ -148,41 +151,34 @@ def claim_folder(
     settings: dict,
     *,
     overwrite: bool,
-    ignore: Iterable[str] = (),
     inputs: Iterable[str | Path] = (),
     begin: bool = True,
-) -> None:
-    """Make `out` the folder of the run with these settings, locked: new, or the very same run, which may then resume.
+) -> bool:
+    """Make `out` the folder of the run with these settings, locked: new, or the very same run, which may then
+    resume.
 
-    Writes settings.json: the settings, git_revision and the packages' versions. If `out` holds the work of a run in which
-    a setting not in `ignore` differs, that is a UserError; with `overwrite` the folder is emptied instead, unless
-    it holds what the run reads: a file with a checksum among the settings, or one of `inputs` (names on the hub are
-    none). A folder with files but no settings.json is not ours: it is neither used nor emptied. Not to `begin` is to do all
-    but write and empty: what is refused is refused before anything is loaded, and nothing is lost if loading fails.
+    Writes settings.json: the settings, git_revision and the packages' versions. If `out` holds the work of a
+    run in which a setting not in MACHINERY differs, that is a UserError; with `overwrite` the folder is
+    emptied instead, unless it holds what the run reads (`inputs`, names on the hub are none). A folder with
+    files but no settings.json is not ours: it is neither used nor emptied. Not to `begin` is to do all but
+    write and empty: what is refused is refused before anything is loaded, and nothing is lost if loading
+    fails. Returns whether it is the same run.
     """
     lock_folder(out)
     out, path = Path(out), Path(out) / "settings.json"
     settings = json.loads(json.dumps(settings))  # as they will be read back: tuples as lists
     if path.exists():
         before = _read_settings(path)
-        skip = {*ignore, "overwrite", "out"}
-        differing = [
-            k
-            for k in {**before, **settings}
-            if k not in skip and _plain(before.get(k)) != _plain(settings.get(k))
-        ]
+        skip = {*MACHINERY, "overwrite", "out"}
+        names = [name for name in {**before, **settings} if name not in skip]
+        differing = [name for name in names if _plain(before.get(name)) != _plain(settings.get(name))]
         if not differing:
-            return
-        if read := _within(out, [*(k.removeprefix(SUM) for k in settings if k.startswith(SUM)), *inputs]):
+            return True
+        if read := _within(out, inputs):
             raise UserError(f"--out: {out} holds {read}, which this run reads: give another --out")
         if _has_work(out):
             if not overwrite:
-                old, new = (shown(run.get(differing[0], "unset")) for run in (before, settings))
-                name = differing[0] if " " in differing[0] else f"--{differing[0].replace('_', '-')}"
-                change = f"{name} {old}, now {new}"
-                raise UserError(
-                    f"{out} holds a run with {change}: give another --out, or --overwrite to delete it"
-                )
+                raise UserError(f"{out} holds a run with {_change(differing[0], before, settings)}")
             _check_not_precious(out)
             if begin:
                 _empty(out)
@@ -191,10 +187,17 @@ def claim_folder(
     if begin:
         versions = {name: version(name) for name in PACKAGES}
         write_json(path, {**settings, "git_revision": git_revision(), "versions": versions})
+    return False
+
+
+def _change(name: str, before: dict, settings: dict) -> str:
+    flag = name if " " in name else f"--{name.replace('_', '-')}"
+    old, new = (shown(run.get(name, "unset")) for run in (before, settings))
+    return f"{flag} {old}, now {new}: give another --out, or --overwrite to delete it"
 
 
 def _has_work(out: Path) -> bool:
-    """Whether a run has left anything but its settings: one that failed at once has not, and another may take its place."""
+    """Whether a run has left more than its settings: one that failed at once has not, and another takes its place."""
     for path in out.rglob("*"):
         inside = path.relative_to(out)
         begun = str(inside) in ("settings.json", LOCK) or any(part.endswith(".tmp") for part in inside.parts)
@@ -212,13 +215,11 @@ def _plain(value: Any) -> Any:
 
 def _within(out: Path, inputs: Iterable[str | Path]) -> str | None:
     """The first of `inputs` that is `out` or lies below it, by its name or behind links."""
-    named = [Path(os.path.abspath(out)), out.resolve()]
+    folders = [Path(os.path.abspath(out)), out.resolve()]
     for path in map(str, inputs):
-        places = [
-            place for place in (Path(os.path.abspath(path)), Path(path).resolve()) if path and place.exists()
-        ]
-        if any(place.is_relative_to(folder) for place in places for folder in named):
-            return path
+        for place in (Path(os.path.abspath(path)), Path(path).resolve()):
+            if path and place.exists() and any(place.is_relative_to(folder) for folder in folders):
+                return path
     return None
 
 

@@ -80,8 +80,8 @@ def _broken_file(folder: Path) -> str:
 def read_tokenizer(name: str, **options: Any) -> Any:
     """AutoTokenizer's from_pretrained; or tokenizer.json as it stands, where that reads text otherwise.
 
-    AutoTokenizer builds the tokenizers of some families (of every Qwen2, whatever its files claim) anew from the
-    vocabulary: what is a tokenizer's own, such as to split at spaces, is lost without a word.
+    AutoTokenizer builds the tokenizers of some families (of every Qwen2, whatever its files claim) anew from
+    the vocabulary: what is a tokenizer's own, such as to split at spaces, is lost without a word.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     try:
@@ -131,8 +131,8 @@ def quiet() -> Iterator[None]:
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a chat model, a folder or a hub name, as its tokenizer.json stands. Without a padding token it pads
-    with eos.
+    """The tokenizer of a chat model, a folder or a hub name, as its tokenizer.json stands. Without a padding
+    token it pads with eos.
 
     Raises UserError if there is no such model, or it has no chat template or no end-of-sequence token.
     """
@@ -162,10 +162,12 @@ def load_policy(
     dtype: str = "float32",
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model from a folder or the hub: safetensors, no code of its own; in eval mode, so without dropout.
+    """A causal language model from a folder or the hub: safetensors, no code of its own; in eval mode, so
+    without dropout.
 
-    `dtype` is float32, bfloat16 or auto (as it was saved). Raises UserError if there is no such model, if weights are
-    missing, or if it is of an architecture that is not exact in all that it is used for (`check_model`).
+    `dtype` is float32, bfloat16 or auto (as it was saved). Raises UserError if there is no such model, if
+    weights are missing, or if it is of an architecture that is not exact in all that it is used for
+    (`check_model`).
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype: given {dtype}; allowed {' | '.join(DTYPES)}")
@@ -179,10 +181,12 @@ def load_policy(
 
 
 def _checkpoint_layers(model: PreTrainedModel, name: str | Path) -> None:
-    """Let the layers recompute their activations in the backward pass. UserError for an architecture that then adds noise.
+    """Let the layers recompute their activations in the backward pass. UserError for an architecture that
+    then adds noise.
 
-    transformers checkpoints only layers in train mode. So the layers themselves are put into it, and nothing in them is:
-    attention, experts and routers have their dropout and jitter off, and compute what they do in eval mode.
+    transformers checkpoints only layers in train mode. So the layers themselves are put into it, and nothing
+    in them is: attention, experts and routers have their dropout and jitter off, and compute what they do in
+    eval mode.
     """
     row = random_rows(model)[:1]
     with torch.enable_grad():

@@ -1,27 +1,28 @@
-"""A model that does not fit one GPU: its weights, gradients and optimizer state in shards, one a process (FSDP2).
+"""A model that does not fit one GPU: its weights, gradients and optimizer state in shards, one a process
+(FSDP2).
 
-By default every process holds the whole model, and gradients are summed once an update (`lib.run.processes`). With
-`--shard` each keeps 1/N of it; PyTorch's `fully_shard` gathers a layer when it is about to compute, and lets go
-of it afterwards. Two things need care:
+By default every process holds the whole model, and gradients are summed once an update (`lib.run.processes`).
+With `--shard` each keeps 1/N of it; PyTorch's `fully_shard` gathers a layer when it is about to compute, and
+lets go of it afterwards. Two things need care:
 
 - **Sampling.** A decoding step computes little, so gathering every layer for every token would cost far more
-  than the step; and processes decode for different numbers of steps, while gathering needs all of them at the
-  same time. So the whole model is gathered once for all rollouts (`gathered`), and let go before the update. In
-  that phase a GPU holds all weights and the key-value cache, but no activations: see `--dry-run` for which is more.
-- **Uneven work.** Every pass gathers, so all processes need equally many: see `lib.run.shards.even_rounds`.
+  than the
+  step; and processes decode for different numbers of steps, while gathering needs all of them at the same
+  time. So the whole model is gathered once for all rollouts (`gathered`), and let go before the update. In
+  that phase a GPU holds all weights and the key-value cache, but no activations.
+- **Uneven work.** Every pass gathers, so all processes need equally many: see `Run.micro_batches`.
 
-What is saved is the same with and without shards, so a run may go on with another number of processes. In fp32 the
-gathered weights are those of the whole model to the bit, and so is what a process samples from them. What the number of
-processes changes, with shards or without, is rounding: rows are computed beside fewer others, and gradients are summed in
-another order. A draw that falls on the edge between two tokens then goes to the other one, and from there on two runs are
-two samples of the same training. (Sandbox, same weights: 4 of 15,360 completions differed, of 365,000 tokens.)
-In bfloat16 a sharded model computes in bfloat16 throughout, where autocast keeps the sums between layers in fp32.
+What is saved is the same with and without shards, so a run may go on with another number of processes. In
+fp32 the gathered weights are those of the whole model to the bit, and so is what a process samples from them.
+What the number of processes changes, with shards or without, is rounding: rows are computed beside fewer
+others, and gradients are summed in another order. A draw that falls on the edge between two tokens then goes
+to the other one, and from there on two runs are two samples of the same training. In bfloat16 a sharded model
+computes in bfloat16 throughout, where autocast keeps the sums between layers in fp32.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -46,53 +47,36 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from lib import UserError
-from lib.run.processes import Processes, gather_objects, lost_process, sum_gradients
+from lib.run.processes import lost_process
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 LOST = "gloo", "NCCL", "Connection"  # in the texts of errors that come of a dead process
 
 
-def check_shards(shard: bool, offload: bool, processes: Processes) -> None:
-    """What two settings may be. Raises UserError."""
-    if shard and processes.size == 1:
-        raise UserError(
-            "--shard: there is one process; start several with torchrun --nproc-per-node N, or leave it out"
-        )
-    if offload and not shard:
-        raise UserError("--offload: moves shards, so it needs --shard")
-
-
-def shard(
-    model: PreTrainedModel, device: torch.device, processes: Processes, *, dtype: str, offload: bool
-) -> PreTrainedModel:
-    """Keep this process's part of a model that was loaded on the CPU, each decoder layer a unit, in place.
+def shard_model(model: PreTrainedModel, device: torch.device, size: int, dtype: str, offload: bool) -> None:
+    """Keep this process's part, of `size`, of a model that was loaded on the CPU, each decoder layer a unit.
 
     dtype "bfloat16": the shards stay as they are, what is gathered is bfloat16, gradients are summed in fp32.
-    `offload`: shards, gradients and optimizer state stay in the CPU's memory. Raises UserError for a model whose layers
-    are not where Llama, Qwen, Mistral and Gemma have them.
+    `offload`: shards, gradients and optimizer state stay in the CPU's memory. Raises UserError for a model
+    whose layers are not where Llama, Qwen, Mistral and Gemma have them.
     """
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
-        raise UserError(
-            f"--shard: {type(model).__name__} has no decoder.layers; allowed models built like Llama or Qwen"
-        )
-    half: dict[str, Any] = (
-        {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if dtype == "bfloat16" else {}
-    )
+        name = type(model).__name__
+        raise UserError(f"--shard: {name} has no decoder.layers; allowed models built like Llama or Qwen")
+    half: dict[str, Any] = {}
+    if dtype == "bfloat16":
+        half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    mesh = init_device_mesh(device.type, (processes.size,))
+    how: dict[str, Any] = {"mesh": init_device_mesh(device.type, (size,)), "offload_policy": place}
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half), offload_policy=place)
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(**half), **how)
     outer = MixedPrecisionPolicy(**half, output_dtype=torch.float32 if half else None)
-    frozen = not any(p.requires_grad for p in model.parameters())  # no backward pass would let go of its ends
-    fully_shard(
-        model,
-        mesh=mesh,
-        mp_policy=outer,
-        offload_policy=place,
-        reshard_after_forward=True if frozen else None,
-    )
-    model.compute_device = device  # type: ignore[assignment]
+    keeps = (
+        None if _is_trained(model) else True
+    )  # without a backward pass nothing else would let go of its ends
+    fully_shard(model, mp_policy=outer, reshard_after_forward=keeps, **how)
+
     model.within_forward = types.MethodType(_within_forward, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "within_forward")
     gathering = model.within_forward
@@ -102,32 +86,20 @@ def shard(
             return gathering(function, *args)  # type: ignore[operator]
 
     model.within_forward = within_forward  # type: ignore[assignment]
-    return model
 
 
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where it computes: with `offload`, not where its weights are."""
-    return getattr(model, "compute_device", model.device)
+def _within_forward(model: PreTrainedModel, function, *args) -> Any:
+    """`function(model, ...)` as if it were the forward pass: with the weights that no layer has, gathered."""
+    return function(model, *args)
 
 
-def _within_forward(model: PreTrainedModel, function, *args, **kwargs):
-    """`function(model, ...)` as if it were the model's forward pass: with the weights that no layer has, gathered."""
-    return function(model, *args, **kwargs)
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
-
-
-def backward(loss: torch.Tensor, model: torch.nn.Module, processes: Processes) -> None:
-    """Add the gradient of a loss whose sum over all processes is meant. (Shards get the mean, hence the factor.)"""
-    with lost_process(*LOST):
-        (loss * processes.size if is_sharded(model) else loss).backward()
+def _is_trained(model: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 @contextlib.contextmanager
 def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """All weights on every process while this lasts, so that each may compute as often as it likes, without the others."""
+    """All weights on every process while this lasts: each may compute as often as it likes, without the others."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     with lost_process(*LOST):
         for unit in units:
@@ -138,20 +110,8 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-            # as in `shard`: the backward pass begins with the root, so a trained one is kept until then
-            unit.set_reshard_after_forward(
-                unit is not model or not any(p.requires_grad for p in model.parameters())
-            )
-
-
-def sum_and_clip(model: torch.nn.Module, limit: float, processes: Processes) -> float:
-    """The gradients of all processes, summed (those of shards are already) and clipped to the L2 norm `limit`, all of them
-    together; 0: not clipped. The norm before."""
-    if not is_sharded(model):
-        sum_gradients(model, processes)
-    with lost_process(*LOST):
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
-        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+            # as in `shard_model`: the backward pass begins with the root, so a trained one is kept until then
+            unit.set_reshard_after_forward(unit is not model or not _is_trained(model))
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, Any]:
@@ -171,25 +131,11 @@ def full_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
         return get_optimizer_state_dict(model, optimizer, options=FULL)
 
 
-def set_weights(model: torch.nn.Module, weights: dict[str, Any], processes: Processes) -> None:
-    """Put back what `full_weights` gave, from rank 0; others bring nothing."""
-    with lost_process(*LOST):
-        set_model_state_dict(model, weights, options=_from_rank_0(processes))
-
-
-def set_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], processes: Processes
+def set_full(
+    model: torch.nn.Module, weights: dict, optimizer: torch.optim.Optimizer, state: dict, size: int
 ) -> None:
-    """Put back what `full_optimizer` gave, likewise."""
+    """Put back what `full_weights` and `full_optimizer` gave, from rank 0; the others of `size` bring nothing."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=size > 1, strict=False)
     with lost_process(*LOST):
-        set_optimizer_state_dict(model, optimizer, state, options=_from_rank_0(processes))
-
-
-def _from_rank_0(processes: Processes) -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=processes.size > 1, strict=False)
-
-
-def even_rounds(batches: list[list[int]], model: torch.nn.Module, processes: Processes) -> list[list[int]]:
-    """Micro-batches, with empty ones behind where a sharded model needs equally many on all processes."""
-    rounds = max(gather_objects(len(batches), processes)) if is_sharded(model) else len(batches)
-    return batches + [[]] * (rounds - len(batches))
+        set_model_state_dict(model, weights, options=options)
+        set_optimizer_state_dict(model, optimizer, state, options=options)

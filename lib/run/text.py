@@ -51,11 +51,12 @@ MARKS = " '.,:;!?\u00a1\u00bf\u3001\u3002"  # around a prompt; "C#" and "C++" ke
 
 
 def same_prompt(prompt: str) -> str:
-    """What two prompts share that are the same to a reader: they count as duplicates, and may not be in two sets.
+    """What two prompts share that are the same to a reader: they count as duplicates, and may not be in two
+    sets.
 
-    That is, apart from capitals, spaces, what has no width, forms that Unicode calls compatible (full width, ligatures, one
-    sign or two for an accent), kinds of quotes and dashes, and the marks before and behind. Letters of two scripts that look
-    alike stay apart.
+    That is, apart from capitals, spaces, what has no width, forms that Unicode calls compatible (full width,
+    ligatures, one sign or two for an accent), kinds of quotes and dashes, and the marks before and behind.
+    Letters of two scripts that look alike stay apart.
 
     >>> [same_prompt(text) for text in ("\uff37hat\u2019s  a b\u200bed?", "\u201cwhat's a bed\u201d", "What's a bed .")]
     ["what's a bed", "what's a bed", "what's a bed"]

@@ -1,57 +1,59 @@
-"""TODO."""
+"""Of a training step what is no lesson: loading for training, the rate, gradients of several processes, the rehearsal."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib import UserError
+from lib.policy import token_logprobs
 from lib.run.hub import load_policy
-from lib.run.processes import Processes
-from lib.run.shards import shard
+from lib.run.processes import lost_process, sum_gradients
+from lib.run.shards import shard_model
+
+if TYPE_CHECKING:
+    from lib.run import Run
 
 
-def load_model(
-    settings: Any, device: torch.device, processes: Processes, *, trained: bool = True
-) -> PreTrainedModel:
-    """`settings.model` for a stage that trains: the policy, or a frozen reference. `settings` are those of stage 2 or 3. With
-    `shard` it is read on the CPU, and this process's part of it stays: load one after the other."""
-    checkpointing = trained and settings.gradient_checkpointing
-    dtype = settings.dtype if settings.shard and not trained else "float32"
+def load_model(path: str, settings: Any, device: torch.device, size: int, *, frozen: bool) -> PreTrainedModel:
+    """The model in `path` for a stage that trains: the policy, or a frozen reference.
+
+    Its log-probabilities are computed in `settings.dtype`. With `settings.shard` it is read on the CPU, and
+    this process's part of it stays: load one after the other.
+    """
+    dtype = settings.dtype if settings.shard and frozen else "float32"
     at_first = "cpu" if settings.shard else device
-    model = load_policy(settings.model, device=at_first, dtype=dtype, gradient_checkpointing=checkpointing)
-    model.requires_grad_(trained)
+    checkpointing = settings.gradient_checkpointing and not frozen
+    model = load_policy(path, device=at_first, dtype=dtype, gradient_checkpointing=checkpointing)
+    model.requires_grad_(not frozen)
     if settings.shard:
-        return shard(model, device, processes, dtype=settings.dtype, offload=settings.offload)
-    if settings.dtype == "bfloat16" and not trained:
+        shard_model(model, device, size, settings.dtype, settings.offload)
+    elif settings.dtype == "bfloat16" and frozen:
         halve_linear_layers(model)
+    if settings.dtype == "bfloat16":
+        inner = getattr(model, "within_forward", None) or (lambda function, *args: function(model, *args))
+
+        def within_forward(function, *args):  # what `lib.policy.token_logprobs` calls
+            with precision(device, "bfloat16"):
+                return inner(function, *args)
+
+        model.within_forward = within_forward  # type: ignore[assignment]
     return model
 
 
 def halve_linear_layers(model: torch.nn.Module) -> None:
-    """Keep in bfloat16 what autocast would cast anyway: a frozen reference takes half as much, and computes to the bit what the
-    policy of equal weights does, so KL begins at 0. (All in bfloat16, the sums between layers are rounded, too.)"""
+    """Keep in bfloat16 what autocast would cast anyway: a frozen reference takes half as much, and computes
+    to the bit what the policy of equal weights does, so KL begins at 0. (All in bfloat16, the sums between
+    layers are rounded, too.)"""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for module in model.modules():
-        if (
-            isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings
-        ):  # a tied head stays as it is
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:  # a tied head stays
             module.to(torch.bfloat16)
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, peak: float, step: int, warmup: int, total: int, decay: bool
-) -> float:
-    """Linear warm-up over `warmup` steps, then constant, or with `decay` linear to zero at `total`. Returns the rate set."""
-    rate = peak * min(1.0, (step + 1) / max(1, warmup))
-    if decay and step >= warmup:
-        rate = peak * (total - step) / max(1, total - warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def precision(device: torch.device, dtype: str) -> torch.autocast:
@@ -63,11 +65,87 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def finite_or_stop(name: str, value: float, step: int, out: Path) -> float:
-    """Returns `value`, or raises UserError before a step that would ruin the weights (the last checkpoint stays)."""
-    if not torch.isfinite(torch.tensor(value)):
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Any, step: int, total: int) -> float:
+    """Linear warm-up, then constant, or with `decay` linear to zero at `total`. Returns the rate."""
+    warmup = settings.warmup_steps
+    rate = settings.learning_rate * min(1.0, (step + 1) / max(1, warmup))
+    if settings.decay and step >= warmup:
+        rate = settings.learning_rate * (total - step) / max(1, total - warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def sum_and_clip(optimizer: torch.optim.Optimizer, limit: float, size: int, sharded: bool) -> float:
+    """The gradients of all `size` processes, summed (those of shards are already), and clipped to the L2 norm
+    `limit`, all together; 0: not clipped. Returns the norm before."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not sharded:
+        sum_gradients(parameters, size)
+    with lost_process("gloo", "NCCL", "Connection"):
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def finite_or_stop(name: str, value: float, out: Path) -> None:
+    """Raises UserError before a step that would ruin the weights (the last checkpoint stays)."""
+    if not math.isfinite(value):
         raise UserError(
-            f"step {step}: {name} is {value}, stopped before the update; the last checkpoint in {out} is kept: "
+            f"{name} is {value}, stopped before the update; the last checkpoint in {out} is kept: "
             "lower --learning-rate, or look at the last lines of metrics.jsonl"
         )
-    return value
+
+
+def rehearse(
+    run: Run,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    rows: int,
+    longest: int,
+    prompt_tokens: int,
+) -> None:
+    """Compute the largest micro-batch there may be, with room taken for the optimizer and the key-value
+    cache.
+
+    Call it before the optimizer has its state. `rows`, `longest` and `prompt_tokens` as in `Run.rehearse`.
+    The longest sequences might leave some of the budget unused, so the batch that fills it is computed.
+    """
+    settings = run.settings
+    tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
+    run.say(f"rehearsing the largest batch: {tokens} tokens")
+    own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
+    moments = torch.empty(8 * own, dtype=torch.uint8, device="cpu" if settings.offload else run.device)
+    if reference is not None:
+        with run.sampling(policy):
+            room_of_cache(policy, min(settings.max_sample_tokens, rows * longest), settings)
+    height = max(1, -(-tokens // longest))
+    width = tokens // height
+    if width <= prompt_tokens:
+        height, width = max(1, tokens // longest), longest
+    ids = torch.full((height, width), 1, device=run.device)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    completion = everything.clone()
+    completion[:, : max(1, prompt_tokens)] = False
+    bonus = getattr(settings, "entropy_coef", 0) > 0
+    logprobs, entropy = token_logprobs(
+        policy, ids, everything, completion, with_entropy=True, entropy_gradient=bonus
+    )
+    if reference is not None:
+        with torch.no_grad():
+            token_logprobs(reference, ids, everything, completion)
+    run.backward(0.0 * (logprobs + entropy).sum())
+    policy.zero_grad(set_to_none=True)
+    del moments
+
+
+@torch.no_grad()
+def room_of_cache(model: PreTrainedModel, tokens: int, settings: Any) -> Tensor:
+    """Memory of the sampler's key-value cache, and of one layer more while it is repacked; taken, not used.
+
+    In bfloat16 autocast keeps a copy of each weight while it computes: room for these, too.
+    """
+    layers: Any = model(input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    layers = layers.past_key_values.layers
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) * (len(layers) + 1) // len(layers)
+    copies = 2 * model.num_parameters() if settings.dtype == "bfloat16" and not settings.shard else 0
+    return torch.empty(size * tokens + copies, dtype=torch.uint8, device=layers[0].keys.device)

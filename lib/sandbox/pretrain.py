@@ -29,9 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lib.batches import pad_batch
 from lib.chat import encode_prompt
 from lib.run.checkpoint import save_policy
-from lib.run.flags import Flags, number
+from lib.run.command import Flags, number, run_main
 from lib.run.folder import lock_folder
-from lib.run.settings import run_main
 from lib.sandbox import judge, traces, world
 from lib.sandbox.card import CUE, write_card
 

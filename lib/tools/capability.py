@@ -26,11 +26,11 @@ from lib import UserError
 from lib.chat import decode, encode_prompt, eos_token_ids, parse_completion, parse_direct, set_date
 from lib.metrics import bootstrap, wilson
 from lib.run.checks import check_tokenizer
+from lib.run.command import Flags, number, run_main
 from lib.run.files import append_jsonl, resume_log, write_json
-from lib.run.flags import Flags, named, number
 from lib.run.folder import checksums, claim_folder, date_of_run, reasons
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.settings import run_main
+from lib.run.settings import named
 from lib.sampler import sample
 from lib.sources.tables import read_table, text_of
 
@@ -164,9 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     for folder in models.values():  # all inputs are looked at before OUT is
         load_tokenizer(folder)
     reasoning = {name: reasons(name, folder, given.direct) for name, folder in models.items()}
-    inputs, how = [given.file, *models.values()], ("max_batch_tokens", "device")
+    inputs = [given.file, *models.values()]
     config = {**vars(given), "reasoning_by_model": reasoning, **checksums(*inputs)}
-    claim_folder(given.out, config, overwrite=given.overwrite, ignore=how, inputs=inputs)
+    claim_folder(given.out, config, overwrite=given.overwrite, inputs=inputs)
     answers = {name: ask(name, models[name], reasoning[name], questions, given) for name in models}
     write_json(Path(given.out) / "results.json", measure(answers) | {"config": config})
 

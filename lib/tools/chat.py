@@ -13,10 +13,9 @@ from transformers import GenerationConfig, TextStreamer
 from lib import UserError
 from lib.cache import context_of
 from lib.chat import THINK_OPEN, decode, encode_chat, eos_token_ids, parse_completion, parse_direct
-from lib.run.flags import Flags, number
+from lib.run.command import Flags, number, run_main
 from lib.run.folder import stated_reasoning
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.settings import run_main
 from lib.run.text import UNSEEN
 
 

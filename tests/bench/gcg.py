@@ -29,9 +29,9 @@ from lib.chat import encode_prompt
 from lib.judges import load_judge
 from lib.metrics import student_t
 from lib.report.figures import show
+from lib.run.command import run_main
 from lib.run.files import append_jsonl, resume_log
 from lib.run.hub import load_policy, load_tokenizer
-from lib.run.settings import run_main
 from lib.sampler import random_numbers
 
 WORKER = Path(__file__).with_name("nanogcg_worker.py")

@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from lib.run.plan import memory, shape_of_model
+from lib.run.rehearsal import rehearse
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from lib import UserError
 from lib.chat import Parsed
+from lib.run.command import run_main
 from lib.run.hub import load_policy
-from lib.run.plan import memory, shape_of_model
 from lib.run.processes import start_processes
-from lib.run.rehearsal import rehearse
-from lib.run.settings import run_main
 from lib.run.training import halve_linear_layers
 from lib.sampler import Completion, sample
 

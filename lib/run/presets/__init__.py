@@ -1,6 +1,6 @@
 """Settings by purpose. A module holds four dicts, one a stage: MIXTURE (01), SFT (02), RL (03) and EVAL (04).
 
-RPO, where there is one, is what `03_rl_train.py --objective rpo` sets otherwise than RL.
+RPO, where there is one, is what `python -m lib.compare.rpo` sets otherwise than RL.
 
 A stage's own defaults stand where a preset says nothing, and its flags override both.
 """
