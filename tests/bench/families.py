@@ -8,11 +8,11 @@ what is wrong. `check_model` must refuse, when a model is loaded, whatever would
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -304,6 +304,9 @@ def outcome(check: Callable[[], str]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("kinds", nargs="*", choices=[*NAMES, []], metavar="KIND", help="default: all of them")
+    kinds = parser.parse_args().kinds or sorted(NAMES)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -312,7 +315,7 @@ def main() -> None:
         raise TimeoutError(f"{SECONDS} s")
 
     signal.signal(signal.SIGALRM, late)
-    for kind in sys.argv[1:] or sorted(NAMES):
+    for kind in kinds:
         signal.alarm(SECONDS)
         found = examine(kind)
         signal.alarm(0)
