@@ -4,9 +4,9 @@ Before RL can reward good reasoning, the model has to reason at all: it learns t
 y` from about a thousand harmful prompts with a few traces each. For every update:
 
     1. take the next `batch_size` traces of a shuffled epoch
-    2. loss = -log p(z, y | prompt), the mean over the tokens of reasoning and answer, markers included ->
-       train_step
-    3. one step of AdamW; after each epoch the loss of held-out prompts, and an early stop              -> held_out_loss
+    2. loss = -log p(z, y | prompt), the mean over the tokens of reasoning, answer and markers
+    3. one step of AdamW                                                         -> train_step
+    4. after each epoch the loss of held-out prompts decides about an early stop -> held_out_loss
 
 Two things matter more than the loss:
 
@@ -114,10 +114,8 @@ def split_by_prompt(examples: list[Example], settings: Settings) -> tuple[list[E
 
 
 def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Settings, run) -> dict:
-    """One update on `batch`, the same list on every process: the mean loss per token, and the gradient's norm."""
-    tokens = sum(
-        sum(example.mask) for example in batch
-    )  # over all processes: their shares add up to the mean
+    """One update on `batch`, the same on every process: the mean loss per token, and the gradient's norm."""
+    tokens = sum(sum(example.mask) for example in batch)  # of all processes: their shares add up to the mean
     total = 0.0
     for _, ids, attention_mask, mask in run.micro_batches(
         batch, pad_id, settings.max_batch_tokens, share=True
@@ -152,12 +150,7 @@ def main() -> None:
     rows = max(settings.batch_size, len(held_out))
     run.rehearse(model, None, rows, len(longest.ids), longest.mask.index(True))
 
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        eps=settings.adam_eps,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), **run.adamw)
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)
     run.state |= {"best_loss": math.inf, "bad_epochs": 0}
     for step in run.steps(settings.epochs * steps_per_epoch, model, optimizer, "SFT"):

@@ -4,10 +4,10 @@ The model writes several answers to each prompt, a judge rewards them, and what 
 becomes more likely. Nobody shows it how to reason: a harmful prompt pays for safety and a harmless one for
 help, so it pays to find out first which of the two a prompt is. This is GRPO by hand. For every step:
 
-    1. take `prompts_per_step` prompts of the mixture                      -> prompts_of_step
+    1. take `prompts_per_step` prompts of the mixture                      -> lib.batches.items_of_step
     2. sample a group of G completions of each from the policy             -> collect_rollouts
-    3. reward r = r_f * r_s on harmful prompts, r_f * r_n on others        -> score_rollouts        (paper, eq. 1 and 2)
-    4. advantage A = (r - mean of its group) / (std of its group + eps)    -> assign_advantages     (DeepSeekMath, 4.1)
+    3. reward r = r_f * r_s on harmful prompts, r_f * r_n on others        -> score_rollouts (eq. 1 and 2)
+    4. advantage A = (r - mean of its group) / (std of its group + eps)    -> assign_advantages
     5. one step down the gradient of  -A * ratio + kl_coef * KL            -> grpo_loss, update_policy
     6. log, with whole groups to read, and save                            -> run.log, run.steps
 
@@ -19,9 +19,8 @@ is `python -m lib.compare.rpo`.
     python 03_rl_train.py --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rl
     torchrun --nproc-per-node 4 03_rl_train.py --preset paper
 
-Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl, curves.png and
-settings.json to OUT. A step is a function of the saved state and (seed, step): kill a run, give the same
-command again, and the result is the same, on a CPU to the bit.
+Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl and curves.png to OUT. A
+step is a function of the saved state and (seed, step): a killed run goes on, on a CPU with the same bits.
 
 **What you should see** (sandbox, a minute): the reward climbs from about 0.3 to above 0.9, `format_rate` to
 1, and of the 16 groups of a step more and more have no signal, since all eight answers are right. Read
@@ -34,21 +33,20 @@ would the policy learn from a group in which all eight rewards are 0?
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lib import UserError
-from lib.batches import epoch_order, scatter
-from lib.chat import Parsed, decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
+from lib.batches import items_of_step, scatter
+from lib.chat import Parsed, decode, encode_text, eos_token_ids, parse_completion, parse_direct
 from lib.judges import load_judge, refusal_label
-from lib.policy import context_of, k3, token_logprobs
+from lib.policy import k3, token_logprobs
 from lib.report import draw_curves
-from lib.rewards import KINDS, total_reward
+from lib.rewards import total_reward
 from lib.run import run_main, start
-from lib.run.checks import check_ids, check_tokenizer
-from lib.run.files import read_jsonl
+from lib.run.data import Prompt, load_prompts
 from lib.run.hub import load_tokenizer
 from lib.run.settings import TOKENS, Training, setting
 from lib.sampler import Completion, sample
@@ -57,68 +55,41 @@ from lib.sampler import Completion, sample
 @dataclass
 class Settings(Training):
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
+    out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK. Paper: moderation API, GRM")
     one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")
     # rollouts
-    prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1, high=10_000)
-    group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2, high=1000)
+    prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
+    group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2)
     temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01, high=10.0)
     max_new_tokens: int = setting(4096, "tokens of a completion, reasoning included. Paper: 4096", low=1)
-    max_prompt_tokens: int = setting(
-        512, "prompts of more are left out, and counted. Paper: 512", low=1, flag=False
-    )
-    max_sample_tokens: int = setting(
-        65536, "rows x columns of the sampler's cache, tokens", low=16, high=TOKENS
-    )
+    max_prompt_tokens: int = setting(512, "prompts of more are left out. Paper: 512", low=1, flag=False)
+    max_sample_tokens: int = setting(65536, "rows x columns of the sampler's cache", low=16, high=TOKENS)
     # updates
     learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6", low=0.0, high=1.0)
-    weight_decay: float = setting(
-        0.01, "of AdamW. Paper: verl's default, 0.01", low=0.0, high=100.0, flag=False
-    )
-    epochs: float = setting(
-        3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01, high=1000.0
-    )
-    updates_per_batch: int = setting(
-        1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1, high=1000
-    )
+    weight_decay: float = setting(0.01, "of AdamW. Paper: verl's default, 0.01", low=0.0, flag=False)
+    epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01)
+    updates_per_batch: int = setting(1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1)
     rollouts_every: int = setting(5, "steps between groups in rollouts.jsonl", low=1, flag=False)
-    # what people vary (the end of this file)
-    normalisation: str = setting(
-        "token",
-        "what the loss is divided by. token: all tokens of the batch (verl, DAPO; paper); sequence: each completion's "
-        "length, then completions (GRPO, DeepSeekMath eq. 3); constant: max_new_tokens (Dr. GRPO)",
-        choices=("token", "sequence", "constant"),
-    )
-    std_normalisation: bool = setting(
-        True, "divide advantages by the group's std (GRPO, paper); no: Dr. GRPO"
-    )
-    kl_estimator: str = setting(
-        "k3", "of KL(policy || reference), by Schulman. Paper: k3", choices=("k1", "k2", "k3")
-    )
-    kl_coef: float = setting(1e-3, "weight of the KL term. Paper: 1e-3", low=0.0, high=1000.0)
-    entropy_coef: float = setting(
-        0.0, "weight of an entropy bonus. Authors' script: 1e-3", low=0.0, high=1000.0
-    )
-    clip_range: float = setting(
-        0.2, "epsilon of the clipped ratio (PPO eq. 7); idle at one update", low=0.0, high=10.0
-    )
+    # what people vary: see the end of this file
+    normalisation: str = setting("token", "of the loss", choices=("token", "sequence", "constant"))
+    std_normalisation: bool = setting(True, "divide advantages by the group's std (paper); no: Dr. GRPO")
+    kl_estimator: str = setting("k3", "of KL(policy || reference). Paper: k3", choices=("k1", "k2", "k3"))
+    kl_coef: float = setting(1e-3, "weight of the KL term. Paper: 1e-3", low=0.0)
+    entropy_coef: float = setting(0.0, "weight of an entropy bonus. Authors' script: 1e-3", low=0.0)
+    clip_range: float = setting(0.2, "epsilon of the clipped ratio; idle at one update a batch", low=0.0)
 
     def inputs(self) -> list[str]:
         return [self.model, f"{self.data}/rl.jsonl"]
 
 
 @dataclass
-class Prompt:
-    record: dict  # id, prompt, kind, source
-    ids: list[int]  # up to and with "<think>\n"
-
-
-@dataclass
 class Rollout:
     """One completion of one prompt, with all that is known about it."""
 
-    record: dict
-    prompt_ids: list[int]
+    record: dict  # of its prompt: id, prompt, kind, source
+    ids: list[int]  # (T,) of prompt and completion
+    mask: list[bool]  # (T,) True on what is learned: the completion
     completion: Completion
     text: str
     parsed: Parsed
@@ -128,59 +99,11 @@ class Rollout:
     task: float | None = None
     reward: float | None = None  # None: unknown, the judge had no verdict
     advantage: float = 0.0
-    old_logprobs: torch.Tensor | None = field(
-        default=None, repr=False
-    )  # (completion length,), by the first update
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt_ids + self.completion.token_ids
-
-    @property
-    def mask(self) -> list[bool]:
-        """True on what is learned: the completion."""
-        return [False] * len(self.prompt_ids) + [True] * len(self.completion.token_ids)
-
-
-# ---- step 1: prompts ----
-
-
-def load_prompts(settings: Settings, tokenizer, policy, run) -> list[Prompt]:
-    """The mixture as token ids, without the prompts that are too long. Every limit is checked here. Raises UserError."""
-    path, context = Path(settings.data) / "rl.jsonl", context_of(policy.config)
-    prompts = []
-    for record in read_jsonl(path, ("id", "prompt", "kind")):
-        if record["kind"] not in KINDS:
-            raise UserError(
-                f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {', '.join(KINDS)}"
-            )
-        prompts.append(
-            Prompt(record, encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning))
-        )
-    check_tokenizer(
-        policy, tokenizer, [p.record["prompt"] for p in prompts[:8]], reasoning=settings.reasoning
-    )
-    check_ids(policy, [p.ids for p in prompts], settings.model)
-    new = settings.max_new_tokens
-    allowed = min(settings.max_prompt_tokens, context - new)
-    budget = min(settings.max_batch_tokens, settings.max_sample_tokens) - new
-    limits = f"context {context}, max_prompt_tokens {settings.max_prompt_tokens}, --max-new-tokens {new}"
-    return run.drop_too_long(prompts, allowed, budget, f"{path} ({limits})")
-
-
-def prompts_of_step(prompts: list[Prompt], step: int, settings: Settings) -> list[Prompt]:
-    """Of an endless stream of shuffled epochs: a function of (seed, step), so resuming is exact."""
-    places = range(step * settings.prompts_per_step, (step + 1) * settings.prompts_per_step)
-    orders = {e: epoch_order(len(prompts), settings.seed, e) for e in {p // len(prompts) for p in places}}
-    return [prompts[orders[p // len(prompts)][p % len(prompts)]] for p in places]
+    old_logprobs: Tensor | None = None  # (completion length,), set by the first update
 
 
 # ---- step 2: rollouts ----
-
-
-def collect_rollouts(
-    policy, tokenizer, prompts: list[Prompt], step: int, settings: Settings, run
-) -> list[Rollout]:
+def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, run) -> list[Rollout]:
     """This process's share of the prompts, G completions each; those of one prompt stand together.
 
     Every completion has a seed of its own, drawn by all processes alike: it is the same whichever process
@@ -206,13 +129,13 @@ def collect_rollouts(
         prompt, text = prompts[i // settings.group_size], decode(tokenizer, completion.token_ids)
         parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
         tokens, refusal = len(encode_text(tokenizer, parsed.reasoning)), refusal_label(parsed.answer)
-        rollouts.append(Rollout(prompt.record, prompt.ids, completion, text, parsed, tokens, refusal))
+        ids = prompt.ids + completion.token_ids
+        mask = [False] * len(prompt.ids) + [True] * len(completion.token_ids)
+        rollouts.append(Rollout(prompt.record, ids, mask, completion, text, parsed, tokens, refusal))
     return rollouts
 
 
 # ---- step 3: rewards ----
-
-
 def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> None:
     """Equations 1 and 2: judges see the prompt and the answer, never the reasoning.
 
@@ -233,11 +156,9 @@ def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> 
 
 
 # ---- step 4: advantages ----
-
-
-def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float = 1e-6) -> torch.Tensor:
-    """Rewards (prompts, G) -> advantages (prompts, G), fp32. The group is its own baseline (DeepSeekMath,
-    section 4.1).
+def group_advantages(rewards: Tensor, std_normalisation: bool, eps: float = 1e-6) -> Tensor:
+    """Rewards (prompts, G) -> advantages (prompts, G), fp32: the group is its own baseline (DeepSeekMath,
+    4.1).
 
     The std is the sample's (n - 1); where all of a group are rewarded alike, all advantages are 0. A reward
     of NaN is unknown: it is left out of its group's mean and std, and its advantage is 0, so it moves the
@@ -247,9 +168,7 @@ def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float 
     tensor([[ 0.5000, -0.5000,  0.0000],
             [ 0.0000,  0.0000,  0.0000]])
     """
-    rewards = (
-        rewards.double()
-    )  # in fp32 the mean of eight times 1/3 is not 1/3, and eps would magnify the difference
+    rewards = rewards.double()  # in fp32 the mean of eight times 1/3 is not 1/3, and eps would magnify that
     known = ~rewards.isnan()
     centred = (rewards - rewards.nanmean(dim=1, keepdim=True)).where(known, 0.0)
     if not std_normalisation:
@@ -259,7 +178,7 @@ def group_advantages(rewards: torch.Tensor, std_normalisation: bool, eps: float 
 
 
 def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
-    """One advantage for each completion. Of single tokens (a value network, a process reward), they would begin here."""
+    """One advantage a completion. Those of tokens (a value network, a process reward) would begin here."""
     rewards = [math.nan if r.reward is None else r.reward for r in rollouts]
     groups = torch.tensor(rewards, dtype=torch.float64).view(-1, settings.group_size)
     advantages = group_advantages(groups, settings.std_normalisation).flatten().tolist()
@@ -268,17 +187,15 @@ def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
 
 
 # ---- step 5: the update ----
-
-
 def grpo_loss(
-    logprobs: torch.Tensor,  # (B, T) of the policy, with gradient
-    old_logprobs: torch.Tensor,  # (B, T) when the rollouts were sampled
-    reference_logprobs: torch.Tensor,  # (B, T) of the frozen reference
-    advantages: torch.Tensor,  # (B,)
-    completion_mask: torch.Tensor,  # (B, T) bool
-    weights: torch.Tensor,  # (B,) from `sequence_weights`
+    logprobs: Tensor,  # (B, T) of the policy, with gradient
+    old_logprobs: Tensor,  # (B, T) when the rollouts were sampled
+    reference_logprobs: Tensor,  # (B, T) of the frozen reference
+    advantages: Tensor,  # (B,)
+    completion_mask: Tensor,  # (B, T) bool
+    weights: Tensor,  # (B,) from `sequence_weights`
     settings: Settings,
-) -> torch.Tensor:
+) -> Tensor:
     """DeepSeekMath eq. 3 with its sign turned, a scalar to minimise. Another objective begins here.
 
     All log-probabilities are of the distribution that was sampled, at --temperature.
@@ -291,9 +208,7 @@ def grpo_loss(
     return (per_token.sum(dim=1) * weights).sum()
 
 
-def update_policy(
-    policy, reference, optimizer, rollouts: list[Rollout], pad_id: int, settings: Settings, run
-) -> dict:
+def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id, settings, run) -> dict:
     """One step on all rollouts, in micro-batches whose gradients add up to that of the whole batch.
 
     Returns the loss, per-token means over all processes (kl, entropy, and sampler_gap: how far the sampler's
@@ -301,14 +216,14 @@ def update_policy(
     """
     total_tokens = run.total(sum(len(r.completion.token_ids) for r in rollouts))
     total_rollouts = run.total(len(rollouts))
-    sums, temperature = dict.fromkeys(("loss", "kl", "entropy", "sampler_gap"), 0.0), settings.temperature
+    sums = dict.fromkeys(("loss", "kl", "entropy", "sampler_gap"), 0.0)
+    at, bonus = {"temperature": settings.temperature}, settings.entropy_coef
     for batch, ids, attention_mask, mask in run.micro_batches(rollouts, pad_id, settings.max_batch_tokens):
         logprobs, entropy = token_logprobs(
-            policy, ids, attention_mask, mask, temperature=temperature, with_entropy=True,
-            entropy_gradient=settings.entropy_coef > 0,
-        )  # (B, T) each, 0 outside the mask  # fmt: skip
+            policy, ids, attention_mask, mask, **at, with_entropy=True, entropy_gradient=bonus > 0
+        )  # (B, T) each, and so is all that comes of them, 0 outside the mask
         with torch.no_grad():
-            reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, temperature=temperature)
+            reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, **at)
         for rollout, row, where in zip(batch, logprobs.detach(), mask, strict=True):
             if rollout.old_logprobs is None:
                 rollout.old_logprobs = row[where]  # first update: on-policy, the ratio is exactly 1
@@ -318,15 +233,14 @@ def update_policy(
         lengths = torch.tensor([len(r.completion.token_ids) for r in batch], device=ids.device)
         weights = sequence_weights(lengths, total_tokens, total_rollouts, settings)
         loss = grpo_loss(logprobs, old_logprobs, reference_logprobs, advantages, mask, weights, settings)
-        if settings.entropy_coef > 0:  # keeps samples diverse; weighed as the loss is (verl)
-            loss = loss - settings.entropy_coef * (entropy.sum(dim=1) * weights).sum()
+        if bonus > 0:  # keeps samples diverse; weighed as the loss is (verl)
+            loss = loss - bonus * (entropy.sum(dim=1) * weights).sum()
         run.backward(loss)
         sums["loss"] += loss.item()
-        sums["kl"] += (
-            kl_estimate(logprobs.detach(), reference_logprobs, settings.kl_estimator)[mask].sum().item()
-        )
+        found = logprobs.detach()
+        sums["kl"] += kl_estimate(found, reference_logprobs, settings.kl_estimator)[mask].sum().item()
         sums["entropy"] += entropy[mask].sum().item()
-        sums["sampler_gap"] += (logprobs.detach() - sampled_logprobs)[mask].abs().sum().item()
+        sums["sampler_gap"] += (found - sampled_logprobs)[mask].abs().sum().item()
     sums = run.total(sums)
     means = {name: value if name == "loss" else value / total_tokens for name, value in sums.items()}
     return means | {"grad_norm": run.clip_and_step(optimizer, sums["loss"])}
@@ -339,34 +253,25 @@ def main() -> None:
     settings, run = start(Settings, "rl")
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
-    prompts = load_prompts(settings, tokenizer, policy, run)
-    run.say(
-        f"read {len(prompts)} prompts from {settings.data}; policy {settings.model}; judge {settings.judge}"
-    )
+    prompts, pad_id = load_prompts(run, tokenizer, policy), tokenizer.pad_token_id
+    run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
     for score in (judge.harm_score, judge.task_score):  # loads its models: they take memory, too
         score([prompts[0].record["prompt"]], ["No."])
     longest = max(len(prompt.ids) for prompt in prompts)
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
     run.rehearse(policy, reference, rows, longest + settings.max_new_tokens, longest)
 
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=settings.learning_rate,
-        eps=settings.adam_eps,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), **run.adamw)
     total = max(1, round(settings.epochs * len(prompts) / settings.prompts_per_step))
     for step in run.steps(total, policy, optimizer, "RL"):
-        chosen = prompts_of_step(prompts, step, settings)
+        chosen = items_of_step(prompts, step, settings.prompts_per_step, settings.seed)
         rollouts = collect_rollouts(policy, tokenizer, chosen, step, settings, run)
         run.lap("sample")
         score_rollouts(rollouts, judge, settings.one_reward)
         assign_advantages(rollouts, settings)
         run.lap("reward")
         for _ in range(settings.updates_per_batch):
-            stats = update_policy(
-                policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, run
-            )
+            stats = update_policy(policy, reference, optimizer, rollouts, pad_id, settings, run)
         run.lap("train")
         run.log(step, stats, rollouts)
     run.finish(policy, tokenizer, draw_curves)
@@ -375,14 +280,12 @@ def main() -> None:
 # ---- what people vary ----
 
 
-def sequence_weights(
-    lengths: torch.Tensor, total_tokens: int, total_rollouts: int, settings: Settings
-) -> torch.Tensor:
+def sequence_weights(lengths: Tensor, total_tokens: int, total_rollouts: int, settings: Settings) -> Tensor:
     """What each completion's sum over tokens is multiplied by: lengths (B,) -> (B,) fp32.
 
     Totals are over all processes, so that micro-batches and processes add up to the loss of the whole batch.
-    "token" lets long completions weigh more, "sequence" makes each token of a long one weigh less, "constant"
-    does neither.
+    token: all tokens of the batch (verl, DAPO; paper). sequence: each completion's length, then completions
+    (GRPO, DeepSeekMath eq. 3): a token of a long one weighs less. constant: max_new_tokens (Dr. GRPO).
     """
     if settings.normalisation == "token":
         return torch.full_like(lengths, 1.0 / total_tokens, dtype=torch.float32)
@@ -391,9 +294,8 @@ def sequence_weights(
     return torch.full_like(lengths, 1.0 / (settings.max_new_tokens * total_rollouts), dtype=torch.float32)
 
 
-def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL
-    divergence").
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
+    """Estimate of KL(policy || reference) per token, from samples of the policy (Schulman 2020), (B, T).
 
     k1 is unbiased but may be negative, k2 biased and never negative, k3 unbiased and never negative ("low
     variance", the paper's). As a term of the loss they differ more. The gradient of k1 is that of log pi,

@@ -70,6 +70,13 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+def items_of_step(items: Sequence[T], step: int, count: int, seed: int) -> list[T]:
+    """`count` items of an endless stream of shuffled epochs: a function of (seed, step), so resuming is exact."""
+    places = range(step * count, (step + 1) * count)
+    orders = {e: epoch_order(len(items), seed, e) for e in {place // len(items) for place in places}}
+    return [items[orders[place // len(items)][place % len(items)]] for place in places]
+
+
 def masked_batch(
     sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import types
 import zlib
 from multiprocessing import forkserver
 from pathlib import Path
@@ -23,13 +24,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lib.run import settings as run_settings
 from lib.run.command import run_main
 from lib.run.files import read_jsonl, write_jsonl
+from lib.run.presets import sandbox
 from lib.sandbox import world
 from lib.sandbox.traces import write_trace
 
 ROOT = Path(__file__).parent.parent
-SFT, RL = "02_sft_warmstart", "03_rl_train"
+SFT, RL, RPO = "02_sft_warmstart", "03_rl_train", "lib.compare.rpo"
+# A preset of the tests' own, here and in every process that runs a stage for them.
+_PRESET = types.ModuleType("lib.run.presets.stages")
+_PRESET.SFT = {**sandbox.SFT, "warmup_steps": 0, "patience": 2, "decay": False}
+_PRESET.RL = {**sandbox.RL, "warmup_steps": 0, "rollouts_every": 1}
+_PRESET.RPO = {}
+sys.modules[_PRESET.__name__] = _PRESET
+run_settings.presets_found = lambda: ["paper", "sandbox", "smollm", "stages"]
 PATIENCE = 300  # seconds, for a machine that is busy with other things
 
 
@@ -68,35 +78,24 @@ def flags(**settings: object) -> list[str]:
 
 
 def sft_flags(data: Path, out: Path, **settings: object) -> list[str]:
-    usual = {"model": world.BASE, "learning_rate": 1e-3, "epochs": 2, "batch_size": 8, "warmup_steps": 0}
-    usual |= {
-        "held_out_share": 0.2,
-        "patience": 1,
-        "max_batch_tokens": 1024,
-        "save_every": 2,
-        "device": "cpu",
-    }
+    usual = {"preset": "stages", "model": world.BASE, "learning_rate": 1e-3, "epochs": 2, "batch_size": 8}
+    usual |= {"held_out_share": 0.2, "max_batch_tokens": 1024, "save_every": 2, "device": "cpu"}
     return flags(data=data, out=out, **usual | settings)
 
 
 def rl_flags(data: Path, out: Path, **settings: object) -> list[str]:
     """4 prompts x 4 completions; answers alone, since the base model has not learned the format."""
-    usual = {
-        "model": world.BASE,
-        "judge": "stages",
-        "reasoning": False,
-        "prompts_per_step": 4,
-        "group_size": 4,
-    }
-    usual |= {
-        "temperature": 1.0,
-        "max_new_tokens": 12,
-        "learning_rate": 1e-3,
-        "epochs": 0.5,
-        "warmup_steps": 0,
-    }
-    usual |= {"max_batch_tokens": 512, "kl_coef": 0.05, "save_every": 2, "rollouts_every": 1, "device": "cpu"}
+    usual = {"preset": "stages", "model": world.BASE, "judge": "stages", "reasoning": False, "device": "cpu"}
+    usual |= {"prompts_per_step": 4, "group_size": 4, "temperature": 1.0, "max_new_tokens": 12}
+    usual |= {"learning_rate": 1e-3, "epochs": 0.5, "max_batch_tokens": 512, "save_every": 2, "kl_coef": 0.05}
     return flags(data=data, out=out, **usual | settings)
+
+
+def rpo_flags(data: Path, out: Path, **settings: object) -> list[str]:
+    usual = {"learning_rate": 3e-5, "epochs": 1.4} | settings
+    words = rl_flags(data, out, **usual)
+    place = words.index("--kl-coef")  # has none
+    return words[:place] + words[place + 2 :]
 
 
 # ---- here ------------------------------------------------------------------------------------------------------------

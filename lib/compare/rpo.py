@@ -1,22 +1,25 @@
-"""RPO, the paper's comparison with RL: the same prompts, samples and rewards, but learned from as preferences.
+"""RPO, the paper's comparison with RL: the same prompts, samples and rewards, but learned from as
+preferences.
 
-DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) needs no sampling from the policy: of two answers y_w and y_l to x, of
-which the first is preferred, it raises the one against the other, as seen from the frozen reference:
+DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) needs no sampling from the policy: of two answers y_w and
+y_l to x, of which the first is preferred, it raises the one against the other, as seen from the frozen
+reference:
 
     h(x, y) = log pi(y | x) - log pi_ref(y | x)
     L_DPO = -log sigmoid(beta (h(x, y_w) - h(x, y_l)))
 
-Only the difference counts, so both may become less likely. RPO (Pang et al. 2024, arXiv 2404.19733, eq. 1) adds alpha
-times the negative log-likelihood of y_w, divided by its length. Paper: beta 0.01, alpha 3, 8 responses and 4 pairs a prompt.
+Only the difference counts, so both may become less likely. RPO (Pang et al. 2024, arXiv 2404.19733, eq. 1)
+adds alpha times the negative log-likelihood of y_w, divided by its length. Paper: beta 0.01, alpha 3, 8
+responses and 4 pairs a prompt.
 
     python -m lib.compare.rpo --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rpo
 
-**Offline.** Responses are pi_SFT's, the reference's own, and the same in every epoch. They are sampled anew each time
-instead of stored: their seeds depend on the prompt's place in the data alone, so nothing has to be kept, and a step costs
-what one of GRPO costs.
+**Offline.** Responses are pi_SFT's, the reference's own, and the same in every epoch. They are sampled anew
+each time instead of stored: their seeds depend on the prompt's place in the data alone, so nothing has to be
+kept, and a step costs what one of GRPO costs.
 
-**Temperature.** A sequence's log-probability is the sum over its tokens at temperature 1, whatever the temperature of
-sampling: the loss is about the model, and the sampling only picks what is compared.
+**Temperature.** A sequence's log-probability is the sum over its tokens at temperature 1, whatever the
+temperature of sampling: the loss is about the model, and the sampling only picks what is compared.
 
 What it writes, and how it resumes, is as in 03_rl_train.py.
 """
@@ -25,21 +28,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.batches import epoch_order, masked_batch
-from lib.chat import Parsed, decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
+from lib.batches import items_of_step, masked_batch
+from lib.chat import Parsed, decode, encode_text, eos_token_ids, parse_completion, parse_direct
 from lib.judges import load_judge, refusal_label
-from lib.policy import context_of, k3, token_logprobs
+from lib.policy import k3, token_logprobs
 from lib.report import draw_curves
 from lib.rewards import total_reward
 from lib.run import run_main, start
-from lib.run.checks import check_ids, check_tokenizer
-from lib.run.files import read_jsonl
+from lib.run.data import load_prompts
 from lib.run.hub import load_tokenizer
 from lib.run.settings import TOKENS, Training, setting
 from lib.sampler import Completion, sample
@@ -69,13 +70,6 @@ class Settings(Training):
 
 
 @dataclass
-class Prompt:
-    record: dict
-    ids: list[int]
-    place: int  # in the data
-
-
-@dataclass
 class Response:
     """What `lib.run.logs.describe` shows of a completion."""
 
@@ -100,24 +94,6 @@ class Response:
         return [False] * len(self.prompt_ids) + [True] * len(self.completion.token_ids)
 
 
-def load_prompts(settings: Settings, tokenizer, policy, run) -> list[Prompt]:
-    """The mixture as token ids, as in 03_rl_train.py. Raises UserError."""
-    path, context, prompts = Path(settings.data) / "rl.jsonl", context_of(policy.config), []
-    for place, record in enumerate(read_jsonl(path, ("id", "prompt", "kind"))):
-        prompts.append(
-            Prompt(record, encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning), place)
-        )
-    check_tokenizer(
-        policy, tokenizer, [p.record["prompt"] for p in prompts[:8]], reasoning=settings.reasoning
-    )
-    check_ids(policy, [p.ids for p in prompts], settings.model)
-    most = min(settings.max_prompt_tokens, context - settings.max_new_tokens)
-    budget = min(settings.max_batch_tokens // 2, settings.max_sample_tokens) - settings.max_new_tokens
-    return run.drop_too_long(
-        prompts, most, budget, f"{path} (context {context}; a pair is in one micro-batch)"
-    )
-
-
 def response_seeds(places: Sequence[int], group_size: int, seed: int) -> list[list[int]]:
     """Seeds of the responses to the prompts at these places in the data: the same in every epoch."""
     seeds = []
@@ -127,10 +103,8 @@ def response_seeds(places: Sequence[int], group_size: int, seed: int) -> list[li
     return seeds
 
 
-def collect_responses(
-    reference, tokenizer, prompts: Sequence[Prompt], judge, settings: Settings, run
-) -> list[Response]:
-    """This process's share of the prompts: G responses each, with their rewards, those of one prompt together."""
+def collect_responses(reference, tokenizer, prompts, judge, settings, run) -> list[Response]:
+    """G responses to each prompt of this process's share, with their rewards; those of one prompt together."""
     prompts = run.share(prompts)
     seeds = response_seeds([prompt.place for prompt in prompts], settings.group_size, settings.seed)
     with run.sampling(reference):
@@ -164,9 +138,9 @@ def collect_responses(
 def preference_pairs(rewards: Sequence[float | None], group_size: int) -> tuple[list[tuple[int, int]], int]:
     """(index of the chosen, of the rejected) of each pair, and how many pairs were ties and left out.
 
-    `rewards` are of one group of `group_size` after the other. In each the best is paired with the worst, the second
-    best with the second worst, and so on: G/2 pairs (of an odd group the middle one is in none). None, a reward that
-    is unknown because the judge had no verdict, is in no pair.
+    `rewards` are of one group of `group_size` after the other. In each the best is paired with the worst, the
+    second best with the second worst, and so on: G/2 pairs (of an odd group the middle one is in none). None,
+    a reward that is unknown because the judge had no verdict, is in no pair.
 
     >>> preference_pairs([0.2, 1.0, 0.0, 0.9], group_size=4)
     ([(1, 2), (3, 0)], 0)
@@ -194,7 +168,7 @@ def rpo_loss(
     beta: float,
     alpha: float,
 ) -> tuple[Tensor, Tensor]:
-    """RPO eq. 1: the loss of each pair, and its margin beta (h_w - h_l), (P,) each. At the start the margin is 0."""
+    """RPO eq. 1: the loss of each pair, and its margin beta (h_w - h_l), (P,) each. At first the margin is 0."""
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return -torch.nn.functional.logsigmoid(margin) - alpha * chosen / chosen_lengths, margin
 
@@ -204,10 +178,11 @@ def update_on_preferences(
 ) -> dict[str, Any]:
     """One step on the mean loss over the pairs of all processes. The two of a pair are in one micro-batch.
 
-    Without any pair no step is taken: that of AdamW would still be one of weight decay and old momentum. Returns loss,
-    pairs, tied_pairs, pair_accuracy (share of margins > 0: before the first step there are none), margin, the gradient
-    norm before clipping, and means over the pairs' tokens of entropy and kl: k3 of KL(reference || policy), since these
-    tokens are samples of the reference (at the sampling temperature, so it is roughly that).
+    Without any pair no step is taken: that of AdamW would still be one of weight decay and old momentum.
+    Returns loss, pairs, tied_pairs, pair_accuracy (share of margins > 0: before the first step there are
+    none), margin, the gradient norm before clipping, and means over the pairs' tokens of entropy and kl: k3
+    of KL(reference || policy), since these tokens are samples of the reference (at the sampling temperature,
+    so it is roughly that).
     """
     pairs, ties = preference_pairs([r.reward for r in responses], settings.group_size)
     counts = run.total({"pairs": len(pairs), "tied_pairs": ties})
@@ -257,7 +232,7 @@ def main() -> None:
     settings, run = start(Settings, "rl", "rpo")
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
-    prompts = load_prompts(settings, tokenizer, policy, run)
+    prompts = load_prompts(run, tokenizer, policy, together=2)
     run.say(
         f"read {len(prompts)} prompts from {settings.data}; policy {settings.model}; judge {settings.judge}"
     )
@@ -265,18 +240,10 @@ def main() -> None:
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
     run.rehearse(policy, reference, rows, 2 * (longest + settings.max_new_tokens), longest)
 
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=settings.learning_rate,
-        eps=settings.adam_eps,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), **run.adamw)
     total = max(1, round(settings.epochs * len(prompts) / settings.prompts_per_step))
     for step in run.steps(total, policy, optimizer, "RPO"):
-        places = range(step * settings.prompts_per_step, (step + 1) * settings.prompts_per_step)
-        chosen = []
-        for epoch, place in (divmod(place, len(prompts)) for place in places):
-            chosen.append(prompts[epoch_order(len(prompts), settings.seed, epoch)[place]])
+        chosen = items_of_step(prompts, step, settings.prompts_per_step, settings.seed)
         responses = collect_responses(reference, tokenizer, chosen, judge, settings, run)
         stats = update_on_preferences(
             policy, reference, optimizer, responses, tokenizer.pad_token_id, settings, run

@@ -64,7 +64,7 @@ class Run:
         self.config: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # of this step, by phase
         self.lap_began = time.perf_counter()
-        self.rate, self.silent_steps, self.finished = 0.0, 0, False
+        self.rate, self.silent_steps, self.step = 0.0, 0, 0
 
     # ---- beginning ----
 
@@ -89,7 +89,7 @@ class Run:
         same = self.leader and self._claim(begin=False)
         weights = (self.out / "config.json").exists() and not (self.out / "state").exists()
         if self.gather(same and weights)[0]:
-            self.say(f"{self.out} is finished. Next: {settings.next_command(self)}")
+            self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
             self.stop()
             raise SystemExit(0)
 
@@ -101,7 +101,7 @@ class Run:
 
     def _claim(self, begin: bool) -> bool:
         overwrite, inputs = self.settings.overwrite, self.settings.inputs()
-        return claim_folder(self.out, self.config, overwrite=overwrite, inputs=inputs, begin=begin)
+        return claim_folder(self.settings.out, self.config, overwrite=overwrite, inputs=inputs, begin=begin)
 
     @property
     def leader(self) -> bool:
@@ -187,8 +187,9 @@ class Run:
         """`items`, which have `ids` and a `mask` of what is learned, in batches of at most `most` tokens.
 
         Each comes with its tensors on the device: ids (B, T) int64, padded on the right, attention_mask and
-        completion_mask (B, T) bool. With `share` the items are those of all processes, and this one takes its part.
-        Under shards all processes pass equally often; one that has no batch left gets an empty completion_mask.
+        completion_mask (B, T) bool. With `share` the items are those of all processes, and this one takes its
+        part. Under shards all processes pass equally often; one that has no batch left gets an empty
+        completion_mask.
         """
         from lib.batches import masked_batch
 
@@ -210,13 +211,19 @@ class Run:
                 yield
             except FloatingPointError as error:
                 kept = "the last checkpoint is kept: lower --learning-rate, or try another --model"
-                raise UserError(f"{error}; {kept}") from error
+                raise UserError(f"step {self.step}: {error}; {kept}") from error
 
     def weights(self, model: Any) -> dict[str, Any]:
         """A copy of all weights on the CPU, for the leader; all processes have to call it."""
         from lib.run.shards import full_weights
 
         return {name: weight.clone() for name, weight in full_weights(model).items()}
+
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """Of the optimizer: peak rate, epsilon, weight decay."""
+        settings = self.settings
+        return {"lr": settings.learning_rate, "eps": settings.adam_eps, "weight_decay": settings.weight_decay}
 
     # ---- an update ----
 
@@ -237,7 +244,7 @@ class Run:
 
         norm = sum_and_clip(optimizer, self.settings.max_grad_norm, self.size, self.shard)
         for name, value in (("loss", loss), ("gradient norm", norm)):
-            finite_or_stop(name, value, self.out)
+            finite_or_stop(f"step {self.step}: {name}", value, self.out)
         optimizer.step()
         optimizer.zero_grad()  # not only before the next gradient: sampling needs the memory
         return norm
@@ -255,7 +262,7 @@ class Run:
         with tqdm(range(first, total), name, total, initial=first, disable=not self.leader) as self.bar:
             for step in self.bar:
                 self.rate = set_learning_rate(optimizer, self.settings, step, total)
-                self.seconds, self.lap_began = {}, time.perf_counter()
+                self.step, self.seconds, self.lap_began = step, {}, time.perf_counter()
                 yield step
                 if (step + 1) % self.settings.save_every == 0:
                     save_progress(self, step + 1, policy, optimizer)
@@ -291,11 +298,13 @@ class Run:
                 append_jsonl(self.out / "rollouts.jsonl", rollout)
 
     def drop_too_long(self, items: Sequence[Any], most: int, budget: int, what: str) -> list[Any]:
-        """Those of `items`, which have `ids` and a `record`, that have at most `most` tokens; says what is left out.
+        """Those of `items`, which have `ids` and a `record`, that have at most `most` tokens; says what is
+        left out.
 
-        A few long ones must not end a run over a data set (the authors' script drops them, too). Raises UserError
-        when less than half is left: then the limit is wrong. And when one that is kept exceeds `budget`, which says
-        how to compute: a run may go on with another, so it must not decide what is learned from.
+        A few long ones must not end a run over a data set (the authors' script drops them, too). Raises
+        UserError when less than half is left: then the limit is wrong. And when one that is kept exceeds
+        `budget`, which says how to compute: a run may go on with another, so it must not decide what is
+        learned from.
         """
         long = [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]
         names = ", ".join(long[:3])

@@ -90,11 +90,11 @@ def lock_folder(out: str | Path) -> None:
     if not str(out):
         raise UserError("--out: given nothing; allowed a folder, new or of an earlier run")
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: given {out}, a file; allowed a folder, new or of an earlier run")
     made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     at_end.callback(_remove_empty, made)
     try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out: given {out}, a file; allowed a folder, new or of an earlier run")
         while True:
             out.mkdir(parents=True, exist_ok=True)
             file = (out / LOCK).open("a+", encoding="utf-8")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-SILENT = 10  # steps without a signal in a row that are worth a word
-
 from lib.rewards import KINDS
+
+SILENT = 10  # steps without a signal in a row that are worth a word
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from lib import UserError
 from lib.policy import token_logprobs
@@ -117,7 +118,7 @@ def rehearse(
     moments = torch.empty(8 * own, dtype=torch.uint8, device="cpu" if settings.offload else run.device)
     if reference is not None:
         with run.sampling(policy):
-            room_of_cache(policy, min(settings.max_sample_tokens, rows * longest), settings)
+            room_of_cache(policy, min(settings.max_sample_tokens, rows * longest), settings, run.device)
     height = max(1, -(-tokens // longest))
     width = tokens // height
     if width <= prompt_tokens:
@@ -139,13 +140,14 @@ def rehearse(
 
 
 @torch.no_grad()
-def room_of_cache(model: PreTrainedModel, tokens: int, settings: Any) -> Tensor:
+def room_of_cache(model: PreTrainedModel, tokens: int, settings: Any, device: torch.device) -> Tensor:
     """Memory of the sampler's key-value cache, and of one layer more while it is repacked; taken, not used.
 
     In bfloat16 autocast keeps a copy of each weight while it computes: room for these, too.
     """
-    layers: Any = model(input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=True)
-    layers = layers.past_key_values.layers
+    cache: Any = DynamicCache()
+    model(input_ids=torch.ones(1, 1, dtype=torch.long, device=device), cache=cache, use_cache=True)
+    layers = cache.layers
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) * (len(layers) + 1) // len(layers)
     copies = 2 * model.num_parameters() if settings.dtype == "bfloat16" and not settings.shard else 0
-    return torch.empty(size * tokens + copies, dtype=torch.uint8, device=layers[0].keys.device)
+    return torch.empty(size * tokens + copies, dtype=torch.uint8, device=device)

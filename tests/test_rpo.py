@@ -1,0 +1,187 @@
+"""RPO: pairs, the loss and its gradient against tests/reference.py, and the command as a whole."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from pathlib import Path
+
+import pytest
+import reference as literal
+import stages
+import torch
+from safetensors.torch import load_file
+from stages import RPO, kill_9, launch, metrics_of, rpo_flags, run_group, run_here, run_process, same_run
+
+from lib.chat import Parsed
+from lib.compare import rpo
+from lib.run import Run
+from lib.run.data import load_prompts
+from lib.run.files import read_jsonl, write_jsonl
+from lib.run.hub import load_policy, load_tokenizer
+from lib.run.settings import parse_settings
+from lib.sampler import Completion
+from lib.sandbox import world
+
+REWARDS = [0.9, 0.1, 0.5, 0.5, 0.0, 1.0, 0.3, 0.6, 0.2, 0.2, 0.2, 0.2]  # pairs by hand, in groups of 4:
+PAIRS = [(0, 1), (5, 4), (7, 6)]  # 0.5 with 0.5 is a tie, and so are both of the last group
+
+
+def make_responses(rewards: list[float], group_size: int) -> list[rpo.Response]:
+    """A prompt for each group, completions of unequal lengths."""
+    rng, responses = random.Random(0), []
+    for i, reward in enumerate(rewards):
+        if i % group_size == 0:
+            prompt = [rng.randrange(97) for _ in range(rng.randint(2, 7))]
+        ids = [rng.randrange(97) for _ in range(rng.randint(1, 9))]
+        completion = Completion(ids, [0.0] * len(ids), "eos")
+        response = rpo.Response({}, prompt, completion, "", Parsed("", "", True), 0, "none")
+        response.reward = reward
+        responses.append(response)
+    return responses
+
+
+def update(model, anchor, responses, **changes) -> tuple[dict, torch.Tensor]:
+    """Metrics of an update, and its gradient: the step that SGD takes with it. The model stays as it was."""
+    usual = {"group_size": 4, "max_grad_norm": 0.0, "max_batch_tokens": 64}
+    settings = rpo.Settings(**usual | changes)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.zero_grad()
+    metrics = rpo.update_on_preferences(model, anchor, optimizer, responses, 0, settings, Run(settings))
+    steps = [(before[name] - p.detach()).flatten() for name, p in model.named_parameters()]
+    model.load_state_dict(before, strict=False)
+    return metrics, torch.cat(steps)
+
+
+def test_best_with_worst_ties_are_counted_and_the_unknown_is_in_no_pair():
+    assert rpo.preference_pairs(REWARDS, 4) == (PAIRS, 3)
+    assert rpo.preference_pairs([0.1, None, 0.9, 0.5, None, None, 1.0, None], 4) == ([(2, 0)], 0)
+    assert rpo.preference_pairs([0.0, 0.5, 1.0], 3) == ([(2, 0)], 0)  # the middle one is in none
+
+
+@pytest.mark.parametrize("beta, alpha", [(0.01, 3.0), (0.3, 0.0), (1.0, 1.0)])
+def test_loss_and_gradient_are_those_of_the_formula(tiny_model, reference, beta, alpha):
+    tiny_model.double(), reference.double()
+    responses = make_responses(REWARDS, 4)
+    new, anchor = (
+        [literal.logprobs(model, r.ids, len(r.prompt_ids)) for r in responses]
+        for model in (tiny_model, reference)
+    )
+    expected_loss = literal.rpo(new, anchor, PAIRS, beta, alpha)
+    expected_loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+    metrics, found = update(tiny_model, reference, responses, rpo_beta=beta, rpo_alpha=alpha, temperature=0.6)
+    assert expected.norm() > 0.1
+    assert (found - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
+    assert (metrics["pairs"], metrics["tied_pairs"]) == (3, 3)
+    gaps = [float(sum(n) - sum(a)) for n, a in zip(new, anchor, strict=True)]
+    margins = [beta * (gaps[i] - gaps[j]) for i, j in PAIRS]
+    assert metrics["pair_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 3)
+    assert metrics["margin"] == pytest.approx(sum(margins) / 3, rel=1e-3, abs=1e-6)
+    assert metrics["kl"] > 0 and metrics["entropy"] > 0
+
+
+def test_a_pair_that_is_far_apart_does_not_overflow():
+    zero, far = torch.zeros(1), torch.tensor([-9e4])
+    loss, _ = rpo.rpo_loss(far, zero, zero, zero, torch.tensor([9]), 0.1, 0.0)
+    assert loss.item() == pytest.approx(9e3)
+
+
+def test_micro_batches_do_not_change_the_update(tiny_model, reference):
+    responses = make_responses(REWARDS, 4)
+    results = [update(tiny_model, reference, responses, max_batch_tokens=most) for most in (32, 64, 4096)]
+    assert max((found - results[0][1]).abs().max() for _, found in results) < 1e-5
+    assert all(m == {k: pytest.approx(v, rel=1e-4) for k, v in results[0][0].items()} for m, _ in results)
+
+
+@pytest.mark.parametrize("preset, rate", [("paper", 3e-4), ("sandbox", 6e-4)])
+def test_an_update_is_of_16_pairs_as_in_the_paper(preset, rate):
+    settings = parse_settings(rpo.Settings, "rl", "rpo", argv=["--preset", preset])
+    assert settings.prompts_per_step * (settings.group_size // 2) == 16 and settings.learning_rate == rate
+
+
+def test_every_epoch_sees_the_same_responses_of_the_reference(data):
+    """Whoever shares the step."""
+    usual = {"data": str(data), "max_new_tokens": 8, "group_size": 3, "temperature": 1.0, "reasoning": False}
+    settings = rpo.Settings(**usual, device="cpu")
+    run, tokenizer, model = Run(settings), load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu")
+    prompts = load_prompts(run, tokenizer, model, together=2)
+
+    def responses(wanted: list) -> dict[str, list]:
+        found = rpo.collect_responses(model, tokenizer, wanted, stages, settings, run)
+        ids = [(r.record["id"], r.completion.token_ids) for r in found]
+        return {p.record["id"]: [tokens for name, tokens in ids if name == p.record["id"]] for p in wanted}
+
+    first, later = responses(prompts[:4]), responses(prompts[3:1:-1])
+    assert later == {key: first[key] for key in later} and len({str(x) for x in first.values()}) == 4
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory) -> Path:
+    """6 steps of 4 of 18 prompts: the second epoch begins within the fifth."""
+    out = tmp_path_factory.mktemp("alone") / "rpo"
+    run_process(RPO, rpo_flags(data, out, save_every=1), out.with_suffix(".log"))
+    return out
+
+
+def test_the_metrics_are_there_and_the_policy_comes_to_prefer_the_chosen(data, tmp_path, monkeypatch):
+    out, changes = tmp_path / "rpo", {"learning_rate": 1e-3, "epochs": 4.0, "prompts_per_step": 9}
+    run_here(RPO, rpo_flags(data, out, **changes), monkeypatch)
+    lines = metrics_of(out)
+    names = (
+        "loss kl entropy grad_norm reward reward_harmful reward_harmless reward_ambiguous format_rate pairs "
+    )
+    names += "zero_advantage_groups tied_pairs pair_accuracy margin"
+    assert all(set(names.split()) <= set(line) for line in lines)
+    assert lines[0]["pair_accuracy"] == 0 == lines[0]["margin"] and lines[0]["kl"] == pytest.approx(
+        0, abs=1e-9
+    )
+    assert lines[-1]["pair_accuracy"] > 0.7 and lines[-1]["margin"] > 0 and lines[-1]["kl"] > 0
+    assert sum(line["loss"] for line in lines[-2:]) < 0.9 * sum(line["loss"] for line in lines[:2])
+    rewards = [sum(line["reward"] for line in lines[i : i + 2]) for i in (0, 2, 6)]
+    assert rewards == pytest.approx([rewards[0]] * 3)  # offline: those of the reference, in every epoch
+
+
+def test_without_a_pair_nothing_moves(data, tmp_path, monkeypatch):
+    """All rewards are alike: a reasoner without the format earns nothing. No weight decay and no momentum either."""
+    write_jsonl(tmp_path / "data" / "rl.jsonl", read_jsonl(data / "rl.jsonl")[:4])
+    changes = {"reasoning": True, "max_new_tokens": 2, "epochs": 2.0}
+    monkeypatch.setitem(stages._PRESET.RPO, "weight_decay", 0.5)
+    run_here(RPO, rpo_flags(tmp_path / "data", tmp_path / "rpo", **changes), monkeypatch)
+    for line in metrics_of(tmp_path / "rpo"):
+        assert (line["loss"], line["pairs"], line["tied_pairs"], line["pair_accuracy"]) == (0.0, 0, 8, None)
+    before, after = (load_file(path / "model.safetensors") for path in (world.BASE, tmp_path / "rpo"))
+    assert all(torch.equal(before[name].float(), after[name]) for name in before)
+
+
+@pytest.mark.parametrize("size, shard", [(2, False), (2, True)])
+def test_any_number_of_processes_and_shards_equal_one(data, alone, tmp_path, size, shard):
+    out, log = tmp_path / "rpo", tmp_path / "log"
+    for rank, process in enumerate(run_group(RPO, rpo_flags(data, out, shard=shard), log, size)):
+        process.join(stages.PATIENCE)
+        assert process.exitcode == 0, log.with_suffix(f".{rank}").read_text()
+    assert stages.same_update(alone, out, world.BASE)
+    for a, b in zip(metrics_of(alone), metrics_of(out), strict=True):
+        del a["pair_accuracy"], b["pair_accuracy"]  # a margin of nothing but rounding may have either sign
+        assert a == {k: v if v is None else pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in b.items()}
+
+
+def test_a_kill_leaves_no_trace(data, alone, tmp_path):
+    out, log = tmp_path / "rpo", tmp_path / "log"
+    process = launch(RPO, rpo_flags(data, out, save_every=2), log)
+    stages.wait_for_lines(out / "metrics.jsonl", 3, process)
+    kill_9(process)
+    run_process(RPO, rpo_flags(data, out, save_every=2), log)
+    assert same_run(alone, out)
+
+
+def test_a_pair_that_does_not_fit_a_micro_batch_is_one_line(data, tmp_path, monkeypatch, capsys):
+    words = rpo_flags(data, tmp_path / "rpo", max_batch_tokens=64)
+    assert "a pair" in stages.error_of(RPO, words, monkeypatch, capsys)
+    assert importlib.import_module(RPO) is rpo
