@@ -89,13 +89,14 @@ def test_reading_a_command_line_imports_no_torch():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_names_of_functions_lead_somewhere(page):
-    text, missing = page.read_text(), []
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if "://" not in target and not (page.parent / target).exists():
-            missing.append(target)
-    for path, name in re.findall(r"`([\w./]+\.py):(\w+)", text):
-        tree = ast.parse((ROOT / path).read_text()) if (ROOT / path).is_file() else ast.parse("")
-        if not any(getattr(node, "name", getattr(node, "id", None)) == name for node in ast.walk(tree)):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    paths = re.findall(r"`((?:lib|tests|docs)/[\w./]+|\d\d_\w+\.py)(?::(\w+))?`", text)
+    for path, name in paths:
+        found = (ROOT / path).exists()
+        nodes = ast.walk(ast.parse((ROOT / path).read_text())) if found and name else []
+        if not found or (name and name not in {getattr(node, "name", None) for node in nodes}):
             missing.append(f"{path}:{name}")
     assert not missing
 
@@ -104,9 +105,8 @@ def commands() -> list[tuple[str, str]]:
     """(page, command) of each that runs something of ours: in pages, and in what a module says of itself."""
     texts = [(page.name, page.read_text()) for page in PAGES]
     for name, path in modules().items():
-        texts.append(
-            (name, (ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").replace("`", ""))
-        )
+        said = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+        texts.append((name, said.replace("`", "")))
     found = []
     for name, text in texts:
         text = text.replace("\\\n", " ")
@@ -134,14 +134,13 @@ def read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) - 1 :]
     name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
     module = importlib.import_module(name)
-    for parser in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(
-            argparse.ArgumentParser, parser, stopping(getattr(argparse.ArgumentParser, parser))
-        )
+    parser = argparse.ArgumentParser
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(parser, name, stopping(getattr(parser, name)))
     for reader in (module, importlib.import_module("lib.run")):
         if hasattr(reader, "parse_settings"):
             monkeypatch.setattr(reader, "parse_settings", stopping(reader.parse_settings))
-    monkeypatch.setattr(sys, "argv", [name, *rest])
+    monkeypatch.setattr(sys, "argv", [words[1], *rest])
     with pytest.raises(Understood):
         module.main()
 
