@@ -17,7 +17,7 @@ from lib.sandbox import world
 QUESTION = [{"role": "user", "content": "how are you ?"}]
 TEMPLATES = {  # put behind the fixture's template; can a reasoner be served, and another model
     "plain": ("", True, True),
-    "newline": ("\r\n", True, True),  # Jinja drops it at the end, and would not before more
+    "newline": ("{{ '' }}\r\n", True, True),  # Jinja drops it at the end, and would not before more
     "r1": ("{{ '<think>\n' if add_generation_prompt }}", True, False),
     "qwen3": ("{{ '<think> </think> ' if enable_thinking is defined and not enable_thinking }}", True, True),
     "date": ("{{ 'maybe ' if strftime_now('%Y') == '2000' else 'soup ' }}", True, True),

@@ -120,7 +120,7 @@ def answers(monkeypatch):
 def questions(folder, ids=()):
     """Six of them in a file, and the flags that go with it."""
     rows = [{"q": f"what is {i} ?", "answer": i} for i in range(6)]
-    rows = [row | {"id": own} for row, own in zip(rows, ids, strict=True)] if ids else rows
+    rows = [row | {"id": own.strip()} for row, own in zip(rows, ids, strict=True)] if ids else rows
     write_jsonl(folder / "q.jsonl", rows)
     return ["--file", str(folder / "q.jsonl"), "--question-column", "q", "--out", str(folder / "out")]
 
@@ -142,7 +142,9 @@ def test_shares_and_paired_differences(answers, tmp_path, capsys):
     assert "a - b: exact match 0.333 [0.000, 0.667]" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("ids", "names"), [("stuvwx", "stuvwx"), ("stttwx", "012345"), ("", "012345")])
+@pytest.mark.parametrize(
+    ("ids", "names"), [("stuvwx", "stuvwx"), ("stttwx", "012345"), ("", "012345"), ("stuvw ", "012345")]
+)
 def test_a_stopped_check_goes_on_and_asks_nothing_twice(answers, tmp_path, ids, names):
     said, asked = answers
     said["a"] = {0: "0", 1: "1", 2: "2", 3: "0"}

@@ -61,17 +61,17 @@ def describe(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: d
 def serving_template(tokenizer: PreTrainedTokenizerBase, reasoning: bool = True) -> str:
     """The chat template with which plain transformers reads what `encode_prompt` gives, token for token.
 
-    By it, too, `encode_prompt` gives the ids that it gives by the original. Where no template does both (a
-    tokenizer may read <think> otherwise behind other text), it is the original, and a line says so.
+    By it, too, `encode_prompt` gives the ids that it gives by the original: what is added it cuts off again.
+    Where none is known to do so (a tokenizer may read <think> otherwise behind other text), it is the original,
+    and a line says so.
     """
     question, original, other = "How are you?", tokenizer.get_chat_template(), copy.deepcopy(tokenizer)
-    ours = [encode_prompt(tokenizer, question, reasoning=way) for way in (reasoning, not reasoning)]
+    ours = encode_prompt(tokenizer, question, reasoning=reasoning)
     # Jinja drops one newline at the end of a template: it must not come to stand before what is added.
     for template in (original, QUIET + original, re.sub(r"\r?\n\Z", "", original) + OPENING):
         other.chat_template = template
         text = render(other, [{"role": "user", "content": question}], add_generation_prompt=True)
-        same = ours == [encode_prompt(other, question, reasoning=way) for way in (reasoning, not reasoning)]
-        if same and encode_text(other, text) == ours[0]:
+        if encode_text(other, text) == ours:
             return template
     print("the base's chat template is kept: none is known to open <think> in the same tokens")
     return original
