@@ -333,6 +333,7 @@ class Run:
 
         draw(metrics.jsonl, curves.png) draws learning curves.
         """
+        from lib.run.card import describe
         from lib.run.checkpoint import save_policy
         from lib.run.shards import full_weights
         from lib.run.state import drop_progress
@@ -340,6 +341,7 @@ class Run:
         weights = full_weights(policy)
         if self.leader:
             save_policy(policy, tokenizer, self.out, self.state.get("best") or weights)
+            describe(self.out, tokenizer, self.config)
             if draw:
                 draw(self.out / "metrics.jsonl", self.out / "curves.png")
             drop_progress(self.out)
