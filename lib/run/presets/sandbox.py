@@ -45,6 +45,8 @@ RPO = dict(prompts_per_step=4, learning_rate=6e-4)
 EVAL = {
     "data": "runs/demo/data",
     "out": "runs/demo/eval",
+    "models": ["base=lib/sandbox/base", "sft=runs/demo/sft", "tars=runs/demo/rl"],
+    "direct": ["base"],
     "judge": "sandbox",
     "max_new_tokens": 64,  # 4 hops, the deepest, take about 45
     "answer_tokens": 12,
