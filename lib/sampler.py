@@ -68,7 +68,8 @@ def sample_simple(
     """One completion of one prompt for each seed; the model is in eval mode. All else as in `sample`."""
     given = ([prompt], seeds, eos_token_ids)
     ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
-    cache, tokens, logprobs, ended = DynamicCache(), [], [], torch.zeros_like(seed, dtype=torch.bool)
+    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()
+    ended = torch.zeros_like(seed, dtype=torch.bool)
     # Prefill: logits (1, vocab). Then repeat: (rows, vocab).
     logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(len(seeds))
