@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from lib.draw import draw, uniform
+from lib.sampler import draw, uniform
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
