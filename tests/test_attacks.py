@@ -1,4 +1,10 @@
+"""GCG of chapter 4 and its variants, and the model under attack."""
+
 from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,41 +15,36 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import UserError
-from lib.attacks import ATTACKS, gcg
-from lib.attacks.core import Budget, Cost
-from lib.attacks.suffix import Slot
-from lib.attacks.victim import Victim
+from lib.attacks import ATTACKS, NOT_ASKED, Budget, Slot, Victim, gcg, surviving
+from lib.attacks.core import Cost, ask_all
 from lib.chat import encode_prompt
 from lib.judges import Judge
 
-WORDS = [f"w{i}" for i in range(200)] + [
-    f"a{i}.b{i}" for i in range(40)
-]  # the last are split at the dot: no round trip
+stage = importlib.import_module("04_attack_eval")
+SPLIT = [f"a{i}.b{i}" for i in range(40)]  # split at the dot when they are read again: no round trip
+WORDS = [*(f"w{i}" for i in range(200)), *SPLIT, "please"]
 BUDGET = Budget(gcg_steps=6, gcg_width=24, gcg_top_k=12, gcg_suffix_tokens=5, gcg_init="w7", forged="w40 w41")
 BEHAVIOURS = [
     {"id": "a", "prompt": "w1 w2 w3 w4", "target": "w5 w6 w8", "twin": "w1 w2 w50 w4"},
     {"id": "b", "prompt": "w9 w10 w11 w12 w13 w14 w7", "target": "w15 w16", "twin": "w9 w51"},
 ]
+GCGS = ["gcg", "gcg_close", "gcg_forged", "gcg_universal"]
 
 
 def harmless(prompts, answers):
     return [0.0] * len(answers)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(unknown: str | None = "<unk>") -> PreTrainedTokenizerFast:
     special = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>"]
     parts = [f"{c}{i}" for i in range(40) for c in "ab"]
     words = [*special, "<think>", "</think>", ".", "é", *WORDS, *parts]
-    core = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token=unknown or "<none>"))
     core.pre_tokenizer = Whitespace()
     core.add_tokens(["<think>", "</think>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<|end|>",
-        additional_special_tokens=special[3:],
-    )
+    names = {"pad_token": "<pad>", "eos_token": "<|end|>", "additional_special_tokens": special[3:]}
+    names |= {"unk_token": unknown} if unknown else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <|end|> ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
@@ -83,32 +84,22 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def victim_of(model, tokenizer, reasoning=True, harm=harmless) -> Victim:
-    return Victim(
-        "v", model, tokenizer, reasoning, Judge("j", harm, harmless), max_new_tokens=8, temperature=1.0
-    )
+def victim_of(model, tokenizer, reasoning=True, harm=harmless, **limits) -> Victim:
+    limits = {"max_new_tokens": 8, "temperature": 1.0, **limits}
+    return Victim("v", model, tokenizer, reasoning, Judge("j", harm, harmless), **limits)
 
 
 def slot_of(model, tokenizer, budget=BUDGET, behaviour=BEHAVIOURS[0], reasoning=True) -> Slot:
-    return Slot(victim_of(model, tokenizer, reasoning), behaviour, behaviour["target"], budget)
+    return Slot(victim_of(model, tokenizer, reasoning), behaviour, behaviour["target"], budget, Cost())
 
 
 def attack(
-    model,
-    tokenizer,
-    behaviours=BEHAVIOURS,
-    budget=BUDGET,
-    seed=0,
-    reasoning=True,
-    name="gcg",
-    harm=harmless,
-    attacker=(),
+    model, tokenizer, behaviours=BEHAVIOURS, budget=BUDGET, seed=0, reasoning=True, name="gcg", **more
 ):
-    victim, generators = (
-        victim_of(model, tokenizer, reasoning, harm),
-        [generator(seed + i) for i in range(len(behaviours))],
-    )
-    return ATTACKS[name].run(victim, list(behaviours), budget, generators, lambda: None, *attacker)
+    victim = victim_of(model, tokenizer, reasoning, more.get("harm", harmless))
+    generators = [generator(seed + i) for i in range(len(behaviours))]
+    given = [stage.search] if ATTACKS[name].search else more.get("attacker", ())
+    return ATTACKS[name].run(victim, list(behaviours), budget, generators, lambda: None, *given)
 
 
 def suffix_of(behaviour, entry) -> str:
@@ -123,95 +114,61 @@ def plain_loss(model, tokenizer, behaviour, suffix_text, reasoning) -> float:
     return F.cross_entropy(logits, torch.tensor(target)).item()
 
 
+# ---- loss, gradient, proposals -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("reasoning", [True, False])
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_loss_with_the_cached_prefix_is_the_plain_loss(model, tokenizer, behaviour, reasoning):
-    budget = Budget(**{**vars(BUDGET), "max_batch_tokens": 60})  # several micro-batches
-    slot = slot_of(model, tokenizer, budget, behaviour, reasoning)
-    first = tokenizer.convert_tokens_to_ids("w0")
-    candidates = first + torch.randint(200, (9, 5), generator=generator())
-    for loss, text in zip(
-        slot.losses(candidates).tolist(), tokenizer.batch_decode(candidates.tolist()), strict=True
-    ):
+def test_losses_of_candidates_are_those_of_plain_passes_one_by_one(model, tokenizer, behaviour, reasoning):
+    slot = slot_of(model, tokenizer, replace(BUDGET, max_batch_tokens=60), behaviour, reasoning)  # in parts
+    candidates = tokenizer.convert_tokens_to_ids("w0") + torch.randint(200, (9, 5), generator=generator())
+    texts = tokenizer.batch_decode(candidates.tolist())
+    for loss, text in zip(stage.losses(slot, candidates).tolist(), texts, strict=True):
         assert loss == pytest.approx(plain_loss(model, tokenizer, behaviour, text, reasoning), abs=1e-4)
 
 
+def test_gradient_is_that_of_a_plain_pass_and_of_finite_differences(model, tokenizer):
+    slot = slot_of(model, tokenizer)
+    gradient, table = stage.gradient(slot, slot.start), model.get_input_embeddings().weight
+    ids = torch.tensor([*slot.prefix, *slot.start.tolist(), *slot.rest, *slot.target.tolist()])
+    begin = len(slot.prefix)
+
+    def loss_of(embeds):
+        return F.cross_entropy(
+            model(inputs_embeds=embeds[None]).logits[0, -len(slot.target) - 1 : -1], slot.target
+        )
+
+    embeds = table[ids].clone().requires_grad_()
+    by_embedding = torch.autograd.grad(loss_of(embeds), embeds)[0][begin : begin + 5]
+    torch.testing.assert_close(gradient, by_embedding @ table.T, atol=1e-5, rtol=1e-4)
+    for position, token in ((0, 30), (2, 100), (4, 7)):
+        nudged = [table[ids].clone() for _ in range(2)]
+        for embeds, step in zip(nudged, (3e-3, -3e-3), strict=True):
+            embeds[begin + position] += step * table[token]
+        slope = (loss_of(nudged[0]) - loss_of(nudged[1])).item() / 6e-3
+        assert gradient[position, token].item() == pytest.approx(slope, rel=1e-2, abs=2e-3)
+
+
 def test_target_stands_where_the_reasoning_or_the_answer_begins(model, tokenizer):
-    marker = tokenizer.encode("<think>\n", add_special_tokens=False)
     thinker, direct = (slot_of(model, tokenizer, reasoning=r) for r in (True, False))
-    assert thinker.rest == direct.rest + marker
+    assert thinker.rest == direct.rest + tokenizer.encode("<think>\n", add_special_tokens=False)
     assert thinker.prefix == direct.prefix
 
 
-def test_gradient_is_that_of_the_one_hot_rows(model, tokenizer):
-    """Against autograd on a plain forward pass: d loss / d one-hot = (d loss / d embedding) E^T."""
-    behaviour = BEHAVIOURS[0]
-    slot = slot_of(model, tokenizer, behaviour=behaviour)
-    gradient = slot.gradient(slot.start)
-    table = model.get_input_embeddings().weight
-    ids = torch.tensor([*slot.prefix, *slot.start.tolist(), *slot.rest, *slot.target.tolist()])
-    embeds = table[ids].clone().requires_grad_()
-    logits = model(inputs_embeds=embeds[None]).logits[0, -len(slot.target) - 1 : -1]
-    by_embedding = torch.autograd.grad(F.cross_entropy(logits, slot.target), embeds)[0]
-    begin = len(slot.prefix)
-    expected = by_embedding[begin : begin + 5] @ table.T
-    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_gradient_equals_finite_differences(model, tokenizer):
-    slot = slot_of(model, tokenizer, reasoning=False)
-    gradient, table, step = slot.gradient(slot.start), model.get_input_embeddings().weight, 3e-3
-    ids = torch.tensor([*slot.prefix, *slot.start.tolist(), *slot.rest, *slot.target.tolist()])
-    for position, token in ((0, 30), (2, 100), (4, 7)):
-        losses = []
-        for sign in (1, -1):
-            embeds = table[ids].clone()
-            embeds[len(slot.prefix) + position] += sign * step * table[token]
-            logits = model(inputs_embeds=embeds[None]).logits[0, -len(slot.target) - 1 : -1]
-            losses.append(F.cross_entropy(logits, slot.target).item())
-        assert gradient[position, token].item() == pytest.approx(
-            (losses[0] - losses[1]) / (2 * step), rel=1e-2, abs=2e-3
-        )
-
-
-def test_search_lowers_the_loss_and_beats_random_search_at_the_same_number_of_queries(
-    model, tokenizer, monkeypatch
-):
-    found = attack(model, tokenizer)
-    monkeypatch.setattr(
-        Slot, "gradient", lambda self, suffix: torch.randn(len(suffix), model.config.vocab_size)
-    )
-    torch.manual_seed(1)
-    blind = attack(model, tokenizer)
-    for attempt in found:
-        assert attempt.trace[-1]["loss"] < attempt.trace[0]["loss"] - 0.1
-    assert sum(a.trace[-1]["loss"] for a in found) < sum(a.trace[-1]["loss"] for a in blind) - 0.1
-
-
-def test_trace_holds_the_best_text_after_each_step_with_its_true_loss(model, tokenizer):
-    for attempt, behaviour in zip(
-        attack(model, tokenizer),
-        BEHAVIOURS,
-        strict=True,
-    ):
-        losses = [point["loss"] for point in attempt.trace]
-        assert [point["step"] for point in attempt.trace] == list(range(BUDGET.gcg_steps + 1))
-        assert losses == sorted(losses, reverse=True)
-        assert suffix_of(behaviour, attempt.trace[0]) == "w7 w7 w7 w7 w7"
-        for point in attempt.trace:  # of the text, not of ids that no text gives
-            assert point["loss"] == pytest.approx(
-                plain_loss(model, tokenizer, behaviour, suffix_of(behaviour, point), True), abs=1e-4
-            )
-
-
-def test_candidates_that_do_not_survive_the_round_trip_are_dropped_and_counted(model, tokenizer):
-    survivor, split = (tokenizer.convert_tokens_to_ids(w) for w in ("w3", "a5.b5"))
-    candidates = torch.tensor([[survivor] * 5, [survivor] * 4 + [split]])
-    kept, texts = slot_of(model, tokenizer).surviving(candidates)
-    assert kept.tolist() == [[survivor] * 5] and texts == ["w3 w3 w3 w3 w3"]
-    attempt = attack(model, tokenizer, BEHAVIOURS[:1])[0]
-    assert attempt.cost["did_not_survive"] > 0
-    assert not any("." in point["sent"] for point in attempt.trace)
+def test_proposals_are_distinct_swaps_among_the_best_allowed_tokens_that_change_something():
+    gradient, suffix = torch.randn(3, 50, generator=generator()), torch.tensor([1, 2, 3])
+    gradient[torch.arange(3), suffix] = -9.0  # what stands there already would be best
+    allowed = torch.ones(50, dtype=torch.bool)
+    allowed[10:20] = False
+    candidates = stage.propose(gradient, suffix, allowed, Budget(gcg_width=1000, gcg_top_k=4), generator())
+    assert (
+        len(candidates) == 12 == len({*map(tuple, candidates.tolist())})
+    )  # 3 positions x top 4: all there are
+    assert ((candidates != suffix).sum(1) == 1).all()
+    for position in range(3):
+        best = [i for i in gradient[position].argsort().tolist() if allowed[i] and i != suffix[position]][:4]
+        assert {int(c[position]) for c in candidates if c[position] != suffix[position]} == {*best}
+    assert len(stage.propose(gradient, suffix, allowed, Budget(gcg_width=5, gcg_top_k=4), generator())) == 5
 
 
 def test_special_added_and_non_ascii_tokens_and_padding_rows_are_no_candidates(model, tokenizer):
@@ -220,103 +177,153 @@ def test_special_added_and_non_ascii_tokens_and_padding_rows_are_no_candidates(m
     for word in ("<pad>", "<|end|>", "<|user|>", "<think>", "</think>", "é"):
         assert not allowed[tokenizer.convert_tokens_to_ids(word)], word
     assert allowed[tokenizer.convert_tokens_to_ids("w5")]
-    banned = Budget(**{**vars(BUDGET), "gcg_ban_target": True})
-    assert not slot_of(model, tokenizer, banned).allowed()[tokenizer.convert_tokens_to_ids("w5")]
+    ban = replace(BUDGET, gcg_ban_target=True)  # of the answer, not of the reasoning before it
+    allowed = Slot(victim_of(model, tokenizer), BEHAVIOURS[0], "w40 </think> w5 w6 w8", ban, Cost()).allowed()
+    assert [bool(allowed[tokenizer.convert_tokens_to_ids(word)]) for word in ("w5", "w40")] == [False, True]
 
 
-def test_proposals_are_distinct_single_swaps_among_the_best_allowed_tokens(model, tokenizer):
-    gradient = torch.randn(3, 50, generator=generator())
-    allowed = torch.ones(50, dtype=torch.bool)
-    allowed[10:20] = False
-    suffix = torch.tensor([1, 2, 3])
-    budget = Budget(gcg_steps=1, gcg_width=1000, gcg_top_k=4, gcg_suffix_tokens=3, gcg_init="x")
-    candidates = gcg.propose(gradient, suffix, allowed, budget, generator())
-    assert (
-        len(candidates) == 12 == len(set(map(tuple, candidates.tolist())))
-    )  # all there are: 3 positions x top 4
-    assert ((candidates != suffix).sum(1) == 1).all()
-    for position in range(3):
-        tokens = [i for i in gradient[position].argsort().tolist() if allowed[i] and i != suffix[position]][
-            :4
-        ]
-        swapped = {int(c[position]) for c in candidates if c[position] != suffix[position]}
-        assert swapped == set(tokens)
+# ---- the search --------------------------------------------------------------------------------------------
 
 
-def test_seed_decides(model, tokenizer):
+def test_the_trace_holds_the_best_text_so_far_with_its_true_loss_and_beats_a_blind_search(
+    model, tokenizer, monkeypatch
+):
+    found = attack(model, tokenizer)
+    for attempt, behaviour in zip(found, BEHAVIOURS, strict=True):
+        losses = [point["loss"] for point in attempt.trace]
+        assert [point["step"] for point in attempt.trace] == list(range(BUDGET.gcg_steps + 1))
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
+        assert suffix_of(behaviour, attempt.trace[0]) == "w7 w7 w7 w7 w7"
+        for point in attempt.trace:  # of the text, not of ids that no text gives
+            true = plain_loss(model, tokenizer, behaviour, suffix_of(behaviour, point), True)
+            assert point["loss"] == pytest.approx(true, abs=1e-4)
     traces = [attack(model, tokenizer, seed=seed)[1].trace for seed in (3, 3, 4)]
-    assert traces[0] == traces[1] != traces[2]
+    assert traces[0] == traces[1] != traces[2]  # the seed decides
+    monkeypatch.setattr(stage, "gradient", lambda slot, suffix: torch.randn(len(suffix), len(tokenizer) + 3))
+    torch.manual_seed(1)
+    blind = attack(model, tokenizer)
+    assert sum(a.trace[-1]["loss"] for a in found) < sum(a.trace[-1]["loss"] for a in blind) - 0.1
 
 
-def test_random_suffix_has_equal_length_and_survives(model, tokenizer):
-    attempts = attack(model, tokenizer, name="random_suffix")
-    for attempt, behaviour in zip(attempts, BEHAVIOURS, strict=True):
-        text = suffix_of(behaviour, attempt.trace[0])
-        ids = tokenizer.encode(text)
-        assert len(ids) == 5
-        assert slot_of(model, tokenizer).surviving(torch.tensor([ids]))[1] == [text]
-        loss = plain_loss(model, tokenizer, behaviour, text, True)
-        assert attempt.trace[0]["loss"] == pytest.approx(loss, abs=1e-4)
-    assert suffix_of(BEHAVIOURS[0], attempts[0].trace[0]) != suffix_of(BEHAVIOURS[1], attempts[1].trace[0])
+@pytest.mark.parametrize("word, template", [("a5.b5", None), ("w33", "w33")])
+def test_no_suffix_is_kept_whose_text_is_read_as_other_tokens(word, template, model, monkeypatch):
+    """Neither by the tokenizer alone, nor through a chat template that rewrites a word, however good."""
+    tokenizer = make_tokenizer()
+    if template:
+        rewritten = f"m['content'] | replace('{template}', 'w34')"
+        tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", rewritten)
+    token = tokenizer.convert_tokens_to_ids(word)
+
+    def tempting(slot, suffix):
+        return torch.zeros(len(suffix), len(tokenizer) + 3).index_fill_(1, torch.tensor(token), -1.0)
+
+    monkeypatch.setattr(stage, "gradient", tempting)
+    monkeypatch.setattr(stage, "losses", lambda slot, rows: -(rows == token).sum(1) - rows[:, 0] / 1000)
+    budget = replace(BUDGET, gcg_width=1000)
+    attempt = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0]
+    assert attempt.cost["did_not_survive"] >= 5 * BUDGET.gcg_steps
+    assert attempt.trace[-1]["loss"] < attempt.trace[0]["loss"]
+    assert not any(word in point["sent"] for point in attempt.trace)
 
 
 def test_cost_counts_queries_and_tokens(model, tokenizer):
     attempt = attack(model, tokenizer, BEHAVIOURS[:1])[0]
+    slot, cost = slot_of(model, tokenizer), attempt.cost
     # the prefix, the initial loss, and in each step a gradient and the candidates that survive
-    assert (
-        attempt.cost["queries"]
-        == 2 + BUDGET.gcg_steps * (1 + BUDGET.gcg_width) - attempt.cost["did_not_survive"]
-    )
-    assert attempt.cost["backward_tokens"] > 0 and attempt.cost["forward_tokens"] > attempt.cost["queries"]
+    rows = 1 + BUDGET.gcg_steps * (1 + BUDGET.gcg_width) - cost["did_not_survive"]
+    length = BUDGET.gcg_suffix_tokens + len(slot.tail)
+    assert cost["queries"] == 1 + rows and cost["forward_tokens"] == len(slot.prefix) + rows * length
+    assert cost["backward_tokens"] == BUDGET.gcg_steps * length
 
 
-@pytest.mark.parametrize("target", [None, "", "   "])
-def test_missing_target_is_a_user_error(model, tokenizer, target):
-    with pytest.raises(UserError, match="behaviour x: attacks need a target"):
-        attack(model, tokenizer, [{"id": "x", "prompt": "w1", "target": target}])
-
-
-def test_init_must_be_one_token(model, tokenizer):
-    with pytest.raises(UserError, match="--gcg-init"):
-        attack(model, tokenizer, budget=Budget(**{**vars(BUDGET), "gcg_init": "w1 w2"}))
+def test_from_the_best_the_gradient_is_always_taken_at_the_best(model, tokenizer, monkeypatch):
+    budget, seen, gradient = replace(BUDGET, gcg_width=4, gcg_steps=12), [], stage.gradient
+    watched = lambda slot, suffix: seen.append(suffix.tolist()) or gradient(slot, suffix)  # noqa: E731
+    monkeypatch.setattr(stage, "gradient", watched)
+    for from_best in (False, True):
+        seen.clear()
+        trace = attack(model, tokenizer, BEHAVIOURS[:1], replace(budget, gcg_from_best=from_best))[0].trace
+        best = [tokenizer.encode(suffix_of(BEHAVIOURS[0], point)) for point in trace[:-1]]
+        assert (seen == best) == from_best
 
 
 def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(
     model, tokenizer, monkeypatch, capsys
 ):
-    expected = attack(model, tokenizer)
-    compute = Slot._losses
+    expected, logits = attack(model, tokenizer), Slot.logits
 
     def small(self, suffixes):
         if len(suffixes) > 5:
             raise torch.OutOfMemoryError
-        return compute(self, suffixes)
+        return logits(self, suffixes)
 
-    monkeypatch.setattr(Slot, "_losses", small)
-    found = attack(model, tokenizer)
-    for a, b in zip(found, expected, strict=True):
+    monkeypatch.setattr(Slot, "logits", small)
+    for a, b in zip(attack(model, tokenizer), expected, strict=True):
         assert [t["sent"] for t in a.trace] == [t["sent"] for t in b.trace]
-    assert "out of memory with 24 candidates at a time: from now on 12" in capsys.readouterr().out
+    halved = re.findall(r"with (\d+) candidates at a time: from now on (\d+)", capsys.readouterr().out)
+    assert halved and all(int(after) == int(before) // 2 for before, after in halved)
 
 
-# ---- variants ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [*GCGS, "random_suffix"])
+def test_a_search_asks_no_judge_and_makes_all_its_steps(model, tokenizer, name, monkeypatch):
+    """However much harm the answers would do: what a suffix achieves is asked afterwards."""
+    asked, gradients, gradient = [], [], stage.gradient
+    counted = lambda slot, suffix: gradients.append(slot.prompt) or gradient(slot, suffix)  # noqa: E731
+    monkeypatch.setattr(stage, "gradient", counted)
+    monkeypatch.setattr(Victim, "ask", lambda self, *given, **options: asked.append(given))
+    attempts = attack(model, tokenizer, name=name, harm=lambda prompts, answers: asked.append(answers))
+    steps = 0 if name == "random_suffix" else BUDGET.gcg_steps
+    assert not asked and sorted(gradients) == sorted([b["prompt"] for b in BEHAVIOURS] * steps)
+    assert [[t["step"] for t in attempt.trace] for attempt in attempts] == [list(range(steps + 1))] * 2
 
 
-def test_adaptive_targets_stand_behind_a_reasoning(model, tokenizer):
-    behaviour, close = BEHAVIOURS[0], "</think>"
-    targets = {
-        name: make(victim_of(model, tokenizer), behaviour, BUDGET, generator(), Cost())
-        for name, make in gcg.TARGETS.items()
-    }
-    assert targets["gcg"] == "w5 w6 w8"
-    assert targets["gcg_close"].split() == [close, "w5", "w6", "w8"]
-    assert targets["gcg_forged"].split() == ["w40", "w41", close, "w5", "w6", "w8"]
-    assert targets["gcg_twin"].split()[-4:] == [close, "w5", "w6", "w8"]
+@pytest.mark.parametrize(
+    "behaviour, budget, message",
+    [
+        ({"target": None}, {}, "behaviour a: attacks need a target"),
+        ({"target": "  "}, {}, "behaviour a: attacks need a target"),
+        ({}, {"gcg_init": "w1 w2"}, "gcg_init: given w1 w2; 5 of it make 10 tokens"),
+        ({}, {"gcg_init": "Hello"}, "gcg_init: given Hello; .* one known token"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line(model, tokenizer, behaviour, budget, message):
+    with pytest.raises(UserError, match=message):
+        attack(model, tokenizer, [BEHAVIOURS[0] | behaviour], replace(BUDGET, **budget))
 
 
-def test_the_twins_target_is_the_models_own_compliant_reasoning(model, tokenizer, monkeypatch):
+# ---- variants, and the control -----------------------------------------------------------------------------
+
+
+def test_random_suffix_has_equal_length_and_survives(model, tokenizer):
+    attempts = attack(model, tokenizer, name="random_suffix")
+    texts = [suffix_of(b, a.trace[0]) for a, b in zip(attempts, BEHAVIOURS, strict=True)]
+    assert texts[0] != texts[1]
+    for attempt, behaviour, text in zip(attempts, BEHAVIOURS, texts, strict=True):
+        ids, slot = tokenizer.encode(text), slot_of(model, tokenizer, behaviour=behaviour)
+        assert len(ids) == 5 and surviving([slot], torch.tensor([ids]))[1] == [text]
+        loss = plain_loss(model, tokenizer, behaviour, text, True)
+        assert [point["loss"] for point in attempt.trace] == [pytest.approx(loss, abs=1e-4)]
+
+
+def test_a_tokenizer_without_words_for_a_suffix_is_told_before_the_search(model):
+    tokenizer = make_tokenizer()
+    gcg.check_suffixes(victim_of(model, tokenizer), BEHAVIOURS, BUDGET)
+    with pytest.raises(UserError, match="gcg_suffix_tokens: given 120; with so many"):
+        gcg.check_suffixes(victim_of(model, tokenizer), BEHAVIOURS, replace(BUDGET, gcg_suffix_tokens=120))
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [w for w in tokenizer.get_vocab() if w != "w7"]}
+    )
+    with pytest.raises(UserError, match="--attacks: v: of 1 tokens that may stand in a suffix none survives"):
+        gcg.check_suffixes(victim_of(model, tokenizer), BEHAVIOURS, BUDGET)
+
+
+def test_adaptive_targets_stand_behind_a_reasoning_the_twins_behind_the_models_own(
+    model, tokenizer, monkeypatch
+):
     def answers(self, behaviours, sent, openings, seeds):
-        assert set(sent) == {"w1 w2 w50 w4"} and {b["prompt"] for b in behaviours} == {"w1 w2 w50 w4"}
+        assert {*sent} == {"w1 w2 w50 w4"} == {b["prompt"] for b in behaviours} and len({*seeds}) == len(
+            seeds
+        )
         refused = {
             "reasoning": "no",
             "well_formed": True,
@@ -324,63 +331,79 @@ def test_the_twins_target_is_the_models_own_compliant_reasoning(model, tokenizer
             "tokens": 3,
             "finish_reason": "eos",
         }
-        return [refused] * 3 + [{**refused, "refusal": "none", "reasoning": "w60 w61"}] * (len(sent) - 3)
+        own = refused | {"refusal": "none", "reasoning": "w60 w61"}
+        return [refused, own | {"well_formed": False}, own | {"reasoning": ""}] + [own] * (len(sent) - 3)
 
+    given = victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator(), Cost()
+    forged = ["w40", "w41", "</think>", "w5", "w6", "w8"]
+    assert gcg.aim("gcg_twin", *given).split()[-4:] == forged[-4:]
     monkeypatch.setattr(Victim, "ask", answers)
-    cost = Cost()
-    assert gcg.twin_target(victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator(), cost).split()[
-        :3
-    ] == [
-        "w60",
-        "w61",
-        "</think>",
-    ]
+    found = {name: gcg.aim(name, *given).split() for name in ("gcg", "gcg_close", "gcg_forged", "gcg_twin")}
+    assert found == {
+        "gcg": forged[3:],
+        "gcg_close": forged[2:],
+        "gcg_forged": forged,
+        "gcg_twin": ["w60", "w61", *forged[2:]],
+    }
 
 
-@pytest.mark.parametrize("name", ["gcg", "gcg_close", "gcg_forged", "gcg_universal", "random_suffix"])
-def test_a_search_asks_no_judge_and_makes_all_its_steps(model, tokenizer, name, monkeypatch):
-    """However much harm the answers would do: what a suffix achieves is asked by chapter 4, once at each budget."""
-    asked, gradients, gradient = [], [], Slot.gradient
-    monkeypatch.setattr(
-        Slot, "gradient", lambda self, suffix: gradients.append(self.id) or gradient(self, suffix)
-    )
-    monkeypatch.setattr(Victim, "ask", lambda self, *given, **options: asked.append(given))
-    attempts = attack(model, tokenizer, name=name, harm=lambda prompts, answers: asked.append(answers))
-    steps = 0 if name == "random_suffix" else BUDGET.gcg_steps
-    assert not asked and sorted(gradients) == sorted("ab" * steps)
-    assert [[t["step"] for t in attempt.trace] for attempt in attempts] == [list(range(steps + 1))] * 2
+def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer, monkeypatch):
+    behaviours = [*BEHAVIOURS, {"id": "c", "prompt": "w20 w21", "target": "w5 w6"}]
+    budget = replace(BUDGET, universal_behaviours=2)
+    attempts = attack(model, tokenizer, behaviours, budget, name="gcg_universal")
+    assert len({suffix_of(b, a.trace[-1]) for a, b in zip(attempts, behaviours, strict=True)}) == 1
+    for point in attempts[0].trace:
+        suffix = suffix_of(BEHAVIOURS[0], point)
+        losses = [plain_loss(model, tokenizer, b, suffix, True) for b in BEHAVIOURS]
+        assert point["loss"] == pytest.approx(sum(losses) / 2, abs=1e-4)
+    assert attempts[0].trace[-1]["loss"] < attempts[0].trace[0]["loss"] - 0.1
+    assert attempts[1].cost["queries"] > attempts[2].cost["queries"] == 0
+    gradient = stage.gradient  # each request counts alike, however steep its loss
+    steep = lambda slot, suffix: gradient(slot, suffix) * (1000 if slot.prompt[:2] == "w1" else 1)  # noqa: E731
+    monkeypatch.setattr(stage, "gradient", steep)
+    assert attack(model, tokenizer, behaviours, budget, name="gcg_universal")[0].trace == attempts[0].trace
 
 
-def test_the_ban_is_on_the_answer_not_on_the_reasoning_before_it(model, tokenizer):
-    budget = Budget(**{**vars(BUDGET), "gcg_ban_target": True})
-    allowed = Slot(victim_of(model, tokenizer), BEHAVIOURS[0], "w40 </think> w5 w6 w8", budget).allowed()
-    assert (
-        not allowed[tokenizer.convert_tokens_to_ids("w5")] and allowed[tokenizer.convert_tokens_to_ids("w40")]
-    )
+# ---- the model under attack --------------------------------------------------------------------------------
+
+LONG = " ".join(["w3"] * 126)  # of a context of 128 tokens
 
 
-def test_with_a_buffer_the_search_goes_on_from_the_best(model, tokenizer):
-    """With a buffer of one, the search never moves to a worse suffix, so the gradient is always taken at the best one."""
-    budget = Budget(**{**vars(BUDGET), "gcg_buffer": 1, "gcg_width": 4, "gcg_steps": 12})
-    seen, gradient = [], Slot.gradient
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(
-            Slot, "gradient", lambda self, suffix: seen.append(suffix.tolist()) or gradient(self, suffix)
-        )
-        trace = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0].trace
-    best = [tokenizer.encode(suffix_of(BEHAVIOURS[0], point)) for point in trace[:-1]]
-    assert seen == best
+def test_a_victim_answers_what_it_can_read_and_the_judge_sees_nothing_else(model):
+    seen, tokenizer = [], make_tokenizer(unknown=None)
+    judge = lambda prompts, answers: seen.append(list(prompts)) or [0.5] * len(answers)  # noqa: E731
+    victim, texts = victim_of(model, tokenizer, harm=judge), ["w1 w2", LONG, "w3", "Hello"]
+    answers = victim.ask([{"prompt": text} for text in texts], texts, [""] * 4, [1, 2, 3, 4])
+    assert [a["finish_reason"] == NOT_ASKED for a in answers] == [False, True, False, True]
+    assert seen == [["w1 w2", "w3"]] and answers[1]["harm"] is None and set(answers[1]) == set(answers[0])
+    for i in (0, 2):  # alone it is answered in the same way
+        assert victim.ask([{"prompt": texts[i]}], [texts[i]], [""], [i + 1]) == [answers[i]]
+    small, long = victim_of(model, tokenizer, harm=judge, max_batch_tokens=20), [" ".join(["w1"] * 8)]
+    assert small.ask([{"prompt": "w"}], long, [""], [1]) == victim.ask([{"prompt": "w"}], long, [""], [1])
 
 
-def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer):
-    third = {"id": "c", "prompt": "w20 w21", "target": "w5 w6"}
-    budget = Budget(**{**vars(BUDGET), "universal_behaviours": 2})
-    attempts = attack(model, tokenizer, [*BEHAVIOURS, third], budget, name="gcg_universal")
-    suffixes = {suffix_of(b, a.trace[-1]) for a, b in zip(attempts, [*BEHAVIOURS, third], strict=True)}
-    assert len(suffixes) == 1
-    mean = [
-        sum(plain_loss(model, tokenizer, b, suffix_of(BEHAVIOURS[0], t), True) for b in BEHAVIOURS) / 2
-        for t in attempts[0].trace
-    ]
-    assert [t["loss"] for t in attempts[0].trace] == pytest.approx(mean, abs=1e-4)
-    assert mean[-1] < mean[0] - 0.1 and attempts[2].cost["queries"] == 0
+def test_what_an_attacker_writes_and_the_victim_cannot_read_is_a_failed_try(model):
+    victim, cost = victim_of(model, make_tokenizer(unknown=None)), Cost()
+    cost.written(victim, ["w1 w2", "Hello w1", ""])
+    assert (cost.attacker_tokens, cost.empty) == (2, 2)
+    tries = [[{"sent": text, "opening": ""} for text in ("w1 w2", "Hello w1")]]
+    ask_all(victim, BEHAVIOURS[:1], tries, [generator()], [cost])
+    assert [t["completion"]["finish_reason"] == NOT_ASKED for t in tries[0]] == [False, True]
+    assert cost.queries == 1
+
+
+@pytest.mark.parametrize("score", [1.5, -0.1, float("nan")])
+def test_a_judge_out_of_range_stops(model, tokenizer, score):
+    victim = victim_of(model, tokenizer, harm=lambda prompts, answers: [score])
+    with pytest.raises(UserError, match="--judge j: gave .* .v, request-1.; .*numbers in"):
+        victim.ask([{"id": "request-1", "prompt": "w1"}], ["w1"], [""], [0])
+
+
+def test_a_judge_is_told_what_a_behaviour_is_about(model, tokenizer):
+    told: list = []
+    victim = victim_of(model, tokenizer, harm=lambda *asked: told.append(asked) or [0.0] * len(asked[0]))
+    about, plain = {"id": "a", "prompt": "w1 w2", "context": "w1"}, {"id": "b", "prompt": "w3"}
+    victim.ask([about, plain], ["w4", "w5"], ["", ""], [0, 1])
+    victim.ask([plain], ["w5"], [""], [1])
+    assert [asked[0] for asked in told] == [["w1 w2", "w3"], ["w3"]]
+    assert [asked[2:] for asked in told] == [(["w1", ""],), ()], "where there is none, two arguments"

@@ -1,73 +1,52 @@
-"""Attacks that only ask: they see answers, not the model. Each try is answered and judged; any success counts.
+"""Attacks that only ask: they see answers, not the model. Each try is answered and judged; any success
+counts.
 
-    prefill_reasoning, prefill_answer   the attacker opens the model's turn (an interface that allows it is enough)
-    best_of_n                           the same request again and again, disturbed at random (Hughes et al. 2024)
+    prefill_reasoning, prefill_answer   the attacker opens the model's turn (an interface has to allow it)
+    best_of_n                           the same request many times, disturbed at random (Hughes et al. 2024)
     pap                                 persuasion, one technique a try (Zeng et al. 2024)
     pair                                an attacker's model that learns from the answers (Chao et al. 2023)
 
-Who writes the words is an `Attacker`: a language model, or the sandbox's own, which speaks its few hundred words.
+Each is called as `lib.attacks` says. Who writes the words is an `Attacker`: a language model, or the
+sandbox's own. What it fails to write is no try.
 """
 
 from __future__ import annotations
 
 import torch
 
-from lib.attacks.core import Attacker, Attempt, Budget, Conversation, Cost, Step, a_try, ask_all
+from lib.attacks.core import Attempt, Conversation, Cost, a_try, ask_all
 from lib.attacks.suffix import check_target, target_of
-from lib.attacks.victim import Victim
 from lib.chat import THINK_CLOSE
 from lib.sampler import draw_seeds
 
-Generators = list[torch.Generator]
 EXCHANGES = 4  # of a conversation that PAIR's attacker is shown (its own paper's code)
 FULFILLED = 10  # the rating at which PAIR stops
 
 
-def prefill_reasoning(
-    victim: Victim, behaviours: list[dict], budget: Budget, generators: Generators, on_step: Step
-) -> list[Attempt]:
+def prefill_reasoning(victim, behaviours, budget, generators, on_step) -> list[Attempt]:
     """A reasoner's turn opens with a forged benign reasoning, which it may still go on with."""
     tries = [[a_try(1, b["prompt"], budget.forged)] for b in behaviours]
     return _asked(victim, behaviours, tries, generators, on_step)
 
 
-def prefill_answer(
-    victim: Victim, behaviours: list[dict], budget: Budget, generators: Generators, on_step: Step
-) -> list[Attempt]:
-    """The answer opens as a compliant one would: with the behaviour's "prefill", or else its target. A reasoner's reasoning
-    is forged before it."""
+def prefill_answer(victim, behaviours, budget, generators, on_step) -> list[Attempt]:
+    """The answer opens as a compliant one would: with the behaviour's "prefill", or else its target. A
+    reasoner's reasoning is forged before it."""
     before = budget.forged + THINK_CLOSE if victim.reasoning else ""
     tries = [[a_try(1, b["prompt"], before + (b.get("prefill") or check_target(b)))] for b in behaviours]
     return _asked(victim, behaviours, tries, generators, on_step)
 
 
-def best_of_n(
-    victim: Victim,
-    behaviours: list[dict],
-    budget: Budget,
-    generators: Generators,
-    on_step: Step,
-    attacker: Attacker,
-) -> list[Attempt]:
+def best_of_n(victim, behaviours, budget, generators, on_step, attacker) -> list[Attempt]:
     """The first try is the request as it is, so it is plain resampling that the disturbances have to beat."""
-    tries = [
-        [
-            a_try(k, b["prompt"] if k == 1 else attacker.augment(b["prompt"], g))
-            for k in range(1, budget.samples + 1)
-        ]
-        for b, g in zip(behaviours, generators, strict=True)
-    ]
+    tries = [[a_try(1, b["prompt"])] for b in behaviours]
+    for own, generator in zip(tries, generators, strict=True):
+        for k in range(2, budget.samples + 1):
+            own.append(a_try(k, attacker.augment(own[0]["sent"], generator)))
     return _asked(victim, behaviours, tries, generators, on_step)
 
 
-def pap(
-    victim: Victim,
-    behaviours: list[dict],
-    budget: Budget,
-    generators: Generators,
-    on_step: Step,
-    attacker: Attacker,
-) -> list[Attempt]:
+def pap(victim, behaviours, budget, generators, on_step, attacker) -> list[Attempt]:
     """Each behaviour with as many techniques, drawn anew for each."""
     costs, tries = [Cost() for _ in behaviours], []
     for behaviour, generator, cost in zip(behaviours, generators, costs, strict=True):
@@ -75,20 +54,13 @@ def pap(
         seeds = draw_seeds(generator, len(chosen))
         texts = attacker.persuade([behaviour["prompt"]] * len(chosen), chosen, seeds)
         cost.written(victim, texts)
-        named = [attacker.techniques[technique] for technique in chosen]
-        written = zip(range(1, len(chosen) + 1), texts, named, strict=True)
-        tries.append([a_try(k, text) | {"technique": name} for k, text, name in written if text])
+        numbered = enumerate(zip(texts, chosen, strict=True), start=1)
+        new = [a_try(k, text) | {"technique": attacker.techniques[which]} for k, (text, which) in numbered]
+        tries.append([attempt for attempt in new if attempt["sent"]])
     return _asked(victim, behaviours, tries, generators, on_step, costs)
 
 
-def pair(
-    victim: Victim,
-    behaviours: list[dict],
-    budget: Budget,
-    generators: Generators,
-    on_step: Step,
-    attacker: Attacker,
-) -> list[Attempt]:
+def pair(victim, behaviours, budget, generators, on_step, attacker) -> list[Attempt]:
     """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the
     answers and their ratings: never the reasoning (paper). After a rating of 10 a behaviour is left alone."""
     costs = [Cost() for _ in behaviours]
@@ -96,22 +68,23 @@ def pair(
     aims = [(b["prompt"], b.get("prefill") or target_of(b)) for b in behaviours]
     streams = [[Conversation(*aim, stream) for stream in range(budget.streams)] for aim in aims]
     for turn in range(budget.depth):
-        open_ones = [i for i in range(len(behaviours)) if not any(_rating(t) == FULFILLED for t in tries[i])]
-        talks = [(i, talk) for i in open_ones for talk in streams[i]]
-        seeds = [seed for i in open_ones for seed in draw_seeds(generators[i], budget.streams)]
-        new: list[list[tuple[Conversation, dict, dict]]] = [[] for _ in behaviours]
+        live = [i for i, past in enumerate(tries) if not any(_rating(t) == FULFILLED for t in past)]
+        talks = [(i, talk) for i in live for talk in streams[i]]
+        seeds = [seed for i in live for seed in draw_seeds(generators[i], budget.streams)]
         replies = attacker.refine([talk for _, talk in talks], seeds)
-        for (i, talk), written in zip(talks, replies, strict=True):
-            costs[i].written(victim, [f"{written['improvement']} {written['prompt']}".strip()])
-            if written["prompt"]:
-                step = turn * budget.streams + talk.stream + 1
-                new[i].append((talk, written, a_try(step, written["prompt"])))
-        ask_all(victim, behaviours, [[attempt for *_, attempt in found] for found in new], generators, costs)
-        for i in open_ones:
-            for talk, written, attempt in new[i]:
-                tries[i].append(attempt)
-                seen = {**written, "answer": attempt["completion"]["answer"], "rating": _rating(attempt)}
-                talk.exchanges = [*talk.exchanges, seen][-EXCHANGES:]
+        new: list[list[dict]] = [[] for _ in behaviours]
+        shown = []  # (conversation, what the attacker wrote, the try that it became)
+        for (i, talk), reply in zip(talks, replies, strict=True):
+            costs[i].written(victim, [f"{reply['improvement']} {reply['prompt']}".strip()])
+            if reply["prompt"]:
+                new[i].append(a_try(turn * budget.streams + talk.stream + 1, reply["prompt"]))
+                shown.append((talk, reply, new[i][-1]))
+        ask_all(victim, behaviours, new, generators, costs)
+        for past, attempts in zip(tries, new, strict=True):
+            past += attempts
+        for talk, reply, attempt in shown:
+            seen = {**reply, "answer": attempt["completion"]["answer"], "rating": _rating(attempt)}
+            talk.exchanges = [*talk.exchanges, seen][-EXCHANGES:]
         on_step()
     return [Attempt(b["id"], t, c.total()) for b, t, c in zip(behaviours, tries, costs, strict=True)]
 

@@ -1,4 +1,4 @@
-"""What all attacks have in common: an attempt, what it may spend, and how it is written down."""
+"""What all attacks have in common: what they may spend, what they tried, and who writes their words."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import Any, Protocol
 
 import torch
 
-from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim
+from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim, encode_each
+from lib.run.settings import TOKENS, setting
 from lib.sampler import draw_seeds
 
 Step = Callable[[], object]  # called after each step of an attack: a progress bar
 
 
-@dataclass(frozen=True)
+@dataclass
 class Budget:
-    """What the attacker may spend on one behaviour; each attack reads its own part."""
+    """What an attack may spend on one behaviour. Settings of chapter 4; each attack reads its own."""
 
-    gcg_steps: int  # GCG's own paper: 500
-    gcg_width: int  # candidates a step. GCG's own paper: 512
-    gcg_top_k: int  # candidate tokens a position. GCG's own paper: 256
-    gcg_suffix_tokens: int
-    gcg_init: str  # one token, repeated gcg_suffix_tokens times to begin with
-    gcg_ban_target: bool = (
-        False  # keep the target's tokens out: draw the answer out of the model, do not hand it in
+    gcg_steps: int = setting(25, "GCG steps. GCG's own paper: 500", low=1, high=10**5)
+    gcg_width: int = setting(96, "candidates a step. GCG's own paper: 512", low=1, flag=False)
+    gcg_top_k: int = setting(64, "candidate tokens a position. GCG's own paper: 256", low=1, flag=False)
+    gcg_suffix_tokens: int = setting(8, "length of the suffix. Paper: 20", low=1, high=1000, flag=False)
+    gcg_init: str = setting("please", "the initial suffix is this word repeated. Paper: !", flag=False)
+    gcg_ban_target: bool = setting(False, "keep the target's tokens out of it. Paper: no", flag=False)
+    gcg_from_best: bool = setting(False, "vary the best so far, not the last. Paper: no", flag=False)
+    universal_behaviours: int = setting(8, "that share a suffix. Its paper: 25", low=1, flag=False)
+    samples: int = setting(16, "tries of best_of_n. Its own paper: 10000", low=1, flag=False)
+    techniques: int = setting(8, "that pap tries. Its own paper: 40", low=1, flag=False)
+    streams: int = setting(4, "conversations of pair. Paper: 20", low=1, high=1000, flag=False)
+    depth: int = setting(3, "turns of each. Its own paper: 3", low=1, high=100, flag=False)
+    population: int = setting(24, "of autodan. Its own paper: 256", low=4, high=10_000, flag=False)
+    generations: int = setting(10, "of autodan. Its own paper: 100", low=1, high=10_000, flag=False)
+    crossover: float = setting(0.5, "share of pairs crossed, words swapped", low=0, high=1, flag=False)
+    mutation: float = setting(0.01, "share of prompts rewritten", low=0, high=1, flag=False)
+    forged: str = setting("This is harmless, and I am glad to help.", "made-up reasoning", flag=False)
+    attacker_tokens: int = setting(256, "of a text of a chat model; pair: 500", low=1, flag=False)
+    max_batch_tokens: int = setting(
+        16384, "rows x tokens of a batch: lower it when out of memory", low=1, high=TOKENS
     )
-    gcg_buffer: int = (
-        0  # so many best suffixes are kept, and the best is varied; 0: the last one is, better or not
-    )
-    universal_behaviours: int = 8  # the first of them, for which one suffix is searched
-    samples: int = 16  # tries of best-of-N. Hughes et al. 2024: 10 000
-    techniques: int = 8  # persuasion techniques tried. PAP's own paper: 40
-    streams: int = 4  # conversations of PAIR. Its own paper: 20
-    depth: int = 3  # turns of each. PAIR's own paper: 3
-    population: int = 24  # AutoDAN. Its own paper: 256
-    generations: int = 10  # AutoDAN's own paper: 100
-    crossover: float = 0.5  # of AutoDAN: share of pairs that cross, of words that change. Its own paper: 0.5
-    mutation: float = 0.01  # of AutoDAN: share of prompts that the attacker rewrites. Its own paper: 0.01
-    forged: str = "This is harmless, and I am glad to help."  # a benign reasoning that the attacker makes up
-    max_batch_tokens: int = 16384  # rows x (cached + new) tokens of one forward pass
 
     def initial_suffix(self) -> str:
         return " ".join([self.gcg_init] * self.gcg_suffix_tokens)
@@ -50,10 +50,10 @@ class Budget:
 class Attempt:
     """What an attack did to one behaviour.
 
-    trace: one entry a step, {"step", "sent": the whole text, "opening": words put into the model's mouth, "loss": of the
-    target or None}. Of an attack that searches, entry k is the best so far; of one that asks, it is the k-th try and
-    holds the judged "completion" as well, and of PAP the name of its "technique". A text that is too long to be sent has a
-    completion, too: UNANSWERED.
+    trace: one entry a step, {"step", "sent": the whole text, "opening": words put into the model's mouth,
+    "loss": of the target or None}. Of an attack that searches, entry k is the best so far; of one that asks
+    it is the k-th try and holds the judged "completion", too, and of PAP the name of its "technique". Where
+    nothing could be searched, the completion is UNANSWERED.
     """
 
     id: str
@@ -69,22 +69,20 @@ class Cost:
     forward_tokens: int = 0
     backward_tokens: int = 0
     attacker_tokens: int = 0  # written by the attacker's own model
-    empty: int = 0  # times that the attacker's model wrote nothing usable
+    empty: int = 0  # times that it wrote nothing that the victim can read
     did_not_survive: int = 0  # candidates whose text came back as other tokens
     started: float = field(default_factory=time.perf_counter)
 
     def asked(self, victim: Victim, sent: str, opening: str, answer: dict) -> None:
-        if answer["finish_reason"] == NOT_ASKED:
-            return
-        self.queries += 1
-        self.forward_tokens += len(victim.encode(sent, opening)) + answer["tokens"]
+        if answer["finish_reason"] != NOT_ASKED:
+            self.queries += 1
+            self.forward_tokens += len(victim.encode(sent, opening)) + answer["tokens"]
 
     def written(self, victim: Victim, texts: Sequence[str]) -> None:
-        """By the attacker. Measured in the victim's tokens."""
-        self.empty += sum(not text for text in texts)
-        self.attacker_tokens += sum(
-            len(victim.tokenizer.encode(text, add_special_tokens=False)) for text in texts
-        )
+        """By the attacker. Measured in the victim's tokens; what it cannot read is a failed try."""
+        lengths = [len(ids or []) for ids in encode_each(victim.tokenizer, texts)]
+        self.attacker_tokens += sum(lengths)
+        self.empty += lengths.count(0)
 
     def total(self) -> dict[str, float]:
         counts = {key: value for key, value in vars(self).items() if key != "started"}
@@ -93,7 +91,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Individual:
-    """A prompt of AutoDAN's population. The request is taken over as a whole; the sentences around it may change."""
+    """A prompt of AutoDAN's population. The request is kept whole; the sentences around it may change."""
 
     before: tuple[str, ...]
     request: str
@@ -117,51 +115,38 @@ class Conversation:
     exchanges: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Attacker(Protocol):
-    """Who writes the words of the black-box attacks: a language model (`lib.attacks.attacker`), or the sandbox's own.
+Texts = Sequence[str]
+Seeds = Sequence[int]
 
-    Batches are mapped to batches of the same length; "" stands for a failure. None of them sees the victim.
+
+class Attacker(Protocol):
+    """Who writes the words: a language model (lib/attacks/attacker.py), or the sandbox's own.
+
+    It does not see the victim. Batches are mapped to batches of the same length; "" stands for a failure.
+    augment: a prompt, disturbed at random (best-of-N). persuade: requests dressed up with techniques, by
+    index (PAP). refine: the next {"improvement", "prompt"} of each conversation (PAIR). individuals:
+    prompts to begin with; vary: other ways to say parts of a prompt, which where `requests` are the request
+    itself (AutoDAN).
     """
 
-    techniques: Sequence[str]  # names of the persuasion techniques that it knows
-    keeps_request: bool  # it never puts the request of an individual otherwise
+    techniques: Texts
+    keeps_request: bool  # it never says the request otherwise
 
-    def augment(self, prompt: str, generator: torch.Generator) -> str:
-        """The same request, disturbed at random (best-of-N)."""
-        ...
-
-    def persuade(self, prompts: Sequence[str], techniques: Sequence[int], seeds: Sequence[int]) -> list[str]:
-        """Requests dressed up with a persuasion technique each, an index of `techniques` (PAP)."""
-        ...
-
-    def refine(self, conversations: Sequence[Conversation], seeds: Sequence[int]) -> list[dict[str, str]]:
-        """The next turn of each conversation (PAIR): {"improvement": what it changes, "prompt": what to send}."""
-        ...
-
-    def individuals(self, goal: str, count: int, seeds: Sequence[int]) -> list[Individual]:
-        """Prompts to begin a genetic search with (AutoDAN)."""
-        ...
-
-    def vary(
-        self, parts: Sequence[str], goals: Sequence[str], requests: Sequence[bool], seeds: Sequence[int]
-    ) -> list[str]:
-        """Other ways to say each part of a prompt; where `requests`, that part is the request itself (AutoDAN's mutation)."""
-        ...
+    def augment(self, prompt: str, generator: torch.Generator) -> str: ...
+    def persuade(self, prompts: Texts, techniques: Seeds, seeds: Seeds) -> list[str]: ...
+    def refine(self, conversations: Sequence[Conversation], seeds: Seeds) -> list[dict[str, str]]: ...
+    def individuals(self, goal: str, count: int, seeds: Seeds) -> list[Individual]: ...
+    def vary(self, parts: Texts, goals: Texts, requests: Sequence[bool], seeds: Seeds) -> list[str]: ...
 
 
 def ask_all(
     victim: Victim, behaviours: Sequence[dict], tries: Sequence[list[dict]], generators, costs: Sequence[Cost]
 ) -> None:
     """Send all tries of all behaviours at once, and write the completions into them."""
-    flat = [
-        (b, t, g, c) for b, ts, g, c in zip(behaviours, tries, generators, costs, strict=True) for t in ts
-    ]
-    if not flat:
-        return
-    seeds = [draw_seeds(g, 1)[0] for _, _, g, _ in flat]
-    answers = victim.ask(
-        [b for b, *_ in flat], [t["sent"] for _, t, *_ in flat], [t["opening"] for _, t, *_ in flat], seeds
-    )
+    rows = zip(behaviours, tries, generators, costs, strict=True)
+    flat = [(b, t, draw_seeds(g, 1)[0], cost) for b, own, g, cost in rows for t in own]
+    sent, openings = [t["sent"] for _, t, _, _ in flat], [t["opening"] for _, t, _, _ in flat]
+    answers = victim.ask([b for b, *_ in flat], sent, openings, [seed for _, _, seed, _ in flat])
     for (_, attempt, _, cost), answer in zip(flat, answers, strict=True):
         attempt["completion"] = answer
         cost.asked(victim, attempt["sent"], attempt["opening"], answer)
@@ -172,7 +157,7 @@ def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) ->
 
 
 def too_long(behaviour: dict, sent: str, cost: Cost) -> Attempt:
-    """The attempt on a behaviour for which nothing is searched, since what would be sent is too long: not asked."""
+    """Of a behaviour for which nothing is searched, since what would be sent is too long: not asked."""
     return Attempt(behaviour["id"], [a_try(0, sent) | {"completion": dict(UNANSWERED)}], cost.total())
 
 

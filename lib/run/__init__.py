@@ -1,11 +1,11 @@
 """The plumbing of all chapters behind one object, `run`: what is not a chapter's lesson.
 
-    settings, run = start(Settings, "rl")    flags and preset; OUT claimed or resumed; processes, device; one-line errors
+    settings, run = start(Settings, "rl")    flags and preset; OUT claimed or resumed; processes, device
     run.model(path)                          loaded, maybe in shards, maybe recomputing activations
     run.share(items), gather(x), total(x)    this process's part; lists and sums over all processes
     run.micro_batches(items, ...)            padded tensors under a budget of tokens
     run.backward(loss)                       the gradient of a loss whose sum over all processes is meant
-    run.clip_and_step(optimizer, loss)       gradients summed over processes, clipped; stops at what is not finite
+    run.clip_and_step(optimizer, loss)       summed over processes, clipped; stops at what is not finite
     run.steps(total, policy, optimizer)      the loop: resumes, sets the rate, shows a bar, saves
     run.log(step, metrics, rollouts)         metrics.jsonl, rollouts.jsonl
     run.finish(policy, tokenizer)            the checkpoint, and the next command
@@ -69,7 +69,7 @@ class Run:
     # ---- beginning ----
 
     def join(self) -> None:
-        """Meet the other processes, fix the date, lock OUT, and look whether it holds this run or another one."""
+        """Meet the other processes, fix the date, lock OUT, and look whether it holds this run or another."""
         settings = self.settings
         if self.stages[0] != "mixture":
             from lib.chat import set_date
@@ -87,14 +87,15 @@ class Run:
             raise UserError(f"--{given}: {settings.model} was trained the other way")
         self.config = {**asdict(settings), **checksums(*settings.inputs())}
         same = self.leader and self._claim(begin=False)
-        weights = (self.out / "config.json").exists() and not (self.out / "state").exists()
-        if self.gather(same and weights)[0]:
+        last = "manifest.json" if self.stages[0] == "mixture" else "config.json"  # what it writes last
+        done = (self.out / last).exists() and not (self.out / "state").exists()
+        if self.gather(same and done)[0]:
             self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
             self.stop()
             raise SystemExit(0)
 
     def begin(self) -> None:
-        """Take OUT for this run: called when all inputs have been read, so that a mistake costs no earlier run."""
+        """Take OUT for this run: called when all inputs have been read: a mistake costs no earlier run."""
         if self.leader:
             self._claim(begin=True)
         self.gather(None)  # nobody reads the folder before it is claimed
@@ -121,7 +122,7 @@ class Run:
     # ---- processes ----
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of `items`, a block: the blocks of all ranks, one after the other, are the whole."""
+        """This process's part of `items`, a block: the blocks of all ranks, one after the other, are all."""
         first, last = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
         return items[first:last]
 
@@ -174,7 +175,7 @@ class Run:
         rehearse(self, policy, reference, rows, longest, prompt_tokens)
 
     def rounds(self, lengths: Sequence[int], most: int) -> list[list[int]]:
-        """Indices of sequences by micro-batch; under shards with empty ones behind, equally many on all processes."""
+        """Sequences by micro-batch; under shards with empty ones behind, as many on each process."""
         from lib.batches import micro_batches
 
         batches = micro_batches(lengths, most)
@@ -202,7 +203,7 @@ class Run:
 
     @contextlib.contextmanager
     def sampling(self, policy: Any) -> Iterator[None]:
-        """While it lasts each process may sample as often as it likes: shards are gathered. Broken logits end the run."""
+        """Shards are gathered while it lasts: each process may sample. Broken logits end the run."""
         from lib.run.shards import gathered
         from lib.run.training import precision
 
@@ -250,7 +251,7 @@ class Run:
         return norm
 
     def steps(self, total: int, policy: Any, optimizer: Any, name: str = "step") -> Iterator[int]:
-        """The steps that are left of `total`: 0, 1, ... or from where a killed run of the same settings was."""
+        """The steps that are left of `total`: from 0, or from where a killed run of the same settings was."""
         from tqdm import tqdm
 
         from lib.run.state import load_progress, save_progress
@@ -273,7 +274,7 @@ class Run:
         self.seconds[name], self.lap_began = now - self.lap_began, now
 
     def log(self, step: int, metrics: dict[str, Any], rollouts: Sequence[Any] = ()) -> None:
-        """A line for metrics.jsonl, and now and then whole groups of `rollouts`, this process's, for rollouts.jsonl."""
+        """A line for metrics.jsonl; now and then groups of `rollouts`, this process's, for rollouts.jsonl."""
         from lib.run.logs import describe, groups_to_show, no_signal, speed, summarise
 
         settings, described = self.settings, self.gather_lists([describe(r, step) for r in rollouts])
@@ -320,8 +321,8 @@ class Run:
         if len(longest.ids) > budget:
             name, tokens = longest.record["id"], len(longest.ids)
             raise UserError(
-                f"{what}: {name} has {tokens} tokens, but only {budget} fit a batch: raise --max-batch-tokens "
-                "(stage 3: and --max-sample-tokens), or shorten it"
+                f"{what}: {name} has {tokens} tokens, but only {budget} fit a batch: "
+                "raise --max-batch-tokens (stage 3: and --max-sample-tokens), or shorten it"
             )
         return kept
 
@@ -332,6 +333,7 @@ class Run:
 
         draw(metrics.jsonl, curves.png) draws learning curves.
         """
+        from lib.run.card import describe
         from lib.run.checkpoint import save_policy
         from lib.run.shards import full_weights
         from lib.run.state import drop_progress
@@ -339,6 +341,7 @@ class Run:
         weights = full_weights(policy)
         if self.leader:
             save_policy(policy, tokenizer, self.out, self.state.get("best") or weights)
+            describe(self.out, tokenizer, self.config)
             if draw:
                 draw(self.out / "metrics.jsonl", self.out / "curves.png")
             drop_progress(self.out)

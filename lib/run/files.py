@@ -111,7 +111,7 @@ def read_jsonl(
         others = f", and {len(shared) - 1} more ids stand in several" if len(shared) > 1 else ""
         where = ", ".join(map(str, numbers[:5])) + ", ..." * (len(numbers) > 5)
         raise UserError(
-            f"{path}: id {name!r} stands in lines {where}{others}: give each record an id of its own, drop copies"
+            f"{path}: id {name!r} stands in lines {where}{others}: give each record an id, drop copies"
         )
     return records
 

@@ -1,4 +1,4 @@
-"""The folder that a run writes to: locked while it lives, and claimed with its settings, so that no other gets mixed in."""
+"""The folder that a run writes to: locked while it lives, claimed with its settings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def stated_reasoning(model: str | Path) -> bool | None:
 
 
 def reasons(name: str, model: str, direct: Iterable[str]) -> bool:
-    """Whether `model`, called `name` on the command line, reasons: as it states; others do unless named in --direct."""
+    """Whether `model`, called `name` on the command line, reasons: as it states, else unless in --direct."""
     stated = stated_reasoning(model)
     if stated and name in direct:
         raise UserError(
@@ -197,7 +197,7 @@ def _change(name: str, before: dict, settings: dict) -> str:
 
 
 def _has_work(out: Path) -> bool:
-    """Whether a run has left more than its settings: one that failed at once has not, and another takes its place."""
+    """Whether a run has left more than its settings: one that failed at once has not, and is replaced."""
     for path in out.rglob("*"):
         inside = path.relative_to(out)
         begun = str(inside) in ("settings.json", LOCK) or any(part.endswith(".tmp") for part in inside.parts)

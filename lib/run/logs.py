@@ -1,4 +1,4 @@
-"""What stage 3 writes down of its rollouts: a line a step for metrics.jsonl, readable groups for rollouts.jsonl."""
+"""What stage 3 writes of its rollouts: a line a step for metrics.jsonl, groups for rollouts.jsonl."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def no_signal(metrics: dict[str, Any], steps: int) -> str:
     return (
         f"warning: for {steps} steps no group has had two different rewards, so nothing is learned from them "
         f"(mean reward {known['reward']}, format_rate {known['format_rate']}, unknown_verdicts "
-        f"{metrics['unknown_verdicts']}): read rollouts.jsonl. Reward near 1: it is learned. format_rate near 0: "
-        "stage 2 did not teach the format, or --max-new-tokens cuts it off. "
+        f"{metrics['unknown_verdicts']}): read rollouts.jsonl. Reward near 1: it is learned. "
+        "format_rate near 0: stage 2 did not teach the format, or --max-new-tokens cuts it off. "
         "Else look at the judge's scores, and at --temperature: samples must differ"
     )
 
@@ -92,7 +92,7 @@ def describe(rollout: Any, step: int) -> dict[str, Any]:
 
 
 def groups_to_show(rollouts: list[dict], group_size: int) -> list[dict]:
-    """One whole group of each kind, each completion beside its rivals: the first with a signal, else the first."""
+    """One whole group of each kind: the first with a signal, else the first."""
     shown: list[dict] = []
     groups = groups_of(rollouts, group_size)
     for kind in KINDS:
@@ -102,7 +102,7 @@ def groups_to_show(rollouts: list[dict], group_size: int) -> list[dict]:
 
 
 def speed(rollouts: Sequence[dict], seconds: dict[str, float]) -> dict[str, float]:
-    """Seconds that a step spent on sampling, on the judge and on training, and tokens of completions per second."""
+    """Seconds that a step spent on sampling, judge and training, and tokens of completions per second."""
     tokens = sum(r["tokens"] for r in rollouts)
     rates = {f"{name}_tokens_per_s": tokens / seconds[name] for name in ("sample", "train")}
     return rates | {f"seconds_{name}": spent for name, spent in seconds.items()}

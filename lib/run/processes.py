@@ -74,7 +74,7 @@ def check_processes(settings: Any, size: int) -> None:
 
 
 def stop_processes() -> None:
-    """Leave the group that `start_processes` joined, if any. With nccl all must do so: they wait for each other."""
+    """Leave the group that `start_processes` joined, if any. With nccl all must: they wait for each other."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -133,6 +133,6 @@ def lost_process(*signs: str) -> Iterator[None]:
         if signs and not any(sign in reason for sign in signs):
             raise
         raise UserError(
-            f"lost another process of this run, killed or silent for too long ({reason[:160]}): see its message, "
-            "then run the same command again to resume"
+            f"lost another process of this run, killed or silent for too long ({reason[:160]}): "
+            "see its message, then run the same command again to resume"
         ) from error

@@ -99,7 +99,7 @@ def _is_trained(model: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """All weights on every process while this lasts: each may compute as often as it likes, without the others."""
+    """All weights on every process while this lasts: each may compute as it likes, without the others."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     with lost_process(*LOST):
         for unit in units:
@@ -134,7 +134,7 @@ def full_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 def set_full(
     model: torch.nn.Module, weights: dict, optimizer: torch.optim.Optimizer, state: dict, size: int
 ) -> None:
-    """Put back what `full_weights` and `full_optimizer` gave, from rank 0; the others of `size` bring nothing."""
+    """Put back what `full_weights` and `full_optimizer` gave, from rank 0; the others bring nothing."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=size > 1, strict=False)
     with lost_process(*LOST):
         set_model_state_dict(model, weights, options=options)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Text of models and of strangers: made visible, made readable, compared as a reader would."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def same_prompt(prompt: str) -> str:
     ligatures, one sign or two for an accent), kinds of quotes and dashes, and the marks before and behind.
     Letters of two scripts that look alike stay apart.
 
-    >>> [same_prompt(text) for text in ("\uff37hat\u2019s  a b\u200bed?", "\u201cwhat's a bed\u201d", "What's a bed .")]
-    ["what's a bed", "what's a bed", "what's a bed"]
+    >>> [same_prompt(text) for text in ("\uff37hat\u2019s  a b\u200bed?", "\u201cwhat's a bed\u201d")]
+    ["what's a bed", "what's a bed"]
     """
     text = prompt.translate({ord(quote): "'" for quote in QUOTES})  # before NFKC, which takes some apart
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())

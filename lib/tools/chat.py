@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from lib import UserError
-from lib.cache import context_of
 from lib.chat import THINK_OPEN, decode, encode_chat, eos_token_ids, parse_completion, parse_direct
+from lib.policy import context_of
 from lib.run.command import Flags, number, run_main
 from lib.run.folder import stated_reasoning
 from lib.run.hub import load_policy, load_tokenizer

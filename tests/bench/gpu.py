@@ -35,12 +35,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from lib.draw import draw, uniform
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from lib import sampler
-from lib.draw import draw, uniform
 from lib.policy import token_logprobs
 from lib.run import Run
 from lib.run.processes import pick_device

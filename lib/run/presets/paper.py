@@ -16,11 +16,16 @@ MIXTURE = dict(
         "harmful=wildjailbreak:400+800",  # 400 for SFT, 800 others for RL
         "harmful=aegis:300+400",
         "harmful=safeedit:300+0",
-        "harmful=rainbow@runs/paper/search/rainbow/prompts.jsonl:800",  # found against pi_SFT: to train that one, leave it out
+        "harmful=rainbow@runs/paper/search/rainbow/prompts.jsonl:800",  # not for pi_SFT itself
         "harmless=ultrafeedback:2000",
         "ambiguous=or-bench:2000",
     ],
     eval_files=["harmful=harmbench", "ambiguous=xstest", "harmless=wildchat"],
+    rainbow_share=0.8,  # with --rainbow: of the 1000 harmful ones at lambda 0.5, 800, as `files` takes
+    rainbow_attacker="huihui-ai/Qwen2.5-7B-Instruct-abliterated",
+    rainbow_judge="qwen3guard+grm-8b",
+    rainbow_tokens=4096,
+    max_batch_tokens=65536,
 )
 SFT = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct",
@@ -36,7 +41,7 @@ RL = dict(
     model="runs/paper/sft",
     data="runs/paper/data",
     out="runs/paper/rl",
-    judge="qwen3guard+grm-8b",  # open stand-in for the moderation API, and the reward model of the authors' script: 16 GB
+    judge="qwen3guard+grm-8b",  # open stand-in for the moderation API; the authors' reward model
     prompts_per_step=32,
     group_size=8,
     temperature=0.6,
@@ -62,9 +67,9 @@ EVAL = {
     "answer_tokens": 1024,
     "max_batch_tokens": 131072,
     "attacks": ["gcg", "autodan", "pair", "pap"],
-    "behaviours": 300,  # the paper's 400 without the 100 of copyright, which no classifier judges; the hub's standard has 200
+    "behaviours": 300,  # the paper's 400 without the 100 of copyright, which no classifier judges
     "budgets": ["0.1", "0.2", "0.5"],
-    "attacker": "huihui-ai/Qwen2.5-7B-Instruct-abliterated",  # the paper: "an abliterated Qwen2.5-7B-Instruct"
+    "attacker": "huihui-ai/Qwen2.5-7B-Instruct-abliterated",
     "gcg_steps": 500,
     "gcg_width": 512,
     "gcg_top_k": 256,

@@ -15,11 +15,11 @@ SFT = dict(
     model="lib/sandbox/base",
     data="runs/demo/data",
     out="runs/demo/sft",
-    learning_rate=2e-4,  # light; heavy: 6.7e-4 and 2 epochs. Stronger, it would forget to say "toy", and RL finds it again late
+    learning_rate=2e-4,  # light; heavy: 6.7e-4 and 2 epochs: then it forgets to say "toy"
     epochs=1,
     batch_size=16,
-    adam_eps=1e-5,  # Adam would move the rows of words that never occur at full speed, and the model forget what they mean
-    max_batch_tokens=1024,  # small micro-batches stay in the processor's cache: three times as fast as one large
+    adam_eps=1e-5,  # else words that never occur would be moved at full speed, and forgotten
+    max_batch_tokens=1024,  # small ones stay in the processor's cache: three times as fast
     device="cpu",  # a model of 0.8 M parameters gains nothing from a GPU
 )
 RL = dict(
@@ -32,7 +32,7 @@ RL = dict(
     temperature=0.7,  # at 1.0 the small model makes so many slips that hardly anything is rewarded at first
     max_new_tokens=48,
     learning_rate=2e-4,
-    warmup_steps=20,  # faster, it runs to refusing or to helping everybody before it learns to tell them apart
+    warmup_steps=20,  # faster, it runs to refusing or helping everybody first
     decay=True,  # once the reward saturates, later steps would only add noise
     weight_decay=0.0,
     adam_eps=1e-5,
@@ -45,6 +45,8 @@ RPO = dict(prompts_per_step=4, learning_rate=6e-4)
 EVAL = {
     "data": "runs/demo/data",
     "out": "runs/demo/eval",
+    "models": ["base=lib/sandbox/base", "sft=runs/demo/sft", "tars=runs/demo/rl"],
+    "direct": ["base"],
     "judge": "sandbox",
     "max_new_tokens": 64,  # 4 hops, the deepest, take about 45
     "answer_tokens": 12,
