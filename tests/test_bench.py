@@ -12,7 +12,7 @@ def test_every_check_of_a_gpu_runs_on_the_cpu(tmp_path):
     errors = {name: check for name, check in found.items() if "error" in check}
     assert not errors and [*found] == [name for name in gpu.CHECKS if name != "stages"]
     assert found["draws"]["uniform_equal"] and found["draws"]["rare_drawn"] == 0
-    assert found["greedy"]["equal"] == found["greedy"]["equal_with_budget"] == 1.0
+    assert {value for name, value in found["greedy"].items() if "equal" in name} == {1.0}
     assert found["fsdp"]["sharded_sample_equal"] and found["fsdp"]["offloaded_sample_equal"]
     assert [*json.loads((tmp_path / "gpu.json").read_text())] == [*found]
 

@@ -34,8 +34,9 @@ def greedy(prompt: str) -> str:
 
 def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reasoning(monkeypatch, capsys):
     words = ["--temperature", "0", "--max-new-tokens", "12", "--device", "cpu"]
-    chat.main([BASE, *CAKE.split(), *words])
-    assert capsys.readouterr().out.strip() == greedy(CAKE)
+    for prompt in (CAKE, "hello there", "make . make . make ."):
+        chat.main([BASE, *prompt.split(), *words])
+        assert capsys.readouterr().out.strip() == greedy(prompt).strip()
     prompts = []
     encode = chat.encode_chat
     monkeypatch.setattr(chat, "encode_chat", lambda *a, **k: prompts.append([*a[1]]) or encode(*a, **k))

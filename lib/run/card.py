@@ -62,8 +62,8 @@ def serving_template(tokenizer: PreTrainedTokenizerBase, reasoning: bool = True)
     """The chat template with which plain transformers reads what `encode_prompt` gives, token for token.
 
     By it, too, `encode_prompt` gives the ids that it gives by the original: what is added it cuts off again.
-    Where none is known to do so (a tokenizer may read <think> otherwise behind other text), it is the original,
-    and a line says so.
+    Where none is known to do so (a tokenizer may read <think> otherwise behind other text), it is the
+    original, and a line says so.
     """
     question, original, other = "How are you?", tokenizer.get_chat_template(), copy.deepcopy(tokenizer)
     ours = encode_prompt(tokenizer, question, reasoning=reasoning)
