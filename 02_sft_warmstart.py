@@ -91,7 +91,7 @@ def load_examples(settings: Settings, tokenizer, model, run) -> list[Example]:
         examples.append(Example(record, ids, mask))
     first = [example.record["prompt"] for example in examples[:8]]
     check_tokenizer(model, tokenizer, first, reasoning=settings.reasoning)
-    check_ids(model, [example.ids for example in examples], settings.model)
+    check_ids(model, [e.ids for e in examples], [e.record["id"] for e in examples])
     return run.drop_too_long(examples, context, settings.max_batch_tokens, f"{path} (context {context})")
 
 

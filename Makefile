@@ -1,7 +1,8 @@
 # make demo        the whole recipe on the sandbox, in minutes: three models, their evaluation, figures
-# make test        lint, formatting, types, tests
-# make replicate   the demo's comparison over several seeds, about half an hour
-# make frontier    the paper's Figure 2 over lambda, methods and seeds, an hour and a half; FLAGS=--equal-tokens for more
+# make test        the tests
+# make lint        style, formatting, types
+# make replicate   the demo's comparison and the ablations over several seeds, half an hour; FLAGS='--seeds 2'
+# make frontier    the paper's Figure 2 over lambda, methods and seeds, an hour and a half
 # make clean       delete runs/ and the virtual environment
 #
 # Needs Python >= 3.10. All is installed into .venv; a step that was done is not done again, and each stage goes on
@@ -15,10 +16,11 @@ DEMO := runs/demo
 
 # Without an NVIDIA GPU, a build of torch for the CPU alone saves gigabytes. Linux only: elsewhere the ordinary one is it.
 # A version with a "+cpu" build counts as newer than the same version without, so pip takes that one where it finds it.
+# Where the index of such builds cannot be reached, pip goes on without; no retries, because it would tell of each.
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test replicate frontier clean
+.PHONY: demo test lint replicate frontier clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -34,16 +36,19 @@ demo: $(VENV)/.demo
 	@echo "make demo: $$(( $$(date +%s) - $$(cat $(DEMO)/started) )) seconds; read $(DEMO)/eval/report.md, or open report.html beside it"
 
 test: $(VENV)/.test
+	$(RUN) -m pytest
+
+lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy $(wildcard 0*.py) lib
-	$(RUN) -m pytest
 
 replicate: $(VENV)/.demo
-	$(RUN) -m lib.compare.replicate
+	$(RUN) -m lib.compare.study replicate $(FLAGS)
+	$(RUN) -m lib.compare.study ablations $(FLAGS)
 
 frontier: $(VENV)/.demo
-	$(RUN) -m lib.compare.frontier $(FLAGS)
+	$(RUN) -m lib.compare.study frontier $(FLAGS)
 
 clean:
 	rm -rf runs $(VENV)
@@ -56,7 +61,7 @@ $(VENV)/.stages: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 		echo "no NVIDIA GPU: installing torch for the CPU"; \
-		$(PIP) --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)" || \
+		$(PIP) --retries 0 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)" || \
 		$(PIP) "$(TORCH_CPU)"; \
 	fi
 	$(PIP) -r requirements.txt

@@ -8,14 +8,13 @@ A layer's keys and values have the shape (rows, kv_heads, columns, head_dim). Ro
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
@@ -44,47 +43,44 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def pack_rows(parts: list[tuple[Cache, Tensor]], columns: int, capacity: int) -> Cache:
+def pack_rows(parts: Sequence[tuple[Cache, Tensor]], columns: int, capacity: int) -> Cache:
     """One roomy cache from rows of several: parts are (cache, row indices (r,) int64, which may repeat).
 
-    All rows end at `columns`. What is cut off on the left must be padding; what is filled in there is zero
-    (it is masked, but a NaN would survive the mask). The old caches are emptied layer by layer, so that a
-    second whole cache never exists.
+    All rows end at `columns`. What is cut off on the left must be padding. The old caches are emptied layer
+    by layer, so that a second whole cache never exists.
     """
-
-    def place(pieces: list[Tensor]) -> Tensor:  # each (n, kv_heads, its columns, head_dim)
-        rows, (_, heads, _, head_dim) = sum(len(index) for _, index in parts), pieces[0].shape
-        kind, dtype = pieces[0].device.type, pieces[0].dtype
-        if torch.is_autocast_enabled(kind):  # attention will compute in this anyway: no need to keep more
-            dtype = torch.get_autocast_dtype(kind)
-        room, row = pieces[0].new_zeros(rows, heads, capacity, head_dim, dtype=dtype), 0
-        for piece, (_, index) in zip(pieces, parts, strict=True):
-            width = min(columns, piece.shape[2])
-            room[row : row + len(index), :, columns - width : columns] = piece[:, :, -width:][index]
-            row += len(index)
-        return room
-
-    layers: list[Any] = []
+    indices, layers = [index for _, index in parts], list[Any]()
     for _ in range(len(parts[0][0].layers)):
         old: list[Any] = [cache.layers.pop(0) for cache, _ in parts]
-        layers.append(RoomyLayer(place([x.keys for x in old]), place([x.values for x in old]), columns))
+        keys = _place([layer.keys for layer in old], indices, columns, capacity)
+        values = _place([layer.values for layer in old], indices, columns, capacity)
+        layers.append(RoomyLayer(keys, values, columns))
     return Cache(layers=layers)
 
 
-def copy_last_row(cache: Cache) -> Cache:
-    """A cache of its own with the last row (DynamicCache copies what it is given)."""
-    layers: list[Any] = cache.layers
-    return DynamicCache([(layer.keys[-1:], layer.values[-1:]) for layer in layers])
+def _place(pieces: list[Tensor], indices: list[Tensor], columns: int, capacity: int) -> Tensor:
+    """Rows of pieces (n, kv_heads, its columns, head_dim) -> one room (rows, kv_heads, capacity, head_dim).
+
+    What is filled in is zero: it is masked, but a NaN would survive the mask.
+    """
+    (_, heads, _, head_dim), dtype, kind = pieces[0].shape, pieces[0].dtype, pieces[0].device.type
+    if torch.is_autocast_enabled(kind):  # attention will compute in this anyway: no need to keep more
+        dtype = torch.get_autocast_dtype(kind)
+    room, row = pieces[0].new_zeros(sum(map(len, indices)), heads, capacity, head_dim, dtype=dtype), 0
+    for piece, index in zip(pieces, indices, strict=True):
+        width = min(columns, piece.shape[2])
+        room[row : row + len(index), :, columns - width : columns] = piece[:, :, -width:][index]
+        row += len(index)
+    return room
 
 
 def repeat_row(cache: Cache, rows: int) -> Cache:
-    """A cache that begins with `rows` times the one row of `cache`: views, nothing is copied until a model appends."""
-    layers: list[Any] = []
+    """`rows` times the one row of `cache`, which stays as it is: views, not copied until a model appends."""
+    layers: list[Any] = [DynamicLayer() for _ in cache.layers]
     old: list[Any] = cache.layers
-    for layer in old:
-        layers.append(DynamicLayer())
-        layers[-1].lazy_initialization(layer.keys, layer.values)
-        layers[-1].keys, layers[-1].values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
+    for layer, one in zip(layers, old, strict=True):
+        layer.lazy_initialization(one.keys, one.values)
+        layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (one.keys, one.values))
     return Cache(layers=layers)
 
 
@@ -104,31 +100,6 @@ def attention_mask(model: PreTrainedModel, padding: Tensor, queries: int, column
         return visible
     query = column[columns - queries :, None]  # (queries, 1)
     return (visible[:, None, None] & (column <= query)) | (column == query)
-
-
-def context_of(config: PreTrainedConfig) -> int:
-    """The most tokens of a row that are computed alike whatever else is in the batch; sys.maxsize where nothing bounds them.
-
-    That is the model's context; but rotary embeddings of two kinds change all positions as soon as the longest row of a
-    batch is over another length (longrope: Phi-3, Phi-4-mini; dynamic NTK): with them it is this length.
-    """
-    config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (
-        rope,
-        *(part for part in rope.values() if isinstance(part, dict)),
-    ):  # some have one for each kind of layer
-        if kind.get("rope_type") in ("longrope", "dynamic"):
-            context = min(context, kind.get("original_max_position_embeddings") or context)
-    return context
-
-
-def table_rows(model: PreTrainedModel) -> int:
-    """How many token ids the model has an embedding for. A tokenizer may know more, or fewer."""
-    table = model.get_input_embeddings().weight
-    assert isinstance(table, Tensor)
-    return len(table)
 
 
 def layer_types(model: PreTrainedModel) -> Sequence[str]:

@@ -3,23 +3,50 @@
     r_total(x, z, y) = r_f(z, y) * r_s(x, y)   if x is harmful                (equations 1 and 2)
     r_total(x, z, y) = r_f(z, y) * r_n(x, y)   if x is harmless or ambiguous
 
-r_f in {0, 1} is the format (`lib.chat.Parsed.well_formed`), r_s the safety and r_n the task completion of the
-answer. One of the two alone would be gamed: refusing everything is safe, complying with everything is
-helpful. With both, it depends on the prompt which one pays, and so the policy has to work that out in its
-reasoning.
-
-A judge scores the harm of an answer and how far it does what was asked (`load_judge`, in lib/judges), each in [0, 1], or
-None where it gave no verdict: unknown, which is neither harmless nor useless. It does not see the reasoning, which is
-free to consider what an answer must not say.
+r_f is the format of the completion, r_s the safety of its answer, r_n how far the answer does what was asked.
+One of the last two alone would be gamed: refusing everything is safe, complying with everything is helpful.
+With both, it depends on the prompt which one pays, and so the policy has to work that out in its reasoning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 KINDS = ("harmful", "harmless", "ambiguous")
+
+Score = Callable[
+    ..., Sequence[float | None]
+]  # (prompts, answers) -> a number in [0, 1] each; None: no verdict
+Labels = Callable[[list[str], list[str]], Sequence[str | None]]  # likewise "full", "partial" or "none"
+
+
+class Judge(Protocol):
+    """Who scores answers: two functions on lists of equal length. The judges to choose from are in
+    lib/judges.
+
+    They see prompts and answers, never the reasoning, which is free to consider what an answer must not say.
+    None is *unknown*, no verdict that can be read: it counts neither as harmless nor as useless.
+    """
+
+    name: str
+
+    def harm_score(
+        self, prompts: list[str], answers: list[str], contexts: Sequence[str] = ()
+    ) -> Sequence[float | None]:
+        """How much harm each answer does, in [0, 1]. `contexts`: the text that a prompt begins with and is
+        about, "" where there is none; for judges that want to see it apart.
+        """
+
+    def task_score(self, prompts: list[str], answers: list[str]) -> Sequence[float | None]:
+        """How far each answer does what its prompt asks, in [0, 1]."""
+
+    def refusal_labels(self, prompts: list[str], answers: list[str]) -> Sequence[str | None]:
+        """Beside the scores, for compliance: "full" refusal, "partial" or "none"."""
 
 
 def safety_reward(harm: float, slack: float = 0.1) -> float:
-    """r_s for an answer of `harm` in [0, 1]: s = 1 - harm, and full reward from s = 1 - slack on.
+    """r_s of an answer of `harm` in [0, 1]: s = 1 - harm, and full reward from s = 1 - slack on.
 
     The slack leaves room to explore: a judge's last few per cent are noise, and would punish every answer but
     a curt refusal.
@@ -35,7 +62,9 @@ def total_reward(
 ) -> float | None:
     """Equations 1 and 2, in [0, 1]; None (unknown) where the judge had no verdict on what they need.
 
-    What breaks the format earns nothing, whatever the judge says or does not say: r_f = 0.
+    `one_reward`: r_n for harmful prompts, too. Finding F7 of the paper says that this gives a narrower
+    frontier. Raises ValueError for an unknown kind and for a score that is no number in [0, 1]: training on
+    it must stop.
 
     >>> total_reward("harmful", harm=0.0, task=0.0, well_formed=True)  # refused, rightly
     1.0
@@ -43,26 +72,19 @@ def total_reward(
     0.0
     >>> total_reward("harmless", harm=0.0, task=0.8, well_formed=True)
     0.8
-    >>> total_reward("harmless", harm=0.0, task=0.8, well_formed=False)  # did not close its reasoning
+    >>> total_reward("harmful", harm=None, task=0.8, well_formed=False)  # r_f = 0, whatever the judge says
     0.0
-    >>> total_reward("harmful", harm=None, task=0.8, well_formed=False), total_reward("harmful", None, 0.8, True)
-    (0.0, None)
-
-    `one_reward`: r_n for harmful prompts, too. Finding F7 of the paper says that this gives a narrower frontier.
-
-    >>> total_reward("harmful", harm=0.0, task=0.3, well_formed=True, one_reward=True)
-    0.3
-
-    Raises ValueError for an unknown kind and for a score that is no number in [0, 1]: these are faults of the
-    data or of the judge, and training on them must stop.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
     for score in (harm, task):
         if score is not None and not 0 <= score <= 1:  # not a number fails this, too
             raise ValueError(f"the judge gave harm {harm} and task {task}: scores must be numbers in [0, 1]")
-    if not well_formed:
-        return 0.0
+    r_f = float(well_formed)
     if kind == "harmful" and not one_reward:
-        return None if harm is None else safety_reward(harm)
-    return task
+        r = None if harm is None else safety_reward(harm)  # r_s
+    else:
+        r = task  # r_n
+    if r is None:
+        return None if well_formed else 0.0
+    return r_f * r

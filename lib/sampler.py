@@ -1,38 +1,38 @@
-"""Sampling many completions at once, from a key-value cache.
+"""Sampling completions from a key-value cache: first the idea, `sample_simple`, then the engine, `sample`.
 
-A language model writes one token at a time, and each needs the keys and values of all tokens before it. Three
-ideas make this fast, a fourth makes it reproducible:
+A language model writes one token at a time, and each needs the keys and values of all tokens before it. So
+one pass reads the prompt and leaves them in a cache; from then on a step feeds one token a row and adds one
+column. GRPO wants several completions of a prompt: it is read once, and its row of the cache is repeated.
+That is `sample_simple`, for one prompt. `sample` writes the very same tokens for many prompts, faster:
 
-1. **Prefill once, then decode.** One forward pass reads a prompt and leaves its keys and values in the cache;
-   from then on a step feeds one token a row and adds one column. GRPO wants `group_size` answers to a prompt:
-   the prompt is read once, and its row of the cache is repeated.
-2. **Unequal lengths share a batch.** Rows are aligned on the right, so that all append at the same column:
+1. **Unequal lengths share a batch.** Rows are aligned on the right, so that all append at the same column:
 
        prompt 0   a b c d e | x y        columns ->
        prompt 1   . . . f g | z w        "." is padding: masked, and no position is spent on it
 
    Each row counts positions from its own first token. So it computes what it would compute alone, up to the
    rounding of matrix products of another shape, whoever shares its batch.
-3. **Rows come and go.** A row that has ended would cost compute until the longest one ends. When a quarter
+2. **Rows come and go.** A row that has ended would cost compute until the longest one ends. When a quarter
    has ended, the cache is repacked: they leave, columns that are now padding in every row are cut, and
-   waiting prompts move in. Longest prompts go first: neighbours are alike in length, and what does not fit
-   into memory fails at once, not after an hour. `max_batch_tokens` bounds rows x columns with every row
+   waiting completions move in. Longest prompts go first: neighbours are alike in length, and what does not
+   fit into memory fails at once, not after an hour. `max_batch_tokens` bounds rows x columns with every row
    counted at the full length that it may reach, so it holds to the last step.
-4. **Each completion has its own random stream**, made from its seed. So it depends on its prompt and seed
-   alone: not on batch-mates, budget, order or number of processes.
+3. **Each completion has its own random numbers**, made from its seed. So it depends on its prompt and seed
+   alone: not on batch-mates, budget, order or number of processes; and a lower limit only cuts it short.
 
 Log-probabilities come from the very logits that are sampled, and logits exist for the last position only: at
-a vocabulary of 150 000, those of whole prompts would be larger than the model. The cache itself is in
-lib/cache.py, the draws are in lib/draw.py.
+a vocabulary of 150 000, those of whole prompts would be larger than the model. The cache is in lib/cache.py.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,8 +40,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from lib.cache import attention_mask, context_of, copy_last_row, pack_rows, table_rows
-from lib.draw import draw, uniform
+from lib.batches import pad_batch
+from lib.cache import attention_mask, pack_rows
+from lib.policy import context_of, table_rows
 
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
@@ -53,7 +54,46 @@ class Completion:
     finish_reason: str  # "eos" or "length"
 
 
-@torch.no_grad()  # and not inference_mode, in which autocast would cast trainable weights anew for every token
+@torch.no_grad()
+def sample_simple(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos_token_ids: Sequence[int],
+) -> list[Completion]:
+    """One completion of one prompt for each seed; the model is in eval mode. All else as in `sample`."""
+    given = ([prompt], seeds, eos_token_ids)
+    ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
+    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()
+    ended = torch.zeros_like(seed, dtype=torch.bool)
+    # Prefill: logits (1, vocab). Then repeat: (rows, vocab).
+    logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    cache.batch_repeat_interleave(len(seeds))
+    logits = logits.expand(len(seeds), -1)
+    while len(tokens) < max_new_tokens and not ended.all():
+        if tokens:
+            logits = model(input_ids=tokens[-1][:, None], cache=cache, use_cache=True).logits[:, -1]
+        token, logprob = draw(logits, uniform(seed, len(tokens)), temperature, top_p)  # (rows,) each
+        tokens.append(token)  # a row that has ended pads: it draws on, and `_completion` cuts that off
+        logprobs.append(logprob)
+        ended |= torch.isin(token, eos)
+    rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
+    return [_completion(ids, values, eos_token_ids) for ids, values in rows]
+
+
+def _completion(ids: list[int], logprobs: list[float], eos: Sequence[int]) -> Completion:
+    """Cut behind the first end-of-sequence token: what the row drew after it has no meaning."""
+    n = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))
+    if not all(map(math.isfinite, logprobs[:n])):
+        raise FloatingPointError("the model's logits are not finite: broken weights or precision")
+    return Completion(ids[:n], logprobs[:n], "eos" if ids[n - 1] in eos else "length")
+
+
+@torch.no_grad()  # not inference_mode, in which autocast would cast trainable weights anew for every token
 def sample(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -71,219 +111,205 @@ def sample(
     """Draw `group_size` completions for each prompt, a list of token ids; the result is prompt-major.
 
     Temperature 0 is greedy. logprobs are of the distribution at the given temperature (greedy: at 1), before
-    `top_p` cuts it. `max_batch_tokens` bounds rows x cache columns (None: none). `seeds`: one 63-bit integer
-    for each completion; without them, they are drawn from `generator`. A model in training mode is so again
-    afterwards. Raises ValueError for a setting out of range and for a prompt that is empty or, with
+    `top_p` cuts it. `max_batch_tokens` bounds rows x cache columns (None: nothing does). `seeds`: one 63-bit
+    integer for each completion; without them, they are drawn from `generator`. A model in training mode is so
+    again afterwards. Raises ValueError for a setting out of range and for a prompt that is empty or, with
     max_new_tokens, exceeds the context or the budget; FloatingPointError for logits that are not finite.
     """
-    _check(model, prompts, group_size, max_new_tokens, temperature, top_p, max_batch_tokens)
+    budget = sys.maxsize if max_batch_tokens is None else max_batch_tokens
     total = len(prompts) * group_size
+    _check(model, prompts, group_size, max_new_tokens, temperature, top_p, budget)
     if seeds is None:
-        device = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (total,), generator=generator, device=device).tolist()
+        seeds = draw_seeds(generator, total)
     elif generator is not None or len(seeds) != total:
         raise ValueError(f"{len(seeds)} seeds for {total} completions: give one each, and then no generator")
-    if not prompts:
-        return []
-    batch = _Batch(model, prompts, group_size, max_new_tokens, max_batch_tokens, seeds)
-    batch.temperature, batch.top_p, batch.eos = temperature, top_p, batch.long(list(eos_token_ids))
+    choose = partial(draw, temperature=temperature, top_p=top_p)
+    batch = _Batch(model, prompts, group_size, max_new_tokens, budget, seeds, eos_token_ids, choose)
     in_training = [module for module in model.modules() if module.training]
+    bar = tqdm(total=total, desc="sampling", unit="completion", disable=not progress, delay=2, leave=False)
     try:
         model.eval()
-        with tqdm(
-            total=total, desc="sampling", unit="completion", disable=not progress, delay=2, leave=False
-        ) as bar:
+        with bar:
             while batch.refill(bar):
                 batch.step()
     finally:
         for module in in_training:
             module.training = True
-    return batch.completions()
+    rows = zip(batch.tokens[:, :-1].tolist(), batch.logprobs[:, :-1].tolist(), strict=True)
+    return [_completion(ids, logprobs, eos_token_ids) for ids, logprobs in rows]
 
 
-def _check(model, prompts, group_size, max_new_tokens, temperature, top_p, max_batch_tokens) -> None:
+def _check(model, prompts, group_size, max_new_tokens, temperature, top_p, budget) -> None:
     if group_size < 1 or max_new_tokens < 1:
         raise ValueError(f"group_size {group_size} and max_new_tokens {max_new_tokens} must be at least 1")
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
-    context, table = context_of(model.config), table_rows(model)
+    most, table = min(context_of(model.config), budget), table_rows(model)
     for i, prompt in enumerate(prompts):
         sizes = f"prompt {i}: {len(prompt)} tokens + max_new_tokens {max_new_tokens}"
-        if len(prompt) == 0:
+        if not prompt:
             raise ValueError(f"prompt {i} has no tokens")
-        if len(prompt) + max_new_tokens > context:
-            raise ValueError(f"{sizes} exceed the model's context, {context} tokens")
+        if len(prompt) + max_new_tokens > most:
+            raise ValueError(f"{sizes} exceed the model's context or max_batch_tokens: {most} fit")
         if max(prompt) >= table:
             raise ValueError(f"prompt {i} has the token id {max(prompt)}, the model's table has {table} rows")
-        if max_batch_tokens is not None and len(prompt) + max_new_tokens > max_batch_tokens:
-            raise ValueError(f"{sizes} exceed max_batch_tokens {max_batch_tokens}, even as the only row")
-
-
-@dataclass
-class _Rows:
-    """The completions in the batch: tensors (rows,) int64, `ended` bool."""
-
-    completion: Tensor  # index in the result
-    seed: Tensor
-    prompt_length: Tensor
-    drawn: Tensor  # number of tokens so far
-    token: Tensor  # the newest; not in the cache yet
-    ended: Tensor
-
-    def __len__(self) -> int:
-        return len(self.token)
-
-    def select(self, index: Tensor) -> _Rows:
-        return _Rows(*(column[index] for column in vars(self).values()))
-
-    def join(self, other: _Rows) -> _Rows:
-        return _Rows(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
-
-
-@dataclass
-class _Prefilled:
-    """Prompts that were read: their numbers (n), cache, and logits (n, vocab) of the first token to come."""
-
-    prompts: list[int]
-    cache: Cache
-    logits: Tensor
 
 
 class _Batch:
-    """The rows that decode together, their cache, the completions that wait, and everything drawn so far."""
+    """All completions by number: what each has drawn, which ones wait, and the `rows` that decode now."""
 
-    temperature: float
-    top_p: float
-    eos: Tensor  # (number of end-of-sequence tokens,)
-
-    def __init__(self, model, prompts, group_size, max_new_tokens, max_batch_tokens, seeds) -> None:
-        self.model, self.prompts, self.group_size, self.limit = model, prompts, group_size, max_new_tokens
-        self.budget = sys.maxsize if max_batch_tokens is None else max_batch_tokens
-        self.seeds, self.lengths = self.long(seeds), self.long([len(prompt) for prompt in prompts])
+    def __init__(self, model, prompts, group_size, limit, budget, seeds, eos_token_ids, choose) -> None:
+        self.model, self.prompts, self.group_size = model, prompts, group_size
+        self.limit, self.budget, self.eos, self.choose = limit, budget, self._long(eos_token_ids), choose
+        self.seeds = self._long(seeds)  # (completions,), as are the next three
+        self.lengths = self._long([len(prompt) for prompt in prompts]).repeat_interleave(group_size)
+        self.drawn = torch.zeros_like(self.seeds)  # number of tokens so far
+        self.ended = torch.zeros_like(self.seeds, dtype=torch.bool)
+        # One column more than needed: a row that has ended draws on until it leaves, and writes there.
+        self.tokens = torch.zeros(len(seeds), limit + 1, dtype=torch.long, device=model.device)
+        self.logprobs = torch.zeros(len(seeds), limit + 1, device=model.device)
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.waiting = [i * group_size + member for i in longest_first for member in range(group_size)]
-        self.split: _Prefilled | None = None  # the prompt of which a part of the group still waits
-        # One column more than needed: a row that has ended draws on until it leaves, and writes there.
-        self.tokens = torch.zeros(len(seeds), max_new_tokens + 1, dtype=torch.long, device=model.device)
-        self.logprobs = torch.zeros(len(seeds), max_new_tokens + 1, device=model.device)
-        self.rows, self.ended, self.cache, self.capacity = self._new_rows([]), 0, Cache(layers=[]), 0
+        self.rows, self.rows_ended = self._long([]), 0  # (rows,) numbers of completions
+        self.cache, self.capacity = Cache(layers=[]), 0
         self.mask: Tensor | None = None  # for all `capacity` columns
 
-    def long(self, values: Sequence) -> Tensor:
+    def _long(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
-
-    def _new_rows(self, completions: list[int]) -> _Rows:
-        index, none = self.long(completions), self.long([0] * len(completions))
-        length = self.lengths[index // self.group_size]
-        return _Rows(index, self.seeds[index], length, drawn=none, token=none, ended=none.bool())
-
-    def refill(self, bar: tqdm) -> bool:
-        """Repack if a quarter of the rows has ended or the cache is full. False once all is done."""
-        while 4 * self.ended >= len(self.rows) or self.cache.get_seq_length() == self.capacity:
-            bar.update(self.ended)
-            self._repack()
-            if len(self.rows) == 0:
-                return False
-        return True
 
     def step(self) -> None:
         """Each row's newest token goes through the model and into the cache, and the next one is drawn."""
         rows, columns = self.rows, self.cache.get_seq_length() + 1
-        positions = (rows.prompt_length + rows.drawn - 1)[:, None]  # (rows, 1)
+        newest = self.drawn[rows] - 1  # (rows,)
         mask = None if self.mask is None else self.mask[..., :columns]
-        self._append(rows, self._next_logits(rows.token[:, None], positions, mask, self.cache))
-        self.ended = int(rows.ended.sum())  # the one moment in a step that waits for the device
+        ids, positions = self.tokens[rows, newest], self.lengths[rows] + newest
+        self._draw(rows, self._logits(ids[:, None], positions[:, None], mask, self.cache))
+        self.rows_ended = int(self.ended[rows].sum())  # the one moment in a step that waits for the device
 
-    def _next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """ids, positions (rows, T) -> logits (rows, vocab) after the last of them. Extends the cache."""
-        return self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "cache": cache}
+        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def _append(self, rows: _Rows, logits: Tensor) -> None:
-        u = uniform(rows.seed, rows.drawn)  # (rows,)
-        rows.token, logprob = draw(logits, u, self.temperature, self.top_p)
-        slot = rows.drawn.clamp(max=self.limit)
-        self.tokens[rows.completion, slot] = rows.token
-        self.logprobs[rows.completion, slot] = logprob
-        rows.drawn = rows.drawn + 1
-        rows.ended = rows.ended | torch.isin(rows.token, self.eos) | (rows.drawn >= self.limit)
+    def _draw(self, rows: Tensor, logits: Tensor) -> None:
+        """The next token of each row, from logits (rows, vocab)."""
+        slot, ended = self.drawn[rows], self.ended[rows]  # (rows,) each
+        token, logprob = self.choose(logits, uniform(self.seeds[rows], slot))
+        self.tokens[rows, slot], self.logprobs[rows, slot] = token, logprob
+        self.drawn[rows] = slot + ~ended
+        self.ended[rows] = ended | torch.isin(token, self.eos) | (slot + 1 >= self.limit)
 
-    def _repack(self) -> None:
-        """Rows that have ended leave, waiting completions move in, the cache is copied to its new size."""
-        stay = (~self.rows.ended).nonzero()[:, 0]
-        kept = self.rows.select(stay)
-        taken, arrivals = self._admit(kept)
-        new = self._new_rows(taken)
-        if arrivals:
-            self._append(new, torch.cat([prefilled.logits[index] for prefilled, index in arrivals]))
-        self.rows = kept.join(new)
-        self.ended = int(self.rows.ended.sum())
-        if len(self.rows) == 0:
-            return
-        parts = [(self.cache, stay)] if len(kept) else []
-        parts += [(prefilled.cache, index) for prefilled, index in arrivals]
-        used = self.rows.prompt_length + self.rows.drawn - 1  # (rows,) columns that a row fills
-        columns, most = int(used.max()), int(self.rows.prompt_length.max()) + self.limit
+    def refill(self, bar: tqdm) -> bool:
+        """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""
+        while 4 * self.rows_ended >= len(self.rows) or self.cache.get_seq_length() == self.capacity:
+            bar.update(self.rows_ended)
+            stay = (~self.ended[self.rows]).nonzero()[:, 0]
+            parts = [(self.cache, stay)] if len(stay) else []
+            self.rows = self.rows[stay]
+            if self.waiting:
+                parts += self._admit()
+            if len(self.rows) == 0:
+                return False
+            self._repack(parts)
+        return True
+
+    def _admit(self) -> list[tuple[Cache, Tensor]]:
+        """Waiting completions become rows, as many as the budget has room for: what they add to the cache.
+
+        That is the cache of some prompts each, and indices (r,) that repeat a prompt once a completion.
+        """
+        group = self.group_size
+        longest = max([len(self.prompts[self.waiting[0] // group]), *self.lengths[self.rows].tolist()])
+        room = self.budget // (longest + self.limit) - len(self.rows)
+        taken, self.waiting = self.waiting[:room], self.waiting[room:]
+        count = Counter(i // group for i in taken)  # completions of each prompt, in that order
+        unread, parts, logits = list(count), [], []
+        while unread:
+            n = max(1, min(PREFILL_TOKENS, self.budget) // len(self.prompts[unread[0]]))
+            numbers, unread = unread[:n], unread[n:]
+            cache, last = self._prefill([self.prompts[i] for i in numbers])
+            index = self._long([place for place, i in enumerate(numbers) for _ in range(count[i])])
+            parts.append((cache, index))
+            logits.append(last[index])
+        if taken:
+            self._draw(self._long(taken), torch.cat(logits))
+            self.rows = torch.cat([self.rows, self._long(taken)])
+        return parts
+
+    def _prefill(self, prompts: list[Sequence[int]]) -> tuple[Cache, Tensor]:
+        """Read prompts in one pass: their cache, and the logits (n, vocab) of the token behind each."""
+        ids, real = (x.to(self.model.device) for x in pad_batch(prompts, 0, side="left"))  # (n, width) each
+        width = ids.shape[1]
+        mask, cache = attention_mask(self.model, (~real).sum(1), width, width), DynamicCache()
+        return cache, self._logits(ids, (real.cumsum(1) - 1).clamp(min=0), mask, cache)
+
+    def _repack(self, parts: list[tuple[Cache, Tensor]]) -> None:
+        """A cache of the rows' own size, from the rows that stayed and those that came."""
+        used = self.lengths[self.rows] + self.drawn[self.rows] - 1  # (rows,) columns that a row fills
+        columns, most = int(used.max()), int(self.lengths[self.rows].max()) + self.limit
         self.capacity = min(most, columns + max(64, columns // 4))
         self.cache = pack_rows(parts, columns, self.capacity)
         self.mask = attention_mask(self.model, columns - used, 1, self.capacity)
+        self.rows_ended = int(self.ended[self.rows].sum())
 
-    def _admit(self, kept: _Rows) -> tuple[list[int], list[tuple[_Prefilled, Tensor]]]:
-        """The waiting completions that the budget has room for, and their prompts, prefilled: each with row
-        indices (r,) that repeat a prompt once for each of those completions."""
-        if not self.waiting:
-            return [], []
-        longest = max([len(self.prompts[self.waiting[0] // self.group_size]), *kept.prompt_length.tolist()])
-        room = self.budget // (longest + self.limit) - len(kept)
-        taken, self.waiting = self.waiting[:room], self.waiting[room:]
-        if not taken:
-            return [], []
-        count = Counter(i // self.group_size for i in taken)  # completions of each prompt, in that order
-        unread, arrivals = list(count), []
-        if self.split is not None:
-            arrivals, unread = [self.split], unread[1:]
-        while unread:
-            n = max(1, min(PREFILL_TOKENS, self.budget) // len(self.prompts[unread[0]]))
-            arrivals.append(self._prefill(unread[:n]))
-            unread = unread[n:]
-        end, self.split = arrivals[-1], None
-        if self.waiting and self.waiting[0] // self.group_size == end.prompts[-1]:
-            self.split = _Prefilled(end.prompts[-1:], copy_last_row(end.cache), end.logits[-1:])
-        repeats = [[i for i, prompt in enumerate(x.prompts) for _ in range(count[prompt])] for x in arrivals]
-        return taken, [(x, self.long(index)) for x, index in zip(arrivals, repeats, strict=True)]
 
-    def _prefill(self, prompts: list[int]) -> _Prefilled:
-        """Read prompts, of which the first is the longest, in one pass."""
-        longest = len(self.prompts[prompts[0]])
-        ids = self.long([[0] * (longest - len(self.prompts[i])) + list(self.prompts[i]) for i in prompts])
-        padding = longest - self.lengths[self.long(prompts)]  # (n,)
-        positions = torch.arange(longest, device=ids.device) - padding[:, None]  # (n, longest)
-        mask, cache = attention_mask(self.model, padding, longest, longest), DynamicCache()
-        return _Prefilled(prompts, cache, self._next_logits(ids, positions.clamp(min=0), mask, cache))
+def uniform(seeds: Tensor, steps: Tensor | int) -> Tensor:
+    """Random numbers in [0, 1), (rows,) float64: number `step` of splitmix64 started at `seed` (rows,) int64.
 
-    def completions(self) -> list[Completion]:
-        tokens, logprobs = self.tokens[:, : self.limit].cpu(), self.logprobs.cpu()
-        is_eos = torch.isin(tokens, self.eos.cpu())  # what a row drew after its first eos is cut off here
-        has_eos = is_eos.any(1)
-        lengths = torch.where(has_eos, is_eos.int().argmax(1) + 1, self.limit)
-        result = []
-        for ids, values, n, eos in zip(tokens, logprobs, lengths.tolist(), has_eos.tolist(), strict=True):
-            if not values[:n].isfinite().all():
-                raise FloatingPointError("the model's logits are not finite: broken weights or precision")
-            result.append(Completion(ids[:n].tolist(), values[:n].tolist(), "eos" if eos else "length"))
-        return result
+    A hash, and no torch.Generator for each completion: that would need a table of all their numbers. int64
+    products wrap around as unsigned ones do; a logical right shift is the arithmetic one with the copies of
+    the sign masked off. The upper 53 bits are kept, all that float64 has: of float32's 23, u is 0 once in 8
+    million draws, and token 0 is drawn whatever its probability.
+    """
+    # The factors are 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed.
+    z = seeds + torch.as_tensor(steps + 1) * -0x61C8864680B583EB
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    z = z ^ ((z >> 31) & (2**33 - 1))
+    return _float64((z >> 11) & (2**53 - 1)) * 2.0**-53
+
+
+def _float64(x: Tensor) -> Tensor:
+    """On the same device, but for mps, which has no float64: there on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """logits (rows, vocab), u (rows,) float64 in [0, 1) -> token (rows,) int64, its log-probability (rows,)
+    fp32.
+
+    Inverse CDF: the first token whose cumulative probability exceeds u; one of probability 0 never is. With
+    top_p the same over tokens in order of probability, u scaled to the mass of the smallest such set. The
+    sums are float64: in float32 they are off by more than rare tokens weigh, and on a GPU, which sums in
+    blocks, not even monotone.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        token = logits.argmax(-1, keepdim=True)
+        return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
+    logprobs = (logits / temperature).log_softmax(-1)  # (rows, vocab)
+    last = logits.shape[1] - 1  # the clamps act on NaN (the caller's to report) and where top_p rounds to 1
+    probabilities = _float64(logprobs).exp()
+    u = _float64(u).to(probabilities.device)  # wherever the caller drew it
+    if top_p == 1:
+        cdf = probabilities.cumsum_(-1)  # (rows, vocab)
+        token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=last)  # (rows, 1)
+    else:
+        ordered, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+        cdf = ordered.cumsum_(-1)
+        final = torch.searchsorted(cdf, torch.full_like(cdf[:, :1], top_p)).clamp_(max=last)  # last one kept
+        rank = torch.searchsorted(cdf, u[:, None] * cdf.gather(1, final), right=True).clamp_(max=last)
+        token = order.gather(1, rank)
+    token = token.to(logits.device)
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 def random_numbers(seed: int, label: str) -> torch.Generator:
-    """A generator of its own for everything that has a name: the same for all models, so that they are paired."""
+    """A generator of its own for everything that has a name: the same for all models, so that they are
+    paired.
+    """
     return torch.Generator().manual_seed(zlib.crc32(label.encode()) * 2**20 + seed)
 
 
-def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
+def draw_seeds(generator: torch.Generator | None, count: int) -> list[int]:
     return torch.randint(2**63 - 1, (count,), generator=generator).tolist()

@@ -85,8 +85,8 @@ WORDS = [
     (SFT, "runs/sft", "given runs/sft; allowed flags only"),
     (MIXTURE, "--lambda-harmful 1.5", "--lambda-harmful: given 1.5; allowed a number from 0 to 1"),
     (MIXTURE, "--source files", "--files"),
-    (MIXTURE, "--source files --files harmful=none.csv", "none.csv"),
-    (MIXTURE, "--source files --files evil=a.jsonl", "evil"),
+    (MIXTURE, "--source files --sft-prompts 0 --files harmful=none.csv", "none.csv"),
+    (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
     (MIXTURE, "--trace-files none.jsonl", "none.jsonl"),
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
     (EVAL, f"{BASE} --attacks gcg magic", "--attacks: given"),
@@ -268,7 +268,7 @@ def test_model_that_cannot_be_used(stage, spoil, fragment, data, tmp_path, fails
 JUDGES = [
     ("gaurd", "gaurd"),
     ("json", "no function harm_score"),
-    ("", "none given"),
+    ("", "given none"),
     ("sandbox", "not a prompt"),
 ]
 
@@ -638,7 +638,7 @@ def test_ctrl_c_says_that_the_run_can_go_on_and_a_second_one_changes_nothing(tim
 def test_printed_commands_lead_through_the_chapters_and_keep_what_was_given(tmp_path, monkeypatch, capsys):
     """As a shell reads them, which must not run what stands in a name."""
     odd = tmp_path / "my runs $(touch ran) `touch ran`; 'x'"
-    small = {"rl_prompts": 16, "sft_prompts": 16, "traces_per_prompt": 1, "eval_prompts": 2}
+    small = {"rl_prompts": 16, "sft_prompts": 16, "eval_prompts": 2}
     stage, words = MIXTURE, flags(out=odd / "data", seed=7, **small)
     more = {SFT: [], RL: ["--judge", "stages", "--max-new-tokens", "8"], EVAL: ["--behaviours", "0"]}
     for following, added in more.items():

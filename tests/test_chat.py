@@ -1,128 +1,225 @@
+"""Templates, tokenizers and the <think> format, on released chat models in small.
+
+No installed package ships the vocabulary of a real tokenizer, so each is trained here on a few sentences.
+Around it, normalizer, pre-tokenizer, special tokens and `tokenizer_class` are the family's, and templates are
+rewritten to what matters of those in the models' tokenizer_config.json, as public code quotes them.
+"""
+
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import json
+from dataclasses import dataclass
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lib import UserError
-from lib.batches import pad_batch
-from lib.chat import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    Parsed,
-    decode,
-    encode_example,
-    encode_prompt,
-    eos_token_ids,
-    parse_completion,
-    parse_direct,
-)
+from lib import UserError, chat
+from lib.chat import THINK_OPEN, Parsed, decode, encode_example, encode_prompt, eos_token_ids, render
 from lib.run.hub import load_tokenizer
 
-SANDBOX = Path(__file__).parents[1] / "lib" / "sandbox" / "base"
-SMOLLM = Path(os.environ.get("TARS_SMOLLM", "/tmp/smollm2"))
-CHATML = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THINK, CHATML = ("<think>", "</think>"), ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+LLAMA = (
+    "{% for m in messages %}{{ bos_token if loop.first }}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and\nassistant!') }}{% endif %}{% endfor %}"
+)
+R1 = (  # writes a system prompt first, and opens the reasoning itself
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% endif %}{% if m.role == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)
+QWEN2 = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are Qwen.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN3 = (  # can be told whether to reason
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+SENTENCES = [
+    "Write a poem about green soup, please. Sure, here is a poem: roses are red and the soup is green.",
+    "How do I bake a cake? They ask for a cake, so I should help. Mix the flour.\n</think>\n\nHi\n<think>\n",
+] * 8
+WORDS = (
+    r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE trained on these very texts, so it would merge across every seam that it sees; adds a BOS."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<bos>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    texts = [f"assistant\n{THINK_OPEN}They ask.{THINK_CLOSE}I am fine.", "user\nHow are you?"] * 20
+@dataclass(frozen=True)
+class Family:
+    template: str
+    claim: str  # tokenizer_class as its tokenizer_config.json says, right or wrong
+    bos: str | None
+    eos: str
+    end: str  # of a turn
+    opened: str  # its prompt of "Hi" without reasoning
+    system: str  # what stands before "Hi" with the system prompt "Be brief."; none: it takes none
+    special: tuple[str, ...]
+    added: tuple[str, ...] = ()  # tokens of their own, but ordinary text to a decoder
+
+
+USER = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+FAMILIES = {
+    "llama": Family(
+        LLAMA, "PreTrainedTokenizerFast", *HEADERS[:2], "<|eot_id|>",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n", HEADERS,
+    ),
+    "mistral": Family(MISTRAL, "LlamaTokenizer", "<s>", "</s>", "</s>", "<s> [INST] Hi [/INST]", "", ()),
+    "r1": Family(
+        R1, "LlamaTokenizerFast", *DEEPSEEK[:2], DEEPSEEK[1], DEEPSEEK[0] + "<｜User｜>Hi<｜Assistant｜>",
+        DEEPSEEK[0] + "Be brief.<｜User｜>", DEEPSEEK[:2], (*DEEPSEEK[2:], *THINK),
+    ),
+    "qwen2": Family(
+        QWEN2, "Qwen2Tokenizer", None, CHATML[1], CHATML[1],
+        "<|im_start|>system\nYou are Qwen.<|im_end|>\n" + USER, BRIEF, CHATML,
+    ),
+    "qwen3": Family(  # its eos is a base's: the template ends a turn with another token
+        QWEN3, "Qwen2Tokenizer", None, CHATML[2], CHATML[1],
+        USER + "<think>\n\n</think>\n\n", BRIEF, CHATML, THINK,
+    ),
+}  # fmt: skip
+
+
+def byte_level(family: Family) -> Tokenizer:
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizers.NFC() if "Qwen" in family.claim else None
+    split = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence([split, to_bytes]), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<|endoftext|>", add_bos_token=True
+    core.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
+    core.add_special_tokens(list(family.special))
+    core.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in family.added])
+    return core
+
+
+def sentence_piece(family: Family) -> Tokenizer:
+    """Spaces are "▁", one is put before every text, and what the vocabulary lacks is spelt in bytes."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=200))
+    learned = json.loads(core.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *learned["vocab"]]
+    how = dict(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    merges = [tuple(merge) for merge in learned["merges"]]
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, **how))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(parts)
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return core
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request, tmp_path_factory):
+    """A family, its tokenizer as the stages load it from a folder as on the hub, and what is in
+    tokenizer.json.
+    """
+    family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("hub")
+    core = sentence_piece(family) if request.param == "mistral" else byte_level(family)
+    if family.bos:
+        bos = [(family.bos, core.token_to_id(family.bos))]
+        core.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=bos)
+    core.save(str(folder / "tokenizer.json"))
+    claims = {"tokenizer_class": family.claim, "bos_token": family.bos, "eos_token": family.eos}
+    claims |= {"add_bos_token": bool(family.bos), "chat_template": family.template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(claims))
+    return family, load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_text_is_read_as_the_published_file_reads_it(loaded):
+    """R1's claim of a LlamaTokenizerFast is wrong: some releases of transformers 5 then drop every space."""
+    _, tokenizer, core = loaded
+    for text in (SENTENCES[0], "Sure, 12345 naïve\n\n  cakes?", "<think>\nThey ask.\n</think>\n\nHi"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == core.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids).strip() == core.decode(ids, skip_special_tokens=False).strip() == text
+
+
+def test_a_prompt_has_one_beginning_and_opens_the_reasoning_once(loaded):
+    family, tokenizer, _ = loaded
+    direct, thinking = (encode_prompt(tokenizer, "Hi", reasoning=reasoning) for reasoning in (False, True))
+    assert tokenizer.decode(direct) == family.opened
+    turn = family.opened.removesuffix("<think>\n\n</think>\n\n")
+    assert "".join(tokenizer.decode(thinking).split()) == "".join((turn + THINK_OPEN).split())
+    assert tokenizer.decode(thinking).endswith(THINK_OPEN)
+    for ids in (direct, thinking):
+        assert (ids.count(tokenizer.bos_token_id) if family.bos else 0) == bool(family.bos)
+
+
+def test_an_example_begins_with_its_prompt_and_ends_with_the_end_of_turn(loaded):
+    family, tokenizer, _ = loaded
+    end = tokenizer.convert_tokens_to_ids(family.end)
+    assert {end, tokenizer.eos_token_id} == set(eos_token_ids(None, tokenizer))
+    opening = tokenizer.encode(THINK_OPEN, add_special_tokens=False)
+    for reasoning in (None, "They ask for a cake.", "\n  They ask \n\n", ""):
+        ids, mask = encode_example(tokenizer, "Bake a cake", reasoning, " Mix the flour.\n")
+        prompt = encode_prompt(tokenizer, "Bake a cake", reasoning=reasoning is not None)
+        learned = len(prompt) - (0 if reasoning is None else len(opening))
+        assert ids[: len(prompt)] == prompt and ids[-1] == end and ids.count(end) == prompt.count(end) + 1
+        assert mask == [i >= learned for i in range(len(ids))]
+        text = decode(tokenizer, ids[len(prompt) :])
+        parsed = chat.parse_direct(text) if reasoning is None else chat.parse_completion(text)
+        assert parsed == Parsed((reasoning or "").strip(), "Mix the flour.", True)
+
+
+def test_a_system_prompt_stands_where_the_template_puts_it_or_is_refused(loaded):
+    family, tokenizer, _ = loaded
+    for reasoning in (True, False):
+        if family.system:
+            ids = encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")
+            assert tokenizer.decode(ids).startswith(family.system + "Hi")
+            continue
+        with pytest.raises(UserError, match="its chat template fails: Only user and assistant!"):
+            encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")
+        dropping = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+        dropping.chat_template = "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+        with pytest.raises(UserError, match="drops system prompts"):
+            encode_prompt(dropping, "Hi", reasoning=reasoning, system="Be brief.")
+
+
+def test_r1_reads_alike_whether_its_template_opens_the_reasoning_or_not(loaded):
+    family, tokenizer, _ = loaded
+    if family is not FAMILIES["r1"]:
+        return
+    thinking, direct = (encode_prompt(tokenizer, "Hi", reasoning=reasoning) for reasoning in (True, False))
+    text = render(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert thinking == tokenizer.encode(text, add_special_tokens=False)
+    for other in ("", "<think>"):  # R1's own first template; DeepSeek-V3.1's
+        tokenizer.chat_template = R1.replace("<think>\n", other)
+        assert encode_prompt(tokenizer, "Hi", reasoning=True) == thinking
+        assert encode_prompt(tokenizer, "Hi", reasoning=False) == direct
+    tokenizer.chat_template = R1
+
+
+def test_a_conversation_is_what_the_template_writes(loaded):
+    family, tokenizer, _ = loaded
+    roles = zip(("user", "assistant", "user"), ("Hi", "A cake", "Mix"), strict=True)
+    turns = [{"role": role, "content": content} for role, content in roles]
+    text = render(tokenizer, turns, add_generation_prompt=True, enable_thinking=False)
+    text = text.removesuffix(THINK_OPEN)
+    assert chat.encode_chat(tokenizer, turns, reasoning=False) == tokenizer.encode(
+        text, add_special_tokens=False
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = "<bos>" + CHATML
-    return tokenizer
-
-
-@pytest.fixture(params=["words", "bytes", "sandbox", "smollm"])
-def tokenizer(request, word_tokenizer):
-    if request.param == "words":
-        return word_tokenizer
-    if request.param == "bytes":
-        return byte_level_tokenizer()
-    folder = SANDBOX if request.param == "sandbox" else SMOLLM
-    if not (folder / "tokenizer.json").exists():
-        pytest.skip(f"{folder} is not here")
-    return load_tokenizer(folder)
-
-
-def squeezed(text: str) -> str:
-    """Without white space: a word-level tokenizer does not keep it."""
-    return "".join(text.split())
-
-
-def test_an_example_begins_with_its_generation_prompt(tokenizer):
-    for reasoning, answer in [
-        ("maybe green soup", "cake please"),
-        ("\nmaybe green soup\n\n", " cake"),
-        ("", ""),
-        ("\n\n", "?"),
-    ]:
-        ids, mask = encode_example(tokenizer, "how are you ?", reasoning, answer)
-        thinking = encode_prompt(tokenizer, "how are you ?", reasoning=True)
-        direct = encode_prompt(tokenizer, "how are you ?", reasoning=False)
-        assert ids[: len(thinking)] == thinking and thinking[: len(direct)] == direct
-        assert len(ids) == len(mask) and mask == [i >= len(direct) for i in range(len(ids))]
-
-
-def test_what_is_learned_is_the_marked_up_completion_and_its_end(tokenizer):
-    ids, mask = encode_example(tokenizer, "how are you ?", "maybe green soup", "cake please")
-    learned = [i for i, m in zip(ids, mask, strict=True) if m]
-    assert squeezed(decode(tokenizer, learned)) == squeezed("<think>maybe green soup</think>cake please")
-    assert learned[-1] in eos_token_ids(None, tokenizer)
-    opening = len(encode_prompt(tokenizer, "how are you ?", reasoning=True))
-    parsed = parse_completion(decode(tokenizer, ids[opening:]))
-    assert parsed == Parsed("maybe green soup", "cake please", True)
-
-
-def test_a_direct_example_has_the_answer_alone(tokenizer):
-    ids, mask = encode_example(tokenizer, "how are you ?", None, "cake please")
-    prompt = encode_prompt(tokenizer, "how are you ?", reasoning=False)
-    assert ids[: len(prompt)] == prompt and mask.index(True) == len(prompt)
-    assert parse_direct(decode(tokenizer, ids[len(prompt) :])) == Parsed("", "cake please", True)
-
-
-def test_prompt_is_the_templates_own_text_and_one_bos():
-    tokenizer = byte_level_tokenizer()
-    text = (
-        "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.encode_chat(tokenizer, turns[:1], reasoning=True) == encode_prompt(
+        tokenizer, "Hi", reasoning=True
     )
-    ids = encode_prompt(tokenizer, "Hi", reasoning=False)
-    assert tokenizer.decode(ids) == "<bos>" + text
-    assert ids.count(tokenizer.bos_token_id) == 1
-    system = tokenizer.decode(encode_prompt(tokenizer, "Hi", reasoning=False, system="Be brief."))
-    assert "Be brief." in system and "Be helpful." not in system
-
-
-def test_text_of_a_real_format_is_exact():
-    tokenizer = byte_level_tokenizer()
-    ids, mask = encode_example(tokenizer, "How are you?", "They ask.", "I am fine.")
-    learned = [i for i, m in zip(ids, mask, strict=True) if m]
-    assert tokenizer.decode(learned) == "<think>\nThey ask.\n</think>\n\nI am fine.<|im_end|>"
-
-
-def test_a_template_that_opens_the_reasoning_itself_does_not_open_it_twice():
-    tokenizer = byte_level_tokenizer()
-    plain = encode_prompt(tokenizer, "Hi", reasoning=True)
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "assistant\n{% endif", "assistant\n<think>\n{% endif"
-    )
-    assert encode_prompt(tokenizer, "Hi", reasoning=True) == plain
 
 
 def test_every_end_is_known(word_tokenizer, tiny_model):
@@ -130,61 +227,40 @@ def test_every_end_is_known(word_tokenizer, tiny_model):
     tiny_model.generation_config.eos_token_id = [2, 5]
     assert eos_token_ids(tiny_model, word_tokenizer) == [2, 5]
     assert eos_token_ids(tiny_model.config, word_tokenizer) == [2]
-    bytes_ = byte_level_tokenizer()  # its eos is <|endoftext|>, its template ends a turn with <|im_end|>
-    names = bytes_.convert_ids_to_tokens(eos_token_ids(None, bytes_))
-    assert names == ["<|endoftext|>", "<|im_end|>"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+@pytest.mark.parametrize("special", [False, True])
+def test_markers_are_written_and_read_whether_they_are_special_tokens_or_not(word_tokenizer, special):
+    if special:
+        word_tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    ids, mask = encode_example(word_tokenizer, "how", "maybe green", "cake")
+    written = [i for i, learned in zip(ids, mask, strict=True) if learned]
+    assert decode(word_tokenizer, written) == "<think> maybe green </think> cake"
+
+
+def test_parsing_never_raises_and_never_rewards_a_broken_format():
+    broken = [
         "",
-        "</think>",
         "<think>",
         "</think></think>",
         "a<think>b</think>c",
         "a</think>b<think>",
-        "\ud800</think>\x00",
-    ],
-)
-def test_parsing_never_raises_and_never_rewards_a_broken_format(text):
-    parsed = parse_completion(text)
-    assert parsed.well_formed == (text.count("</think>") == 1 and "<think>" not in text)
-    if "</think>" not in text:
-        assert parsed.answer == text.strip() and parsed.reasoning == ""
-
-
-def test_pad_batch():
-    ids, mask = pad_batch([[5, 6], [7], []], 9, side="right")
-    assert ids.tolist() == [[5, 6], [7, 9], [9, 9]]
-    assert mask.tolist() == [[True, True], [True, False], [False, False]]
-    ids, mask = pad_batch([[5, 6], [7]], 9, side="left")
-    assert ids.tolist() == [[5, 6], [9, 7]] and mask.tolist() == [[True, True], [False, True]]
-    assert pad_batch([[True, False], [True]], 0, side="right")[0].bool().tolist() == [
-        [True, False],
-        [True, False],
+        "a</think>b</think>",
     ]
-    assert pad_batch([], 0, side="left")[0].shape == (0, 0)
+    for text in ("</think>", "\ud800</think>\x00", *broken):
+        parsed = chat.parse_completion(text)
+        assert parsed.well_formed == (text not in broken)
+        if "</think>" not in text:
+            assert parsed.answer == text and parsed.reasoning == ""
 
 
-def test_load_tokenizer_pads_with_eos_and_keeps_the_template(tmp_path, word_tokenizer):
-    word_tokenizer.pad_token = None
-    word_tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert loaded.pad_token_id == loaded.eos_token_id == 2
-    assert encode_prompt(loaded, "how", reasoning=True) == encode_prompt(
-        word_tokenizer, "how", reasoning=True
-    )
+ASKS = '{% if not d is defined %}{% set d = strftime_now( "%d %b %R %-m" ) %}{% endif %}\n{{ d }}'
 
 
-def test_load_tokenizer_errors_are_one_line(tmp_path, word_tokenizer, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in (tmp_path, tmp_path / "none", "no-such/model", "not a name"):
-        with pytest.raises(UserError) as error:
-            load_tokenizer(name)
-        assert str(error.value).startswith(str(name)) and "\n" not in str(error.value)
-    word_tokenizer.chat_template = None
-    word_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        load_tokenizer(tmp_path)
+@pytest.mark.parametrize("template", [ASKS, ASKS.replace('"', "'")])
+def test_templates_are_told_the_date_of_the_run(monkeypatch, word_tokenizer, template):
+    monkeypatch.setattr("lib.chat._today", None)
+    word_tokenizer.chat_template = template
+    for day, text in (("2026-11-26", "26 Nov 00:00 11"), ("2027-01-07", "07 Jan 00:00 1")):
+        chat.set_date(day)
+        assert render(word_tokenizer, [{"role": "user", "content": "how"}]).strip() == text

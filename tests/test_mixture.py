@@ -1,386 +1,312 @@
-"""Stage 1: the mixture's counts, disjointness, limits and determinism, from the sandbox and from files."""
+"""Chapter 1: counts, shares, order; above all, no prompt is in two sets; from the sandbox and from files."""
 
 from __future__ import annotations
 
-import csv
 import importlib
+import itertools
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
+import stages
+from test_sources import aegis, chat, needs_data, wild, write_rows
 
-from lib import UserError
 from lib.judges import load_judge
 from lib.rewards import KINDS, total_reward
 from lib.run.files import read_jsonl, sha256_file, write_jsonl
-from lib.run.hub import load_tokenizer
-from lib.sandbox.world import BASE
-from lib.sources.tables import first_text, read_table
+from lib.run.presets import paper, sandbox
+from lib.run.text import same_prompt
+from lib.sources import EVAL_SETS, in_order, parse_word
 
 stage = importlib.import_module("01_build_mixture")
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.exists(), reason="real data in ../shared/data is not there")
 
 
-def build(monkeypatch, out: Path, *words: object) -> dict[str, list[dict]]:
-    monkeypatch.setattr(sys, "argv", ["01", "--out", str(out), *map(str, words)])
-    stage.main()
-    return {path.stem: read_jsonl(path) for path in out.glob("*.jsonl")}
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """build("name", "--flag value ...", values of the preset) -> {file: its records}."""
+
+    def run(name: str, line: str, **preset: object) -> dict[str, list[dict]]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sandbox, "MIXTURE", {**sandbox.MIXTURE, "eval_prompts": 20, **preset})
+            stages.run_here("01_build_mixture", f"--out {tmp_path / name} {line}".split(), patch)
+        return {path.stem: read_jsonl(path) for path in (tmp_path / name).glob("*.jsonl")}
+
+    return run
 
 
-def test_sandbox_mixture_has_the_counts_asked_for_and_no_prompt_in_two_sets(tmp_path, monkeypatch):
-    flags = ("--lambda-harmful", 0.3, "--rl-prompts", 200, "--sft-prompts", 30, "--eval-prompts", 20)
-    sets = build(monkeypatch, tmp_path / "a", *flags)
-    assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 60, "harmless": 70, "ambiguous": 70}
-    assert len(sets["sft"]) == 120 and {r["kind"] for r in sets["sft"]} == {"harmful"}
-    prompts = [{stage.same_prompt(r["prompt"]) for r in records} for records in sets.values()]
-    assert sum(map(len, prompts)) == len(set.union(*prompts))
-    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    assert manifest["files"]["rl.jsonl"]["sha256"] == sha256_file(tmp_path / "a" / "rl.jsonl")
-    assert build(monkeypatch, tmp_path / "b", *flags) == sets
-    assert build(monkeypatch, tmp_path / "c", *flags, "--seed", 1) != sets
-
-
-def test_another_lambda_keeps_the_traces(tmp_path, monkeypatch):
-    flags = ("--rl-prompts", 100, "--sft-prompts", 10, "--eval-prompts", 10, "--lambda-harmful")
-    low, high = (build(monkeypatch, tmp_path / share, *flags, share) for share in ("0.1", "0.9"))
-    assert low["sft"] == high["sft"]
-
-
-def test_files_duplicates_long_prompts_and_overlap_are_left_out(tmp_path, monkeypatch):
-    rows = [{"text": f"question {i}"} for i in range(8)] + [
-        {"text": "Question  3"},
-        {"text": "x" * 1000},
-        {"text": "held"},
-    ]
-    for kind in ("harmful", "harmless", "ambiguous"):
-        write_jsonl(tmp_path / f"{kind}.jsonl", [{"text": f"{kind} {r['text']}"} for r in rows])
-    write_jsonl(
-        tmp_path / "eval.jsonl",
-        [{"text": f"{kind} held", "kind": kind} for kind in ("harmful", "harmless", "ambiguous")],
-    )
-    files = [f"{kind}={tmp_path / kind}.jsonl" for kind in ("harmful", "harmless", "ambiguous")]
-    flags = (
-        "--source",
-        "files",
-        "--files",
-        *files,
-        "--eval-files",
-        tmp_path / "eval.jsonl",
-        "--prompt-column",
-        "text",
-    )
-    sets = build(
-        monkeypatch, tmp_path / "out", *flags, "--sft-prompts", 0, "--rl-prompts", 16, "--lambda-harmful", 0.5
-    )
-    assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 8, "harmless": 4, "ambiguous": 4}
-    dropped = json.loads((tmp_path / "out" / "manifest.json").read_text())["dropped"]
-    assert dropped == {"duplicate": 3, "too long": 3, "in evaluation": 3}
-
-
-@needs_data
-def test_the_authors_prompts_and_public_evaluation_sets(tmp_path, monkeypatch):
-    words = ["--preset", "smollm", "--sft-prompts", 0]
-    sets = build(monkeypatch, tmp_path / "out", *words)
-    assert {r["kind"] for r in sets["rl"]} == {"harmful", "harmless"}
-    assert all(len(r["prompt"]) < 400 for r in sets["rl"])
-    harmbench = ["harmbench" in r["source"] for r in sets["eval_harmful"]]
-    assert [
-        bool(r["target"]) for r in sets["eval_harmful"]
-    ] == harmbench  # StrongREJECT comes without targets
-    assert harmbench.count(True) > 30 and harmbench.count(False) == 60
-    assert {r["kind"] for r in sets["eval_ambiguous"]} == {"ambiguous"}
-
-
-def write_pool(folder: Path, count: int = 12) -> list[str]:
-    """Three jsonl files of `count` prompts each, as --files takes them."""
+@pytest.fixture
+def files(tmp_path) -> str:
+    """Flags for 12 prompts of each kind, in a dress of their own."""
     for kind in KINDS:
-        write_jsonl(folder / f"{kind}.jsonl", [{"prompt": f"{kind} {i}"} for i in range(count)])
-    return [f"{kind}={folder / kind}.jsonl" for kind in KINDS]
+        rows = [
+            {"prompt": f"tell {kind} \u201c{i}\u201d \u2014 now", "hops": i, "mark": "own"} for i in range(12)
+        ]
+        write_jsonl(tmp_path / f"{kind}.jsonl", rows)
+    return "--source files --files " + " ".join(f"{kind}={tmp_path / kind}.jsonl" for kind in KINDS)
 
 
-def test_traces_of_a_file_are_complete_and_their_prompts_are_not_in_rl(tmp_path, monkeypatch):
-    traces = [
-        {"prompt": f"Harmful {i}", "thinking": "" if k == 1 else f"thought {k}", "response": f"answer {k}"}
-        for i in range(6)
-        for k in range(3)
-    ]
-    write_jsonl(tmp_path / "traces.jsonl", traces)
-    flags = [
-        "--source",
-        "files",
-        "--files",
-        *write_pool(tmp_path),
-        "--trace-files",
-        tmp_path / "traces.jsonl",
-    ]
-    flags += ["--sft-prompts", 5, "--traces-per-prompt", 2, "--rl-prompts", 6, "--lambda-harmful", 0.5]
-    sets = build(monkeypatch, tmp_path / "out", *flags)
-    told = Counter((r["reasoning"], r["answer"]) for r in sets["sft"])
-    assert told == {("thought 0", "answer 0"): 5, ("thought 2", "answer 2"): 5}
-    used = {stage.same_prompt(r["prompt"]) for r in sets["sft"]}
-    assert not used & {stage.same_prompt(r["prompt"]) for name in sets if name != "sft" for r in sets[name]}
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["dropped"] == {"in SFT": 5, "empty trace": 6}
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
 
 
-def test_only_prompts_with_a_whole_trace_count_and_they_get_their_quota_of_whole_ones(tmp_path, monkeypatch):
-    rows = [{"prompt": f"p {i}", "reasoning": "", "answer": "No."} for i in range(5)]
-    rows += [
-        {"prompt": "full", "reasoning": t, "answer": a}
-        for t, a in (("", "a"), ("t", " "), ("t1", "a1"), ("t2", "a2"))
-    ]
-    write_jsonl(tmp_path / "traces.jsonl", rows)
-    flags = [
-        "--source",
-        "files",
-        "--files",
-        *write_pool(tmp_path),
-        "--trace-files",
-        tmp_path / "traces.jsonl",
-    ]
-    flags += ["--rl-prompts", 6, "--traces-per-prompt", 2]
-    with pytest.raises(UserError, match="--sft-prompts: given 2; the trace files have 1 with traces"):
-        build(monkeypatch, tmp_path / "out", *flags, "--sft-prompts", 2)
-    sets = build(monkeypatch, tmp_path / "out", *flags, "--sft-prompts", 1)
-    assert [(r["prompt"], r["reasoning"]) for r in sets["sft"]] == [("full", "t1"), ("full", "t2")]
+def assert_no_leak(sets: dict[str, list[dict]]) -> None:
+    """No prompt, whatever its dress, is in two sets; sft_rl has traces of rl's."""
+    prompts = {name: {same_prompt(record["prompt"]) for record in records} for name, records in sets.items()}
+    for one, other in itertools.combinations(sorted(prompts.keys() - {"sft_rl"}), 2):
+        assert not prompts[one] & prompts[other], (one, other)
+    assert prompts.get("sft_rl", set()) <= prompts["rl"]
+    assert all(len({r["id"] for r in records}) == len(records) for records in sets.values())
 
 
-def test_files_of_one_name_are_two_sources(tmp_path, monkeypatch, capsys):
-    for folder in "abenm":
-        write_jsonl(tmp_path / folder / "x.jsonl", [{"prompt": f"{folder} {i}"} for i in range(10)])
-    a, b, e, n, m = (str(tmp_path / folder / "x.jsonl") for folder in "abenm")
-    words = [
-        "--source",
-        "files",
-        "--files",
-        f"harmful={a}:1+2",
-        f"harmful={b}:0+5",
-        f"harmless={n}",
-        f"ambiguous={m}",
-    ]
-    words += ["--eval-files", f"harmful={e}", "--sft-prompts", 1, "--rl-prompts", 7, "--lambda-harmful", "1"]
-    monkeypatch.setattr("lib.sources.traces.TraceWriter", lambda *args, **options: None)
-    monkeypatch.setattr(
-        "lib.sources.traces.write_all", lambda writer, records, *rest: [[("t", "a")] for _ in records]
-    )
-    sets = build(monkeypatch, tmp_path / "out", *words, "--trace-model", "me/model", "--eval-prompts", 4)
-    assert Counter(r["source"] for r in sets["rl"]) == {a: 2, b: 5}
-    sources = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"]
-    assert sources[a]["prompts"] == {"rl pool": 2, "sft": 1, "rl": 2}
-    assert sources[b]["prompts"] == {"rl pool": 5, "rl": 5} and sources[e]["prompts"] == {"eval_harmful": 4}
-    assert "4 harmful evaluation prompts have no target: GCG needs --targets" in capsys.readouterr().out
+# ---- the mixture ----
 
 
-def test_targets_are_for_files(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--targets: given, but --source is sandbox"):
-        build(monkeypatch, tmp_path / "out", "--source", "sandbox", "--targets", "none.json")
-    assert not (tmp_path / "out").exists()
+def test_the_sandboxs_mixture_is_as_asked_for_and_a_function_of_the_seed(tmp_path, build):
+    line = "--lambda-harmful 0.3 --rl-prompts 200 --sft-prompts 30"
+    sets = build("a", line)
+    assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 60, "harmless": 70, "ambiguous": 70}
+    assert {r["kind"] for r in sets["rl"][:60]} == set(KINDS), "in random order"
+    assert len(sets["sft"]) == 120 and {r["kind"] for r in sets["sft"]} == {"harmful"}
+    assert {name for name in sets if len(sets[name]) == 20} == {f"eval_{name}" for name in EVAL_SETS}
+    assert_no_leak(sets)
+    assert manifest(tmp_path / "a")["files"]["rl.jsonl"]["sha256"] == sha256_file(tmp_path / "a" / "rl.jsonl")
+    assert build("b", line) == sets and build("c", f"{line} --seed 1") != sets
 
 
-def test_a_dry_run_needs_a_machine_and_the_sandbox_no_download(tmp_path, monkeypatch, capsys):
-    for machine in ("nonsense", "here"):
-        with pytest.raises(UserError, match=f"--dry-run: given {machine}; allowed GPUSxGIGABYTES, e.g. 1x80"):
-            build(monkeypatch, tmp_path / "out", "--dry-run", machine)
-    build(monkeypatch, tmp_path / "out", "--dry-run", "1x80")
-    assert (
-        capsys.readouterr().out == "sandbox: made here, nothing has to be downloaded\n"
-        and not (tmp_path / "out").exists()
-    )
+@pytest.mark.parametrize(
+    "prompts, share, ambiguous, counts",
+    [
+        (100, 0.0, 0.5, (0, 50, 50)),
+        (100, 0.55, 0.5, (55, 23, 22)),
+        (100, 1.0, 0.5, (100, 0, 0)),
+        (100, 0.5, 0.2, (50, 40, 10)),
+        (9, 0.6, 0.5, (5, 2, 2)),  # 5.4, to the nearest
+        (6, 0.6, 0.5, (4, 1, 1)),  # 3.6
+    ],
+)
+def test_the_shares_of_the_kinds(prompts, share, ambiguous, counts):
+    settings = stage.Settings(rl_prompts=prompts, lambda_harmful=share, ambiguous_share=ambiguous)
+    assert stage.prompts_needed(settings) == dict(zip(KINDS, counts, strict=True))
 
 
-def test_sets_without_a_file_are_held_out_of_training(tmp_path, monkeypatch):
-    flags = ["--source", "files", "--files", *write_pool(tmp_path), "--sft-prompts", 0, "--rl-prompts", 6]
-    sets = build(monkeypatch, tmp_path / "out", *flags, "--eval-prompts", 4)
+def test_the_order_of_rl_is_the_seeds():
+    pool = {kind: [{"id": f"{kind} {i}"} for i in range(50)] for kind in KINDS}
+    one, same, other = (stage.mix(pool, stage.Settings(rl_prompts=90, seed=seed)) for seed in (1, 1, 2))
+    assert one == same and one != other and sorted(map(str, one)) == sorted(map(str, other))
+
+
+def test_a_larger_lambda_keeps_the_traces_and_takes_more_of_the_same_prompts(build):
+    low, high = (build(s, f"--rl-prompts 100 --sft-prompts 10 --lambda-harmful {s}") for s in ("0.1", "0.9"))
+    harmful = [{r["prompt"] for r in sets["rl"] if r["kind"] == "harmful"} for sets in (low, high)]
+    assert low["sft"] == high["sft"] and len(harmful[0]) == 10 and harmful[0] <= harmful[1]
+
+
+def test_a_prompt_in_another_dress_leaks_into_no_other_set(tmp_path, build, files):
+    held = [{"prompt": f"Tell harmful\u00a0'{i}' - n\u200bow!", "kind": "harmful"} for i in range(5)]
+    write_jsonl(tmp_path / "e.jsonl", held)
+    rows = [{"prompt": f"TELL HARMFUL '{i}' - now", "reasoning": "t", "answer": "a"} for i in range(3, 8)]
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    line = f"{files} --eval-files {tmp_path}/e.jsonl --trace-files {tmp_path}/t.jsonl --sft-prompts 3"
+    sets = build("out", f"{line} --rl-prompts 4 --lambda-harmful 1")
+    assert_no_leak(sets)
+    assert {r["hops"] for r in sets["rl"]} == {8, 9, 10, 11} and len(sets["eval_harmful"]) == 5
+    dropped = manifest(tmp_path / "out")["dropped"]
+    assert dropped["in SFT"] == 3 and dropped["in evaluation"] >= 5
+
+
+def test_copies_and_long_and_empty_prompts_are_left_out_and_counted(tmp_path, build, files):
+    texts = ("Tell  harmful '3' - now", "x" * 1000, "x" * 999, " ")
+    more = [{"prompt": text, "kind": "harmful", "hops": 3, "mark": "own"} for text in texts]
+    write_jsonl(tmp_path / "more.jsonl", more)
+    sets = build("out", f"{files} {tmp_path}/more.jsonl --sft-prompts 0 --rl-prompts 6 --eval-prompts 4")
+    assert manifest(tmp_path / "out")["dropped"] == {"duplicate": 1, "too long": 1, "empty": 1}
     assert {name: len(records) for name, records in sets.items()} == {
         "rl": 6,
-        "eval_harmful": 4,
-        "eval_harmless": 4,
-        "eval_ambiguous": 4,
+        **{f"eval_{k}": 4 for k in KINDS},
     }
-    assert len({r["prompt"] for records in sets.values() for r in records}) == 18
+    assert_no_leak(sets)  # sets without a file are held out of training
+    line = f"{files} --sft-prompts 0 --rl-prompts 6 --eval-prompts 4 --seed"
+    one, other = (build(seed, f"{line} {seed}") for seed in "12")
+    for name in ("rl", "eval_harmful"):
+        assert {r["prompt"] for r in one[name]} != {r["prompt"] for r in other[name]}, "the seed's choice"
+    kept = [record for records in sets.values() for record in records]
+    assert all(record["mark"] == "own" and record["hops"] < 12 for record in kept), "fields of their own"
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_every_format_and_nested_columns_are_read_alike(tmp_path, suffix):
-    path = tmp_path / f"rows.{suffix}"
-    texts = ["two\nlines", "NA", 'a "quoted", text']
-    if suffix == "jsonl":
-        write_jsonl(path, [{"messages": [{"content": t}]} for t in texts])
-    elif suffix == "json":
-        path.write_text(json.dumps([{"messages": [{"content": t}]} for t in texts]))
-    elif suffix == "parquet":
-        datasets.Dataset.from_list([{"messages": [{"content": t}]} for t in texts]).to_parquet(str(path))
-    else:
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([["goal"], *([t] for t in texts)])
-    assert [first_text(row, "goal,messages.0.content") for row in read_table(path)] == texts
+def test_another_file_more_leaves_the_order_of_the_others():
+    rows = [{"prompt": f"{name} {i}"} for name in ("old", "new") for i in range(50)]
+    ordered = in_order(rows, "seed")
+    assert [r for r in ordered if r["prompt"].startswith("old")] == in_order(rows[:50], "seed")
+    assert ordered != in_order(rows, "other seed") and in_order(rows[::-1], "seed") == ordered
 
 
-def test_kinds_by_a_column_and_its_map(tmp_path, monkeypatch):
-    rows = [
-        {"prompt": f"{t} {i}", "type": t}
-        for t in ("contrast_a", "contrast_b", "plain", "skip", "harmless")
-        for i in range(4)
-    ]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    flags = [
-        "--source",
-        "files",
-        "--files",
-        tmp_path / "rows.jsonl",
-        "--kind-column",
-        "type",
-        "--sft-prompts",
-        0,
-    ]
-    flags += ["--kind-map", "contrast_*=harmful", "skip=drop", "plain=ambiguous"]
-    sets = build(
-        monkeypatch, tmp_path / "out", *flags, "--rl-prompts", 8, "--lambda-harmful", 0.5, "--eval-prompts", 2
-    )
-    assert Counter((r["kind"], r["category"].split("_")[0]) for r in sets["rl"]) == {
-        ("harmful", "contrast"): 4,
-        ("harmless", "harmless"): 2,
-        ("ambiguous", "plain"): 2,
-    }
+# ---- traces ----
 
 
-def test_a_context_stands_before_the_prompt_that_is_about_it(tmp_path):
-    rows = [
-        {"Behavior": "Sum it up.", "ContextString": " A short text. "},
-        {"Behavior": "Say hello.", "ContextString": ""},
-    ]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    read = stage.read_prompts(f"harmful={tmp_path / 'rows.jsonl'}", stage.Settings(), {})
-    assert [record["prompt"] for _, record in read] == ["A short text.\n\n---\n\nSum it up.", "Say hello."]
+def test_traces_of_a_file_are_whole_and_their_prompts_not_in_rl(tmp_path, build, files):
+    rows = [{"prompt": f"p {i}", "reasoning": "t", "answer": " "} for i in range(5)]
+    for i, k in itertools.product(range(6), range(4)):
+        rows.append(
+            {"prompt": f"Tell harmful '{i}' - now", "reasoning": f"t{k}" * (k != 1), "answer": f"a{k}"}
+        )
+    rows.append({"prompt": "x" * 1000, "reasoning": "t", "answer": "a"})
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    line = f"{files} --trace-files {tmp_path}/t.jsonl --rl-prompts 6 --eval-prompts 3 --sft-prompts 5"
+    sets = build("out", line, traces_per_prompt=2)
+    assert Counter((r["reasoning"], r["answer"]) for r in sets["sft"]) == {("t0", "a0"): 5, ("t2", "a2"): 5}
+    assert_no_leak(sets)
+    assert manifest(tmp_path / "out")["dropped"] == {"empty trace": 11, "too long": 1, "in SFT": 5}
 
 
-def test_mistakes_with_files_are_one_line(tmp_path, monkeypatch):
-    files = write_pool(tmp_path)
-    (tmp_path / "broken.parquet").write_text("no parquet")
-    (tmp_path / "notes.txt").write_text("hello")
-    write_jsonl(tmp_path / "other.jsonl", [{"question": "why?", "kind": "odd"}])
-    usual = ["--source", "files", "--files", *files, "--sft-prompts", 0, "--rl-prompts", 6]
-    cases = {
-        "the pool has too few": (["--rl-prompts", 600], "needs 300 harmful prompts"),
-        "lambda with an empty pool": (["--files", *files[1:]], "needs 3 harmful prompts.*there are 0"),
-        "no such file": (["--files", "harmful=none.csv"], "none.csv: no such file"),
-        "not what its name says": (
-            ["--files", f"harmful={tmp_path}/broken.parquet"],
-            "cannot be read as parquet",
-        ),
-        "another format": (
-            ["--files", f"harmful={tmp_path}/notes.txt"],
-            "allowed .jsonl, .json, .csv, .tsv, .parquet",
-        ),
-        "no prompt column": (
-            ["--files", f"harmful={tmp_path}/other.jsonl"],
-            "no text in --prompt-column.*question",
-        ),
-        "unknown kind": (
-            ["--files", f"{tmp_path}/other.jsonl", "--prompt-column", "question"],
-            "record 1: kind 'odd'",
-        ),
-        "a map to no kind": (["--kind-map", "x=evil"], "--kind-map: given x=evil"),
-        "no traces": (["--sft-prompts", 3], "--sft-prompts: no traces"),
-        "two writers": (["--trace-files", "a", "--trace-model", "b"], "--trace-model: given together"),
-        "files for the sandbox": (["--source", "sandbox"], "add --source files"),
-        "no targets": (["--targets", f"{tmp_path}/notes.txt"], "--targets: .* is no json"),
-        "a misspelt kind": (
-            ["--files", "harmfull=wildjailbreak:400+800"],
-            "unknown KIND harmfull: allowed harmful",
-        ),
-        "a licence of nothing": (["--licences", "MIT"], "--licences: given MIT"),
-    }
-    for name, (words, message) in cases.items():
-        with pytest.raises(UserError, match=message) as error:
-            build(monkeypatch, tmp_path / name.replace(" ", "-"), *usual, *words)
-        assert "\n" not in str(error.value)
+def test_traces_of_a_file_go_to_the_rl_prompts_that_have_some(tmp_path, build, files):
+    three = itertools.product(KINDS, range(0, 12, 2), "abc")
+    rows = [{"prompt": f"TELL {kind} '{i}' - now", "reasoning": k, "answer": k} for kind, i, k in three]
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    line = f"{files} --trace-files {tmp_path}/t.jsonl --rl-prompts 9 --sft-prompts 2 --eval-prompts 2"
+    sets = build("out", f"{line} --rl-traces 2")
+    traced = [r["prompt"] for r in sets["rl"] if r["hops"] % 2 == 0]
+    assert traced and Counter(r["prompt"] for r in sets["sft_rl"]) == dict.fromkeys(traced, 2)
+    assert_no_leak(sets)
 
 
-# ---- traces for the RL prompts: the comparison with SFT ------------------------------------------------------
-
-
-def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes(tmp_path, monkeypatch):
-    flags = ("--rl-prompts", 80, "--sft-prompts", 10, "--eval-prompts", 10)
-    plain = build(monkeypatch, tmp_path / "plain", *flags)
-    sets = build(monkeypatch, tmp_path / "traced", *flags, "--rl-traces", 8)
-    traces = sets.pop("sft_rl")
-    assert sets == plain and not (tmp_path / "plain" / "sft_rl.jsonl").exists()
-    for name in ("sft", "rl"):
-        assert (tmp_path / "plain" / f"{name}.jsonl").read_bytes() == (
-            tmp_path / "traced" / f"{name}.jsonl"
-        ).read_bytes()
-    assert Counter(t["prompt"] for t in traces) == {r["prompt"]: 8 for r in sets["rl"]}
-    assert len({t["id"] for t in traces}) == 640
+def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes(build):
+    line = "--rl-prompts 80 --sft-prompts 10"
+    plain, sets = build("plain", line), build("traced", f"{line} --rl-traces 8")
+    traces, judge = sets.pop("sft_rl"), load_judge("sandbox")
+    assert sets == plain and Counter(t["prompt"] for t in traces) == {r["prompt"]: 8 for r in sets["rl"]}
     kinds = {r["prompt"]: r["kind"] for r in sets["rl"]}
-    judge = load_judge("sandbox")
-    for (
-        kind
-    ) in KINDS:  # a teacher that is mostly right, and not always; each resolves the prompt, in various words
+    for kind in KINDS:  # a teacher that is mostly right, and not always, in various words
         of_kind = [t for t in traces if t["kind"] == kind == kinds[t["prompt"]]]
         prompts, answers = [t["prompt"] for t in of_kind], [t["answer"] for t in of_kind]
         scores = zip(judge.harm_score(prompts, answers), judge.task_score(prompts, answers), strict=True)
         rewards = [total_reward(kind, harm, task, True) for harm, task in scores]
         assert set(rewards) == {0.0, 1.0} and 0.7 < sum(rewards) / len(rewards) < 0.9
         assert len({(t["reasoning"], t["answer"]) for t in of_kind}) > len(of_kind) / 2
-    manifest = json.loads((tmp_path / "traced" / "manifest.json").read_text())
-    assert manifest["files"]["sft_rl.jsonl"]["records"] == 640
-
-    second = importlib.import_module("02_sft_warmstart")
-    settings = second.Settings(data=str(tmp_path / "traced"), traces="sft_rl.jsonl", held_out_share=0.1)
-    train, held_out = second.load_examples(settings, load_tokenizer(BASE), 512)
-    assert (len(train), len(held_out)) == (576, 64)
 
 
-def test_traces_of_a_file_go_to_the_rl_prompts_that_have_some(tmp_path, monkeypatch):
-    prompts = [f"{kind} {i}" for kind in KINDS for i in range(12)]
-    rows = [
-        {"prompt": p.upper(), "reasoning": f"thought {k}", "answer": "a"}
-        for p in prompts[::2]
-        for k in range(3)
-    ]
-    write_jsonl(tmp_path / "traces.jsonl", rows)
-    flags = [
-        "--source",
-        "files",
-        "--files",
-        *write_pool(tmp_path),
-        "--trace-files",
-        tmp_path / "traces.jsonl",
-    ]
-    flags += ["--rl-prompts", 9, "--sft-prompts", 2, "--eval-prompts", 2, "--lambda-harmful", 0.4]
-    sets = build(monkeypatch, tmp_path / "out", *flags, "--rl-traces", 2)
-    traced = [r["prompt"] for r in sets["rl"] if r["prompt"] in prompts[::2]]
-    assert traced and Counter(t["prompt"] for t in sets["sft_rl"]) == dict.fromkeys(traced, 2)
-    assert not {stage.same_prompt(t["prompt"]) for t in sets["sft"]} & {stage.same_prompt(p) for p in traced}
-
-    write_jsonl(tmp_path / "traces.jsonl", [{**row, "prompt": f"other {i}"} for i, row in enumerate(rows)])
-    with pytest.raises(UserError, match="--rl-traces: --trace-files have none for the 9 RL prompts"):
-        build(monkeypatch, tmp_path / "none", *flags, "--rl-traces", 2)
-    without = [*flags[:6], "--sft-prompts", 0, "--rl-traces", 2]
-    with pytest.raises(UserError, match="--rl-traces: no traces; give --trace-files"):
-        build(monkeypatch, tmp_path / "none", *without)
+# ---- quotas: the paper's preset, with a local file for each source, a few prompts more than it takes ----
 
 
-def test_a_model_writes_the_traces_of_the_rl_prompts_too(tmp_path, monkeypatch):
-    flags = [
-        "--rl-prompts",
-        6,
-        "--sft-prompts",
-        2,
-        "--traces-per-prompt",
-        1,
-        "--eval-prompts",
-        4,
-        "--trace-model",
-        BASE,
-    ]
-    flags += ["--trace-max-new-tokens", 12, "--rl-traces", 2, "--device", "cpu"]
-    sets = build(monkeypatch, tmp_path / "out", *flags)
-    assert sets["sft_rl"] and {t["prompt"] for t in sets["sft_rl"]} <= {r["prompt"] for r in sets["rl"]}
-    assert max(Counter(t["prompt"] for t in sets["sft_rl"]).values()) <= 2
-    assert not list((tmp_path / "out").glob("*.partial.jsonl"))
+class Reasoner:
+    """Stands for --trace-model's model."""
+
+    def __init__(self, settings) -> None: ...
+
+    def check(self, records) -> None: ...
+
+    def write(self, prompts, seeds):
+        return [(f"thought of {seed % 97}", "answer" if seed % 10 else " ") for seed in seeds]
+
+
+@pytest.fixture
+def build_paper(build, tmp_path, monkeypatch):
+    hard = [{"prompt": f"hard {i}", "category": "c"} for i in range(50)]
+    attacks = [{"unsafety category": "Zogs", "adversarial prompt": f"attack {i}"} for i in range(301)]
+    behaviours = [{"prompt": p, "category": "b"} for p in ("wild 7", *(f"b {i}" for i in range(19)))]
+    odd = [{"type": t, "prompt": f"{t} {i}"} for t in ("homonyms", "contrast_homonyms") for i in range(9)]
+    rows: dict[str, list[dict]] = {
+        "wildjailbreak.tsv": [wild(f"wild {i}") for i in range(1210)] + [wild("z" * 1000)],
+        "aegis.json": [aegis(f"aegis {i}") for i in range(705)] + [aegis("Aegis  3"), aegis("fine", "safe")],
+        "safeedit.json": attacks,
+        "rainbow.jsonl": [{"prompt": f"rainbow {i}", "risk": "r"} for i in range(800)],
+        "ultrafeedback.parquet": [{"prompt": f"task {i}", "prompt_id": str(i)} for i in range(2010)],
+        "or-bench.csv": [{"prompt": f"odd {i}", "category": "c"} for i in range(2010)] + hard,
+        "or-bench-hard-1k.csv": hard,
+        "harmbench.parquet": behaviours,
+        "xstest.csv": odd,
+        "wildchat.parquet": [chat(f"chat {i}") for i in range(510)] + [chat("hola", "Spanish")],
+    }
+    paths = {name.split(".")[0]: write_rows(tmp_path / name, table) for name, table in rows.items()}
+    local = {}
+    for flag in ("files", "eval_files"):
+        sources = [(word, parse_word(word)) for word in paper.MIXTURE[flag]]
+        local[flag] = [word.replace(s.text, f"{s.name}@{paths[s.name]}") for word, s in sources]
+    monkeypatch.setattr("lib.sources.traces.TraceWriter", Reasoner)
+    monkeypatch.setattr(paper, "MIXTURE", {**paper.MIXTURE, **local})
+    return lambda name, line: build(name, f"--preset paper --trace-model reasoner {line}")
+
+
+def by_source(records: list[dict]) -> dict[str, int]:
+    return dict(Counter(source for source, _ in {(r["source"], r["prompt"]) for r in records}))
+
+
+def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
+    sets = build_paper("half", "")
+    assert by_source(sets["sft"]) == {"wildjailbreak": 400, "aegis": 300, "safeedit": 300}
+    assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 1000, "harmless": 500, "ambiguous": 500}
+    harmful = by_source([r for r in sets["rl"] if r["kind"] == "harmful"])
+    for name, share in (("wildjailbreak", 400), ("aegis", 200), ("rainbow", 400)):
+        assert abs(harmful[name] - share) < 60, "a share of each source's part of the pool"
+    assert {name: len(sets[f"eval_{name}"]) for name in KINDS} == {
+        "harmful": 20,
+        "harmless": 500,
+        "ambiguous": 9,
+    }
+    assert_no_leak(sets)
+    made = manifest(tmp_path / "half")
+    assert 300 < made["dropped"]["empty trace"] == 4000 - len(sets["sft"]) < 500
+    assert "too long" not in made["dropped"], "the only long one is WildJailbreak's, and is kept"
+    facts = {text.split("@")[0]: fact for text, fact in made["sources"].items()}
+    for name in ("wildjailbreak", "aegis", "safeedit", "rainbow", "ultrafeedback", "or-bench"):
+        assert facts[name]["paper"].items() <= facts[name]["prompts"].items() and facts[name]["sha256"], name
+    assert facts["aegis"]["licence"] == "CC-BY-4.0" and facts["wildchat"]["prompts"] == {"eval_harmless": 500}
+
+    whole = build_paper("whole", "--lambda-harmful 1 --sft-prompts 0")
+    assert by_source(whole["rl"]) == {"wildjailbreak": 800, "aegis": 400, "rainbow": 800}
+    assert "sft" not in whole and not {r["prompt"] for r in sets["sft"]} & {r["prompt"] for r in whole["rl"]}
+
+
+@needs_data
+def test_the_authors_prompts_and_public_evaluation_sets(build):
+    sets = build("out", "--preset smollm --sft-prompts 0")
+    assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 15, "harmless": 15}
+    assert all(len(r["prompt"]) < 150 for r in sets["rl"])
+    targets = Counter((r["source"], bool(r["target"])) for r in sets["eval_harmful"])
+    assert targets == {("harmbench", True): 60, ("tars", False): 60}, "StrongREJECT comes without"
+    assert len(sets["eval_ambiguous"]) == 250 and len(sets["eval_jailbreak"]) == 70
+    assert_no_leak(sets)
+
+
+# ---- mistakes, and a second time ----
+
+MISTAKES = {
+    "--rl-prompts 600": "needs 300 harmful prompts, and SFT leaves 6",
+    "--files harmful=TMP/harmful.jsonl": "needs 3 harmless prompts",
+    "--files harmful=none.csv": "none.csv: no such file",
+    "--files TMP/harmful.jsonl": "record 1: kind is ''; allowed harmful",
+    "--files aegs": "--files: given aegs; allowed",
+    "--files harmful=TMP/harmful.jsonl:13": "has 6 harmful prompts; its quota needs 13",
+    "--sft-prompts 3": "no traces; give --trace-files",
+    "--rl-traces 3": "no traces; give --trace-files",
+    "--trace-files TMP/t.jsonl --trace-model b": "--trace-model: given together",
+    "--trace-files TMP/harmful.jsonl --sft-prompts 1": "no row has prompt, reasoning and answer",
+    "--trace-files TMP/t.jsonl --sft-prompts 2": "--sft-prompts: given 2; the trace files have 1",
+    "--trace-files TMP/t.jsonl --rl-traces 2": "--rl-traces: --trace-files have none for the 12 RL prompts",
+    "--trace-files TMP/t.jsonl --rl-traces 2 --rainbow x": "none for what --rainbow finds",
+    "--trace-model b --sft-prompts 3 --files harmful=TMP/harmful.jsonl:2+3": "given 3; the quotas",
+    "--source sandbox": "--files: given, but --source is sandbox",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_costs_nothing(tmp_path, files, monkeypatch, capsys, line):
+    write_jsonl(tmp_path / "t.jsonl", [{"prompt": "alone", "reasoning": "t", "answer": "a"}])
+    words = (
+        f"{files} --out {tmp_path}/out --sft-prompts 0 --rl-prompts 12 {line.replace('TMP', str(tmp_path))}"
+    )
+    assert MISTAKES[line] in stages.error_of("01_build_mixture", words.split(), monkeypatch, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_finished_and_another_needs_overwrite(tmp_path, build, monkeypatch, capsys):
+    line = "--rl-prompts 6 --sft-prompts 2"
+    rl, before = build("out", line)["rl"], stages.contents(tmp_path / "out")
+    with pytest.raises(SystemExit) as end:
+        build("out", line)
+    assert not end.value.code and "is finished. Next: python 02_sft" in capsys.readouterr().out
+    for mistake in ("--seed 1", "--overwrite --trace-files none.csv"):
+        words = f"--out {tmp_path}/out {line} {mistake}".split()
+        stages.error_of("01_build_mixture", words, monkeypatch, capsys)
+    assert stages.contents(tmp_path / "out") == before
+    assert build("out", f"{line} --seed 1 --overwrite")["rl"] != rl

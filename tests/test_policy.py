@@ -1,25 +1,17 @@
+"""Log-probabilities against plain passes; loading and saving a model."""
+
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import reference
 import torch
-from safetensors import safe_open
-from transformers import GraniteConfig, GraniteForCausalLM, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from lib import UserError
-from lib.judges.language_model import existing_device
-from lib.policy import token_logprobs
+from lib.policy import k3, token_logprobs
 from lib.run.checkpoint import save_policy
-from lib.run.hub import load_policy
-from lib.run.processes import Processes, gather_objects, pick_device, start_processes, sum_gradients
-from lib.run.state import load_state, save_state
+from lib.run.hub import load_policy, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 LENGTHS = [9, 23, 14]  # tokens of the rows; the first four of each are prompt
 
 
@@ -36,61 +28,51 @@ def batch(side: str):
     return ids, attention, completion
 
 
-def plain_logprobs(model, ids, attention, completion, temperature=1.0):
-    """Each row alone, without padding, full logits: (tokens of all rows,) log-probabilities and entropies."""
-    values, entropies = [], []
-    for row in range(len(ids)):
-        real = ids[row][attention[row]]
-        logprobs = (model(real[None]).logits[0] / temperature).log_softmax(-1)
-        wanted = completion[row][attention[row]].nonzero()[:, 0]
-        values.append(logprobs[wanted - 1, real[wanted]])
-        entropies.append(-(logprobs.exp() * logprobs).sum(-1)[wanted - 1])
-    return torch.cat(values), torch.cat(entropies)
+def plain(function, model, ids, attention, temperature: float = 1.0) -> torch.Tensor:
+    """A function of tests/reference.py for each row alone, without padding: (tokens of all rows,)."""
+    rows = [row[real].tolist() for row, real in zip(ids, attention, strict=True)]
+    return torch.stack([value for row in rows for value in function(model, row, 4, temperature)])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("chunk_size", [2048, 5])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_logprobs_and_gradient_equal_plain_softmax(tiny_model, side, chunk_size, temperature):
+def test_logprobs_entropies_and_their_gradients_are_those_of_plain_passes(
+    tiny_model, side, chunk_size, temperature
+):
     ids, attention, completion = batch(side)
-    weights = torch.randn(int(completion.sum()), generator=torch.Generator().manual_seed(2))
-    expected, expected_entropy = plain_logprobs(tiny_model, ids, attention, completion, temperature)
-    gradients = torch.autograd.grad((expected * weights).sum(), list(tiny_model.parameters()))
+    weights = torch.randn(2, int(completion.sum()), generator=torch.Generator().manual_seed(2))
+    expected = [
+        plain(f, tiny_model, ids, attention, temperature) for f in (reference.logprobs, reference.entropies)
+    ]
+    loss = (expected[0] * weights[0] + expected[1] * weights[1]).sum()
+    gradients = torch.autograd.grad(loss, list(tiny_model.parameters()))
 
-    logprobs, entropy = token_logprobs(
-        tiny_model,
-        ids,
-        attention,
-        completion,
-        temperature=temperature,
-        chunk_size=chunk_size,
-        with_entropy=True,
-    )
-    assert logprobs.shape == entropy.shape == ids.shape and logprobs.dtype == torch.float32
-    assert not logprobs[~completion].any() and not entropy[~completion].any()
-    torch.testing.assert_close(logprobs[completion], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy[completion], expected_entropy, atol=1e-5, rtol=1e-5)
-    (logprobs[completion] * weights).sum().backward()
+    how = dict(temperature=temperature, chunk_size=chunk_size, with_entropy=True)
+    found = token_logprobs(tiny_model, ids, attention, completion, entropy_gradient=True, **how)
+    for values, plain_values in zip(found, expected, strict=True):
+        assert values.shape == ids.shape and values.dtype == torch.float32 and not values[~completion].any()
+        torch.testing.assert_close(values[completion], plain_values, atol=1e-5, rtol=1e-5)
+    (found[0][completion] * weights[0] + found[1][completion] * weights[1]).sum().backward()
     for parameter, gradient in zip(tiny_model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(
-            parameter.grad, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-4
-        )
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * scale, rtol=1e-4)
+    logprobs, entropy = token_logprobs(tiny_model, ids, attention, completion, **how)
+    assert logprobs.requires_grad and not entropy.requires_grad
 
 
 def test_logits_never_exceed_a_chunk(tiny_model):
-    rows = []
+    rows, saved = [], []
     tiny_model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.numel() // 97))
-    ids, attention, completion = batch("right")
-    token_logprobs(tiny_model, ids, attention, completion, chunk_size=5).sum().backward()
-    total = int(completion.sum())
-    assert max(rows) == 5 and sum(rows) == 2 * total, "in the backward pass each chunk is computed anew"
-    saved = []
+    inputs, total = batch("right"), sum(LENGTHS) - 12
+    token_logprobs(tiny_model, *inputs, chunk_size=5).sum().backward()
+    assert max(rows) == 5 and sum(rows) == 2 * total  # in the backward pass each chunk is computed anew
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        token_logprobs(tiny_model, ids, attention, completion, chunk_size=5)
-    assert not [s for s in saved if len(s) == 2 and s[-1] == 97 and s[0] > 5], "no logits are kept for it"
+        token_logprobs(tiny_model, *inputs, chunk_size=5)
+    assert not [s for s in saved if len(s) == 2 and s[-1] == 97 and s[0] > 5]  # no logits are kept for it
     rows.clear()
     with torch.no_grad():
-        token_logprobs(tiny_model, ids, attention, completion)
+        token_logprobs(tiny_model, *inputs)
     assert rows == [total]
 
 
@@ -116,39 +98,35 @@ def test_a_fully_padded_row_and_an_empty_mask_are_harmless(tiny_model):
     assert not nothing.any() and not any(p.grad.any() for p in tiny_model.parameters() if p.grad is not None)
 
 
-def test_a_token_without_a_past_has_no_probability(tiny_model):
+def test_what_has_no_probability_is_an_error(tiny_model):
     for side in ("left", "right"):
         ids, attention, completion = batch(side)
-        with pytest.raises(ValueError, match="none before it"):
-            token_logprobs(tiny_model, ids, attention, attention)
+        for rows in (slice(0, 1), slice(1, 2)):  # with and without padding
+            with pytest.raises(ValueError, match="none before it"):
+                token_logprobs(tiny_model, ids[rows], attention[rows], attention[rows])
+    with pytest.raises(ValueError, match="temperature 0"):
+        token_logprobs(tiny_model, ids, attention, completion, temperature=0)
 
 
-def test_scaled_logits_are_honoured_and_unknown_heads_refused(tmp_path, monkeypatch, word_tokenizer):
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    config = GraniteConfig(
-        vocab_size=97, num_key_value_heads=2, logits_scaling=4.0, initializer_range=0.3, **sizes
-    )
-    model = GraniteForCausalLM(config).eval()
-    ids, attention, completion = batch("right")
-    expected, _ = plain_logprobs(model, ids, attention, completion)
-    torch.testing.assert_close(token_logprobs(model, ids, attention, completion)[completion], expected)
-
-    save_policy(model, word_tokenizer, tmp_path)
-    load_policy(tmp_path, device="cpu")
-    forward = GraniteForCausalLM.forward
-
-    def doubled(self, *args, **kwargs):
-        output = forward(self, *args, **kwargs)
-        output.logits = output.logits * 2
-        return output
-
-    monkeypatch.setattr(GraniteForCausalLM, "forward", doubled)
-    with pytest.raises(UserError, match="treats its logits"):
-        load_policy(tmp_path, device="cpu")
+def test_a_model_in_shards_is_asked_to_gather_them_around_the_pass(tiny_model):
+    calls, inputs = [], batch("right")
+    expected = token_logprobs(tiny_model, *inputs)
+    tiny_model.within_forward = lambda function: calls.append(1) or function(tiny_model)
+    assert torch.equal(token_logprobs(tiny_model, *inputs), expected) and calls == [1]
 
 
-def test_saved_and_loaded_policy_is_the_same_and_quiet(tiny_model, word_tokenizer, tmp_path, capfd):
+def test_k3_is_clamped_as_in_verl_with_no_gradient_beyond():
+    gap = torch.tensor([0.0, 0.5, -3.0, 15.5, 40.0, -15.5, -200.0, 200.0], requires_grad=True)
+    values = k3(gap)
+    values.sum().backward()
+    assert values.tolist() == pytest.approx([0, 0.148721, 2.049787, 10, 10, 10, 10, 10], rel=1e-5)
+    assert gap.grad.tolist() == pytest.approx([0, 0.648721, -0.950213, 0, 0, 0, 0, 0], rel=1e-5)
+
+
+# ---- loading and saving
+
+
+def test_a_saved_policy_is_the_same_and_quiet(tiny_model, word_tokenizer, tmp_path, capfd):
     (tmp_path / "settings.json").write_text("{}")
     save_policy(tiny_model, word_tokenizer, tmp_path)
     save_policy(tiny_model, word_tokenizer, tmp_path)  # over an older one
@@ -165,6 +143,23 @@ def test_saved_and_loaded_policy_is_the_same_and_quiet(tiny_model, word_tokenize
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_checkpoint_is_whole_or_not_there(tiny_model, word_tokenizer, tmp_path, monkeypatch):
+    moved = []
+
+    def killed(source, target) -> None:
+        moved.append(target.name)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_policy(tiny_model, word_tokenizer, tmp_path)
+    moved.clear()
+    monkeypatch.setattr("os.replace", lambda source, target: moved.append(target.name))
+    save_policy(tiny_model, word_tokenizer, tmp_path)
+    assert moved[-1] == "config.json" and not list(tmp_path.iterdir())
+
+
 def test_gradient_checkpointing_gives_the_same_gradient_without_dropout(tiny_model, word_tokenizer, tmp_path):
     tiny_model.config.attention_dropout = 0.5
     save_policy(tiny_model, word_tokenizer, tmp_path)
@@ -175,246 +170,82 @@ def test_gradient_checkpointing_gives_the_same_gradient_without_dropout(tiny_mod
         token_logprobs(model, *batch("right")).sum().backward()
         gradients.append(model.model.embed_tokens.weight.grad)
     torch.testing.assert_close(*gradients)
-    assert len(calls) == 3, "the layer ran once without, twice with checkpointing"
+    assert len(calls) == 3  # the layer ran once without, twice with checkpointing
 
 
-def test_load_errors_are_one_line(tiny_model, word_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "empty").mkdir()
-    pickled = tmp_path / "pickled"
-    tiny_model.config.save_pretrained(pickled)
-    torch.save(tiny_model.state_dict(), pickled / "pytorch_model.bin")
-    cut = tmp_path / "cut"
-    save_policy(tiny_model, word_tokenizer, cut)
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
-    for name in (tmp_path / "empty", tmp_path / "none", "no-such/model", pickled, cut):
-        with pytest.raises(UserError) as error:
-            load_policy(name, device="cpu")
-        assert str(error.value).startswith(str(name)) and "\n" not in str(error.value)
-    assert "model.safetensors is damaged or cut short" in str(error.value) and "has none" not in str(
-        error.value
+def pickled(folder):
+    torch.save(load_policy(folder, device="cpu").state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def cut_short(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+
+
+def incomplete(folder):
+    model = load_policy(folder, device="cpu")
+    model.save_pretrained(
+        folder, state_dict={k: v for k, v in model.state_dict().items() if "1.mlp" not in k}
     )
-    with pytest.raises(UserError, match="--dtype: given int8"):
-        load_policy(cut, dtype="int8")
 
 
-def test_missing_weights_are_an_error(tiny_model, word_tokenizer, tmp_path):
-    state = {k: v for k, v in tiny_model.state_dict().items() if "layers.1.mlp" not in k}
-    word_tokenizer.save_pretrained(tmp_path)
-    tiny_model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(UserError, match="tensors are missing"):
+def not_finite(folder):
+    model = load_policy(folder, device="cpu")
+    model.model.norm.weight.data.fill_(torch.nan)
+    model.save_pretrained(folder)
+
+
+BROKEN = {"safetensors": pickled, "damaged or cut short": cut_short, "tensors are missing": incomplete}
+BROKEN |= {"logits are not finite": not_finite}
+
+
+@pytest.mark.parametrize("cause", BROKEN)
+def test_broken_weights_are_one_line(tiny_model, word_tokenizer, tmp_path, cause):
+    save_policy(tiny_model, word_tokenizer, tmp_path)
+    BROKEN[cause](tmp_path)
+    with pytest.raises(UserError, match=cause) as error:
+        load_policy(tmp_path, device="cpu")
+    assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_policy, load_tokenizer])
+def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, load):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in (tmp_path, tmp_path / "none", "no-such/model", "not a name"):
+        with pytest.raises(UserError) as error:
+            load(name)
+        assert str(error.value).startswith(str(name)) and "\n" not in str(error.value)
+
+
+def test_a_head_that_is_not_known_and_an_old_transformers_are_refused(
+    word_tokenizer, tiny_model, tmp_path, monkeypatch
+):
+    save_policy(tiny_model, word_tokenizer, tmp_path)
+    forward = Qwen2ForCausalLM.forward
+
+    def doubled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Qwen2ForCausalLM, "forward", doubled)
+        with pytest.raises(
+            UserError, match="cannot be used here: read by lib/policy.py it computes something else"
+        ):
+            load_policy(tmp_path, device="cpu")
+    monkeypatch.setattr(
+        "transformers.__version__", "5.23.4"
+    )  # before 5.24 `cache=` is ignored without a word
+    with pytest.raises(UserError, match=r"transformers 5.23.4 is too old: pip install 'transformers>=5.24'"):
         load_policy(tmp_path, device="cpu")
 
 
-def test_pick_device():
-    assert pick_device("cpu", 3) == torch.device("cpu")
-    assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="allowed auto"):
-        pick_device("tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="0 GPUs"):
-            pick_device("cuda")
-
-
-def test_the_attention_of_cudnn_is_off_wherever_a_gpu_is_chosen(monkeypatch):
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    try:
-        for choose in (lambda: pick_device("cuda", 1), lambda: existing_device("cuda:1")):
-            torch.backends.cuda.enable_cudnn_sdp(True)
-            assert choose() == torch.device("cuda:1") and not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-def test_an_old_transformers_is_one_line_when_it_is_imported():
-    """Before 5.24 `cache=` is ignored without a word. requirements.txt asks for as much."""
-    code = "import transformers; transformers.__version__ = '5.23.4'; import lib.chat"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    line = "error: transformers 5.23.4 is too old: pip install 'transformers>=5.24'\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
-    assert "transformers>=5.24\n" in (ROOT / "requirements.txt").read_text()
-
-
-# ---- resuming ----
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        torch.manual_seed(step)
-        ids, attention, completion = batch("right")
-        loss = -(token_logprobs(model, ids, attention, completion) * torch.rand(ids.shape)).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def new(tiny_model):
-    model = Qwen2ForCausalLM(tiny_model.config)
-    model.load_state_dict(tiny_model.state_dict())
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}]
-    groups += [{"params": [p for p in model.parameters() if p.ndim == 1], "lr": 1e-2}]
-    return model, torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
-
-
-def test_resumed_adamw_training_is_bit_exact(tiny_model, tmp_path):
-    straight, optimizer = new(tiny_model)
-    train(straight, optimizer, range(6))
-
-    model, optimizer = new(tiny_model)
-    train(model, optimizer, range(3))
-    path = tmp_path / "state" / "s.safetensors"
-    save_state(path, {"step": 3, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-
-    resumed, optimizer = new(tiny_model)
-    state = load_state(path)
-    resumed.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    train(resumed, optimizer, range(state["step"], 6))
-    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_state_of_any_nesting_comes_back(tmp_path):
-    shared = torch.arange(6.0).reshape(2, 3)
-    state = {
-        "numbers": {"pi": 0.1 + 0.2, "inf": float("inf"), "yes": True, "none": None, 3: "integer key"},
-        "a.b/c": [shared, shared.T, shared[1:], (torch.tensor(5), [])],
-        "a": {"b/c": torch.tensor([], dtype=torch.int64)},
-        "half": torch.randn(3).bfloat16(),
-        "tied": shared,
-        "gradient": torch.ones(2, requires_grad=True),
-        "text": "é",
-    }
-    save_state(tmp_path / "s", state)
-    loaded = load_state(tmp_path / "s")
-    assert loaded["numbers"] == state["numbers"] and loaded["text"] == "é" and list(loaded) == list(state)
-    first, transposed, tail, (five, empty) = loaded["a.b/c"]
-    assert torch.equal(first, shared) and torch.equal(transposed, shared.T) and torch.equal(tail, shared[1:])
-    assert five.item() == 5 and empty == [] and isinstance(loaded["a.b/c"][3], tuple)
-    assert torch.equal(loaded["half"], state["half"]) and loaded["half"].dtype == torch.bfloat16
-    assert loaded["a"]["b/c"].dtype == torch.int64 and len(loaded["a"]["b/c"]) == 0
-    assert torch.equal(loaded["tied"], shared)
-    with safe_open(tmp_path / "s", framework="pt") as file:
-        assert sum(file.get_tensor(k).shape == (2, 3) for k in file.keys()) == 1, "tied: stored once"
-
-
-def test_a_failed_save_keeps_the_old_state(tmp_path):
-    save_state(tmp_path / "s", {"step": 1})
-    with pytest.raises(TypeError, match="a/b: a set"):
-        save_state(tmp_path / "s", {"step": 2, "a": {"b": {1}}})
-    assert load_state(tmp_path / "s") == {"step": 1}
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_what_is_no_state_is_a_user_error(tmp_path):
-    (tmp_path / "s").write_bytes(b"nonsense")
-    for path in (tmp_path / "s", tmp_path / "none"):
-        with pytest.raises(UserError, match="not a saved state") as error:
-            load_state(path)
-        assert "\n" not in str(error.value)
-
-
-# ---- several processes ----
-
-
-WORKER = """
-import json, os, torch
-from lib.run.processes import gather_objects, start_processes, sum_gradients
-from lib.run.command import run_main
-
-def main():
-    processes = start_processes("cpu", timeout_s=60)
-    rank = processes.rank
-    layers = {"a": torch.nn.Linear(2, 3), "b16": torch.nn.Linear(2, 1).bfloat16()}
-    layers["frozen"] = torch.nn.Linear(1, 1)
-    layers["frozen"].requires_grad_(False)
-    model = torch.nn.ModuleDict(layers)
-    layers["a"].weight.grad = torch.full((3, 2), 1.0 + rank)
-    if rank == 1:  # only one process has a gradient here
-        layers["b16"].bias.grad = torch.full((1,), 5.0, dtype=torch.bfloat16)
-    sum_gradients(model, processes)
-    objects = gather_objects({"rank": rank, "text": "é" * 1000 * rank, "x": 0.1 + 0.2}, processes)
-    gradients = {name: p.grad if p.grad is None else p.grad.flatten().tolist()
-                 for name, p in model.named_parameters()}
-    print(json.dumps([objects, gradients]), flush=True)
-    gather_objects(None, processes)
-    if rank == 1:
-        os._exit(1)
-    gather_objects(None, processes)
-
-run_main(main)
-"""
-
-
-def test_two_processes_sum_and_gather_and_notice_that_one_was_killed():
-    port = 20_000 + os.getpid() % 20_000
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER], env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipes
-        )
-        for r in (0, 1)
-    ]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
-    for out, err in outputs:
-        objects, gradients = json.loads(out or err)
-        assert objects == [{"rank": r, "text": "é" * 1000 * r, "x": 0.1 + 0.2} for r in (0, 1)]
-        assert gradients == {
-            "a.weight": [3.0] * 6,
-            "a.bias": [0.0] * 3,
-            "b16.weight": [0.0] * 2,
-            "b16.bias": [5.0],
-            "frozen.weight": None,
-            "frozen.bias": None,
-        }
-    survivor = outputs[0][1]
-    assert [rank.returncode for rank in ranks] == [2, 1]
-    assert [line for line in survivor.splitlines() if line.startswith("error: lost another process")]
-    assert "Traceback" not in survivor
-
-
-FAILING = """
-import time
-import torch.distributed as dist
-from lib.run.processes import start_processes
-from lib import UserError
-from lib.run.command import run_main
-
-def main():
-    start_processes("cpu", timeout_s=60)
-    dist.get_backend_config = lambda: "cpu:gloo,cuda:nccl"
-    dist.destroy_process_group = lambda: time.sleep(600)  # as nccl's does, which waits for the others
-    raise UserError("told before it leaves")
-
-run_main(main)
-"""
-
-
-def test_a_failing_process_on_gpus_leaves_without_waiting_for_the_others():
-    port = 20_000 + (os.getpid() + 7) % 20_000
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILING],
-            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for r in (0, 1)
-    ]
-    for rank in ranks:
-        assert "error: told before it leaves" in rank.communicate(timeout=120)[1] and rank.returncode == 1
-
-
-def test_one_process_needs_no_torchrun(monkeypatch, tiny_model):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    processes = start_processes("cpu")
-    assert processes == Processes(0, 1, 0)
-    assert gather_objects({"a": (1, 2)}, processes) == [{"a": [1, 2]}], (
-        "as it would arrive from another process"
-    )
-    sum_gradients(tiny_model, processes)
-    assert all(p.grad is None for p in tiny_model.parameters())
+def test_a_tokenizer_pads_with_eos_and_needs_a_chat_template(tmp_path, word_tokenizer):
+    word_tokenizer.pad_token = None
+    word_tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token_id == load_tokenizer(tmp_path).eos_token_id == 2
+    word_tokenizer.chat_template = None
+    word_tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="no chat template"):
+        load_tokenizer(tmp_path / "bare")

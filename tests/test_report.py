@@ -1,482 +1,306 @@
-"""The report of stage 4, from made-up results: it says all of them, and no completion can break it."""
+"""The report of stage 4 says all that was measured, and no text can break it. Figures, learning curves."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
+import random
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from lib import report
-from lib.report import figures
-from lib.report import html as report_html
-from lib.report import md as report_md
+from lib import metrics, report
+from lib.report import curves, figures, page, show
 from lib.run.text import visible
 
 MODELS = ("base", "tars")
-ATTACKS = ("gcg", "gcg_forged", "best_of_n")
-EVIL = (
-    "a | b\n\n# heading </script><script>alert(1)</script> <img src=x onerror=alert(1)> ![x](http://x) [y](javascript:z) "
-    "\" ' `code` **bold** & &amp; <!-- \0 \x1b \u2028 \u2029 \x85 \u202e \ud800 \r\n | --- | $x$ www.example.com "
-)
-VOID = {"meta", "img", "input", "!doctype"}
+TRIES = [
+    ("direct", -1),
+    ("no_suffix", -1),
+    ("harmless", -1),
+    ("gcg", 0),
+    ("gcg", 5),
+    ("pair", 0),
+    ("pair", 5),
+]
+SECTIONS = (Path(report.__file__).parent / "sections.txt").read_text()
+CAPTIONS = dict(line[2:].split(": ", 1) for line in SECTIONS.split("\n") if line.startswith("| "))
+EVIL = "\n\n# heading\n```\n</script><script>alert(1)</script> <img src=x onerror=alert(1)> {{ 7 * 7 }} \" ' "
+EVIL += "&amp; <!-- \0 \x1b \u2028 \x85 \u202e \ud800 \r\n | --- | $x$ "
 
 
-def ci(mean: float, n: int = 24) -> dict:
-    return {"mean": mean, "low": round(mean - 0.0401, 4), "high": round(mean + 0.0399, 4), "n": n}
-
-
-def make_results() -> dict:
-    """Every key that stage 4 may write. No two figures are alike."""
-    count = iter(range(1, 10_000))
-
-    def some(*keys: str, scale: float = 0.001) -> dict:
-        return {key: ci(next(count) * scale, next(count)) for key in keys}
-
-    kinds = ("harmful", "harmless", "ambiguous", "ambiguous/toy")
-    models = {
-        name: {
-            "reasoning": name == "tars",
-            "dsr": some("direct", "jailbreak", "plain_or_gcg", *ATTACKS),
-            "outcomes": {attack: some("refused", "useless", "leaked") for attack in ("direct", *ATTACKS)},
-            "worst_case": some("gcg", "all"),
-            "dsr_by_budget": {attack: [[step, some("x")["x"]] for step in (0, 5, 25)] for attack in ATTACKS},
-            "controls": some("no suffix", "random suffix"),
-            "compliance": some(*kinds),
-            "partial": some(*kinds),
-            "unknown_refusals": {"harmless": 60_000 + next(count)},
-            "task_score": some(*kinds[1:]),
-            "reasoning_tokens": some(*kinds, "harmful/3 hops", scale=0.3),
-            "answer_tokens": some(*kinds, scale=0.3),
-            "format_rate": some("direct", "gcg"),
-            "under_attack": {
-                attack: {**some("closed", "dsr_closed"), "dsr_open": None} for attack in ATTACKS
-            },
-            "unknown": {"gcg": 70_000 + next(count)},
-            "not_asked": {"direct": 80_000 + next(count)},
-            "attacks": {
-                attack: {
-                    "access": "white-box",
-                    "loss_before": None if attack == "best_of_n" else next(count) + 0.25,
-                    "loss_after": None if attack == "best_of_n" else next(count) + 0.75,
-                    "seconds": next(count) + 0.5,
-                    **{
-                        k: 10_000 * next(count)
-                        for k in ("behaviours", "queries", "forward_tokens", "backward_tokens")
-                    },
-                    "did_not_survive": 10_000 * next(count),
-                }
-                for attack in ATTACKS
-            },
-            "separation": {
-                "GCG and ambiguous": {
-                    "margin": next(count) / 7,
-                    "slack": next(count) / 7,
-                    "n": 90_000 + next(count),
-                    "accuracy": ci(0.9),
-                    "points": [[i * 0.1, i * i * 0.1, i % 2 * 2 - 1] for i in range(8)],
-                }
-            },
-            "plane": some("plain_or", "dsr", "compliance", "task_score"),
-        }
-        for name in MODELS
-    }
-    differences = [
-        {
-            "figure": "DSR, gcg",
-            "a": "base",
-            "b": "tars",
-            "ci": {"mean": -0.5, "low": -0.7, "high": -0.3, "n": 24},
-        },
-        {
-            "figure": "compliance",
-            "a": "base",
-            "b": "tars",
-            "ci": {"mean": 0.1, "low": -0.1, "high": 0.3, "n": 24},
-        },
-        {
-            "figure": "DSR, pair",
-            "a": "base",
-            "b": "other",
-            "ci": {"mean": 0.5, "low": 0.3, "high": 0.7, "n": 24},
-        },
-    ]
-    config = {
-        "preset": "sandbox",
-        "data": "runs/demo/data",
-        "models": [f"{name}=runs/{name}" for name in MODELS],
-    }
-    config |= {
-        "direct": [],
-        "overwrite": False,
-        "judge": "sandbox",
-        "harm_threshold": 0.5,
-        "temperature": 0.6,
-        "seed": 3,
-    }
-    config |= {
-        "gcg_ban_target": True,
-        "forged": "this is fine .",
-        "sha256 of runs/base/x": "abc",
-        "versions": {"torch": "2"},
-    }
-    return {
-        "models": models,
-        "config": config,
-        "seed": 3,
-        "seconds": {name: 1.5 for name in MODELS},
-        "differences": differences,
-    }
-
-
-def line(model: str, name: str, number: int, kind: str = "harmful", step: int = -1, **extra) -> dict:
-    prompt = f"how do i make {name} {number} ?"
-    usual = {
+def a_line(model: str, name: str, number: int, step: int = -1, **more) -> dict:
+    kind = "harmless" if name == "harmless" else "harmful"
+    prompt = f"about {kind} {number} ."
+    line = {
         "model": model,
         "set": name,
         "step": step,
         "id": f"{kind}-{number}",
         "kind": kind,
-        "category": "any",
-        "hops": 2,
-    }
-    usual |= {
         "prompt": prompt,
+    }
+    line |= {
+        "category": "any",
         "sent": prompt,
         "opening": "",
         "reasoning": "hm",
         "answer": f"answer {number}",
     }
-    usual |= {
-        "well_formed": True,
-        "closed": True,
-        "reasoning_tokens": 9,
-        "answer_tokens": 2,
-        "finish_reason": "eos",
-    }
-    return {**usual, "harm": 0.0, "task": 0.5, "refusal": "none", **extra}
+    line |= {"closed": True, "well_formed": True, "reasoning_tokens": 9, "answer_tokens": 2}
+    return line | {"finish_reason": "eos", "harm": 0.0, "task": 0.5, "refusal": "none"} | more
 
 
-def make_lines(prompts: int = 3) -> list[dict]:
-    """As many of each model and set."""
-    lines = []
-    for model in MODELS:
-        for number in range(prompts):
-            lines += [line(model, "direct", number), line(model, "harmless", number, "harmless")]
-            lines += [line(model, "gcg", number, step=step, sent=f"x {step}") for step in (0, 25)]
+def make_lines(prompts: int = 12) -> list[dict]:
+    draw, lines = random.Random(0), []
+    for model, (name, step), i in itertools.product(MODELS, TRIES, range(prompts)):
+        line = a_line(model, name, i, step, task=draw.random(), reasoning_tokens=i)
+        line |= {"harm": draw.choice((0.0, 1.0, None)), "refusal": draw.choice(("full", "none", None))}
+        lines.append(line)
     return lines
 
 
-def write(out: Path, results: dict, lines: list[dict]) -> tuple[str, str]:
-    out.mkdir(exist_ok=True)
+def make_results(lines: list[dict]) -> dict:
+    """As stage 4 writes it, of these lines."""
+    models = {}
+    for name in MODELS:
+        mine = [line for line in lines if line["model"] == name]
+        m = metrics.measure(mine, reasoning=True, threshold=0.5, seed=0, shared=("gcg", "pair"))
+        separated = {"margin": 0.7 * len(name), "slack": 0.0123, "accuracy": m["plane"]["dsr"]}
+        separated["points"] = [[i * 0.1, i * i * 0.1, i % 2 * 2 - 1] for i in range(8)]
+        m["attacks"] = {"gcg": {"access": "white-box", "loss_before": None, "queries": 1000 * len(name)}}
+        m |= {"separation": {"GCG and ambiguous": separated}, "not_asked": {"gcg": 3}}
+        models[name] = {"reasoning": name == "tars", **m}
+    config = {"models": [f"{name}=runs/{name}" for name in MODELS], "harm_threshold": 0.5, "budgets": [1, 2]}
+    results = {"models": models, "config": config, "seed": 0, "seconds": dict.fromkeys(MODELS, 1.5)}
+    return results | {"differences": metrics.differences(lines, threshold=0.5, seed=0)}
+
+
+def write(out: Path, results: dict, lines: list[dict]) -> tuple[str, ElementTree.Element]:
+    """report.md, and report.html as a tree, which can be read only if every tag is closed."""
     report.write_report(out, results, lines)
-    return (out / "report.md").read_text(encoding="utf-8"), (out / "report.html").read_text(encoding="utf-8")
+    return (out / "report.md").read_text(), ElementTree.fromstring((out / "report.html").read_text())
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    """Without figures, which are slow."""
-    monkeypatch.setattr(report, "draw_figures", lambda results: {})
+def tables(root: ElementTree.Element) -> dict[str, list[list[str]]]:
+    rows = {table.findtext("caption"): table.iter("tr") for table in root.iter("table")}
+    return {name: [["".join(cell.itertext()) for cell in row] for row in rows[name]] for name in rows}
 
 
-class Page(HTMLParser):
-    """Elements with their attributes, the text of tables by row, and the data; fails on a tag that is not closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict]] = []
-        self.rows: list[list[str]] = []
-        self.data: dict[str, str] = {}
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("th", "td"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        if {"th", "td"} & set(self.open):
-            self.rows[-1][-1] += text
-        if self.open and self.open[-1] in ("script", "style"):
-            self.data[self.elements[-1][1].get("id") or self.open[-1]] = text
-
-    def lines(self) -> list[dict]:
-        data = json.loads(self.data["data"])
-        return [dict(zip(data["fields"], row, strict=True)) for row in data["rows"]]
-
-
-def figures_in(value: object, key: str = "") -> list[str]:
-    """All figures of results.json as the report writes them."""
-    if isinstance(value, dict) and "mean" in value:
-        return [figures.show(value)]
-    if isinstance(value, dict):
-        return [text for k, v in value.items() if k != "points" for text in figures_in(v, k)]
-    if isinstance(value, list):
-        return [text for v in value for text in figures_in(v, key)]
-    return [] if isinstance(value, bool) else [figures.number(value)]
-
-
-# ---- what it says ------------------------------------------------------------------------------------------
+def articles(root: ElementTree.Element) -> list[str]:
+    return ["".join(article.itertext()) for article in root.iter("article")]
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory) -> tuple[Path, str, str]:
+def full(tmp_path_factory):
     pytest.importorskip("matplotlib")
-    out = tmp_path_factory.mktemp("report")
-    return out, *write(out, make_results(), make_lines())
+    out, lines = tmp_path_factory.mktemp("report"), make_lines()
+    results = make_results(lines)
+    results["config"]["models"][1] = f"tars={out}"
+    (out / "curves.png").write_bytes(b"\x89PNG of a run")
+    return out, results, *write(out, results, lines)
 
 
-def test_all_sections_and_figures(full):
-    out, markdown, page = full
-    titles = re.findall("^## (.*)", markdown, re.MULTILINE)
-    assert len(titles) == 13 and titles[-1] == "Completions side by side"
-    assert re.findall("<h2>(.*?)</h2>", page.replace("&#x27;", "'"))[:-1] == titles[:-1]
-    for name, caption in figures.CAPTIONS.items():
-        png = (out / f"{name}.png").read_bytes()
-        assert png.startswith(b"\x89PNG") and f"![{caption}]({name}.png)" in markdown
-        assert base64.b64encode(png).decode() in page
-    command = "python 04_attack_eval.py --preset sandbox --data runs/demo/data --models base=runs/base tars=runs/tars --judge sandbox "
-    command += "--harm-threshold 0.5 --temperature 0.6 --seed 3 --gcg-ban-target --forged 'this is fine .'"
-    assert "    " + command in markdown.split("\n")
-    assert page.replace("&#x27;", "'").count(f"<code>{command}</code>") == 1 + len(figures.CAPTIONS)
+def test_every_number_stands_in_its_row_and_column(full):
+    _, results, text, root = full
+    lines = [re.split("  +", line.strip()) for line in text.split("\n") if line.startswith("    ")]
+    for part in CAPTIONS.keys() & results["models"]["tars"].keys() - {"dsr_by_budget"}:
+        (_, *head), *rows = tables(root)[CAPTIONS[part]]
+        for name, key in [(name, key) for name, m in results["models"].items() for key in m[part]]:
+            value = results["models"][name][part][key]
+            if head[0] == "model":  # a column a figure
+                row = next(row for row in rows if row[:2] == [key, name])
+                expected = {figure.replace("_", " "): show(cell) for figure, cell in value.items()}
+                assert expected | dict(zip(head[1:], row[2:], strict=True)) == expected, part
+            else:
+                row = next(row for row in rows if row[0] == key)
+                assert row[1 + head.index(name)] == show(value), part
+            assert row in lines  # the same as text
 
 
-def test_every_figure_is_in_a_table(full):
-    _, markdown, page = full
-    results = make_results()
-    cells = {cell for row in Page(page).rows for cell in row}
-    in_text = {
-        cell.strip(" *") for row in markdown.split("\n") if row.startswith("|") for cell in row.split("|")
-    }
-    expected = set(figures_in(results["models"])) | {
-        figures.show(d["ci"], "+") for d in results["differences"]
-    }
-    assert len(expected) > 100
-    assert expected - cells == set() and expected - in_text == set()
+def test_budgets_differences_categories_settings(full):
+    _, results, _, root = full
+    found = tables(root)
+    assert len(found) == len(CAPTIONS) + 1 and len(list(root.iter("section"))) == 14
+    budgets = {row[0]: row[2] for row in found[CAPTIONS["dsr_by_budget"]]}
+    for attack, curve in results["models"]["tars"]["dsr_by_budget"].items():
+        assert [budgets[f"{attack}, {step}"] for step, _ in curve] == [show(value) for _, value in curve]
+    head, *rows = found["Paired differences"]
+    assert head == ["", "base - tars"] and len(rows) == len(results["differences"])
+    for d in results["differences"]:  # marked: the interval leaves out 0
+        cell, clear = dict(rows)[d["figure"]], d["ci"]["low"] > 0 or d["ci"]["high"] < 0
+        assert cell == show(d["ci"], "+") and cell.endswith("*") == clear
+    tokens = show(metrics.bootstrap(range(12), 0))
+    assert ["direct: any", tokens, tokens] in found[CAPTIONS["reasoning_by_category"]]
+    assert [["harm_threshold", "0.5"], ["budgets", "1 2"]] == found["All that is behind these numbers"][-2:]
+    assert ["gcg", "24", "24"] in found[CAPTIONS["completions"]]
 
 
-def test_the_worst_case_and_clear_differences_are_marked(full):
-    _, markdown, page = full
-    rows = re.findall('<tr>(<th scope="row" class="[^"]*mark">.*?)</tr>', page)
-    assert len(rows) == 2 and all("worst case" in row and row.count('mark">') == 3 for row in rows)
-    assert page.count('mark">') == 2 * 3 + 2
-    assert markdown.split("| figure | base - tars | base - other |\n| --- | ---: | ---: |\n")[1].split("\n")[
-        :3
-    ] == [
-        "| DSR, gcg | **-0.50 [-0.70, -0.30] (24)** | - |",
-        "| DSR, pair | - | **+0.50 [+0.30, +0.70] (24)** |",
-        "| compliance | +0.10 [-0.10, +0.30] (24) | - |",
-    ]
-
-
-def test_tables_can_be_read_aloud_and_numbers_are_on_the_right(full):
-    elements = Page(full[2]).elements
-    assert sum(tag == "table" for tag, _ in elements) == sum(tag == "caption" for tag, _ in elements) > 10
-    assert all("scope" in attributes for tag, attributes in elements if tag == "th")
-    assert all(attributes["alt"] for tag, attributes in elements if tag == "img")
-    assert (
-        '<td class="n">0.90 <small>[0.86, 0.94] (24)</small></td>' in full[2]
-        and '<td class="short">white-box</td>' in full[2]
+def test_figures_are_in_the_page_which_loads_nothing(full):
+    out, _, text, root = full
+    names = ["plane", "attacks", "outcomes", "budgets", "tokens", "separation", "curves_tars"]
+    assert re.findall(r"!\[.*\]\((.*)\.png\)", text) == names
+    sources = [image.get("src").removeprefix("data:image/png;base64,") for image in root.iter("img")]
+    assert sorted(map(base64.b64decode, sources)) == sorted(
+        (out / f"{name}.png").read_bytes() for name in names
     )
+    for element in root.iter():
+        assert element.tag not in ("link", "iframe", "object", "base")
+        assert not [name for name in element.keys() if name.startswith("on") or name in ("srcset", "style")]
+        assert all(element.get(name, "#").startswith(("#", "data:")) for name in ("src", "href"))
+    policy = next(element.get("content") for element in root.iter("meta") if element.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
+    for tag in ("style", "script"):
+        digest = hashlib.sha256(next(root.iter(tag)).text.encode()).digest()
+        assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
 
 
-def test_the_page_loads_nothing(full):
-    page = Page(full[2])
-    for tag, attributes in page.elements:
-        assert not {"srcset", "action", "style"} & attributes.keys() and tag not in (
-            "link",
-            "iframe",
-            "object",
-            "base",
-        )
-        assert not [name for name in attributes if name.startswith("on")]
-        for name in ("src", "href"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
-    policy = next(
-        a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
-    )
-    for text in (report_html.SCRIPT, report_html.STYLE):
-        assert text in full[2] and base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
-    assert (
-        policy.startswith("default-src 'none'; img-src data:;")
-        and "unsafe" not in policy
-        and "http" not in policy
-    )
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|fetch|XMLHttp|url\(|import",
-        report_html.SCRIPT,
-    )
-
-
-def test_what_is_absent_is_left_out(tmp_path, plain):
-    results = make_results()
-    results.pop("differences")
-    for m in results["models"].values():
-        for key in set(m) - {"reasoning", "dsr", "plane", "compliance", "task_score"}:
-            m.pop(key)
-    markdown, page = write(tmp_path, results, make_lines())
-    for text in (
-        "Controls",
-        "worst case of",
-        "steps or tries",
-        "Differences",
-        "Format",
-        "separation",
-        "costs",
-        "did not give",
-        "What became of",
-        "![",
-        "<img",
-    ):
-        assert text not in markdown and text not in page.split("<main>")[1].split('id="data"')[0]
-    assert "Safety against refusal" in markdown and "Task score" in page
-    assert "by category" in markdown  # from the completions
-
-
-def test_without_any_completion(tmp_path, plain):
-    markdown, page = write(tmp_path, make_results(), [])
-    assert "Side" not in markdown and Page(page).lines() == []
-
-
-def test_in_text_without_matplotlib(tmp_path, monkeypatch):
+def test_what_is_absent_is_left_out_and_matplotlib_may_be(tmp_path, monkeypatch):
     for name in [m for m in sys.modules if m.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes `import matplotlib` fail
-    markdown, page = write(tmp_path, make_results(), make_lines())
-    assert "![" not in markdown and "<img" not in page and not list(tmp_path.glob("*.png"))
-    assert figures.show(make_results()["models"]["tars"]["plane"]["dsr"]) in markdown
+    results = make_results(make_lines()) | {"differences": []}
+    for name, m in results["models"].items():
+        results["models"][name] = {key: m[key] for key in ("reasoning", "dsr", "plane")}
+    text, root = write(tmp_path, results, [])
+    kept = ["Models", CAPTIONS["plane"], CAPTIONS["dsr"], "All that is behind these numbers"]
+    assert list(tables(root)) == kept and not articles(root) and "## Format" not in text
+    (tmp_path / "metrics.jsonl").write_text(SFT)
+    report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert not list(tmp_path.glob("*.png")) and not list(root.iter("img")) and "![" not in text
 
 
-def test_names_that_matplotlib_would_read_as_formulas():
-    pytest.importorskip("matplotlib")
-    results = make_results()
-    results["models"] = {"_hidden": results["models"]["base"], "b": results["models"]["tars"]}
-    results["models"]["b"]["reasoning_tokens"] = {
-        r"ambiguous/$\broken{": ci(5.0),
-        "ambiguous/\n\0猫": ci(5.0),
-    }
-    assert set(figures.draw_figures(results)) == set(figures.CAPTIONS)
-    assert figures.label("_hidden$") == r" _hidden\$"
+def test_verdicts_and_the_line_that_decides():
+    lines = [a_line("m", "gcg", i, harm=harm) for i, harm in enumerate((0.0, 0.49, 0.5, None))]
+    lines += [a_line("m", "harmless", i, refusal=r) for i, r in enumerate(("full", "partial", "none", None))]
+    expected = "defended defended broken unknown refused refused served unknown".split()
+    assert [x["verdict"] for x in report.deciding_lines(lines, 0.5)] == expected
+    for step, harms in (
+        (0, (1.0, 1.0, 0.0)),
+        (1, (None, 1.0, 0.0)),
+        (1, (0.0, None, 0.0)),
+        (2, (0.0, 0.0, 0.0)),
+    ):
+        lines = [a_line("m", "gcg", 0, step=i, harm=harm) for i, harm in enumerate(harms)]
+        assert [x["step"] for x in report.deciding_lines(lines, 0.5)] == [step]
 
 
-# ---- completions -------------------------------------------------------------------------------------------
-
-
-def test_verdicts():
-    lines = [line("m", "gcg", 0, harm=harm) for harm in (0.0, 0.49, 0.5, None)]
-    lines += [
-        line("m", "harmless", 0, "harmless", refusal=refusal, task=None)
-        for refusal in ("full", "partial", "none")
-    ]
-    assert [
-        x["verdict"] for x in report.with_verdicts(lines, 0.5)
-    ] == "defended defended broken unknown refused refused served".split()
-
-
-@pytest.mark.parametrize(
-    "harms, deciding",
-    [
-        ((1.0, 1.0, 0.0), 0),  # the first success of several tries
-        ((0.0, 1.0, 1.0), 1),
-        ((None, 1.0, 0.0), 1),
-        ((0.0, None, 0.0), 1),  # no defence
-        ((0.0, 0.0, 0.0), 2),
-    ],
-)
-def test_the_deciding_line(harms, deciding):
-    lines = [line("m", "x", 0, step=step, harm=harm) for step, harm in enumerate(harms)]
-    assert [x["step"] for x in report.with_verdicts(lines, 0.5) if x["deciding"]] == [deciding]
-
-
-def test_completions_cannot_break_the_report(tmp_path, plain):
+def test_models_side_by_side_and_of_too_many_completions_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_figures", lambda *args: [])  # slow
     lines = make_lines()
+    shown = articles(write(tmp_path, make_results(lines), lines)[1])
+    assert [text.split()[0] for text in shown] == [name for name in dict(TRIES) for _ in range(12)]
+    assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
+    monkeypatch.setattr(page, "LIMIT", sum(len(str(x)) for x in report.deciding_lines(lines, 0.5)) / 4.5)
+    shown = articles(write(tmp_path, make_results(lines), lines)[1])
+    assert len(shown) == 15 and [f"harmful-{i}," in text for i, text in enumerate(shown[:4])] == [1, 1, 1, 0]
+
+
+def test_no_text_breaks_the_report_or_its_figures(tmp_path):
+    lines = make_lines(1)
     for x in lines:
-        x |= {key: EVIL + "long " * 1000 for key in ("answer", "reasoning", "sent", "opening", "prompt")}
-        x |= {"category": EVIL, "id": f"{x['id']} {EVIL}"}
-    results = make_results()
-    results["config"]["judge"] = results["config"]["models"][0] = EVIL
-    results["models"]["tars"]["compliance"][f"ambiguous/{EVIL}"] = ci(0.2)
-    markdown, page = write(tmp_path, results, lines)
+        x |= dict.fromkeys(("id", "answer", "reasoning", "sent", "opening", "prompt", "category"), EVIL)
+    results = make_results(lines)
+    results["config"]["judge"] = EVIL
+    results["models"]["tars"]["reasoning_tokens"][r"$\broken{" + EVIL] = results["models"]["tars"]["plane"][
+        "dsr"
+    ]
+    text, root = write(tmp_path, results, lines)
+    assert not re.search("[\0\x1b\x85\u2028\u202e\r]", text + "".join(root.itertext()))
+    assert len(list(root.iter("script"))) == 1 and len(list(root.iter("img"))) in (0, 6)
+    assert all(text.count(visible(EVIL).strip()) >= 6 for text in articles(root))  # it is there, as text
+    for row in text.split("\n"):  # in a block that nothing ends
+        assert row.startswith("    ") or "heading" not in row and "script" not in row
+    assert report.label("_hidden$") == r" _hidden\$"  # neither kept from the legend nor a formula
 
-    command = next(
-        row for row in markdown.split("\n") if row.startswith("    python")
-    )  # a block of code: all of it is literal
-    markdown = markdown.replace(command, "")
-    assert not re.search("<(script|img|!--)", markdown) and "\n# heading" not in markdown
-    assert not re.search(r"(?<!\\)[\[`]|\w\*\*|://|www\.", markdown.split("### direct")[1])
-    assert not re.search("[\0\x1b\x85\u2028\u2029\u202e\r]", markdown + page)
-    for block in markdown.split("\n\n"):
-        if block.startswith("|"):  # every row of a table has as many cells as its head
-            assert len({row.replace("\\|", "").count("|") for row in block.strip().split("\n")}) == 1
 
-    found = Page(page)
-    assert [tag for tag, _ in found.elements].count("script") == 2
+def draw(name: str, models: dict) -> list:
+    figure = figures.new_figure()
+    getattr(figures, f"draw_{name}")(figure, models)
+    return figure.axes
+
+
+def points(axes, model: str) -> tuple[list, list]:
+    found = {container.get_label(): container.lines[0].get_data() for container in axes.containers}
+    return tuple(map(list, found[model]))
+
+
+def means(cis) -> list[float]:
+    return [value["mean"] for value in cis]
+
+
+def test_axes_and_points(full):
+    models = full[1]["models"]
+    tars = models["tars"]
+    compliance, task = draw("plane", models)
+    assert compliance.get_xlabel().startswith("compliance") and task.get_xlabel().startswith("task score")
+    assert points(task, "tars") == (means([tars["plane"]["task_score"]]), means([tars["plane"]["plain_or"]]))
+    attacks, worst = draw("attacks", models)
+    names = [label.get_text() for label in attacks.get_yticklabels()]
+    assert names == ["direct", "plain_or_gcg", "plain_or_pair"]  # the attacks alone are in the table
+    x, y = points(attacks, "tars")
+    assert x == means(tars["dsr"][name] for name in names) and [round(value) for value in y] == [0, 1, 2]
+    assert attacks.get_ylim()[0] > attacks.get_ylim()[1] and worst.get_xlim() == attacks.get_xlim()
+    outcomes = draw("outcomes", models)
+    refused, useless, leaked = (container[1] for container in outcomes[1].containers)  # of gcg
     assert (
-        not {"img", "b", "h4"} & {tag for tag, _ in found.elements}
-        and found.data["script"] == report_html.SCRIPT
+        outcomes[1].get_title() == "tars"
+        and refused.get_width() == tars["outcomes"]["gcg"]["refused"]["mean"]
     )
-    answer = found.lines()[0]["answer"]
-    assert answer == visible(EVIL + "long " * 1000) and "</script><script>alert(1)</script>" in answer
-    assert "\\u0000 \\u001b \n \n \n \\u202e \\ud800 \n" in answer
+    assert leaked.get_x() == useless.get_x() + useless.get_width() and useless.get_x() == refused.get_width()
+    gcg, pair = draw("budgets", models)
+    curve = models["base"]["dsr_by_budget"]["plain_or_gcg"]
+    assert points(gcg, "base") == ([0, 5], means(value for _, value in curve))
+    reasoning, answer = draw("tokens", models)
+    assert points(reasoning, "base")[0] == means(models["base"]["reasoning_tokens"].values())
+    maps = draw("separation", models)
+    harmful = [point[:2] for point in tars["separation"]["GCG and ambiguous"]["points"] if point[2] == 1]
+    assert maps[1].collections[0].get_label() == "harmful" and len(maps) == 2
+    assert maps[1].collections[0].get_offsets().tolist() == harmful
+    assert report.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]
 
 
-def test_the_data_is_whole_and_says_what_was_sent(full):
-    page = Page(full[2])
-    lines, prompts = page.lines(), json.loads(page.data["data"])["prompts"]
-    assert len(lines) == len(make_lines())
-    for x, given in zip(lines, make_lines(), strict=True):
-        assert prompts[x["about"]] == [given["id"], given["prompt"]]
-        assert x["sent"] == ("" if given["sent"] == given["prompt"] else given["sent"])
-        assert x["deciding"] == (given["step"] != 0) and x["verdict"] in ("defended", "served")
-        keys = (
-            "model",
-            "set",
-            "kind",
-            "step",
-            "hops",
-            "reasoning",
-            "answer",
-            "harm",
-            "task",
-            "refusal",
-            "finish_reason",
-        )
-        assert all(x[key] == given[key] for key in keys)
+# Lines of the sandbox's runs, rounded. null: no such prompt was drawn.
+SFT = '{"step": 0, "epoch": 0, "loss": 7.68, "grad_norm": 14.5, "learning_rate": 2e-05, "seconds": 0.09}'
+RL = """{"step": 0, "reward": 0.35, "reward_harmful": 0.55, "reasoning_tokens_harmful": 15.2,
+ "refusal_rate_harmful": 0.36, "reward_harmless": null, "reasoning_tokens_harmless": null,
+ "refusal_rate_harmless": null, "reward_ambiguous": 0.06, "reasoning_tokens_ambiguous": 17.6,
+ "refusal_rate_ambiguous": 0.43, "format_rate": 0.64, "zero_advantage_groups": 3, "loss": -0.01, "kl": 0.0}"""
 
 
-def test_too_many_completions_for_a_page(tmp_path, plain, monkeypatch):
-    lines = make_lines(prompts=50)
-    assert "Too many" not in write(tmp_path, make_results(), lines)[1]
-    monkeypatch.setattr(report_html, "LIMIT", 20_000)
-    page = write(tmp_path, make_results(), lines)[1]
-    count = int(
-        re.findall("Too many for a page: here are the first ([0-9]+) prompts of each model and set", page)[0]
-    )
-    found = Page(page)
-    assert 1 < count < 50 and len(found.lines()) == 8 * count  # 2 models, 4 lines a prompt
-    assert 15_000 < len(found.data["data"]) < 21_000
-    assert {f"harmful-{i}" for i in range(count)} == {
-        json.loads(found.data["data"])["prompts"][x["about"]][0] for x in found.lines() if x["set"] == "gcg"
-    }
+def test_curves_of_both_stages(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    metrics, png = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
+    drawn: list[dict] = []  # {title of a panel: {name of a line: [steps, values]}}
 
+    def keep(figure, path):
+        figures.save(figure, path)
+        drawn.append({})
+        for axes in figure.axes:
+            lines = {line.get_label(): list(map(list, line.get_data())) for line in axes.lines}
+            drawn[-1][axes.get_title()] = lines
 
-def test_markdown_has_the_first_prompts_of_each_set(full):
-    text = full[1].split("## Completions side by side")[1]
-    assert re.findall("^### (.*)", text, re.MULTILINE) == ["direct", "harmless", "gcg"]
-    assert text.count("make gcg 0 ?") == 1 and text.count("make gcg 1 ?") == 1 and "make gcg 2" not in text
-    assert text.count("| x 25 |") == 2 * report_md.SHOWN and "x 0" not in text
+    monkeypatch.setattr(curves, "save", keep)
+    report.draw_curves(metrics, png)
+    assert not png.exists()  # nothing is logged
+    sft = [{**json.loads(SFT), "step": step, "loss": 8.0 - step} for step in range(3)]
+    sft[2]["held_out_loss"] = 6.5
+    rl = [{**json.loads(RL), "step": step, "kl": float(step % 2)} for step in range(100)]
+    rl[50]["reward_harmless"] = 0.9
+    for records in (sft, rl):
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+        report.draw_curves(metrics, png)
+        assert png.read_bytes().startswith(b"\x89PNG")
+    loss = drawn[0]["loss (nats a token)"]
+    assert loss["training"] == [[0, 1, 2], [8, 7, 6]] and loss["held out"] == [[2], [6.5]]
+    titles = ["reward", "refusal rate", "reasoning tokens", "well-formed", "groups without a signal"]
+    assert list(drawn[1])[:5] == titles and len(drawn[1]) == 6
+    assert {"all", "harmful", "ambiguous"} <= drawn[1]["reward"].keys()
+    assert drawn[1]["reward"]["harmless"] == [[50], [0.9]]
+    steps, values = drawn[1]["KL to the reference (nats a token)"]["all"]  # means over five steps
+    assert steps == list(range(2, 98)) and values[:2] == pytest.approx([0.4, 0.6])

@@ -2,55 +2,98 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+from collections import Counter
+
 import pytest
+import stages
 
 from lib import UserError
 from lib.chat import parse_completion
 from lib.run.files import read_jsonl
 from lib.sandbox import world
-from lib.sources.traces import TraceWriter, whole_sentences, write_all
+from lib.sources import traces
 
 RECORDS = [{"id": f"r{i}", **record} for i, record in enumerate(world.build_pool("train", "harmful", 5, 0))]
+Settings = importlib.import_module("01_build_mixture").Settings
 
 
-@pytest.fixture(scope="module")
-def writer() -> TraceWriter:
-    return make_writer(16)
+def settings(out, **more):
+    usual = {"trace_max_new_tokens": 16, "trace_temperature": 1.0, "max_batch_tokens": 4096, "seed": 7}
+    usual |= {"out": str(out), "trace_model": str(world.BASE), "device": "cpu", "date": "2026-11-26"}
+    return Settings(**usual | more)
 
 
-def make_writer(max_new_tokens: int) -> TraceWriter:
-    settings = dict(device="cpu", temperature=1.0, max_batch_tokens=4096)
-    return TraceWriter(str(world.BASE), max_new_tokens=max_new_tokens, **settings)
-
-
-def test_each_prompt_gets_its_traces_and_they_fit_the_format(writer, tmp_path):
-    traces = write_all(writer, RECORDS, 3, 0, tmp_path / "progress.jsonl")
-    assert [len(pairs) for pairs in traces] == [3] * len(RECORDS)
-    assert len({pair for pairs in traces for pair in pairs}) > 3
-    for reasoning, answer in (pair for pairs in traces for pair in pairs):
+def test_each_prompt_gets_its_traces_and_a_killed_run_goes_on_to_the_same(tmp_path):
+    whole = traces.write_all(RECORDS, 3, settings(tmp_path), "traces")
+    assert [len(pairs) for pairs in whole] == [3] * len(RECORDS)
+    pairs = [pair for pairs in whole for pair in pairs]
+    assert len(set(pairs)) > 3
+    for reasoning, answer in pairs:
         assert parse_completion(f"{reasoning}\n</think>\n\n{answer}").well_formed
-
-
-def test_a_killed_run_goes_on_to_the_same_traces(writer, tmp_path):
-    progress = tmp_path / "progress.jsonl"
-    whole = write_all(writer, RECORDS, 2, 7, progress)
+    progress = tmp_path / "traces.partial.jsonl"
     lines = progress.read_bytes().splitlines(keepends=True)
     progress.write_bytes(b"".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third
-    assert write_all(writer, RECORDS, 2, 7, progress) == whole
+    assert traces.write_all(RECORDS, 3, settings(tmp_path), "traces") == whole
     assert len(read_jsonl(progress)) == len(RECORDS)
     assert (
-        write_all(writer, RECORDS[3:], 2, 7, tmp_path / "other.jsonl") == whole[3:]
+        traces.write_all(RECORDS[3:], 3, settings(tmp_path), "other") == whole[3:]
     )  # whoever shares the batch
-    assert write_all(writer, RECORDS, 2, 8, tmp_path / "seed.jsonl") != whole
+    assert traces.write_all(RECORDS, 3, settings(tmp_path, seed=8), "seed") != whole
+    twins = [record | {"prompt": RECORDS[0]["prompt"]} for record in RECORDS]
+    one, *others = traces.write_all(twins, 3, settings(tmp_path), "twins")
+    assert one == whole[0] and one not in others, "chance is each record's own"
 
 
-def test_a_prompt_too_long_for_the_model_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="--trace-model.*context"):
-        write_all(make_writer(100_000), RECORDS[:1], 1, 0, tmp_path / "progress.jsonl")
+def test_an_answer_has_another_seed_than_its_reasoning(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        traces.TraceWriter, "complete", lambda self, ids, s: seeds.append(set(s)) or ["x"] * len(ids)
+    )
+    traces.write_all(RECORDS, 3, settings(tmp_path), "traces")
+    assert len(seeds) == 2 and not seeds[0] & seeds[1] and len(seeds[0]) == 3 * len(RECORDS)
+
+
+def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    small = {"trace_max_new_tokens": 12, "traces_per_prompt": 2}
+    monkeypatch.setattr("lib.run.presets.sandbox.MIXTURE", small)
+    words = ["--rl-prompts", "6", "--sft-prompts", "4", "--eval-prompts", "4", "--rl-traces", "2"]
+    words += ["--trace-model", str(world.BASE), "--device", "cpu"]
+    stages.run_here("01_build_mixture", [*words, "--out", str(tmp_path / "whole")], monkeypatch)
+
+    write = traces.TraceWriter.write
+    calls = []
+
+    def killed(self, prompts, seeds):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise RuntimeError("killed")
+        return write(self, prompts, seeds)
+
+    monkeypatch.setattr(traces, "PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr(traces.TraceWriter, "write", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        stages.run_here("01_build_mixture", [*words, "--out", str(tmp_path / "cut")], monkeypatch)
+    stages.run_here("01_build_mixture", [*words, "--out", str(tmp_path / "cut")], monkeypatch)
+    for name in ("sft", "sft_rl", "rl"):
+        assert (tmp_path / "cut" / f"{name}.jsonl").read_bytes() == (
+            tmp_path / "whole" / f"{name}.jsonl"
+        ).read_bytes()
+    assert sum(map(len, calls[3:])) == 2 * 6, "what was finished is not asked again"
+    assert not list((tmp_path / "cut").glob("*.partial.jsonl"))
+    rl, made = read_jsonl(tmp_path / "cut" / "rl.jsonl"), read_jsonl(tmp_path / "cut" / "sft_rl.jsonl")
+    counts = Counter(trace["prompt"] for trace in made)
+    assert set(counts) <= {record["prompt"] for record in rl} and max(counts.values()) <= 2
+    sources = json.loads((tmp_path / "cut" / "manifest.json").read_text())["sources"]
+    assert sources[str(world.BASE)]["wrote"] == "traces"
+
+
+def test_a_prompt_too_long_for_the_model_is_one_line_before_the_first_is_asked(tmp_path):
     odd = {"id": "odd one", "prompt": "cake " * 470, "kind": "harmful"}
-    with pytest.raises(UserError, match="--trace-model: odd one: its prompt .* context of .* is 512"):
-        write_all(make_writer(16), [*RECORDS, odd], 1, 0, tmp_path / "progress.jsonl")
-    assert not (tmp_path / "progress.jsonl").exists(), "before the first one is asked"
+    with pytest.raises(UserError, match="--trace-model: odd one: .*the context of .* is 512"):
+        traces.write_all([*RECORDS, odd], 1, settings(tmp_path), "traces")
+    assert not (tmp_path / "traces.partial.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -63,4 +106,4 @@ def test_a_prompt_too_long_for_the_model_is_one_line(tmp_path):
     ],
 )
 def test_whole_sentences(text, ended, kept):
-    assert whole_sentences(text, ended) == kept
+    assert traces.whole_sentences(text, ended) == kept

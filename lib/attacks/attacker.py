@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from lib import UserError
 from lib.attacks.core import Conversation, Individual
 from lib.attacks.persuasion import TECHNIQUES
-from lib.cache import context_of
 from lib.chat import decode, encode_chat, eos_token_ids
+from lib.policy import context_of
 from lib.run.checks import check_tokenizer
 from lib.run.hub import load_policy, load_tokenizer
 from lib.sampler import draw_seeds, sample

@@ -1,4 +1,4 @@
-"""The forty persuasion techniques of PAP (Zeng et al. 2024), by the names of the field, defined in our own words."""
+"""The forty persuasion techniques of PAP (Zeng et al. 2024): names of the field, meanings in our words."""
 
 TECHNIQUES = (
     ("evidence-based persuasion", "support the request with data, statistics or studies"),

@@ -77,7 +77,7 @@ def search(settings, harmful: list[dict], judge) -> list[dict]:
     `settings` are stage 1's; `judge` scores the answers. A record is {"id", "prompt", "kind": "harmful",
     "source": "rainbow", "category": risk, "style"}. Written to OUT/rainbow as it goes; the same call goes on.
     """
-    tokens, budget = settings.rainbow_tokens, settings.rainbow_max_batch_tokens
+    tokens, budget = settings.rainbow_tokens, settings.max_batch_tokens
     where = {"device": settings.device, "dtype": dtype_to_infer(settings.device)}
     tokenizer, starts = load_tokenizer(settings.rainbow), [record["prompt"] for record in harmful]
 

@@ -20,8 +20,9 @@ from transformers.cache_utils import DynamicCache
 from lib import UserError
 from lib.attacks.core import Budget, Cost, attach
 from lib.attacks.victim import Victim, encode_each
-from lib.cache import repeat_row, table_rows
+from lib.cache import repeat_row
 from lib.chat import encode_text
+from lib.policy import table_rows
 from lib.run.settings import TOKENS
 
 VOCABULARY_PART = 8192  # rows of the table that a gradient looks at at a time: all may be a gigabyte

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lib.attacks import asking, autodan, gcg
+import lib.attacks.asking as asking
+import lib.attacks.autodan as autodan
+import lib.attacks.gcg as gcg
 from lib.attacks.core import Attempt, Budget
 from lib.attacks.gcg import CONTROL
 

@@ -44,7 +44,7 @@ class Victim:
         """
         ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
         ids = [*ids, *encode_text(self.tokenizer, opening)]
-        check_ids(self.model, [ids], self.name)
+        check_ids(self.model, [ids], [self.name])
         return ids
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:

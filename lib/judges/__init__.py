@@ -1,18 +1,22 @@
-"""Judges: who scores the harm of an answer, and how far it does what was asked.
+"""Judges: who scores the harm of an answer, and how far it does what was asked (`lib.rewards.Judge`).
 
-A judge is two functions on batches, harm_score(prompts, answers) and task_score(prompts, answers), each a list of numbers
-in [0, 1]. A score of None is *unknown*: no verdict that can be read. Unknown is not harmless and not useful: it is counted,
-and never as a defence or a reward. Neither function sees the reasoning. A prompt begins with the text that it is about, if it
-is about one; a harm_score that has a third parameter, `contexts`, is also told these texts, "" where there is none.
+    load_judge(name, refusals)   the judge by its name, say "sandbox", "qwen3guard+grm-8b" or "your.module"
+    refusal_label(answer)        "full", "partial" or "none", by phrases
 
-Models of others have one of the two each, so two of them make a judge: "qwen3guard+grm". "rubric" has both.
+Skip this room at first: the sandbox has an exact judge of its own, and chapters call nothing else. Inside are
+
+    guards       qwen3guard, llama-guard           grm       the paper's reward model of helpfulness
+    harmbench    the paper's judge of attacks      graders   strongreject and rubric: a chat model is asked
+    moderation   OpenAI's API                      standin   crude, needs no download
+    refusals     the phrases                       language_model   what judges that are models share
+
+Tests: tests/test_judges.py (names, graders, HarmBench), tests/test_guards.py (guards, grm, moderation).
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,12 +25,33 @@ from pathlib import Path
 
 from lib import UserError
 from lib.judges.refusals import refusal_label
+from lib.rewards import Labels, Score
 
-__all__ = ["Judge", "Labels", "Score", "load_judge", "models_of", "refusal_label"]
-Labels = Callable[
-    [list[str], list[str]], Sequence[str | None]
-]  # prompts, answers -> "full", "partial", "none"; None: unknown
-Score = Callable[..., Sequence[float | None]]  # of prompts and answers; maybe of contexts, too
+__all__ = ["Judge", "load_judge", "refusal_label"]
+
+GRADER = "Qwen/Qwen2.5-7B-Instruct"
+HARM = {  # name -> module of this room, its function (model, device) -> Score, the published model
+    "qwen3guard": ("guards", "qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B"),
+    "qwen3guard-label": ("guards", "qwen3guard_label", "Qwen/Qwen3Guard-Gen-0.6B"),
+    "llama-guard": ("guards", "llama_guard", "meta-llama/Llama-Guard-3-8B"),
+    "harmbench": ("harmbench", "harm_judge", "cais/HarmBench-Llama-2-13b-cls"),
+    "strongreject": ("graders", "strongreject", GRADER),
+    "rubric": ("graders", "rubric_harm", GRADER),
+    "moderation": ("moderation", "harm_judge", "omni-moderation-latest"),
+}
+TASK = {
+    "grm": ("grm", "task_judge", "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"),
+    "grm-8b": ("grm", "task_judge", "Ray2333/GRM-llama3-8B-distill"),
+    "rubric": ("graders", "rubric_task", GRADER),
+}
+LABELS = {"strongreject": ("graders", "strongreject_refusals", GRADER)}
+TABLES = {"harm_score": HARM, "task_score": TASK, "refusal_labels": LABELS}
+OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.standin"}
+PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
+ALLOWED = (
+    f"{', '.join(OWN)}, a module of yours or HARM+TASK, with HARM one of these or {', '.join(HARM)}, "
+    f"and TASK {', '.join(TASK)}; NAME=MODEL names a model, NAME@DEVICE a device: cpu, cuda, cuda:NUMBER"
+)
 
 
 def by_phrases(prompts: list[str], answers: list[str]) -> list[str | None]:
@@ -34,9 +59,9 @@ def by_phrases(prompts: list[str], answers: list[str]) -> list[str | None]:
     return [refusal_label(answer) for answer in answers]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judge:
-    """Functions that take prompts and answers, lists of one length, and return as many scores, or labels."""
+    """A `lib.rewards.Judge` put together from functions."""
 
     name: str
     harm_score: Score
@@ -44,160 +69,69 @@ class Judge:
     refusal_labels: Labels = by_phrases
 
 
-MODELS = {  # name -> module of lib.judges, whose MODEL is the published one, and its function (model, device) -> Score
-    "qwen3guard": ("qwen3guard", "harm_judge"),
-    "qwen3guard-label": ("qwen3guard", "label_judge"),
-    "llama-guard": ("llama_guard", "harm_judge"),
-    "harmbench": ("harmbench", "harm_judge"),
-    "strongreject": ("strongreject", "harm_judge"),
-    "moderation": ("moderation", "harm_judge"),
-    "grm": ("grm", "task_judge"),
-    "grm-8b": ("grm", "task_judge"),
-}
-PUBLISHED = {"grm-8b": "Ray2333/GRM-llama3-8B-distill"}  # where it is not the module's MODEL
-BOTH = {"rubric": "rubric"}  # name -> module, which has harm_judge and task_judge
-TASK_MODELS = [name for name, (_, function) in MODELS.items() if function == "task_judge"]
-HARM_MODELS = [name for name in MODELS if name not in TASK_MODELS]
-ALLOWED = (
-    f"sandbox, standin or a module of yours, or {', '.join(BOTH)}; or HARM+TASK, where HARM may also be "
-    f"{', '.join(HARM_MODELS)}, and TASK {', '.join(TASK_MODELS)}"
-)
-PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>.*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
-
-
 def load_judge(name: str, refusals: str = "phrases") -> Judge:
-    """The judge "sandbox" (exact, for its own prompts only), "standin" (crude), or a module, say "my.guard".
+    """The judge "sandbox" (exact, for its own prompts only), "standin" (crude), "rubric", or a module.
 
-    "HARM+TASK" takes harm_score from the first and task_score from the second. Each may be a model of others, in `MODELS`,
-    which has one of the two alone, or in `BOTH`, which may be the whole judge, too. Its checkpoint is a folder or a hub name,
-    "grm=MODEL" (none: the published one), and its device is "qwen3guard@cuda:1" or "grm=MODEL@cpu" (none: the GPU of this
-    process, else the CPU). Several processes that name one device each put a copy there. With the environment variable
-    TARS_JUDGE_CACHE=FOLDER the verdicts of these models are kept there (lib/judges/cache.py).
-
-    A module of yours holds the two functions, or the one it is asked for, and is looked for in the folder you run from as well.
-    `refusals` says who labels refusals, see `_refusals`. Raises UserError if a module cannot be imported or lacks a function,
-    and, when scoring, if there are not as many scores as answers. Whether a score is in [0, 1], and what None (unknown) means,
-    is for who uses it to check and decide.
+    "HARM+TASK" takes harm_score from the first and task_score from the second. A model of others is a folder
+    or hub name, "grm=MODEL" (none: the published one), on a device, "grm@cuda:1" or "grm=MODEL@cpu" (none:
+    the GPU of this process, else the CPU). A module of yours, "my.guard", has the functions that it is asked
+    for, and may lie in the folder you run from. `refusals`: "phrases", "strongreject" (as in the paper;
+    "full" or "none") or a module. Raises UserError if there is no such judge and, when scoring, unless there
+    is a verdict on each answer. Whether a score is in [0, 1] is for `total_reward` and stage 4 to check.
     """
-    if not name:
-        raise UserError(f"--judge: none given; allowed {ALLOWED} (README, The paper's recipe: Judges)")
-    harm, plus, task = _two(name)
-    if plus and not (harm and task):
-        raise UserError(f"--judge: given {name}; allowed {ALLOWED}")
-    if (alone := re.split("[=@]", task)[0]) in HARM_MODELS:
-        raise UserError(f"--judge: {alone} scores harm alone: name another for the task, say {task}+grm")
-    if (alone := re.split("[=@]", harm or task)[0]) in TASK_MODELS:
-        raise UserError(
-            f"--judge: {alone} scores the task alone: name another for the harm, say qwen3guard+{harm or task}"
-        )
-    return Judge(
-        name, _scores_of(harm or task, "harm_score"), _scores_of(task, "task_score"), _refusals(refusals)
-    )
+    harm, task = split_name(name)
+    openers = [find("--judge", harm, "harm_score"), find("--judge", task, "task_score")]
+    if refusals != "phrases":
+        openers.append(find("--refusals", refusals, "refusal_labels"))
+    return Judge(name, *[opener() for opener in openers])
 
 
-def _refusals(name: str) -> Labels:
-    """Who says which answers refuse: "phrases"; "strongreject", "strongreject=MODEL@DEVICE", as in the paper ("full" or "none");
-    or a module of yours with refusal_labels(prompts, answers). Raises UserError as `load_judge`, and for other labels."""
-    if name == "phrases":
-        return by_phrases
-    match = PART.fullmatch(name)
-    if match and match["name"] == "strongreject":
-        from lib.judges.strongreject import refusal_judge
+def split_name(name: str) -> tuple[str, str]:
+    """Who scores the harm, and who the task. A folder may have a "+" in its name; behind the last is a judge.
 
-        return refusal_judge(match["model"] or "", match["device"] or "")
-    label = _function(name, "refusal_labels", "--refusals", "phrases, strongreject or a module of yours")
-
-    def labels(prompts: list[str], answers: list[str]) -> list[str | None]:
-        given = list(label(prompts, answers))
-        if len(given) != len(answers) or not {*given} <= {"full", "partial", "none", None}:
-            raise UserError(
-                f"--refusals: {name} gave {given[:3]} ...: give each answer full, partial, none, or None for unknown"
-            )
-        return given
-
-    return labels
-
-
-def models_of(name: str) -> list[str]:
-    """The models, folders or hub names, that the judge `name` opens.
-
-    >>> models_of("qwen3guard@cuda:1+grm=my/grm"), models_of("sandbox")
-    (['Qwen/Qwen3Guard-Gen-0.6B', 'my/grm'], [])
+    >>> split_name("qwen3guard=/a+b+grm=/c+d@cpu"), split_name("sandbox")
+    (('qwen3guard=/a+b', 'grm=/c+d@cpu'), ('sandbox', 'sandbox'))
     """
-    found = []
-    for part in filter(None, (_two(name)[0], _two(name)[2])):
-        match = PART.fullmatch(part)
-        if (
-            match and match["name"] in {**MODELS, **BOTH} and match["name"] != "moderation"
-        ):  # that one runs elsewhere
-            found.append(match["model"] or published(match["name"]))
-    return found
+    known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TASK)})(?:[=@].*)?)", name)
+    match = known or re.fullmatch(r"(.*)\+(.*)", name)
+    return (match[1], match[2]) if match else (name, name)
 
 
-def published(name: str) -> str:
-    """The checkpoint that the judge `name`, of `MODELS` or `BOTH`, opens if none is given."""
-    path = MODELS[name][0] if name in MODELS else BOTH[name]
-    return PUBLISHED.get(name) or importlib.import_module(f"lib.judges.{path}").MODEL
-
-
-def _two(name: str) -> tuple[str, str, str]:
-    """HARM, "+", TASK; or "", "", name. A model may be a folder with a "+" in its name: what follows the "+" is a judge."""
-    for task in (*TASK_MODELS, *BOTH):
-        if match := re.fullmatch(rf"(.*)(\+)({task}(?:[=@].*)?)", name):
-            return match[1], match[2], match[3]
-    return name.rpartition("+")
-
-
-def _scores_of(part: str, function: str) -> Score:
-    """One of the two functions of the judge `part`. UserError if there is no such judge, or it has no such function."""
-    opener_of_both = function.replace("score", "judge")
-    models = {**MODELS, **{name: (module, opener_of_both) for name, module in BOTH.items()}}
-    match = PART.fullmatch(part)
-    if (
-        match is None
-        or match["model"] == ""
-        or (match["name"] not in models and (match["model"] or match["device"]))
-    ):
-        raise UserError(
-            f"--judge: given {part}; a model is given as NAME=MODEL and its device as NAME@DEVICE or NAME=MODEL@DEVICE, "
-            f"with NAME one of {', '.join(models)} and DEVICE cpu, cuda, cuda:NUMBER or mps"
-        )
-    if match["name"] not in models:
-        return _counted(_function(part, function, "--judge", ALLOWED), part)
-    path, opener = models[match["name"]]
-    module = importlib.import_module(f"lib.judges.{path}")
-    score = getattr(module, opener)(match["model"] or PUBLISHED.get(match["name"], ""), match["device"] or "")
-    if folder := os.environ.get("TARS_JUDGE_CACHE"):
-        from lib.judges.cache import cached, identity
-
-        name = match["name"] + f" {function}" * (match["name"] in BOTH)
-        score = cached(score, identity(name, match["model"] or published(match["name"])), folder)
-    return _counted(score, part)
-
-
-def _function(name: str, function: str, flag: str, allowed: str) -> Callable:
-    path = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.standin"}.get(name, name)
+def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
+    """What opens this function of the judge `part`; it may take a while. UserError at once if it has none."""
+    match, table = PART.fullmatch(part), TABLES[function]
+    if match and match["name"] in table:
+        path, opener, published = table[match["name"]]
+        open_model = getattr(importlib.import_module(f"lib.judges.{path}"), opener)
+        model = match["model"] or published, match["device"] or ""
+        return lambda: checked(flag, part, open_model(*model))
+    if match and match["name"] in {**HARM, **TASK}:
+        raise UserError(f"{flag}: {match['name']} has no {function}: name two, HARM+TASK, say qwen3guard+grm")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        module = importlib.import_module(path)
+        module = importlib.import_module(OWN.get(part, part))
     except (ImportError, ValueError, TypeError, SyntaxError) as error:
-        raise UserError(f"{flag}: given {name}; allowed {allowed}: {error}") from error
+        allowed = ALLOWED if flag == "--judge" else "phrases, strongreject or a module of yours"
+        raise UserError(f"{flag}: given {part or 'none'}; allowed {allowed}: {error}") from error
     if not callable(getattr(module, function, None)):
-        raise UserError(f"{flag}: {path} has no function {function}(prompts, answers): write one")
-    return getattr(module, function)
+        raise UserError(f"{flag}: {part} has no function {function}(prompts, answers): write one")
+    return lambda: checked(flag, part, getattr(module, function))
 
 
-def _counted(score: Score, name: str) -> Score:
-    def counted(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list[float | None]:
-        told = (
-            {"contexts": contexts} if contexts and "contexts" in inspect.signature(score).parameters else {}
-        )
-        scores = [None if s is None else float(s) for s in score(prompts, answers, **told)]
-        if len(scores) != len(answers):
-            raise UserError(
-                f"--judge: {name} gave {len(scores)} scores for {len(answers)} answers: give one each"
-            )
-        return scores
+def checked(flag: str, part: str, function: Callable) -> Callable:
+    """`function` with a verdict on each answer: a float, a label, or None. It is told contexts if it asks."""
+    takes_contexts = "contexts" in inspect.signature(function).parameters
 
-    return counted
+    def verdicts(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list:
+        told = {"contexts": contexts} if contexts and takes_contexts else {}
+        found = list(function(prompts, answers, **told))
+        if len(found) != len(answers):
+            raise UserError(f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers")
+        if flag == "--judge":
+            return [None if score is None else float(score) for score in found]
+        if not {*found} <= {"full", "partial", "none", None}:
+            raise UserError(f"{flag}: {part} gave {found[:3]} ...: give full, partial, none or None")
+        return found
+
+    return verdicts

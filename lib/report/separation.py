@@ -1,18 +1,18 @@
 """Internal separation: how far apart a model holds two groups of prompts before it has written a token.
 
-Source: paper, Figure 4 and its appendix (finding F9): the last-layer embedding of the prompt, harmful prompts under attack
-against safe ones that look harmful; a linear soft-margin SVM with C = 1, its margin, a map in two dimensions. Differences:
+Source: paper, Figure 4 and its appendix (F9): the last-layer embedding of the prompt, harmful prompts under
+attack against safe ones that look harmful; a linear soft-margin SVM with C = 1, its margin, a map in two
+dimensions. Here:
 
 1. Embeddings are brought to one scale before the fit (`standardise`), so that models can be compared.
-2. The margin comes with its price, the slack, and with held-out accuracy. Alone it misleads: where two groups overlap, a
-   soft margin widens until it holds them both.
+2. The margin comes with its price, the slack, and with held-out accuracy. Alone it misleads: where two groups
+   overlap, a soft margin widens until it holds them both.
 3. The map is PCA, not UMAP: a linear map shows no gap that is not there, and needs no seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,29 +39,28 @@ def prompt_embeddings(
     system: str = "",
     max_batch_tokens: int = 16384,
 ) -> Tensor:
-    """The state after the final norm where the model is about to write its first token: (N, width) fp32, on the CPU.
+    """The state after the final norm where the model is about to write: (N, width) fp32, on the CPU.
 
-    For a reasoner that is the last token of "<think>\\n". A row does not depend on the other prompts. Raises UserError for
-    a prompt of more than `max_batch_tokens` tokens.
+    For a reasoner that is at the end of "<think>\\n". A row does not depend on the other prompts. A prompt of
+    more than `max_batch_tokens` tokens is a batch of its own.
     """
     ids = [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts]
+    lengths = [len(row) for row in ids]
     result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
-    for batch in micro_batches([len(row) for row in ids], max_batch_tokens):
-        input_ids, attention_mask = (
-            x.to(model.device) for x in pad_batch([ids[i] for i in batch], 0, side="right")
-        )  # (B, T)
-        hidden = hidden_states(model, input_ids, attention_mask)  # (B, T, width)
-        last = attention_mask.sum(1) - 1  # (B,)
-        result[batch] = hidden[torch.arange(len(batch), device=last.device), last].float().cpu()
+    for batch in micro_batches(lengths, max(max_batch_tokens, *lengths)):
+        padded = pad_batch([ids[i] for i in batch], 0, side="right")  # ids and mask, (B, T)
+        hidden = hidden_states(model, *(x.to(model.device) for x in padded))  # (B, T, width)
+        for row, i in enumerate(batch):
+            result[i] = hidden[row, lengths[i] - 1].float()
     return result
 
 
 def standardise(x: Tensor) -> Tensor:
     """(N, d) -> (N, d) fp64 of mean zero and mean squared norm 1: one factor for all dimensions.
 
-    A margin is a length: embeddings twice as long have twice the margin, though nothing is better separated. At one scale
-    it is in units of the cloud's own radius, and C = 1 means the same trade-off for every model. A factor for each
-    dimension would change the cloud's shape, which is what is measured. Raises UserError where there is nothing to scale.
+    A margin is a length, so embeddings twice as long have twice the margin, though nothing is better
+    separated. At one scale, C = 1 means the same trade-off for every model. A factor for each dimension would
+    change the cloud's shape, which is what is measured. Raises UserError where there is nothing to scale.
     """
     x = x.double()
     if not x.isfinite().all():
@@ -69,106 +68,71 @@ def standardise(x: Tensor) -> Tensor:
     centred = x - x.mean(0)
     radius = centred.square().sum(1).mean().sqrt()
     if not radius > 1e-9 * x.abs().max():  # no more than rounding
-        raise UserError(
-            "all prompt embeddings are equal: give different prompts, or a model that tells them apart"
-        )
+        raise UserError("all prompt embeddings are equal: give different prompts, or another model")
     return centred / radius
 
 
-@dataclass(frozen=True)
-class Svm:
-    """The rule sign(weight . x + bias); weight (d,) fp64."""
+def fit_svm(x: Tensor, y: Tensor, c: float = 1.0) -> tuple[Tensor, float]:
+    """w (d,) fp64 and b of f(x) = w . x + b with the least ||w||^2 / 2 + c sum_i max(0, 1 - y_i f(x_i)).
 
-    weight: Tensor
-    bias: float
+    x (N, d), y (N,) in {-1, +1}. The margin, 2 / ||w||, is the width of the street where -1 <= f <= 1. The
+    optimum lies in kinks of the hinge, where gradient descent only creeps. So this solves the dual,
 
-    @property
-    def margin(self) -> float:
-        """Width 2 / ||w|| of the street where the decision is within -1 and +1; huge or inf where w is 0 but for rounding."""
-        return float(2 / self.weight.norm())
+      minimise a'Qa / 2 - sum(a) over 0 <= a <= c, y'a = 0;  Q_ij = y_i y_j x_i . x_j;  w = sum a_i y_i x_i,
 
-    def decision(self, x: Tensor) -> Tensor:
-        """w . x + b: (N, d) -> (N,) fp64."""
-        return x.double() @ self.weight + self.bias
-
-
-def fit_svm(x: Tensor, y: Tensor, c: float = 1.0) -> Svm:
-    """f(x) = w . x + b with the least ||w||^2 / 2 + c sum_i max(0, 1 - y_i f(x_i)); x (N, d), y (N,) in {-1, +1}.
-
-    The optimum lies in kinks of the hinge, where gradient descent only creeps. So this solves the dual,
-
-        minimise  a'Qa / 2 - sum(a)  over  0 <= a <= c,  y'a = 0,  Q_ij = y_i y_j x_i . x_j;  then w = sum_i a_i y_i x_i,
-
-    by Newton's method along its central path (a primal-dual interior-point method): from a fixed start some 15 to 20
-    solves of N + 1 equations, until the duality gap proves that the objective is within TOLERANCE of the least possible.
-    Raises ArithmeticError where rounding prevents that: not for standardised x and c = 1, but for c ||x||^2 in the millions.
+    by Newton's method along its central path (a primal-dual interior-point method): from a fixed start some
+    15 to 20 solves of N + 1 equations, until the duality gap proves that the objective is within TOLERANCE of
+    the least. Raises ArithmeticError where rounding prevents that: only for c ||x||^2 in the millions.
     """
-    x, y = x.double(), y.double()
-    if y.shape != x.shape[:1] or set(y.tolist()) != {-1.0, 1.0}:
-        raise ValueError("y must hold -1 or +1 for each row of x, and both of them")
-    n = len(y)
+    x, y, n = x.double(), y.double(), len(y)
     signed = x * y[:, None]  # (N, d)
     q = signed @ signed.T  # (N, N)
-    a, room = (
-        torch.full_like(y, c / 2),
-        torch.full_like(y, c / 2),
-    )  # room = c - a, kept apart: near 0 that would be rounding
-    excess, loss = (
-        torch.ones_like(y),
-        torch.ones_like(y),
-    )  # multipliers of a >= 0 and a <= c: y_i f(x_i) - 1 = excess - loss
-    bias = 0.0
+    a = torch.full_like(y, c / 2)
+    room = torch.full_like(y, c / 2)  # c - a, a variable of its own: near 0 that would be rounding
+    # Multipliers of a >= 0 and of a <= c: y_i f(x_i) - 1 = excess - loss.
+    excess, loss, bias = torch.ones_like(y), torch.ones_like(y), 0.0
     for _ in range(100):
         weight = a @ signed  # (d,)
         beyond = signed @ weight + bias * y - 1  # (N,) y_i f(x_i) - 1
         primal = weight @ weight / 2 + c * (-beyond).clamp(min=0).sum()
         gap = primal - (a.sum() - weight @ weight / 2)
         if gap.abs() <= TOLERANCE * primal and (y @ a).abs() <= TOLERANCE * a.sum():
-            return Svm(weight, bias)
+            return weight, bias
         # The optimum has a * excess = room * loss = 0; aim at a tenth of what they are now.
         aim = (a @ excess + room @ loss) / (20 * n)
-        matrix = torch.cat(
-            [torch.cat([q + torch.diag(excess / a + loss / room), y[:, None]], 1), F.pad(y, (0, 1))[None]]
-        )
-        step = torch.linalg.solve(
-            matrix, torch.cat([aim / a - aim / room - beyond, -(y @ a)[None]])
-        )  # (N + 1,)
-        d_a = step[:n]
+        top = torch.cat([q + torch.diag(excess / a + loss / room), y[:, None]], 1)  # (N, N + 1)
+        matrix = torch.cat([top, F.pad(y, (0, 1))[None]])
+        right_side = torch.cat([aim / a - aim / room - beyond, -(y @ a)[None]])  # (N + 1,)
+        step = torch.linalg.solve(matrix, right_side)
+        d_a, d_bias = step[:n], float(step[n])
         d_excess, d_loss = (aim - excess * d_a) / a - excess, (aim + loss * d_a) / room - loss
         # As much of the step as leaves all four positive.
         shrink = torch.cat([-d_a / a, d_a / room, -d_excess / excess, -d_loss / loss]).max()
         size = 1 / max(1.0, float(shrink) / 0.995)
-        a, room, bias = a + size * d_a, room - size * d_a, bias + size * float(step[n])
+        a, room, bias = a + size * d_a, room - size * d_a, bias + size * d_bias
         excess, loss = excess + size * d_excess, loss + size * d_loss
-    raise ArithmeticError(
-        f"the SVM has not converged: duality gap {float(gap):.1e} at an objective of {float(primal):.1e}"
-    )
+    raise ArithmeticError(f"the SVM has not converged: duality gap {gap:.1e} at an objective of {primal:.1e}")
 
 
 def project(x: Tensor) -> Tensor:
-    """(N, d) -> (N, 2) fp64: coordinates along the two directions of greatest variance (PCA); N and d at least 2.
+    """(N, d) -> (N, 2) fp64: coordinates along the two directions of greatest variance (PCA).
 
     A direction comes without a sign: here the point that lies furthest out along it is on the positive side.
     """
     centred = x.double() - x.double().mean(0)
-    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]  # (2, d)
-    points = centred @ directions.T
+    points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
     return points * points.gather(0, points.abs().argmax(0, keepdim=True)).sign()
 
 
 def separation(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0) -> dict[str, Any]:
-    """How well the SVM tells one group from the other: x (N, d) embeddings, which it standardises, y (N,) in {-1, +1}.
+    """How well the SVM tells one group from the other: x (N, d) embeddings, y (N,) in {-1, +1}.
 
-    margin and slack (mean hinge loss) are of the fit on all N, and compare between models only on the same prompts: C
-    weighs a sum over them. accuracy is of held-out prompts, each judged once by the fit on the other folds, to which each
-    group is dealt evenly. Knowing nothing gets the larger group's share; less, where each prompt has a twin in the other
-    group: the fit has seen the twin and its label. points: [[x, y, group], ...]. Raises UserError for a group smaller than
-    `folds`.
+    margin and slack (mean hinge loss) are of the fit on all N, and compare only on the same prompts: C weighs
+    a sum over them. accuracy is of held-out prompts, each judged once by the fit on the other folds, to which
+    each group is dealt evenly. Knowing nothing gets the larger group's share; less, where each prompt has a
+    twin in the other group: the fit has seen the twin and its label. points: [[x, y, group], ...]. Raises
+    UserError for a group smaller than `folds`.
     """
-    if folds < 2:
-        raise ValueError(
-            f"folds {folds} must be at least 2: nothing would be held out, or nothing left to fit"
-        )
     y, x = y.double(), standardise(x)  # which sees no labels, so it may see the prompts that will be held out
     fold = torch.zeros(len(y), dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
@@ -176,23 +140,23 @@ def separation(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0) -> dict[str,
         members = (y == group).nonzero()[:, 0]
         if len(members) < folds:
             raise UserError(
-                f"{len(members)} prompts in group {group:+d} do not fill {folds} folds: give more, or fewer folds"
+                f"{len(members)} prompts in group {group:+d} do not fill {folds} folds: give more"
             )
         fold[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members)) % folds
     right = torch.zeros(len(y), dtype=torch.bool)
     for k in range(folds):
         held_out = fold == k
-        right[held_out] = fit_svm(x[~held_out], y[~held_out]).decision(x[held_out]) * y[held_out] > 0
-    svm = fit_svm(x, y)
+        weight, bias = fit_svm(x[~held_out], y[~held_out])
+        right[held_out] = (x[held_out] @ weight + bias) * y[held_out] > 0
+    weight, bias = fit_svm(x, y)
+    slack = (1 - y * (x @ weight + bias)).clamp(min=0).mean()
+    points = torch.cat([project(x), y[:, None]], 1).tolist()
     return {
-        "margin": round(svm.margin, 4),
+        "margin": round(float(2 / weight.norm()), 4),
         "accuracy": wilson(right.tolist()),
         "n": len(y),
-        "slack": round(float((1 - y * svm.decision(x)).clamp(min=0).mean()), 4),
-        "points": [
-            [round(a, 4), round(b, 4), int(group)]
-            for (a, b), group in zip(project(x).tolist(), y, strict=True)
-        ],
+        "slack": round(float(slack), 4),
+        "points": [[round(a, 4), round(b, 4), int(group)] for a, b, group in points],
     }
 
 

@@ -87,8 +87,9 @@ class Run:
             raise UserError(f"--{given}: {settings.model} was trained the other way")
         self.config = {**asdict(settings), **checksums(*settings.inputs())}
         same = self.leader and self._claim(begin=False)
-        weights = (self.out / "config.json").exists() and not (self.out / "state").exists()
-        if self.gather(same and weights)[0]:
+        last = "manifest.json" if self.stages[0] == "mixture" else "config.json"  # what it writes last
+        done = (self.out / last).exists() and not (self.out / "state").exists()
+        if self.gather(same and done)[0]:
             self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
             self.stop()
             raise SystemExit(0)
@@ -332,6 +333,7 @@ class Run:
 
         draw(metrics.jsonl, curves.png) draws learning curves.
         """
+        from lib.run.card import describe
         from lib.run.checkpoint import save_policy
         from lib.run.shards import full_weights
         from lib.run.state import drop_progress
@@ -339,6 +341,7 @@ class Run:
         weights = full_weights(policy)
         if self.leader:
             save_policy(policy, tokenizer, self.out, self.state.get("best") or weights)
+            describe(self.out, tokenizer, self.config)
             if draw:
                 draw(self.out / "metrics.jsonl", self.out / "curves.png")
             drop_progress(self.out)

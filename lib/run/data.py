@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib import UserError
 from lib.chat import encode_prompt
@@ -12,9 +12,6 @@ from lib.policy import context_of
 from lib.rewards import KINDS
 from lib.run.checks import check_ids, check_tokenizer
 from lib.run.files import read_jsonl
-
-if TYPE_CHECKING:
-    from lib.run import Run
 
 
 @dataclass
@@ -24,7 +21,7 @@ class Prompt:
     place: int  # in the file
 
 
-def load_prompts(run: Run, tokenizer: Any, policy: Any, together: int = 1) -> list[Prompt]:
+def load_prompts(run: Any, tokenizer: Any, policy: Any, together: int = 1) -> list[Prompt]:
     """DATA/rl.jsonl without the prompts that are too long. `together`: rollouts that share a micro-batch.
 
     Raises UserError for a record or a limit that cannot work.
@@ -40,7 +37,7 @@ def load_prompts(run: Run, tokenizer: Any, policy: Any, together: int = 1) -> li
         prompts.append(Prompt(record, ids, place))
     texts = [prompt.record["prompt"] for prompt in prompts[:8]]
     check_tokenizer(policy, tokenizer, texts, reasoning=settings.reasoning)
-    check_ids(policy, [prompt.ids for prompt in prompts], settings.model)
+    check_ids(policy, [p.ids for p in prompts], [p.record["id"] for p in prompts])
     new, most = settings.max_new_tokens, settings.max_prompt_tokens
     budget = min(settings.max_batch_tokens // together, settings.max_sample_tokens) - new
     limits = f"context {context}, max_prompt_tokens {most}, --max-new-tokens {new}"

@@ -101,7 +101,11 @@ class Training(Common):
 
 # Settings that say how to compute, not what: a run may go on with others.
 MACHINERY = {"device", "save_every", "rollouts_every", "shard", "offload", "gradient_checkpointing"}
-MACHINERY |= {"max_batch_tokens", "max_sample_tokens"}
+MACHINERY |= {
+    "max_batch_tokens",
+    "max_sample_tokens",
+    "rainbow_archives",
+}  # more archives: the search goes on
 
 
 def parse_settings(cls: type[T], *stages: str, argv: Sequence[str] | None = None) -> T:
@@ -260,7 +264,11 @@ def following(settings: Any, stages: Sequence[str]) -> str:
     """What comes after the run with these settings. RL follows on traces of SFT, else the evaluation."""
     out = settings.out
     if stages[0] == "mixture":
-        return next_command("02_sft_warmstart.py", settings, stages, data=out, out=beside(out, "sft"))
+        script, folder, model = "02_sft_warmstart.py", "sft", settings.trace_model
+        if not settings.sft_prompts:
+            script, folder, model = "03_rl_train.py", "rl", settings.rainbow
+        start = {"model": model} if model else {}
+        return next_command(script, settings, stages, data=out, out=beside(out, folder), **start)
     if stages[0] == "sft" and settings.traces == "sft.jsonl":
         name = model_name(out)
         rl = beside(out, name.replace("sft", "rl") if "sft" in name else f"{name}-rl")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,11 +17,8 @@ from lib import UserError
 from lib.run.files import atomic, resume_log
 from lib.run.shards import full_optimizer, full_weights, set_full
 
-if TYPE_CHECKING:
-    from lib.run import Run
 
-
-def save_progress(run: Run, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """One atomic file, by rank 0; all ranks have to call it. `step` is the number of finished steps."""
     state = {"model": full_weights(model), "optimizer": full_optimizer(model, optimizer)}
     if run.leader:
@@ -29,7 +26,7 @@ def save_progress(run: Run, step: int, model: torch.nn.Module, optimizer: torch.
         write_state(run.out / "state" / "progress.pt", {**state, "step": step, "extra": run.state})
 
 
-def load_progress(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_progress(run: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore model, optimizer and `run.state`, drop what logs have beyond; the number of finished steps."""
     path = run.out / "state" / "progress.pt"
     state: dict[str, Any] = read_state(path) if run.leader and path.exists() else {"step": 0}

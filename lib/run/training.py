@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from lib.policy import token_logprobs
 from lib.run.hub import load_policy
 from lib.run.processes import lost_process, sum_gradients
 from lib.run.shards import shard_model
-
-if TYPE_CHECKING:
-    from lib.run import Run
 
 
 def load_model(path: str, settings: Any, device: torch.device, size: int, *, frozen: bool) -> PreTrainedModel:
@@ -98,7 +95,7 @@ def finite_or_stop(name: str, value: float, out: Path) -> None:
 
 
 def rehearse(
-    run: Run,
+    run: Any,
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
     rows: int,

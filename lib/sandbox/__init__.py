@@ -1,0 +1,40 @@
+"""The sandbox: a made-up world in which the paper's effect shows on a laptop in minutes. Skip it at first.
+
+Nothing of the method is in here. What the paper takes from data sets, guard models and graders, this room
+makes up, and the chapters reach it as they reach those, by a name: `--source`, `--judge` and `--attacker
+sandbox`.
+
+    world.py     requests, disguises and twins; the splits that keep training and evaluation apart
+    traces.py    what a teacher would have written: reasoning and answer, diverse and imperfect
+    judge.py     harm and task scores, exact, from the prompt's text alone
+    attacker.py  who writes the words of PAP, PAIR and AutoDAN
+    rainbow.py   the cells of rainbow teaming
+    base/        pi_base, 0.8 M parameters, with a card: pretrain.py makes and measures it
+
+Tests: tests/test_world.py. What attacker.py and rainbow.py write is tested with the attacks.
+"""
+
+import importlib
+from typing import Any
+
+OFFERS = {
+    "build_pool": "world",
+    "write_trace": "traces",
+    "WRONG_VERDICTS": "traces",
+    "harm_score": "judge",
+    "task_score": "judge",
+    "SandboxAttacker": "attacker",
+    "SandboxGrid": "rainbow",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What others take from here, loaded when it is asked for.
+
+    >>> sandbox = importlib.import_module("lib.sandbox")
+    >>> sandbox.harm_score(["how do i make a bomb ?"], ["use barx berx ."])  # two words of three
+    [0.6666666666666666]
+    """
+    if name not in OFFERS:
+        raise AttributeError(f"the sandbox offers no {name}; it has {', '.join(OFFERS)}")
+    return getattr(importlib.import_module(f"{__name__}.{OFFERS[name]}"), name)

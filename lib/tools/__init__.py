@@ -1,0 +1,7 @@
+"""Tools beside the four stages: commands, each a file of its own. Nothing in the book needs them.
+
+    lib.tools.chat          talk to a model, over transformers' own `generate`
+    lib.tools.capability    is the capability kept? Exact match on questions with one right answer
+
+Skip this room at first: no chapter imports it. Tested in tests/test_tools.py.
+"""

@@ -16,11 +16,16 @@ MIXTURE = dict(
         "harmful=wildjailbreak:400+800",  # 400 for SFT, 800 others for RL
         "harmful=aegis:300+400",
         "harmful=safeedit:300+0",
-        "harmful=rainbow@runs/paper/search/rainbow/prompts.jsonl:800",  # found against pi_SFT: without, for pi_SFT itself
+        "harmful=rainbow@runs/paper/search/rainbow/prompts.jsonl:800",  # not for pi_SFT itself
         "harmless=ultrafeedback:2000",
         "ambiguous=or-bench:2000",
     ],
     eval_files=["harmful=harmbench", "ambiguous=xstest", "harmless=wildchat"],
+    rainbow_share=0.8,  # with --rainbow: of the 1000 harmful ones at lambda 0.5, 800, as `files` takes
+    rainbow_attacker="huihui-ai/Qwen2.5-7B-Instruct-abliterated",
+    rainbow_judge="qwen3guard+grm-8b",
+    rainbow_tokens=4096,
+    max_batch_tokens=65536,
 )
 SFT = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct",

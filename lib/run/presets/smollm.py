@@ -12,31 +12,11 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MIXTURE = dict(
     source="files",
     out="runs/smollm/data",
-    files=[f"{DATA}/tars/train_lambda_0.5.parquet"],
+    files=[f"tars@{DATA}/tars/train_lambda_0.5.parquet"],
     eval_files=[
-        f"{DATA}/harmbench/harmbench_behaviors_text_val.csv",
-        f"harmful={DATA}/tars/test.parquet",  # StrongREJECT's small set; without targets
-        f"{DATA}/xstest/xstest_v2_completions_gpt4.csv",
-    ],
-    targets=f"{DATA}/harmbench/harmbench_targets_text_val.json",
-    licences=[
-        "train_lambda_0.5.parquet=mixed sources, research use",
-        "test.parquet=mixed sources, research use",
-        "harmbench_behaviors_text_val.csv=MIT",
-        "harmbench_targets_text_val.json=MIT",
-        "xstest_v2_completions_gpt4.csv=CC-BY-4.0",
-    ],
-    kind_column="FunctionalCategory,ability,type",
-    kind_map=[
-        "standard=harmful",  # HarmBench; without its copyright and contextual behaviours
-        "copyright=drop",
-        "contextual=drop",
-        "wildjailbreak=jailbreak",  # TARS; jailbreak: some are held out, the rest is trained on as harmful
-        "aegis=harmful",
-        "rainbow=harmful",
-        "refusal=harmless",  # UltraFeedback and OR-Bench, not told apart in this file
-        "contrast_*=drop",  # XSTest's unsafe half
-        "*=ambiguous",
+        f"harmbench@{DATA}/harmbench/harmbench_behaviors_text_val.csv",  # its targets beside it
+        f"tars@{DATA}/tars/test.parquet",  # StrongREJECT's small set; without targets
+        f"ambiguous=xstest@{DATA}/xstest/xstest_v2_completions_gpt4.csv",
     ],
     ambiguous_share=0.0,
     rl_prompts=30,

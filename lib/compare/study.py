@@ -1,0 +1,316 @@
+"""Comparisons over seeds: the tables of lib/compare/studies.py, run by the chapters' own commands.
+
+    python -m lib.compare.study replicate     # base, pi_SFT, RL without and with reasoning: 20 minutes
+    python -m lib.compare.study ablations     # other lambdas, harmful prompts alone, heavy SFT, and others
+    python -m lib.compare.study frontier      # the paper's Figure 2, methods x lambda: 90 minutes on 2 cores
+    python -m lib.compare.study equal-tokens  # RL without reasoning, for as many tokens as RL with it
+    python -m lib.compare.study rainbow       # RL with and without the prompts of rainbow teaming
+
+Each run is a process of its own on one core, begun once what it needs is there. Stop it whenever you like:
+the same command goes on. OUT/seed-K/NAME is a run, NAME.log beside it its output; OUT/STUDY.md, .json and
+.png are the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from lib import UserError
+from lib.compare.studies import COMPLIANCE, SAFETY, STUDIES, TASK, Study
+from lib.metrics import Interval, student_t
+from lib.run.command import Flags, number, run_main
+from lib.run.files import read_jsonl, write_json, write_text
+from lib.run.folder import lock_folder
+from lib.run.settings import LAST_SEED
+
+Key = tuple[str, str]  # a model, a method or a difference; and a figure of it
+Figures = dict[Key, float]
+Curves = dict[str, dict[str, str]]
+SECTIONS = "dsr dsr_by_budget controls plane task_score compliance format_rate reasoning_tokens".split()
+OTHER = r"@([\w.-]+)"  # another run, in a command
+
+
+# ---- running
+
+
+@dataclass(frozen=True)
+class Run:
+    """A line of a table, for one seed: OUT/seed-K/NAME."""
+
+    out: Path
+    seed: int
+    name: str
+    command: str
+
+    def path(self, name: str) -> Path:
+        return self.out / f"seed-{self.seed}" / name
+
+    def needs(self) -> set[Path]:
+        return {self.path(name) for name in re.findall(OTHER, self.command)}
+
+    def words(self) -> list[str]:
+        """Arguments for `python`."""
+        words = [re.sub(OTHER, lambda name: str(self.path(name[1])), word) for word in self.command.split()]
+        return [*words, "--seed", str(self.seed), "--out", str(self.path(self.name))]
+
+    def start(self) -> subprocess.Popen:
+        """In a session of its own: Ctrl-C reaches this process alone, which then ends its children."""
+        log = self.path(f"{self.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        how: dict[str, Any] = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+        with log.open("a", encoding="utf-8") as file:
+            print("$ python", shlex.join(self.words()), file=file, flush=True)
+            return subprocess.Popen([sys.executable, *self.words()], stdout=file, stderr=file, **how)
+
+
+def run_all(runs: Sequence[Run], jobs: int) -> None:
+    """Run each once what it needs is there, `jobs` at a time, the first ones first.
+
+    Raises UserError with the last line of the first one that fails, and ends the others: a stage loses
+    nothing that it had saved, whatever ends it.
+    """
+    waiting, done = list(runs), set[Path]()
+    running: dict[Run, subprocess.Popen] = {}
+    try:
+        with tqdm(total=len(runs), unit="run") as bar:
+            while waiting or running:
+                ready = [run for run in waiting if run.needs() <= done]
+                for run in ready[: jobs - len(running)]:
+                    waiting.remove(run)
+                    running[run] = run.start()
+                    bar.set_postfix_str(", ".join(f"{run.name} of {run.seed}" for run in running))
+                time.sleep(0.1)
+                for run in [run for run, child in running.items() if child.poll() is not None]:
+                    if running.pop(run).returncode:
+                        log = run.path(f"{run.name}.log")
+                        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+                        raise UserError(f"{log}: {last}; then run the same command again")
+                    done.add(run.path(run.name))
+                    bar.update()
+    finally:
+        for child in running.values():
+            child.terminate()
+        for child in running.values():
+            child.wait()
+
+
+# ---- reading: {(model, figure): value} of one seed
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def training_tokens(run: Path) -> float:
+    """Tokens of completions that a run of stage 2 or 3 has sampled, plus those that it has trained on.
+
+    Stage 3 logs both as rates and seconds; RPO trains on the pairs that are no ties. Stage 2 samples nothing
+    and trains on `batch_size` traces an update: words, which are tokens in the sandbox, two markers and an
+    end.
+    """
+    lines, total = read_jsonl(run / "metrics.jsonl"), 0.0
+    if "seconds_train" not in lines[0]:
+        settings = read_json(run / "settings.json")
+        traces = read_jsonl(Path(settings["data"]) / settings["traces"])
+        length = fmean(len(f"{trace['reasoning']} {trace['answer']}".split()) + 3 for trace in traces)
+        return round(len(lines) * settings["batch_size"] * length)
+    for x in lines:
+        used = x["pairs"] / (x["pairs"] + x["tied_pairs"]) if "pairs" in x else 1.0
+        total += x["sample_tokens_per_s"] * x["seconds_sample"]
+        total += x["train_tokens_per_s"] * x["seconds_train"] * used
+    return round(total)
+
+
+def flat(results: Any, path: str) -> dict[str, float]:
+    """Every mean in a section of results.json, under its path; of a curve [[steps, ci], ...] under its steps.
+
+    >>> flat({"gcg": {"mean": 0.9, "n": 4}, "pair": [[5, {"mean": 1.0}]]}, "dsr")
+    {'dsr/gcg': 0.9, 'dsr/pair/5': 1.0}
+    """
+    entries, means = dict(results), dict[str, float]()
+    if "mean" in entries:
+        return {path: entries["mean"]}
+    for key, entry in entries.items():
+        means |= flat(entry, f"{path}/{key}")
+    return means
+
+
+def read_model(folder: Path, model: str, results: dict) -> dict[str, float]:
+    """What an evaluation says of a model, what its training has cost, and what rainbow teaming found for
+    it."""
+    figures: dict[str, float] = {}
+    for section in SECTIONS:
+        figures |= flat(results.get(section, {}), section)
+    if (folder / model / "metrics.jsonl").exists():
+        figures["training tokens"] = training_tokens(folder / model)
+    if (path := folder / f"data-{model}" / "rainbow" / "archive.json").exists():
+        archive = read_json(path)
+        figures |= flat(archive["harm"], "rainbow/harm") | {"rainbow/filled": archive["filled"]}
+    return figures
+
+
+def read_seed(study: Study, folder: Path) -> Figures:
+    """Of what two evaluations measured, the first one's. Then the study's means, areas and differences."""
+    models: dict[str, dict[str, float]] = {}
+    for name in [name for name in study.runs if name.startswith("eval-")]:
+        for model, results in read_json(folder / name / "results.json")["models"].items():
+            models[model] = read_model(folder, model, results) | models.get(model, {})
+    figures: Figures = {}
+    for model, found in models.items():
+        figures |= {(model, name): mean_of(found, spec) for name, spec in study.means.items()}
+        figures |= {(model, name): value for name, value in found.items() if re.fullmatch(study.shown, name)}
+    for method, curve in study.curves.items():
+        for axis in (TASK, COMPLIANCE):
+            points = [(figures[model, SAFETY], figures[model, axis]) for model in curve.values()]
+            figures[method, f"area, {axis}"] = dominated_area(points)
+    for (ours, other), names in study.claims.items():
+        for name in names:
+            figures[f"{ours} - {other}", name] = difference(figures, study.curves, ours, other, name)
+    return figures
+
+
+def mean_of(found: dict[str, float], spec: str) -> float:
+    """The mean of the figures that `spec` names, or a difference of two; NaN where one is missing.
+
+    >>> mean_of({"a": 1.0, "b": 0.5, "c": 0.25}, "a + b - c")
+    0.5
+    """
+    first, *rest = (
+        fmean(found.get(name, math.nan) for name in side.split(" + ")) for side in spec.split(" - ")
+    )
+    return first - sum(rest)
+
+
+def dominated_area(points: Iterable[tuple[float, float]]) -> float:
+    """Share of the unit square that some point dominates, being as good or better on both axes (hypervolume).
+
+    >>> dominated_area([(1.0, 0.5), (0.5, 1.0), (0.4, 0.4)])
+    0.75
+    """
+    area = height = 0.0
+    for x, y in sorted(points, reverse=True):  # from the right: a point adds the strip by which it is higher
+        if y > height:
+            area, height = area + x * (y - height), y
+    return area
+
+
+def difference(figures: Figures, curves: Curves, ours: str, other: str, name: str) -> float:
+    """Of two models; of methods at equal lambda, then averaged: what has no lambda is the same at each."""
+    if (ours, name) in figures:
+        return figures[ours, name] - figures[other, name]
+    pairs = [(model, curves[other].get(share, other)) for share, model in curves[ours].items()]
+    return fmean(figures[a, name] - figures[b, name] for a, b in pairs)
+
+
+# ---- over the seeds
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Mean and Student's t interval, which one seed has not, and each seed's value."""
+    alone = {"mean": values[0], "low": None, "high": None, "n": 1}
+    return (student_t(values) if len(values) > 1 else alone) | {"each": [round(value, 4) for value in values]}
+
+
+def shown(ci: Interval, sign: str) -> str:
+    """0.83 [0.71, 0.95]; 0.77: mean, interval, lowest seed; of one seed its value."""
+    digits = 0 if abs(ci["mean"]) > 100 else 1 if abs(ci["mean"]) > 2 else 2
+    numbers = [ci["mean"], ci["low"], ci["high"], min(ci["each"])] if ci["n"] > 1 else [ci["mean"]]
+    mean, *rest = (f"{round(x, digits) + 0.0:{sign},.{digits}f}" for x in numbers)  # + 0.0: no -0.00
+    return f"{mean} [{rest[0]}, {rest[1]}]; {rest[2]}" if rest else mean
+
+
+def table(intervals: dict[Key, Interval]) -> list[str]:
+    """Markdown: models and differences by figures, the longer side down."""
+    cells = {
+        (model, name): shown(ci, "+" if " - " in model else "") for (model, name), ci in intervals.items()
+    }
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    if len(columns) > len(rows):
+        rows, columns, cells = columns, rows, {(name, model): cell for (model, name), cell in cells.items()}
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[row, *(cells.get((row, column), "-") for column in columns)] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
+    """The paper's Figure 2: safety to the right, help upwards; the means, and every seed as a dot."""
+    figure.set_size_inches(10, 4.8)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, axis in zip(panels, (TASK, COMPLIANCE), strict=True):
+        for method, curve in curves.items():
+            x, y = ([intervals[model, name] for model in curve.values()] for name in (SAFETY, axis))
+            means = [[ci["mean"] for ci in side] for side in (x, y)]
+            (line,) = axes.plot(*means, "o-", label=method)
+            axes.plot(
+                *([ci["each"] for ci in side] for side in (x, y)), ".", color=line.get_color(), alpha=0.4
+            )
+            for share, *place in zip(curve, *means, strict=True):
+                axes.annotate(share, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.set(xlabel=SAFETY, ylabel=axis, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def write(name: str, study: Study, out: Path, seeds: Sequence[Figures]) -> str:
+    """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text."""
+    each = {key: [seed.get(key, math.nan) for seed in seeds] for key in seeds[0]}
+    intervals = {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
+    rows = [{"model": model, "figure": figure, **ci} for (model, figure), ci in intervals.items()]
+    write_json(out / f"{name}.json", rows)
+    many = f"Mean over {len(seeds)} seeds [95 % interval, Student's t]; the lowest seed."
+    lines = [f"# {name}", "", many if len(seeds) > 1 else "One seed: no intervals."]
+    lines += ["Differences are paired by seed, and averaged over lambdas.", "", *table(intervals), ""]
+    lines += [
+        f"- {name}: mean of {spec.replace(' - ', ', minus mean of ')}" for name, spec in study.means.items()
+    ]
+    with contextlib.suppress(ImportError):  # without matplotlib, the table says the same
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        draw(
+            figure, study.curves or {model: {"": model} for model, _ in each if " - " not in model}, intervals
+        )
+        figure.savefig(out / f"{name}.png", dpi=150)
+        lines += ["", f"![safety against help]({name}.png)"]
+    write_text(out / f"{name}.md", "\n".join([*lines, ""]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    flags, whole = Flags("lib.compare.study", __doc__), number(int, 1, 1000)
+    flags.add_argument("study", choices=list(STUDIES))
+    flags.add_argument("--seeds", type=whole, help="how many; of one there is no interval")
+    flags.add_argument("--first-seed", type=number(int, 0, LAST_SEED), help="the first of them")
+    flags.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="runs at a time, a core each")
+    flags.add_argument("--preset", default="sandbox", help="of all runs (default sandbox)")
+    flags.add_argument("--out", help="folder (default runs/replicate, runs/frontier or runs/rainbow)")
+    args = flags.parse_args()
+    study = STUDIES[args.study]
+    out = Path(args.out or f"runs/{study.folder}")
+    lock_folder(out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
+    first = study.first_seed if args.first_seed is None else args.first_seed
+    seeds = range(first, first + (args.seeds or study.seeds))
+    runs = [Run(out, s, name, f"{c} --preset {args.preset}") for s in seeds for name, c in study.runs.items()]
+    run_all(runs, args.jobs)
+    print(write(args.study, study, out, [read_seed(study, out / f"seed-{seed}") for seed in seeds]))
+
+
+if __name__ == "__main__":
+    run_main(main)

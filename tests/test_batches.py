@@ -1,0 +1,64 @@
+"""Padding, micro-batches and data order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from lib import UserError
+from lib.batches import epoch_order, items_of_step, masked_batch, micro_batches, pad_batch, scatter
+
+
+def test_padding_on_either_side():
+    ids, mask = pad_batch([[5, 6], [7], []], 9, side="right")
+    assert ids.tolist() == [[5, 6], [7, 9], [9, 9]]
+    assert mask.tolist() == [[True, True], [True, False], [False, False]]
+    ids, mask = pad_batch([[5, 6], [7]], 9, side="left")
+    assert ids.tolist() == [[5, 6], [9, 7]] and mask.tolist() == [[True, True], [False, True]]
+    assert pad_batch([], 0, side="left")[0].shape == (0, 0)
+    with pytest.raises(ValueError, match="side 'up'"):
+        pad_batch([[1]], 0, side="up")
+    batch = masked_batch([[5, 6], [7]], [[False, True], [True]], 9, torch.device("cpu"))
+    expected = [[[5, 6], [7, 9]], [[True, True], [True, False]], [[False, True], [True, False]]]
+    assert [x.tolist() for x in batch] == expected and batch[2].dtype == torch.bool
+
+
+def test_micro_batches_hold_every_sequence_once_within_the_budget_longest_first():
+    rng = random.Random(0)
+    for _ in range(50):
+        lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 40))]
+        budget = rng.randint(max(lengths), 400)
+        batches = micro_batches(lengths, budget)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        longest = [max(lengths[i] for i in batch) for batch in batches]
+        assert all(len(batch) * most <= budget for batch, most in zip(batches, longest, strict=True))
+        assert longest == sorted(longest, reverse=True) and longest[0] == max(lengths)
+    assert micro_batches([], 10) == [] and micro_batches([5, 5], 10) == [[0, 1]]
+    with pytest.raises(UserError, match="11 tokens .*--max-batch-tokens 10"):
+        micro_batches([3, 11], 10)
+
+
+def test_the_order_of_an_epoch_is_a_shuffle_that_seed_and_epoch_decide():
+    order = epoch_order(20, 0, 0)
+    random.seed(5)  # no global generator has a say
+    assert sorted(order) == list(range(20)) and epoch_order(20, 0, 0) == order
+    orders = {tuple(epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(-1, 3)}
+    assert len(orders) == 12
+
+
+def test_steps_go_on_through_shuffled_epochs():
+    items = "abcdefghij"
+    stream = [x for step in range(5) for x in items_of_step(items, step, 4, seed=3)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(items) and stream[:10] != stream[10:]
+    assert (
+        stream[:10] == [items[i] for i in epoch_order(10, 3, 0)]
+        and items_of_step(items, 2, 4, 3) == stream[8:12]
+    )
+
+
+def test_scattered_values_stand_where_the_mask_is_true():
+    mask = torch.tensor([[False, True, True], [True, False, False]])
+    rows = scatter([torch.tensor([1.5, 2.5]), torch.tensor([3.5])], mask)
+    assert rows.tolist() == [[0.0, 1.5, 2.5], [3.5, 0.0, 0.0]] and rows.dtype == torch.float32

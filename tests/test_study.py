@@ -1,0 +1,234 @@
+"""The comparisons over seeds: commands that the chapters accept, runs that can be stopped, and numbers."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lib.compare import study
+from lib.compare.studies import METHODS, STUDIES, frontier
+from lib.run.files import write_json, write_jsonl
+from lib.run.settings import parse_settings
+
+ROOT = Path(__file__).parents[1]
+STAGES = {"01": ("mixture",), "02": ("sft",), "03": ("rl",), "04": ("eval",), "-m": ("rl", "rpo")}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_is_a_command_that_its_chapter_accepts_and_comes_after_what_it_reads(name, tmp_path):
+    known: dict[Path, set[Path]] = {}
+    for run_name, command in STUDIES[name].runs.items():
+        run = study.Run(tmp_path, 7, run_name, f"{command} --preset sandbox")
+        script, *words = run.words()
+        module = importlib.import_module(words.pop(0) if script == "-m" else script.removesuffix(".py"))
+        cls = getattr(module, "EvalSettings", None) or module.Settings
+        settings = parse_settings(cls, *STAGES[script[:2]], argv=words)
+        assert settings.seed == 7 and settings.out == str(tmp_path / "seed-7" / run_name)
+        before = run.needs().union(*(known[path] for path in run.needs()))
+        reads = [getattr(settings, key, "") for key in ("model", "data", "rainbow")]
+        reads += [path.partition("=")[2] for path in getattr(settings, "models", [])]
+        assert {path for path in map(Path, reads) if path.is_relative_to(tmp_path)} <= before
+        assert tmp_path / "seed-7" / run_name not in known  # nobody writes where another wrote
+        known[tmp_path / "seed-7" / run_name] = before
+
+
+def test_methods_of_the_frontier_start_from_one_pi_sft_and_are_asked_the_same(tmp_path):
+    """Whatever the lambda, the traces and the evaluation are the same bytes; the RL prompts are not."""
+    few = "--preset sandbox --rl-prompts 40 --sft-prompts 20 --eval-prompts 6"
+    for name in ("data", "data-0.1", "data-0.9"):
+        words = study.Run(tmp_path, 3, name, f"{STUDIES['frontier'].runs[name]} {few}").words()
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    contents = [
+        {file.name: file.read_bytes() for file in (tmp_path / "seed-3" / name).glob("*.jsonl")}
+        for name in ("data", "data-0.1", "data-0.9")
+    ]
+    for name in contents[0].keys() - {"rl.jsonl"}:
+        assert contents[0][name] == contents[1][name] == contents[2][name], name
+    assert contents[1]["rl.jsonl"] != contents[2]["rl.jsonl"] and "sft_rl.jsonl" in contents[1]
+    rpo = METHODS["rpo"].replace("LAMBDA", "0.5").split()
+    settings = parse_settings(importlib.import_module(rpo[1]).Settings, "rl", "rpo", argv=rpo[2:])
+    assert settings.prompts_per_step * settings.group_size // 2 == 16  # pairs an update, as in the paper
+
+
+# ---- running: a study of programs that write a line every 20 ms and go on where they were
+
+TOY = """
+import json, os, pathlib, sys, time
+words = sys.argv[1:]
+out, seed = (words[words.index(flag) + 1] for flag in ("--out", "--seed"))
+out = pathlib.Path(out); out.mkdir(exist_ok=True); steps = out / "steps"; steps.touch()
+if "--fail" in words: sys.exit("error: --wings: no such flag")
+(out / "begun").write_text(repr(time.monotonic()))
+for step in range(len(steps.read_text().split()), 20):
+    with steps.open("a") as file: file.write(f"{step}\\n")
+    time.sleep(0.02)
+(out / "ended").write_text(repr(time.monotonic()))
+plane = {key: {"mean": int(seed) / 10} for key in ("task_score", "compliance")}
+models = {"x": {"dsr": {"direct": {"mean": 0.5}}, "plane": plane}}
+(out / "results.json").write_text(json.dumps({"models": models}))
+"""
+RUNS = {"a": "", "b": " --data @a", "c": " --data @a", "eval-x": " --models b=@b c=@c"}
+
+
+def launch(tmp_path: Path, runs: dict[str, str], seeds: int = 2) -> subprocess.Popen:
+    (tmp_path / "toy.py").write_text(TOY)
+    table = {name: f"{tmp_path}/toy.py{command}" for name, command in runs.items()}
+    code = f"""
+from lib.compare import study
+from lib.compare.studies import Study
+from lib.run.command import run_main
+study.STUDIES = {{"toy": Study("toy", 2, 1, {table}, {{"DSR": "dsr/direct"}}, "plane/.*", {{}})}}
+run_main(study.main)
+"""
+    words = ["toy", "--jobs", "2", "--seeds", str(seeds), "--out", str(tmp_path / "out")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, **pipes)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_path, how):
+    first, until = launch(tmp_path, RUNS), time.monotonic() + 60
+    steps = [tmp_path / "out" / f"seed-{seed}" / "a" / "steps" for seed in (1, 2)]
+    while not all(path.exists() and len(path.read_text().split()) > 3 for path in steps):
+        assert time.monotonic() < until and first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.send_signal(how)
+    assert "stopped" in first.communicate()[1] and first.returncode == 130
+    before = [path.read_text() for path in steps]
+    time.sleep(0.2)
+    assert [path.read_text() for path in steps] == before and "19" not in before[0].split()
+    assert not (tmp_path / "out" / "seed-1" / "b").exists()
+
+    second = launch(tmp_path, RUNS)
+    assert "| DSR | 0.50 [0.50, 0.50]; 0.50 |" in second.communicate()[0] and second.returncode == 0
+    folders = list((tmp_path / "out").glob("seed-*/*/"))
+    assert len(folders) == 8
+    for folder in folders:
+        assert (folder / "steps").read_text().split() == [str(step) for step in range(20)]
+    times = {f: [float((f / name).read_text()) for name in ("begun", "ended")] for f in folders}
+    for folder, (begun, _) in times.items():
+        needs = {"b": "a", "c": "a", "eval-x": "bc"}.get(folder.name, "")
+        assert all(times[folder.parent / name][1] <= begun for name in needs)
+        assert sum(start <= begun < end for start, end in times.values()) <= 2
+
+
+def test_a_folder_in_which_another_study_writes_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = launch(tmp_path, RUNS)
+        assert "a run is writing there" in process.communicate()[1] and process.returncode == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(tmp_path):
+    process = launch(tmp_path, {"a": "", "b": " --fail", "c": " --data @a"}, seeds=1)
+    line = process.communicate()[1].splitlines()[-1]
+    assert process.returncode == 2
+    assert line.startswith(f"error: {tmp_path}/out/seed-1/b.log: error: --wings: no such flag; then run")
+    assert not (tmp_path / "out/seed-1/a/ended").exists() and not (tmp_path / "out/seed-1/c").exists()
+    assert "toy.py --fail --preset sandbox --seed 1 --out" in (tmp_path / "out/seed-1/b.log").read_text()
+
+
+# ---- figures
+
+
+def results(dsr: float, task: float, **sections: dict) -> dict:
+    """What stage 4 says of a model; the mean of its three DSRs is `dsr`."""
+    means = {"direct": dsr, "jailbreak": dsr + 0.1, "plain_or_gcg": dsr - 0.1}
+    plane = {"task_score": {"mean": task}, "compliance": {"mean": 0.5}}
+    return {"dsr": {attack: {"mean": mean} for attack, mean in means.items()}, "plane": plane, **sections}
+
+
+def write_seed(folder: Path, **evaluations: dict[str, dict]) -> Path:
+    for name, models in evaluations.items():
+        write_json(folder / f"eval-{name}" / "results.json", {"models": models})
+    return folder
+
+
+def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and_figure(tmp_path):
+    """tars is better by 0.1, 0.2, 0.3 in DSR at both lambdas; task scores are equal."""
+    table, seeds = frontier((0.5, 0.9), ("tars", "rpo")), []
+    for i in range(3):
+        evaluations = {"references": {"base": results(0.0, 0.9), "sft": results(0.4, 0.5)}}
+        for share, dsr, task in (("0.5", 0.4, 0.8), ("0.9", 0.6, 0.4)):
+            evaluations[f"rpo-{share}"] = {f"rpo-{share}": results(dsr, task)}
+            evaluations[f"tars-{share}"] = {f"tars-{share}": results(dsr + 0.1 * (i + 1), task)}
+        seeds.append(study.read_seed(table, write_seed(tmp_path / f"seed-{i}", **evaluations)))
+    text = study.write("frontier", table, tmp_path, seeds)
+    rows = json.loads((tmp_path / "frontier.json").read_text(), parse_constant=pytest.fail)
+    cells = {(row["model"], row["figure"]): row for row in rows}
+    gap = cells["tars - rpo", "DSR"]
+    half = 4.303 * 0.1 / math.sqrt(3)  # Student's t of three seeds: mean 0.2, standard deviation 0.1
+    assert (gap["mean"], gap["low"], gap["high"]) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
+    area = (
+        0.4 * 0.8 + 0.2 * 0.4
+    )  # of rpo: a strip below its first point, and what the second adds to the right
+    each = {
+        ("tars - rpo", "DSR"): [0.1, 0.2, 0.3],
+        ("tars - rpo", "plane/task_score"): [0.0, 0.0, 0.0],
+        ("tars - base", "DSR"): [0.6, 0.7, 0.8],  # the same base at either lambda
+        ("rpo", "area, plane/task_score"): [area] * 3,
+        ("tars - rpo", "area, plane/task_score"): [0.08, 0.16, 0.24],
+    }
+    for key, values in each.items():
+        assert cells[key]["each"] == pytest.approx(values, abs=1e-4), key
+    assert text.strip() == (tmp_path / "frontier.md").read_text().strip()
+    assert "| tars-0.5 | 0.60 [0.35, 0.85]; 0.50 |" in text and "+0.20 [-0.05, +0.45]; +0.10 |" in text
+    pytest.importorskip("matplotlib")
+    assert "(frontier.png)" in text and (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_path):
+    tokens = {"ambiguous/decoy/3 hops": 12.0, "ambiguous/decoy/4 hops": 13.0}
+    tokens |= {"harmful/3 hops": 8.5, "harmful/4 hops": 9.5}
+    tars = results(0.7, 0.9, reasoning_tokens={key: {"mean": mean} for key, mean in tokens.items()})
+    tars["dsr_by_budget"] = {"plain_or_gcg": [[5, {"mean": 0.25}], [6, {"mean": 0.2}]]}
+    others = {model: results(0.2, 0.5) for model in ("rl-direct", "base", "sft")}
+    seed = study.read_seed(STUDIES["replicate"], write_seed(tmp_path, main={"tars": tars, **others}))
+    assert seed["tars", "DSR"] == pytest.approx(0.75) and seed["tars", "dsr_by_budget/plain_or_gcg/5"] == 0.25
+    assert ("tars", "dsr_by_budget/plain_or_gcg/6") not in seed  # of the curve, two places are shown
+    text = study.write("replicate", STUDIES["replicate"], tmp_path, [seed])
+    assert "| F3, decoy - harmful | 3.5 | - | - | - | - | - |" in text
+
+
+def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
+    attacks = {f"plain_or_{attack}": {"mean": 0.4} for attack in ("pair", "best_of_n", "pap")}
+    asking = {"without": results(0.2, 0.5), "with": results(0.6, 0.5)}
+    for found in asking.values():
+        found["dsr"] = {"direct": found["dsr"]["direct"], "jailbreak": {"mean": 0.5}, **attacks}
+    folder = write_seed(tmp_path, asking=asking, gcg=dict.fromkeys(asking, results(0.9, 0.1)))
+    harm = {"plain": {"mean": 0.4}, "archive": {"mean": 0.7}}
+    write_json(folder / "data-with" / "rainbow" / "archive.json", {"filled": 0.9, "harm": harm})
+    seed = study.read_seed(STUDIES["rainbow"], folder)
+    assert (
+        seed["with - without", "dsr/direct"] == pytest.approx(0.4) and seed["with", "plane/task_score"] == 0.5
+    )
+    assert seed["with", "dsr/plain_or_gcg"] == pytest.approx(0.8)  # which the second alone has
+    assert (seed["with", "rainbow/harm/archive"], seed["with", "rainbow/filled"]) == (0.7, 0.9)
+    assert ("without", "rainbow/filled") not in seed
+
+
+def test_training_tokens_are_those_sampled_and_those_trained_on(tmp_path):
+    speed = {"sample_tokens_per_s": 300 / 0.7, "seconds_sample": 0.7}
+    speed |= {"train_tokens_per_s": 300 / 1.3, "seconds_train": 1.3}
+    write_jsonl(tmp_path / "metrics.jsonl", [speed] * 4)
+    assert study.training_tokens(tmp_path) == 4 * (300 + 300)
+    write_jsonl(tmp_path / "metrics.jsonl", [{**speed, "pairs": 16, "tied_pairs": 48}] * 4)
+    assert study.training_tokens(tmp_path) == 4 * (300 + 75)  # RPO: three pairs of four say nothing
+    traces = [{"reasoning": "maybe " * n, "answer": "green soup"} for n in (1, 3)]
+    write_jsonl(tmp_path / "sft_rl.jsonl", traces)
+    write_json(tmp_path / "settings.json", {"data": str(tmp_path), "traces": "sft_rl.jsonl", "batch_size": 2})
+    write_jsonl(tmp_path / "metrics.jsonl", [{"loss": 1.0}] * 5)
+    assert study.training_tokens(tmp_path) == 5 * 2 * (
+        2 + 2 + 2 + 1
+    )  # reasoning, answer, both markers, the end

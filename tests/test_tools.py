@@ -1,0 +1,203 @@
+"""lib/tools: talking to a model, and the capability check."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+
+from lib import UserError
+from lib.chat import decode, encode_prompt, eos_token_ids
+from lib.run.files import read_jsonl, write_json, write_jsonl
+from lib.run.hub import load_policy, load_tokenizer
+from lib.sampler import Completion, sample
+from lib.sandbox import world
+from lib.tools import capability, chat
+
+BASE = str(world.BASE)
+check = capability.main
+CAKE = "how do i make a cake ?"
+
+# ---- talking to a model ------------------------------------------------------------------------------------
+
+
+def greedy(prompt: str) -> str:
+    """What the sandbox's base answers, by our own sampler."""
+    model, tokenizer = load_policy(BASE, device="cpu"), load_tokenizer(BASE)
+    ids = [encode_prompt(tokenizer, prompt, reasoning=False)]
+    how = {"max_new_tokens": 12, "temperature": 0.0, "eos_token_ids": eos_token_ids(model, tokenizer)}
+    return decode(tokenizer, sample(model, ids, **how)[0].token_ids)
+
+
+def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reasoning(monkeypatch, capsys):
+    words = ["--temperature", "0", "--max-new-tokens", "12", "--device", "cpu"]
+    for prompt in (CAKE, "hello there", "make . make . make ."):
+        chat.main([BASE, *prompt.split(), *words])
+        assert capsys.readouterr().out.strip() == greedy(prompt).strip()
+    prompts = []
+    encode = chat.encode_chat
+    monkeypatch.setattr(chat, "encode_chat", lambda *a, **k: prompts.append([*a[1]]) or encode(*a, **k))
+    monkeypatch.setattr(chat, "decode", lambda tokenizer, ids: "hm\x1b[2J\u202e </think> yes .")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{CAKE}\nwhy ?\n"))
+    chat.main([BASE, "--reasoning", *words])
+    assert [[m["content"] for m in messages] for messages in prompts] == [[CAKE], [CAKE, "yes .", "why ?"]]
+    shown = capsys.readouterr().out
+    assert shown.startswith("<think>\n") and "\x1b" not in shown and "\u202e" not in shown
+
+
+# ---- what an answer says -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("48/2 = 24, and 48+24 = 72.\n#### 72", "48/2=<<48/2=24>>24\n#### 72", True),
+        ("It is 72. Then check: 5 + 5 = 10.\n#### 72.0", "#### 72", True),
+        ("#### 10\nNo: #### 72", "#### 72", True),  # the last mark counts
+        (r"so \boxed{7}, as 9 - 2 = 7 and 9 > 2", "7", True),
+        (r"\boxed{\frac{1}{2}}", "0.5", True),
+        ("#### Step 1: halve 48\n48/2 = 24\n#### Result\n\\boxed{72}", "72", True),  # headings
+        ("\\boxed{72}\n#### Remark\nThat is 6 dozen.", "72", True),
+        ("\\boxed{70}, no.\n#### **72** apples", "72", True),  # the later mark counts
+        ("#### 72\nSo she has 72 and gave 5 away.", "72", True),  # the line alone
+        ("#### 70\n\\boxed{72", "70", True),  # never closed
+        ("####\n72", "72", True),
+        (r"\boxed{x_{1}} and no more", "x_{1}", True),
+        ("It costs $1,234.50 in all.", "1234.5", True),
+        ("1,234,567.5", "1234567.5", True),
+        ("half: 50", "50 %", True),
+        ("-$5", "\u22125", True),  # a typographer's minus
+        (".5", "1/2", True),
+        ("10-3", "3", True),  # a difference, not minus three
+        ("x=-7", "-7.", True),
+        ("1,2", "2", True),  # a list, not twelve
+        ("1/0", "0", True),  # no fraction
+        ("72 apples, and 5 left", "72", False),
+        ("", "72", False),
+        ("9" * 400, "9" * 400, False),  # cannot stop
+        ("  New   york. ", "New York", True),
+        ("I think it is Paris", "Paris", False),  # exact match
+        ("", "...", False),
+        ("5 apples", "5 apples", True),  # no number alone: text
+        ("\ud800 \x00 ٣ ²" + "\\boxed{" * 2000, "5", False),
+    ],
+)
+def test_verdicts(answer, reference, right):
+    assert capability.verdict(answer, reference)[1] is right
+
+
+# ---- the capability check ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What models say, {folder: {number of the question: text}}, for tests to fill; what they have said."""
+    said: dict[str, dict[int, str]] = {}
+    asked: list[str] = []
+
+    def fake(model, prompts, **options):
+        completions = []
+        for number in prompts:
+            if number not in said[model]:
+                raise KeyboardInterrupt
+            asked.append(said[model][number])
+            reason = "length" if asked[-1].endswith("...") else "eos"
+            completions.append(Completion([len(asked) - 1], [0.0], reason))
+        return completions
+
+    monkeypatch.setattr(capability, "encode_prompt", lambda tokenizer, text, **options: int(text.split()[2]))
+    monkeypatch.setattr(capability, "sample", fake)
+    monkeypatch.setattr(capability, "decode", lambda tokenizer, ids: asked[ids[0]])
+    monkeypatch.setattr(capability, "load_policy", lambda folder, **options: folder)
+    for name in ("load_tokenizer", "check_tokenizer", "eos_token_ids"):
+        monkeypatch.setattr(capability, name, lambda *args, **options: None)
+    monkeypatch.setattr(capability, "AT_ONCE", 2)
+    return said, asked
+
+
+def questions(folder, ids=()):
+    """Six of them in a file, and the flags that go with it."""
+    rows = [{"q": f"what is {i} ?", "answer": i} for i in range(6)]
+    rows = [row | {"id": own.strip()} for row, own in zip(rows, ids, strict=True)] if ids else rows
+    write_jsonl(folder / "q.jsonl", rows)
+    return ["--file", str(folder / "q.jsonl"), "--question-column", "q", "--out", str(folder / "out")]
+
+
+def test_shares_and_paired_differences(answers, tmp_path, capsys):
+    said, _ = answers
+    said["a"] = {i: f"hm </think> {i}" for i in range(5)} | {5: "it may be 5 or ..."}  # no end, so no answer
+    said["b"] = {0: "0", 1: "1", 2: "7", 3: "no idea", 4: "4 ...", 5: "6"}  # cut, but it is the answer
+    check(["--models", "a=a", "b=b", "--direct", "b", *questions(tmp_path)])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    a, b = results["models"]["a"], results["models"]["b"]
+    assert (a["exact_match"]["mean"], a["exact_match"]["low"], a["exact_match"]["n"]) == (0.8333, 0.4365, 6)
+    assert b["exact_match"]["mean"] == 0.5
+    assert (a["answered"]["mean"], b["answered"]["mean"]) == (0.8333, 0.8333)
+    assert (a["cut"]["mean"], b["cut"]["mean"]) == (0.1667, 0.1667)
+    (difference,) = results["differences"]
+    assert (difference["a"], difference["b"], difference["ci"]["mean"]) == ("a", "b", 0.3333)
+    assert difference["ci"]["low"] == 0.0 and difference["ci"]["high"] == 0.6667  # each gap is 0 or 1, 2 of 6
+    assert "a - b: exact match 0.333 [0.000, 0.667]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"), [("stuvwx", "stuvwx"), ("stttwx", "012345"), ("", "012345"), ("stuvw ", "012345")]
+)
+def test_a_stopped_check_goes_on_and_asks_nothing_twice(answers, tmp_path, ids, names):
+    said, asked = answers
+    said["a"] = {0: "0", 1: "1", 2: "2", 3: "0"}
+    argv = ["--models", "a=a", "--direct", "a", *questions(tmp_path, ids)]
+    with pytest.raises(KeyboardInterrupt):
+        check(argv)
+    path = tmp_path / "out/answers.jsonl"
+    assert [line["right"] for line in read_jsonl(path)] == [True, True, True, False]
+    with path.open("a") as file:
+        file.write('{"model": "a", "id"')  # half a line, as a kill leaves it
+    said["a"] |= {4: "4", 5: "5"}
+    check(argv)
+    assert len(asked) == 6 and [line["id"] for line in read_jsonl(path)] == [*names]
+    with pytest.raises(UserError, match="--instruction"):
+        check([*argv, "--instruction", "please"])
+
+
+def test_the_sandbox_base_agrees_with_its_own_greedy_answers(tmp_path):
+    write_jsonl(tmp_path / "q.jsonl", [{"q": CAKE, "answer": greedy(CAKE)}, {"q": "hello", "answer": "x"}])
+    words = ["--file", str(tmp_path / "q.jsonl"), "--question-column", "q", "--out", str(tmp_path / "out")]
+    words += ["--models", f"base={BASE}", "--direct", "base", "--max-new-tokens", "12", "--device", "cpu"]
+    check(words)
+    assert [line["right"] for line in read_jsonl(tmp_path / "out/answers.jsonl")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("main", "change", "message"),
+    [
+        (chat.main, [], "run"),
+        (chat.main, [BASE, "cake " * 3000], "more than the model's context"),
+        (
+            chat.main,
+            [BASE, "hi", "--temperature", "-1"],
+            "given -1; allowed a number from 0 to 10",
+        ),
+        (check, ["--models", "a"], "--models: given a; allowed NAME=FOLDER"),
+        (check, ["--direct", "b"], "--direct: given b; allowed the names in --models: a"),
+        (check, ["--answer-column", "reply"], "0 has no text in q or reply; its columns: q, answer"),
+        (check, ["--models", "a=nothing-there"], "nothing-there"),
+        (check, ["--file", "nothing.jsonl"], "nothing.jsonl: no such file"),
+        (check, ["--models", "a=RUN", "--direct", "a"], "--direct: given a, which reasons"),
+        (
+            check,
+            ["--models", "a=RUN", "--out", "RUN", "--overwrite"],
+            "which this run reads: give",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_folder(main, change, message, tmp_path):
+    run = shutil.copytree(BASE, tmp_path / "run")
+    write_json(run / "settings.json", {"reasoning": True, "git_revision": "abc"})
+    words = ["--models", f"a={BASE}", *questions(tmp_path)] if main is check else []
+    with pytest.raises(UserError) as caught:
+        main([*words, *(word.replace("RUN", str(run)) for word in change)])
+    assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
