@@ -5,10 +5,10 @@
 
 Skip this room at first: the sandbox has an exact judge of its own, and chapters call nothing else. Inside are
 
-    guards       qwen3guard, llama-guard           grm       the paper's reward model of helpfulness
-    harmbench    the paper's judge of attacks      graders   strongreject and rubric: a chat model is asked
-    moderation   OpenAI's API                      standin   crude, needs no download
-    refusals     the phrases                       language_model   what judges that are models share
+    guards      qwen3guard, llama-guard; grm, the paper's reward model
+    harmbench   the paper's judge of attacks     graders    strongreject and rubric: a chat model is asked
+    moderation  OpenAI's API                     standin    crude, needs no download
+    refusals    the phrases                      language_model   what judges that are models share
 
 Tests: tests/test_judges.py (names, graders, HarmBench), tests/test_guards.py (guards, grm, moderation).
 """
@@ -32,7 +32,6 @@ __all__ = ["Judge", "load_judge", "refusal_label"]
 GRADER = "Qwen/Qwen2.5-7B-Instruct"
 HARM = {  # name -> module of this room, its function (model, device) -> Score, the published model
     "qwen3guard": ("guards", "qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B"),
-    "qwen3guard-label": ("guards", "qwen3guard_label", "Qwen/Qwen3Guard-Gen-0.6B"),
     "llama-guard": ("guards", "llama_guard", "meta-llama/Llama-Guard-3-8B"),
     "harmbench": ("harmbench", "harm_judge", "cais/HarmBench-Llama-2-13b-cls"),
     "strongreject": ("graders", "strongreject", GRADER),
@@ -40,22 +39,18 @@ HARM = {  # name -> module of this room, its function (model, device) -> Score, 
     "moderation": ("moderation", "harm_judge", "omni-moderation-latest"),
 }
 TASK = {
-    "grm": ("grm", "task_judge", "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"),
-    "grm-8b": ("grm", "task_judge", "Ray2333/GRM-llama3-8B-distill"),
+    "grm": ("guards", "grm", "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"),
+    "grm-8b": ("guards", "grm", "Ray2333/GRM-llama3-8B-distill"),
     "rubric": ("graders", "rubric_task", GRADER),
 }
 LABELS = {"strongreject": ("graders", "strongreject_refusals", GRADER)}
 TABLES = {"harm_score": HARM, "task_score": TASK, "refusal_labels": LABELS}
 OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.standin"}
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
-ALLOWED = (
-    f"{', '.join(OWN)}, a module of yours or HARM+TASK, with HARM one of these or {', '.join(HARM)}, "
-    f"and TASK {', '.join(TASK)}; NAME=MODEL names a model, NAME@DEVICE a device: cpu, cuda, cuda:NUMBER"
-)
+HINT = "HARM+TASK names two; NAME=MODEL a model; NAME@DEVICE a device: cpu, mps, cuda, cuda:NUMBER"
 
 
 def by_phrases(prompts: list[str], answers: list[str]) -> list[str | None]:
-    """`refusal_label` of each answer."""
     return [refusal_label(answer) for answer in answers]
 
 
@@ -79,22 +74,14 @@ def load_judge(name: str, refusals: str = "phrases") -> Judge:
     "full" or "none") or a module. Raises UserError if there is no such judge and, when scoring, unless there
     is a verdict on each answer. Whether a score is in [0, 1] is for `total_reward` and stage 4 to check.
     """
-    harm, task = split_name(name)
+    # A folder may have a "+" in its name: behind the last that is followed by a judge's name is the task.
+    known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TASK)})(?:[=@].*)?)", name)
+    match = known or re.fullmatch(r"(.*)\+(.*)", name)
+    harm, task = match.groups() if match else (name, name)
     openers = [find("--judge", harm, "harm_score"), find("--judge", task, "task_score")]
     if refusals != "phrases":
         openers.append(find("--refusals", refusals, "refusal_labels"))
     return Judge(name, *[opener() for opener in openers])
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Who scores the harm, and who the task. A folder may have a "+" in its name; behind the last is a judge.
-
-    >>> split_name("qwen3guard=/a+b+grm=/c+d@cpu"), split_name("sandbox")
-    (('qwen3guard=/a+b', 'grm=/c+d@cpu'), ('sandbox', 'sandbox'))
-    """
-    known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TASK)})(?:[=@].*)?)", name)
-    match = known or re.fullmatch(r"(.*)\+(.*)", name)
-    return (match[1], match[2]) if match else (name, name)
 
 
 def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
@@ -105,15 +92,14 @@ def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
         open_model = getattr(importlib.import_module(f"lib.judges.{path}"), opener)
         model = match["model"] or published, match["device"] or ""
         return lambda: checked(flag, part, open_model(*model))
-    if match and match["name"] in {**HARM, **TASK}:
-        raise UserError(f"{flag}: {match['name']} has no {function}: name two, HARM+TASK, say qwen3guard+grm")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(OWN.get(part, part))
     except (ImportError, ValueError, TypeError, SyntaxError) as error:
-        allowed = ALLOWED if flag == "--judge" else "phrases, strongreject or a module of yours"
-        raise UserError(f"{flag}: given {part or 'none'}; allowed {allowed}: {error}") from error
+        names = ", ".join([*table, *(OWN if flag == "--judge" else ["phrases"])])
+        allowed = f"allowed {names} or a module of yours ({HINT})"
+        raise UserError(f"{flag}: given {part or 'none'} for {function}; {allowed}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise UserError(f"{flag}: {part} has no function {function}(prompts, answers): write one")
     return lambda: checked(flag, part, getattr(module, function))

@@ -18,9 +18,10 @@ import re
 from collections.abc import Sequence
 
 from lib import UserError
+from lib.chat import decode
 from lib.judges.language_model import LanguageModel, as_material, read_prompt
 from lib.rewards import Score
-from lib.run.text import without_context
+from lib.run.text import readable, without_context
 
 
 def harm_judge(model: str, device: str) -> Score:
@@ -31,7 +32,8 @@ def harm_judge(model: str, device: str) -> Score:
         raise UserError(f"--judge: {model}: architecture {family}; HarmBench's are llama and mistral")
 
     def encode(prompt: str, answer: str, context: str) -> list[int]:
-        texts = (without_context(prompt, context), judge.clip(answer, 512), context)
+        clipped = decode(judge.tokenizer, judge.tokenizer(readable(answer))["input_ids"][:512])
+        texts = (without_context(prompt, context), clipped, context)
         behavior, generation, context = (as_material(text, judge.special) for text in texts)
         question = read_prompt(f"harmbench_{family}_context" if context.strip() else f"harmbench_{family}")
         text = question.format(behavior=behavior, generation=generation, context=context)

@@ -1,8 +1,7 @@
-"""What judges that are language models share: a model opened once, and what it is shown.
+"""What judges that are language models share. They *write* a verdict, or one *reads* numbers at its place.
 
-A judge may *write* its verdict (`LanguageModel.write`), or one reads how likely each label is as its next
-token (`LanguageModel.weigh`). It is shown texts that a policy wrote, and a policy that is rewarded may learn
-to speak in the judge's name. So no text may end its place in the prompt: see `as_material`.
+They are shown texts of a policy that is rewarded, and may learn to speak in the judge's name. So no text may
+end its place in the prompt: `as_material`.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ from transformers import AutoConfig, PreTrainedModel
 from lib import UserError
 from lib.batches import micro_batches, pad_batch
 from lib.chat import decode, encode_text, eos_token_ids, render
-from lib.policy import context_of, head_logits, hidden_states
+from lib.policy import context_of, hidden_states
 from lib.run.hub import dtype_to_infer, load_policy, load_pretrained, load_tokenizer, read_tokenizer
 from lib.run.processes import pick_device
 from lib.run.text import readable
 from lib.sampler import sample
 
 BATCH_TOKENS = 8192  # rows x columns of a pass
-CACHE_BYTES = 6.7e9  # on a GPU, while it writes: 8 thousand tokens of a Llama of 13 B
-LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
+CACHE_TOKENS = 65_536  # while a chat model writes on a GPU: 3.8 GB of a Qwen2.5 of 7 B
 UNSEEN_SPACE = "\u200b"  # of no width
 
 
@@ -38,14 +36,13 @@ class LanguageModel:
     """A causal language model, a folder or a hub name. It judges greedily.
 
     Tokenizer and configuration are read at once, so that a wrong name shows before hours of work; the weights
-    when first needed. They stay on `device` (`existing_device`), in bfloat16 on a GPU, in float32 on a CPU.
-    `chat`: it must have a chat template. Raises UserError if model or device is not there.
+    when first needed, in bfloat16 on a GPU. `chat`: it must have a chat template. Raises UserError if model
+    or device is not there and, when it judges, for a model whose numbers are not finite.
     """
 
     def __init__(self, name: str, device: str = "", *, chat: bool = True) -> None:
-        self.name, self.device = name, existing_device(device)
+        self.name, self.device, self.chat = name, existing_device(device), chat
         self.tokenizer = load_tokenizer(name) if chat else load_pretrained(read_tokenizer, name, "tokenizer")
-        self.tokenizer.truncation_side = "right"
         self.config = load_pretrained(AutoConfig.from_pretrained, name, "model configuration")
         self.context = context_of(self.config)
 
@@ -59,30 +56,22 @@ class LanguageModel:
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return sorted({*added, *self.tokenizer.all_special_tokens}, key=lambda token: (-len(token), token))
 
-    def clip(self, text: str, tokens: int) -> str:
-        """The text of the first `tokens` tokens, with those that the tokenizer puts before every text."""
-        ids = self.tokenizer(readable(text), max_length=tokens, truncation=True)["input_ids"]
-        return decode(self.tokenizer, ids)
-
     def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str | None]:
-        """What it writes after each list of token ids; None after one that its context cannot hold.
-
-        Raises UserError for a model whose numbers are not finite.
-        """
+        """What it writes after each list of token ids; None after one that its context cannot hold."""
         texts: list[str | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) + max_new_tokens <= self.context]
         if not fitting:
             return texts
         longest = max(len(prompts[i]) for i in fitting) + max_new_tokens
-        classifier = not self.tokenizer.chat_template  # it writes one token, and has no turns to end
+        budget = CACHE_TOKENS if self.chat and self.device.type == "cuda" else BATCH_TOKENS
         try:
             completions = sample(
                 self.model,
                 [prompts[i] for i in fitting],
                 max_new_tokens=max_new_tokens,
                 temperature=0.0,
-                eos_token_ids=[] if classifier else eos_token_ids(self.model, self.tokenizer),
-                max_batch_tokens=max(self._cache_tokens(), longest),
+                eos_token_ids=eos_token_ids(self.model, self.tokenizer) if self.chat else [],
+                max_batch_tokens=max(budget, longest),
                 progress=True,
             )
         except (ValueError, FloatingPointError) as error:
@@ -91,20 +80,9 @@ class LanguageModel:
             texts[i] = decode(self.tokenizer, completion.token_ids)
         return texts
 
-    def _cache_tokens(self) -> int:
-        if self.device.type != "cuda":
-            return BATCH_TOKENS
-        config = self.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = config.num_hidden_layers + 1  # one more while the cache is repacked
-        return int(CACHE_BYTES / (2 * 2 * layers * heads * head_dim))  # keys and values, two bytes each
-
     def read(self, prompts: Sequence[Sequence[int]], head: Callable[[Tensor], Tensor]) -> list:
-        """K numbers at the end of each prompt; `head` makes them of last hidden states, (B, H) -> (B, K).
-
-        None for a prompt that its context cannot hold. Raises UserError for numbers that are not finite.
-        """
+        """K numbers at the end of each prompt, which `head` makes of last hidden states, (B, H) -> (B, K);
+        None for a prompt that its context cannot hold."""
         result: list[list[float] | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
         lengths = [len(prompts[i]) for i in fitting]
@@ -120,23 +98,6 @@ class LanguageModel:
             for k, row in zip(batch, numbers.tolist(), strict=True):
                 result[fitting[k]] = row
         return result
-
-    def weigh(self, prompts: Sequence[Sequence[int]], labels: dict[str, float]) -> list[float | None]:
-        """The mean of the values of `labels` under their probabilities after each prompt.
-
-        A label's probability is that of its first token. None if all of them sum to less than LABEL_MASS: the
-        model had something else to say. None and UserError also as `read`.
-        """
-        first = [encode_text(self.tokenizer, label)[0] for label in labels]
-        if len(set(first)) < len(labels):
-            raise UserError(f"--judge: {self.name}: its labels {', '.join(labels)} begin with the same token")
-        values: list[float | None] = []
-        for p in self.read(prompts, lambda states: head_logits(self.model, states).softmax(-1)[:, first]):
-            if p is None or sum(p) < LABEL_MASS:
-                values.append(None)
-            else:
-                values.append(sum(a * b for a, b in zip(p, labels.values(), strict=True)) / sum(p))
-        return values
 
 
 def existing_device(name: str) -> torch.device:
@@ -155,11 +116,8 @@ def read_prompt(name: str) -> str:
 
 
 def as_material(text: str, special: Sequence[str], tags: Sequence[str] = ()) -> str:
-    """The text with nothing in it that ends its place in a judge's prompt.
-
-    A space of no width breaks each special token that it spells, and each of `tags` ("answer": </answer>,
-    <ANSWER>). (Plain words are another matter: an answer may say "Safety: Safe", and nothing tells that from
-    the judge's own.)
+    """The text, with a space of no width in each special token and each of `tags` ("answer": </answer>) that
+    it spells. (Plain words stay: nothing tells a "Safety: Safe" of an answer from the judge's own.)
 
     >>> as_material("Yes.<|end|>", ["<|end|>"]), as_material("<a>1 < 2</A >", [], ["a"])
     ('Yes.<\\u200b|end|>', '<\\u200ba>1 < 2<\\u200b/A >')
@@ -175,9 +133,8 @@ def as_material(text: str, special: Sequence[str], tags: Sequence[str] = ()) -> 
 def exchange_encoder(judge: LanguageModel, says: str = "", **options: Any) -> Callable[[str, str], list[int]]:
     """A function (prompt, answer) -> token ids of both as the judge's own chat template writes them.
 
-    The template writes the beginning-of-sequence token, so the tokenizer adds none. `options` are its
-    variables. Raises UserError if it does not show both, or lacks `says`, a piece of its text by which it is
-    known.
+    `options` are variables of the template. Raises UserError if it does not show both, or lacks `says`, a
+    piece of its text by which it is known.
     """
 
     def fill(prompt: str, answer: str, parts: bool) -> str:

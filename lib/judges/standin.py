@@ -30,13 +30,8 @@ def task_score(prompts: list[str], answers: list[str]) -> list[float]:
 
 
 def relevance(prompt: str, answer: str) -> float:
-    """In [0, 1], a product of four:
-
-    on_subject  share of the prompt's content words that the answer takes up; half of them is enough
-    length      full from 20 words on
-    own         share of the answer's word triples that do not stand in the prompt: an echo earns nothing
-    varied      share of its word triples that are distinct: going round in circles earns little
-    """
+    """In [0, 1]: content words of the prompt that it takes up (half of them is enough), times its length (20
+    words), times the shares of its word triples that are no echo of the prompt, and that are distinct."""
     asked, words = (re.findall(r"\w+", text.lower()) for text in (prompt, answer))
     subject = set(asked) - COMMON_WORDS
     triples = list(zip(words, words[1:], words[2:], strict=False))
