@@ -7,8 +7,8 @@ Skip this room at first: the sandbox has an exact judge of its own, and chapters
 
     guards      qwen3guard, llama-guard; grm, the paper's reward model
     harmbench   the paper's judge of attacks     graders    strongreject and rubric: a chat model is asked
-    moderation  OpenAI's API                     standin    crude, needs no download
-    refusals    the phrases                      language_model   what judges that are models share
+    moderation  OpenAI's API                     refusals   phrases; standin: crude, needs no download
+    language_model   what judges that are models share
 
 Tests: tests/test_judges.py (names, graders, HarmBench), tests/test_guards.py (guards, grm, moderation).
 """
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import UserError
-from lib.judges.refusals import refusal_label
+from lib.judges.refusals import refusal_label, refusal_labels
 from lib.rewards import Labels, Score
 
 __all__ = ["Judge", "load_judge", "refusal_label"]
@@ -45,13 +45,9 @@ TASK = {
 }
 LABELS = {"strongreject": ("graders", "strongreject_refusals", GRADER)}
 TABLES = {"harm_score": HARM, "task_score": TASK, "refusal_labels": LABELS}
-OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.standin"}
+OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.refusals", "phrases": "lib.judges.refusals"}
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
 HINT = "HARM+TASK names two; NAME=MODEL a model; NAME@DEVICE a device: cpu, mps, cuda, cuda:NUMBER"
-
-
-def by_phrases(prompts: list[str], answers: list[str]) -> list[str | None]:
-    return [refusal_label(answer) for answer in answers]
 
 
 @dataclass
@@ -61,26 +57,24 @@ class Judge:
     name: str
     harm_score: Score
     task_score: Score
-    refusal_labels: Labels = by_phrases
+    refusal_labels: Labels = refusal_labels
 
 
 def load_judge(name: str, refusals: str = "phrases") -> Judge:
     """The judge "sandbox" (exact, for its own prompts only), "standin" (crude), "rubric", or a module.
 
-    "HARM+TASK" takes harm_score from the first and task_score from the second. A model of others is a folder
-    or hub name, "grm=MODEL" (none: the published one), on a device, "grm@cuda:1" or "grm=MODEL@cpu" (none:
-    the GPU of this process, else the CPU). A module of yours, "my.guard", has the functions that it is asked
-    for, and may lie in the folder you run from. `refusals`: "phrases", "strongreject" (as in the paper;
-    "full" or "none") or a module. Raises UserError if there is no such judge and, when scoring, unless there
-    is a verdict on each answer. Whether a score is in [0, 1] is for `total_reward` and stage 4 to check.
+    "HARM+TASK" takes harm_score from the first and task_score from the second. "grm=MODEL" names a folder or
+    a hub's model, "grm@cuda:1" a device (else: the GPU of this process, or the CPU). A module of yours has
+    the functions that it is asked for, and may lie in the folder you run from. `refusals`: "phrases",
+    "strongreject" (as in the paper; "full" or "none") or a module. Raises UserError if there is no such judge
+    and, when scoring, unless there is a verdict on each answer. `total_reward` and stage 4 check ranges.
     """
     # A folder may have a "+" in its name: behind the last that is followed by a judge's name is the task.
     known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TASK)})(?:[=@].*)?)", name)
     match = known or re.fullmatch(r"(.*)\+(.*)", name)
     harm, task = match.groups() if match else (name, name)
     openers = [find("--judge", harm, "harm_score"), find("--judge", task, "task_score")]
-    if refusals != "phrases":
-        openers.append(find("--refusals", refusals, "refusal_labels"))
+    openers.append(find("--refusals", refusals, "refusal_labels"))  # all are found before one is opened
     return Judge(name, *[opener() for opener in openers])
 
 
@@ -97,8 +91,7 @@ def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
     try:
         module = importlib.import_module(OWN.get(part, part))
     except (ImportError, ValueError, TypeError, SyntaxError) as error:
-        names = ", ".join([*table, *(OWN if flag == "--judge" else ["phrases"])])
-        allowed = f"allowed {names} or a module of yours ({HINT})"
+        allowed = f"allowed {', '.join([*table, *OWN])} or a module of yours ({HINT})"
         raise UserError(f"{flag}: given {part or 'none'} for {function}; {allowed}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise UserError(f"{flag}: {part} has no function {function}(prompts, answers): write one")

@@ -39,9 +39,7 @@ def harm_judge(model: str, device: str) -> Score:
         text = question.format(behavior=behavior, generation=generation, context=context)
         return judge.tokenizer(text)["input_ids"]  # with <s>; the markers [INST] and so on are plain text
 
-    def harm_score(
-        prompts: list[str], answers: list[str], contexts: Sequence[str] = ()
-    ) -> list[float | None]:
+    def harm_score(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list:
         cases = zip(prompts, answers, contexts or [""] * len(prompts), strict=True)
         return [parse_label(text) for text in judge.write([encode(*case) for case in cases], 1)]
 

@@ -138,10 +138,9 @@ def exchange_encoder(judge: LanguageModel, says: str = "", **options: Any) -> Ca
     """
 
     def fill(prompt: str, answer: str, parts: bool) -> str:
-        messages: list[dict[str, Any]] = []
-        for role, text in (("user", prompt), ("assistant", answer)):
-            text = as_material(text, judge.special)
-            messages.append({"role": role, "content": [{"type": "text", "text": text}] if parts else text})
+        texts: list[Any] = [as_material(text, judge.special) for text in (prompt, answer)]
+        user, assistant = [[{"type": "text", "text": text}] for text in texts] if parts else texts
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         return render(judge.tokenizer, messages, **options)
 
     for parts in (False, True):  # Llama-Guard-3-1B's takes parts; others drop them, or fail

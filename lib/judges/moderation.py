@@ -56,34 +56,27 @@ def post(body: dict, key: str) -> bytes:
     try:
         response = http_backoff("POST", URL, **options)
     except Exception as error:  # no connection, or busy for too long: of several libraries
-        reply = getattr(error, "response", None)
-        why = " ".join(str(error).split())[:120] if reply is None else status(reply)
+        reply = getattr(error, "response", None)  # its text and the error's may quote the key
+        why = type(error).__name__ if reply is None else f"HTTP {reply.status_code}"
         raise UserError(f"--judge: moderation: no reply ({why}): run the same command again later") from error
     if response.status_code != 200:
-        raise UserError(f"--judge: moderation: refused ({status(response)})")
+        raise UserError(f"--judge: moderation: refused (HTTP {response.status_code}; 401 is a wrong key)")
     return response.content
 
 
-def status(response: Any) -> str:
-    """HTTP's number and OpenAI's word, say insufficient_quota; not its message, which may quote the key."""
-    code = re.search(rb'"code":\s*"(\w+)"', response.content)
-    return f"HTTP {response.status_code} {code[1].decode() if code else ''}".strip()
-
-
 def parse(reply: bytes, texts: int) -> list[float | None]:
-    """The largest category score of each text; None where one is not in [0, 1], or the reply has another form.
+    """The largest category score of each text; None for all if one is not in [0, 1], or in another form.
 
     >>> parse(b'{"results": [{"category_scores": {"hate": 0.25, "violence": 0.5, "illicit": null}}]}', 1)
     [0.5]
     """
+    harms: list[float | None] = []
     try:
-        results = [list(result["category_scores"].values()) for result in json.loads(reply)["results"]]
+        for result in json.loads(reply)["results"]:
+            scores = [score for score in result["category_scores"].values() if score is not None]
+            if not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
+                raise ValueError("scores are numbers in [0, 1]")
+            harms.append(float(max(scores)))
     except (ValueError, KeyError, TypeError, AttributeError):
-        results = []
-    return list(map(largest, results)) if len(results) == texts else [None] * texts
-
-
-def largest(scores: list) -> float | None:
-    scores = [score for score in scores if score is not None]
-    valid = scores and all(type(score) in (int, float) and 0 <= score <= 1 for score in scores)
-    return float(max(scores)) if valid else None
+        harms = []
+    return harms if len(harms) == texts else [None] * texts
