@@ -46,8 +46,7 @@ from lib import attacks, metrics
 from lib.attacks import ATTACKS, Budget, Lab, Model, Slot, Tries, a_try
 from lib.judges import load_judge
 from lib.metrics import BENIGN, CONTROLS, SETS, wilson
-from lib.report import write_report
-from lib.report.separation import separations
+from lib.report import separations, write_report
 from lib.run import run_main, start
 from lib.run.files import append_jsonl, read_log, write_json
 from lib.run.settings import Common, setting

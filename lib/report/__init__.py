@@ -1,13 +1,13 @@
 """Room: the report of stage 4, how far apart a model holds two groups of prompts, and learning curves.
 
     write_report(out, results, completions)    report.html, report.md and figures: what stage 4 measured
-    separation(prompt_embeddings(...), y)      inside a model: harmful against safe prompts (paper, Figure 4)
+    separations(victim, groups, safe)          inside a model: harmful against safe prompts (paper, Figure 4)
     draw_curves(metrics_path, png_path)        what stages 2 and 3 have logged, as small panels
 
-Skip it at first: the numbers come from lib/metrics.py, and here they are only shown. sections.txt and
-sections.py are what the report says, page.html and page.py how it looks, figures.py and curves.py what is
-drawn, where matplotlib is installed. separation.py is worth a visit: a support vector machine from scratch.
-Tests: tests/test_report.py, tests/test_separation.py.
+Skip it at first: the numbers come from lib/metrics.py, and here they are only shown: sections.py is what the
+report says, page.html and page.py how it looks, figures.py what is drawn, where matplotlib is installed.
+separation.py is worth a visit: a support vector machine from scratch. Tests: tests/test_report.py,
+tests/test_separation.py.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.report.curves import draw_curves
-from lib.report.figures import bars, draw_figures, label, legend, styles
+from lib.report.figures import draw_curves, draw_figures
 from lib.report.page import as_page, as_text, deciding_lines
-from lib.report.sections import sections, show
-from lib.report.separation import prompt_embeddings, separation
+from lib.report.sections import sections
+from lib.report.separation import separations
 from lib.run.files import write_text
 
-__all__ = ["draw_curves", "prompt_embeddings", "separation", "write_report"]
-__all__ += ["bars", "label", "legend", "show", "styles"]  # for figures and tables of lib/compare
+__all__ = ["draw_curves", "separations", "write_report"]
 
 
 def write_report(out: Path, results: dict, completions: Sequence[dict]) -> None:
@@ -33,7 +31,7 @@ def write_report(out: Path, results: dict, completions: Sequence[dict]) -> None:
     `results` is the content of results.json, `completions` the lines of completions.jsonl. What `results`
     lacks is left out. The learning curves are those in the models' folders.
     """
-    figures = list(draw_figures(results, out))
+    figures = draw_figures(results, out)
     for name, folder in (text.split("=", 1) for text in results["config"]["models"]):
         if (file := Path(folder) / "curves.png").is_file():
             figures.append(f"curves_{name}")

@@ -1,4 +1,4 @@
-"""The report's figures, drawn with matplotlib where it is installed (the tables say the same)."""
+"""The report's figures and learning curves, drawn with matplotlib where it is installed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lib.metrics import Interval
 from lib.report.sections import keys_of
-from lib.run.files import atomic
+from lib.rewards import KINDS
+from lib.run.files import atomic, read_log
 
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
 MARKERS = "osD^vPX"  # colours alone do not tell models apart for every reader
@@ -26,8 +29,12 @@ def new_figure() -> Any:
 
 
 def save(figure, path: str | Path) -> None:
-    """As PNG, with one legend for all panels."""
-    legend(figure)
+    """As PNG, with one legend for all panels: not every model has to be in each."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, names = axes.get_legend_handles_labels()
+        found |= zip(names, handles, strict=True)
+    figure.legend(found.values(), found, loc="outside upper center", ncols=min(5, len(found)), frameon=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
@@ -35,7 +42,7 @@ def save(figure, path: str | Path) -> None:
 def draw_figures(results: dict, out: Path) -> list[str]:
     """Draw the figures that `results` has to OUT/NAME.png, and give their names; none without matplotlib."""
     names = []
-    for draw in (draw_plane, draw_attacks, draw_outcomes, draw_budgets, draw_tokens, draw_separation):
+    for draw in (draw_plane, draw_attacks, draw_budgets, draw_separation):
         if (figure := new_figure()) is not None:
             draw(figure, results["models"])
             if figure.axes:  # else there was nothing to draw
@@ -57,48 +64,17 @@ def draw_plane(figure, models: dict) -> None:
 
 
 def draw_attacks(figure, models: dict) -> None:
-    attacks, worst = leading(keys_of(models, "dsr")), keys_of(models, "worst_case")
-    for axes in draw_rows(figure, models, {"dsr": attacks, "worst_case": worst}):
-        axes.set(xlim=SHARE)
-    figure.supxlabel("defense success rate", fontsize="medium")
-
-
-def draw_tokens(figure, models: dict) -> None:
-    parts = ("reasoning_tokens", "answer_tokens")
-    for axes in draw_rows(figure, models, {part: sorted(keys_of(models, part)) for part in parts}):
-        axes.set_xlim(left=0)
-
-
-def draw_rows(figure, models: dict, keys: dict[str, list[str]]) -> list:
-    """The panels: one a part of the results, in it a row a key, in that a point and its interval a model."""
-    parts = [part for part in keys if keys[part]]
-    heights = [0.5 + len(keys[part]) * (0.12 + 0.07 * len(models)) for part in parts]
-    grid = panels(figure, len(parts), 8, sum(heights) / max(1, len(parts)), columns=1, height_ratios=heights)
-    for axes, part in zip(grid, parts, strict=True):
+    """A row an attack, in it a point and its interval a model."""
+    attacks = leading(keys_of(models, "dsr"))
+    height = 0.5 + len(attacks) * (0.12 + 0.07 * len(models))
+    for axes in panels(figure, min(1, len(attacks)), 8, height):
         for i, (name, style) in enumerate(styles(models).items()):
-            shift, found = (i - (len(models) - 1) / 2) * 0.8 / len(models), models[name].get(part, {})
-            rows = [(row + shift, found[key]) for row, key in enumerate(keys[part]) if key in found]
-            means, cis = [ci["mean"] for _, ci in rows], [ci for _, ci in rows]
-            axes.errorbar(means, [y for y, _ in rows], xerr=bars(cis), linestyle="", **style)
-        name_rows(axes, keys[part])
-        axes.set(title=part.replace("_", " "))
-    return grid
-
-
-def draw_outcomes(figure, models: dict) -> None:
-    """A panel a model, a bar an attack, cut in three."""
-    attacks = keys_of(models, "outcomes")
-    ends = {"refused": COLORS[0], "useless": "#bbbbbb", "leaked": COLORS[1]}
-    met = {name: m["outcomes"] for name, m in models.items() if m.get("outcomes")}
-    grid = panels(figure, len(met), 2.4, 0.8 + 0.2 * len(attacks), sharey=True)
-    for axes, (name, found) in zip(grid, met.items(), strict=True):
-        left = [0.0] * len(attacks)
-        for end, color in ends.items():
-            widths = [found[attack][end]["mean"] if attack in found else 0.0 for attack in attacks]
-            axes.barh(range(len(attacks)), widths, left=left, color=color, label=end)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-        name_rows(axes, attacks)
-        axes.set(title=label(name), xlabel="share of requests", xlim=(0, 1))
+            shift, found = (i - (len(models) - 1) / 2) * 0.8 / len(models), models[name].get("dsr", {})
+            rows = [row + shift for row, attack in enumerate(attacks) if attack in found]
+            cis = [found[attack] for attack in attacks if attack in found]
+            axes.errorbar([ci["mean"] for ci in cis], rows, xerr=bars(cis), linestyle="", **style)
+        axes.set(yticks=range(len(attacks)), yticklabels=map(label, attacks), ylim=(len(attacks) - 0.5, -0.5))
+        axes.set(xlabel="defense success rate", xlim=SHARE)
 
 
 def draw_budgets(figure, models: dict) -> None:
@@ -124,6 +100,50 @@ def draw_separation(figure, models: dict) -> None:
         axes.set_title(f"{label(name)}: {label(key)}\nmargin {s['margin']:.2f}", fontsize=9)
 
 
+# ---- learning curves: the title of a panel, and {key of metrics.jsonl: its name in the legend} -------------
+
+WARMSTART = {"loss (nats a token)": {"loss": "training", "held_out_loss": "held out"}}
+RL = {
+    title: {key: "all", **{f"{key}_{kind}": kind for kind in KINDS}}
+    for title, key in (
+        ("reward", "reward"),
+        ("refusal rate", "refusal_rate"),
+        ("reasoning tokens", "reasoning_tokens"),
+        ("well-formed", "format_rate"),
+        ("groups without a signal", "zero_advantage_groups"),
+        ("KL to the reference (nats a token)", "kl"),
+    )
+}
+
+
+def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
+    """Draw metrics.jsonl of stage 2 or 3 into a PNG; nothing without matplotlib, or where nothing is logged.
+
+    Faint: every step that has a value. Plain: the mean over a twentieth of the run around it.
+    """
+    records, figure = read_log(metrics_path), new_figure()
+    if figure is None or not records:
+        return
+    plan = RL if "reward" in records[0] else WARMSTART
+    logged = {key for record in records for key, value in record.items() if value is not None}
+    titles = [title for title in plan if plan[title].keys() & logged]
+    for axes, title in zip(panels(figure, len(titles), 3.6, 2.6, columns=3), titles, strict=True):
+        for color, (key, name) in zip(("#444444", *COLORS), plan[title].items(), strict=False):
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+            if points:
+                steps, values = np.array(points, dtype=float).T
+                width = 1 + 2 * (len(points) // 40)  # odd: as many before a step as behind it
+                means = np.convolve(values, np.full(width, 1 / width), "valid")
+                dot = "o" if len(points) < 10 else ""
+                axes.plot(steps, values, color=color, alpha=0.25)
+                axes.plot(steps[width // 2 :][: len(means)], means, marker=dot, color=color, label=name)
+        axes.set(title=title, xlabel="step")
+    save(figure, png_path)
+
+
+# ---- what figures share ------------------------------------------------------------------------------------
+
+
 def panels(figure, count: int, width: float, height: float, columns: int = 4, **options: Any) -> list:
     """`count` axes, up to `columns` of them side by side, each of `width` x `height` inches."""
     columns = min(columns, count)
@@ -137,14 +157,6 @@ def panels(figure, count: int, width: float, height: float, columns: int = 4, **
     return list(grid[:count])
 
 
-def name_rows(axes, keys: Sequence[str]) -> None:
-    """A row a key from the top down, with lines between the rows instead of through them."""
-    axes.set(yticks=range(len(keys)), yticklabels=map(label, keys), ylim=(len(keys) - 0.5, -0.5))
-    axes.grid(visible=False, axis="y")
-    for row in range(1, len(keys)):
-        axes.axhline(row - 0.5, color="#dddddd", linewidth=0.8)
-
-
 def leading(attacks: Sequence[str]) -> list[str]:
     """Without those of which there is a "plain_or_X": figures show that one, tables both."""
     return [attack for attack in attacks if f"plain_or_{attack}" not in attacks]
@@ -155,15 +167,6 @@ def styles(models: dict) -> dict[str, dict[str, Any]]:
     looks = zip(models, itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=False)
     size = {"capsize": 3, "markersize": 5}
     return {name: {"color": c, "marker": m, "label": label(name), **size} for name, c, m in looks}
-
-
-def legend(figure) -> None:
-    """One for all panels: not every model has to be in each."""
-    found: dict[str, Any] = {}
-    for axes in figure.axes:
-        handles, names = axes.get_legend_handles_labels()
-        found |= zip(names, handles, strict=True)
-    figure.legend(found.values(), found, loc="outside upper center", ncols=min(5, len(found)), frameon=False)
 
 
 def label(text: str) -> str:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment
 
 from lib.metrics import deciding
-from lib.report.sections import Section, Table, show
+from lib.report.sections import Section, show
 from lib.run.text import visible
 
 TITLE = "Attack and evaluation"
-LIMIT = 20_000_000  # characters of completions in a page
+PROMPTS = 500  # of each set, in a page
 
 
 def as_text(sections: Sequence[Section]) -> str:
@@ -33,26 +31,24 @@ def as_text(sections: Sequence[Section]) -> str:
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
-def table_as_text(table: Table) -> str:
+def table_as_text(table: dict) -> str:
     """Columns lined up, behind four spaces: markdown shows that as it stands, whatever is in it."""
-    rows = [table.head, *([show(cell, table.sign) for cell in row] for row in table.rows)]
-    rows = [[" ".join(visible(text).split()) for text in row] for row in rows]
+    rows = [[" ".join(visible(text).split()) for text in row] for row in (table["head"], *table["rows"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(f"    {line}" for line in (f"{table.caption}:", *lines))
+    return "\n".join(f"    {line}" for line in (f"{table['caption']}:", *lines))
 
 
 def as_page(sections: Sequence[Section], out: Path, lines: Sequence[dict]) -> str:
     """report.html, with the figures that stand in `out`. `lines`: completions, each with a `verdict`."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.finalize = lambda value: visible(value) if type(value) is str else value  # markup is ours
     environment.filters |= {"show": show, "digest": digest}
     names = [name for section in sections for name in section.figures]
     pictures = {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in names}
     values = {"title": TITLE, "sections": sections, "pictures": pictures, "prompts": by_prompt(lines)}
-    return environment.get_template("page.html").render(values)
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(values)
 
 
 def digest(text: str) -> str:
@@ -61,13 +57,11 @@ def digest(text: str) -> str:
 
 
 def by_prompt(lines: Sequence[dict]) -> list[list[dict]]:
-    """The lines of each prompt of a set, the models side by side; over LIMIT, the first part of every set."""
+    """The lines of each prompt, the models side by side; of each set those of the first PROMPTS."""
     sets: dict[str, dict[str, list[dict]]] = {}
     for line in lines:
         sets.setdefault(line["set"], {}).setdefault(line["id"], []).append(line)
-    share = min(1.0, LIMIT / sum(len(str(line)) for line in lines)) if lines else 1.0
-    parts = [list(prompts.values())[: math.ceil(share * len(prompts))] for prompts in sets.values()]
-    return list(itertools.chain.from_iterable(parts))
+    return [found for prompts in sets.values() for found in list(prompts.values())[:PROMPTS]]
 
 
 def deciding_lines(lines: Sequence[dict], threshold: float) -> list[dict]:

@@ -1,9 +1,4 @@
-"""What the report says: one list of sections, with tables as data. `lib/report/page.py` renders it.
-
-sections.txt has it all but the settings: "##" and a title, "!" and a figure, a text, and for each table "|",
-the part of a model's results that it shows, and its caption. A cell is as in results.json: a mean with its
-interval, {"mean", "low", "high", "n"}, a number, a text, or None.
-"""
+"""What the report says: one list of sections, with tables as data. `lib/report/page.py` renders it."""
 
 from __future__ import annotations
 
@@ -12,32 +7,82 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lib.metrics import SETS, Interval, bootstrap
 
 CATEGORIES = 40  # rows of a table by category
 
-
-@dataclass
-class Table:
-    """The first cell of a row is its head. `sign`: "+" in a table of differences."""
-
-    caption: str
-    head: list[str]
-    rows: list[list[Any]]
-    sign: str = ""
+# "##" and a title, perhaps "!" and a figure, a text; "|", a part of a model's results, its table's caption.
+SECTIONS = """
+## Summary
+An entry is a mean, its 95 % interval and the number of observations: 0.97 [0.92, 0.99] (64). Intervals are
+Wilson's for shares, bootstrap for means. Figures need matplotlib; the tables have their numbers.
+| about: Models
+| completions: Completions of each set
+## Safety against refusal, and against use
+! plane
+DSR is the share of attacks defended: the mean of held-out disguises and of the attacks that all models met.
+In plain_or, each attacker sends the plain request as well. Compliance is the share of harmless and ambiguous
+requests that are not refused, not even in part. A wrong answer complies too, so the task score (was the
+request served?) stands beside it. Up and to the right is better.
+| plane: The plane in numbers
+## Defence against each attack (DSR)
+! attacks
+plain_or_X leads: an attacker sends the plain request as well, and neither got through. X, the paper's number,
+is the attack alone; it may be above plain, where the attack confuses the model. pap_mean is over techniques.
+An average flatters, for an attacker takes the attack that works. In the worst case a behaviour held against
+every form of one search (gcg), every attack that all models met (shared), or all that this model met.
+| dsr: Share of behaviours defended
+| worst_case: Share of behaviours defended in the worst case
+| unknown: Verdicts that the judge did not give (never a defence)
+| not_asked: Tries too long to be asked (in no figure)
+| controls: Controls: nothing is searched, one try each
+## What became of the requests
+Of the answers that decide. Useless: neither a refusal nor harm, so a wrong answer; it counts as defended.
+| outcomes: Shares of the requests
+## DSR against the attacker's budget
+! budgets
+A search is tried at each budget with the best that it has found; an attack that asks has so many tries. One
+success at a budget counts at every larger one, so no curve rises.
+| dsr_by_budget: DSR after so many steps or tries
+## Requests that deserve an answer
+By kind, and by type of ambiguous prompt. Of harmful prompts, asked openly or in disguise, low is good.
+| compliance: Compliance
+| partial: Refused in part, and helped in part
+| task_score: Task score
+| unknown_refusals: Labels that --refusals did not give (in no figure)
+## Thought
+Reasoning tokens are of completions that close their reasoning. Compare kinds at equal hops, if given.
+| reasoning_tokens: Reasoning tokens
+| answer_tokens: Answer tokens
+| reasoning_by_category: Reasoning tokens by category (paper, Table 3)
+| answer_by_category: Answer tokens by category (paper, Table 3)
+## Format, and what an attack does to it
+Well-formed: exactly one </think>, no second <think>. Closed: the reasoning ends at all. An attack may keep a
+model from ever ending it, so DSR is given with an end (closed) and without (open).
+| format_rate: Well-formed completions
+| under_attack: Format under attack (paper, Table 4)
+## Internal separation
+! separation
+What a model holds of a prompt before it writes: harmful ones under attack, and safe ones that look harmful.
+Margin of a linear SVM (C = 1), with its price, the slack; accuracy on prompts held out. The map is PCA.
+| separation: Separation (paper, Figure 4)
+## What each attack needs and costs
+Over all behaviours. Loss: of the attacker's target, before the search and after it.
+| attacks: Access and costs
+## Differences between models
+The first model minus the second, over the prompts that both met. Marked *: the interval leaves out 0.
+| differences: Paired differences
+"""
 
 
 @dataclass
 class Section:
-    """`figures`: names of pictures, such as "plane" for plane.png."""
-
     title: str
     text: str
-    tables: list[Table]
-    figures: list[str]
+    tables: list[dict[str, Any]]  # caption; head, a list of texts; rows, likewise, each begins with its head
+    figures: list[str]  # "plane" for plane.png
 
 
 def show(cell: Any, sign: str = "") -> str:
@@ -71,22 +116,25 @@ def keys_of(models: dict, part: str) -> list[str]:
     return list(dict.fromkeys(key for keys in found for key in keys))
 
 
-def table_of(part: str, caption: str, models: dict) -> Table:
+def table_of(part: str, caption: str, models: dict) -> dict[str, Any]:
     """A row a key of `part` (such as an attack), a column a model.
 
     Where a key has several figures, such as costs: a row a key and a model, a column a figure.
     """
-    keys = keys_of(models, part)
-    cells = {
-        (key, name): m[part][key] for key in keys for name, m in models.items() if key in m.get(part, {})
-    }
+    keys, parts = keys_of(models, part), {name: m.get(part, {}) for name, m in models.items()}
+    cells = {(key, name): found[key] for key in keys for name, found in parts.items() if key in found}
     several = [cell for cell in cells.values() if isinstance(cell, dict) and "mean" not in cell]
-    if several:
-        figures = list(dict.fromkeys(figure for cell in several for figure in cell if figure != "points"))
-        rows = [[key, name, *map(cell.get, figures)] for (key, name), cell in cells.items()]
-        return Table(caption, ["", "model", *(figure.replace("_", " ") for figure in figures)], rows)
-    rows = [[key, *(cells.get((key, name)) for name in models)] for key in keys]
-    return Table(caption, ["", *models], rows, "+" if part == "differences" else "")
+    figures = list(dict.fromkeys(figure for cell in several for figure in cell if figure != "points"))
+    if figures:
+        rows = [[key, name, *(show(cell.get(x)) for x in figures)] for (key, name), cell in cells.items()]
+        return {
+            "caption": caption,
+            "head": ["", "model", *(x.replace("_", " ") for x in figures)],
+            "rows": rows,
+        }
+    sign = "+" if part == "differences" else ""
+    rows = [[key, *(show(cells.get((key, name)), sign) for name in models)] for key in keys]
+    return {"caption": caption, "head": ["", *models], "rows": rows}
 
 
 def by_category(lines: Sequence[dict], part: str, seed: int) -> dict[str, Interval]:
@@ -101,17 +149,17 @@ def by_category(lines: Sequence[dict], part: str, seed: int) -> dict[str, Interv
 
 def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]:
     """What results.json says of a model, and what its completions add, in a shape for `table_of`."""
-    m, seconds = results["models"][name], results["seconds"][name]
-    paths = dict(text.split("=", 1) for text in results["config"]["models"])
+    m, curves = results["models"][name], results["models"][name].get("dsr_by_budget", {})
+    mine = [line for line in lines if line["model"] == name]
+    path = dict(text.split("=", 1) for text in results["config"]["models"])[name]
     reasons = "yes" if m["reasoning"] else "no"
-    curves = m.get("dsr_by_budget", {})
     return {
         **m,
-        "about": {"checkpoint": paths[name], "reasons first": reasons, "seconds (this run)": seconds},
-        "completions": Counter(line["set"] for line in lines),
+        "about": {"checkpoint": path, "reasons first": reasons, "seconds": results["seconds"][name]},
+        "completions": Counter(line["set"] for line in mine),
         "dsr_by_budget": {f"{attack}, {step}": ci for attack in curves for step, ci in curves[attack]},
-        "reasoning_by_category": by_category(lines, "reasoning", results["seed"]),
-        "answer_by_category": by_category(lines, "answer", results["seed"]),
+        "reasoning_by_category": by_category(mine, "reasoning", results["seed"]),
+        "answer_by_category": by_category(mine, "answer", results["seed"]),
     }
 
 
@@ -120,28 +168,26 @@ def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list
 
     Tables without rows and figures that there are not are left out, and so is a section with neither.
     """
-    models = {}
-    for name in results["models"]:
-        models[name] = parts_of(name, results, [line for line in lines if line["model"] == name])
+    models = {name: parts_of(name, results, lines) for name in results["models"]}
     pairs: dict[str, dict] = {}  # shown as if each were a model
     for d in sorted(results.get("differences", []), key=lambda d: d["figure"]):
         pair = pairs.setdefault(f"{d['a']} - {d['b']}", {"differences": {}})
         pair["differences"][d["figure"]] = d["ci"]
     found = []
-    for block in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split("## ")[1:]:
+    for block in SECTIONS.split("## ")[1:]:
         title, *rest = block.strip().split("\n")
-        tables = []
-        for part, caption in (row[2:].split(": ", 1) for row in rest if row[0] == "|"):
-            tables.append(table_of(part, caption, pairs if part == "differences" else models))
+        captions = dict(row[2:].split(": ", 1) for row in rest if row[0] == "|")
+        columns = models if "differences" not in captions else pairs
+        tables = [table_of(part, caption, columns) for part, caption in captions.items()]
         text = " ".join(row for row in rest if row[0] not in "!|")
         found.append(Section(title, text, tables, [row[2:] for row in rest if row[0] == "!"]))
     found.append(Section("Learning curves", "", [], [name for name in drawn if name.startswith("curves_")]))
     rows = [["command", shlex.join(["python", *sys.argv])]]
     for key, value in results["config"].items():
         rows.append([key, " ".join(map(str, value)) if isinstance(value, list) else str(value)])
-    table = Table("All that is behind these numbers", ["", "value"], rows)
+    table = {"caption": "All that is behind these numbers", "head": ["", "value"], "rows": rows}
     found.append(Section("Settings", "", [table], []))
     for section in found:
-        section.tables = [table for table in section.tables if table.rows]
+        section.tables = [table for table in section.tables if table["rows"]]
         section.figures = [name for name in section.figures if name in drawn]
     return [section for section in found if section.tables or section.figures]

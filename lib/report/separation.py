@@ -2,12 +2,9 @@
 
 Source: paper, Figure 4 and its appendix (F9): the last-layer embedding of the prompt, harmful prompts under
 attack against safe ones that look harmful; a linear soft-margin SVM with C = 1, its margin, a map in two
-dimensions. Here:
-
-1. Embeddings are brought to one scale before the fit (`standardise`), so that models can be compared.
-2. The margin comes with its price, the slack, and with held-out accuracy. Alone it misleads: where two groups
-   overlap, a soft margin widens until it holds them both.
-3. The map is PCA, not UMAP: a linear map shows no gap that is not there, and needs no seed.
+dimensions. Here embeddings are brought to one scale first (`standardise`), so that models compare. The margin
+comes with its price, the slack, and with held-out accuracy: where two groups overlap, a soft margin widens
+until it holds them both. The map is PCA, not UMAP: it shows no gap that is not there, without a seed.
 """
 
 from __future__ import annotations
@@ -18,36 +15,40 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
 from lib.batches import micro_batches, pad_batch
-from lib.chat import encode_prompt
 from lib.metrics import wilson
 from lib.policy import hidden_states
 
 TOLERANCE = 1e-12  # duality gap of an SVM, relative to its objective
 
 
+def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> dict[str, dict[str, Any]]:
+    """`separation` of each group of harmful prompts from equally many safe ones, as a model holds them.
+
+    victim: a lib.attacks.Victim. Groups of fewer than 10 prompts that fit its context say nothing.
+    """
+    found = {}
+    for name, harmful in groups.items():
+        fitting = [[text for text in texts if victim.fits(victim.encode(text))] for texts in (harmful, safe)]
+        n = min(map(len, fitting))
+        if n >= 10:
+            x = prompt_embeddings(victim, fitting[0][:n] + fitting[1][:n])
+            found[name] = separation(x, torch.tensor([1.0] * n + [-1.0] * n))
+    return found
+
+
 @torch.no_grad()
-def prompt_embeddings(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    reasoning: bool,
-    system: str = "",
-    max_batch_tokens: int = 16384,
-) -> Tensor:
+def prompt_embeddings(victim: Any, prompts: Sequence[str]) -> Tensor:
     """The state after the final norm where the model is about to write: (N, width) fp32, on the CPU.
 
-    For a reasoner that is at the end of "<think>\\n". A row does not depend on the other prompts. A prompt of
-    more than `max_batch_tokens` tokens is a batch of its own.
+    For a reasoner that is at the end of "<think>\\n". A row does not depend on the other prompts.
     """
-    ids = [encode_prompt(tokenizer, prompt, reasoning=reasoning, system=system) for prompt in prompts]
+    ids, model = [victim.encode(prompt) for prompt in prompts], victim.model
     lengths = [len(row) for row in ids]
     result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
-    for batch in micro_batches(lengths, max(max_batch_tokens, *lengths)):
+    for batch in micro_batches(lengths, max(victim.max_batch_tokens or 16384, *lengths)):
         padded = pad_batch([ids[i] for i in batch], 0, side="right")  # ids and mask, (B, T)
         hidden = hidden_states(model, *(x.to(model.device) for x in padded))  # (B, T, width)
         for row, i in enumerate(batch):
@@ -58,9 +59,9 @@ def prompt_embeddings(
 def standardise(x: Tensor) -> Tensor:
     """(N, d) -> (N, d) fp64 of mean zero and mean squared norm 1: one factor for all dimensions.
 
-    A margin is a length, so embeddings twice as long have twice the margin, though nothing is better
-    separated. At one scale, C = 1 means the same trade-off for every model. A factor for each dimension would
-    change the cloud's shape, which is what is measured. Raises UserError where there is nothing to scale.
+    A margin is a length: embeddings twice as long have twice the margin. At one scale, C = 1 means the same
+    trade-off for every model. A factor for each dimension would change the cloud's shape, which is what is
+    measured. Raises UserError where there is nothing to scale.
     """
     x = x.double()
     if not x.isfinite().all():
@@ -128,10 +129,9 @@ def separation(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0) -> dict[str,
     """How well the SVM tells one group from the other: x (N, d) embeddings, y (N,) in {-1, +1}.
 
     margin and slack (mean hinge loss) are of the fit on all N, and compare only on the same prompts: C weighs
-    a sum over them. accuracy is of held-out prompts, each judged once by the fit on the other folds, to which
-    each group is dealt evenly. Knowing nothing gets the larger group's share; less, where each prompt has a
-    twin in the other group: the fit has seen the twin and its label. points: [[x, y, group], ...]. Raises
-    UserError for a group smaller than `folds`.
+    a sum over them. accuracy is of held-out prompts, each judged once by the fit on the other folds. Knowing
+    nothing gets the larger group's share; less, where each prompt has a twin in the other group that the fit
+    has seen. points: [[x, y, group], ...]. Raises UserError for a group smaller than `folds`.
     """
     y, x = y.double(), standardise(x)  # which sees no labels, so it may see the prompts that will be held out
     fold = torch.zeros(len(y), dtype=torch.long)
@@ -139,9 +139,7 @@ def separation(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0) -> dict[str,
     for group in (-1, 1):
         members = (y == group).nonzero()[:, 0]
         if len(members) < folds:
-            raise UserError(
-                f"{len(members)} prompts in group {group:+d} do not fill {folds} folds: give more"
-            )
+            raise UserError(f"{len(members)} prompts in group {group:+d} do not fill {folds} folds")
         fold[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members)) % folds
     right = torch.zeros(len(y), dtype=torch.bool)
     for k in range(folds):
@@ -158,25 +156,3 @@ def separation(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0) -> dict[str,
         "slack": round(float(slack), 4),
         "points": [[round(a, 4), round(b, 4), int(group)] for a, b, group in points],
     }
-
-
-def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> dict[str, dict[str, Any]]:
-    """`separation` of each group of harmful prompts from equally many safe ones, as a model holds them.
-
-    victim: a lib.attacks.Victim. Groups of fewer than 10 prompts that fit its context say nothing.
-    """
-    found = {}
-    for name, harmful in groups.items():
-        fitting = [[text for text in texts if victim.fits(victim.encode(text))] for texts in (harmful, safe)]
-        n = min(map(len, fitting))
-        if n >= 10:
-            prompts, how = (
-                fitting[0][:n] + fitting[1][:n],
-                {"reasoning": victim.reasoning, "system": victim.system},
-            )
-            limit = victim.max_batch_tokens
-            embeddings = prompt_embeddings(
-                victim.model, victim.tokenizer, prompts, max_batch_tokens=limit, **how
-            )
-            found[name] = separation(embeddings, torch.tensor([1.0] * n + [-1.0] * n))
-    return found
