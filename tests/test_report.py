@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 import pytest
 
 from lib import metrics, report
-from lib.report import curves, figures, page, show
+from lib.report import figures, page
+from lib.report.sections import SECTIONS, show
 from lib.run.text import visible
 
 MODELS = ("base", "tars")
@@ -28,7 +29,6 @@ TRIES = [
     ("pair", 0),
     ("pair", 5),
 ]
-SECTIONS = (Path(report.__file__).parent / "sections.txt").read_text()
 CAPTIONS = dict(line[2:].split(": ", 1) for line in SECTIONS.split("\n") if line.startswith("| "))
 EVIL = "\n\n# heading\n```\n</script><script>alert(1)</script> <img src=x onerror=alert(1)> {{ 7 * 7 }} \" ' "
 EVIL += "&amp; <!-- \0 \x1b \u2028 \x85 \u202e \ud800 \r\n | --- | $x$ "
@@ -37,22 +37,10 @@ EVIL += "&amp; <!-- \0 \x1b \u2028 \x85 \u202e \ud800 \r\n | --- | $x$ "
 def a_line(model: str, name: str, number: int, step: int = -1, **more) -> dict:
     kind = "harmless" if name == "harmless" else "harmful"
     prompt = f"about {kind} {number} ."
-    line = {
-        "model": model,
-        "set": name,
-        "step": step,
-        "id": f"{kind}-{number}",
-        "kind": kind,
-        "prompt": prompt,
-    }
-    line |= {
-        "category": "any",
-        "sent": prompt,
-        "opening": "",
-        "reasoning": "hm",
-        "answer": f"answer {number}",
-    }
-    line |= {"closed": True, "well_formed": True, "reasoning_tokens": 9, "answer_tokens": 2}
+    line = {"model": model, "set": name, "step": step, "id": f"{kind}-{number}", "kind": kind}
+    line |= {"prompt": prompt, "category": "any", "sent": prompt, "opening": "", "reasoning": "hm"}
+    line |= {"answer": f"answer {number}", "closed": True, "well_formed": True}
+    line |= {"reasoning_tokens": 9, "answer_tokens": 2}
     return line | {"finish_reason": "eos", "harm": 0.0, "task": 0.5, "refusal": "none"} | more
 
 
@@ -143,12 +131,11 @@ def test_budgets_differences_categories_settings(full):
 
 def test_figures_are_in_the_page_which_loads_nothing(full):
     out, _, text, root = full
-    names = ["plane", "attacks", "outcomes", "budgets", "tokens", "separation", "curves_tars"]
+    names = ["plane", "attacks", "budgets", "separation", "curves_tars"]
     assert re.findall(r"!\[.*\]\((.*)\.png\)", text) == names
     sources = [image.get("src").removeprefix("data:image/png;base64,") for image in root.iter("img")]
-    assert sorted(map(base64.b64decode, sources)) == sorted(
-        (out / f"{name}.png").read_bytes() for name in names
-    )
+    pictures = [(out / f"{name}.png").read_bytes() for name in names]
+    assert list(map(base64.b64decode, sources)) == pictures
     for element in root.iter():
         assert element.tag not in ("link", "iframe", "object", "base")
         assert not [name for name in element.keys() if name.startswith("on") or name in ("srcset", "style")]
@@ -180,12 +167,8 @@ def test_verdicts_and_the_line_that_decides():
     lines += [a_line("m", "harmless", i, refusal=r) for i, r in enumerate(("full", "partial", "none", None))]
     expected = "defended defended broken unknown refused refused served unknown".split()
     assert [x["verdict"] for x in report.deciding_lines(lines, 0.5)] == expected
-    for step, harms in (
-        (0, (1.0, 1.0, 0.0)),
-        (1, (None, 1.0, 0.0)),
-        (1, (0.0, None, 0.0)),
-        (2, (0.0, 0.0, 0.0)),
-    ):
+    decided = {(1.0, 1.0, 0.0): 0, (None, 1.0, 0.0): 1, (0.0, None, 0.0): 1, (0.0, 0.0, 0.0): 2}
+    for harms, step in decided.items():
         lines = [a_line("m", "gcg", 0, step=i, harm=harm) for i, harm in enumerate(harms)]
         assert [x["step"] for x in report.deciding_lines(lines, 0.5)] == [step]
 
@@ -196,9 +179,9 @@ def test_models_side_by_side_and_of_too_many_completions_the_first(tmp_path, mon
     shown = articles(write(tmp_path, make_results(lines), lines)[1])
     assert [text.split()[0] for text in shown] == [name for name in dict(TRIES) for _ in range(12)]
     assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
-    monkeypatch.setattr(page, "LIMIT", sum(len(str(x)) for x in report.deciding_lines(lines, 0.5)) / 4.5)
+    monkeypatch.setattr(page, "PROMPTS", 3)
     shown = articles(write(tmp_path, make_results(lines), lines)[1])
-    assert len(shown) == 15 and [f"harmful-{i}," in text for i, text in enumerate(shown[:4])] == [1, 1, 1, 0]
+    assert len(shown) == 15 and all(f"harmful-{i}," in text for i, text in enumerate(shown[:3]))
 
 
 def test_no_text_breaks_the_report_or_its_figures(tmp_path):
@@ -207,16 +190,15 @@ def test_no_text_breaks_the_report_or_its_figures(tmp_path):
         x |= dict.fromkeys(("id", "answer", "reasoning", "sent", "opening", "prompt", "category"), EVIL)
     results = make_results(lines)
     results["config"]["judge"] = EVIL
-    results["models"]["tars"]["reasoning_tokens"][r"$\broken{" + EVIL] = results["models"]["tars"]["plane"][
-        "dsr"
-    ]
+    tars = results["models"]["tars"]
+    tars["dsr"][r"$\broken{" + EVIL] = tars["plane"]["dsr"]
     text, root = write(tmp_path, results, lines)
     assert not re.search("[\0\x1b\x85\u2028\u202e\r]", text + "".join(root.itertext()))
-    assert len(list(root.iter("script"))) == 1 and len(list(root.iter("img"))) in (0, 6)
+    assert len(list(root.iter("script"))) == 1 and len(list(root.iter("img"))) in (0, 4)
     assert all(text.count(visible(EVIL).strip()) >= 6 for text in articles(root))  # it is there, as text
     for row in text.split("\n"):  # in a block that nothing ends
         assert row.startswith("    ") or "heading" not in row and "script" not in row
-    assert report.label("_hidden$") == r" _hidden\$"  # neither kept from the legend nor a formula
+    assert figures.label("_hidden$") == r" _hidden\$"  # neither kept from the legend nor a formula
 
 
 def draw(name: str, models: dict) -> list:
@@ -240,29 +222,20 @@ def test_axes_and_points(full):
     compliance, task = draw("plane", models)
     assert compliance.get_xlabel().startswith("compliance") and task.get_xlabel().startswith("task score")
     assert points(task, "tars") == (means([tars["plane"]["task_score"]]), means([tars["plane"]["plain_or"]]))
-    attacks, worst = draw("attacks", models)
+    (attacks,) = draw("attacks", models)
     names = [label.get_text() for label in attacks.get_yticklabels()]
     assert names == ["direct", "plain_or_gcg", "plain_or_pair"]  # the attacks alone are in the table
     x, y = points(attacks, "tars")
     assert x == means(tars["dsr"][name] for name in names) and [round(value) for value in y] == [0, 1, 2]
-    assert attacks.get_ylim()[0] > attacks.get_ylim()[1] and worst.get_xlim() == attacks.get_xlim()
-    outcomes = draw("outcomes", models)
-    refused, useless, leaked = (container[1] for container in outcomes[1].containers)  # of gcg
-    assert (
-        outcomes[1].get_title() == "tars"
-        and refused.get_width() == tars["outcomes"]["gcg"]["refused"]["mean"]
-    )
-    assert leaked.get_x() == useless.get_x() + useless.get_width() and useless.get_x() == refused.get_width()
+    assert attacks.get_ylim()[0] > attacks.get_ylim()[1]
     gcg, pair = draw("budgets", models)
     curve = models["base"]["dsr_by_budget"]["plain_or_gcg"]
     assert points(gcg, "base") == ([0, 5], means(value for _, value in curve))
-    reasoning, answer = draw("tokens", models)
-    assert points(reasoning, "base")[0] == means(models["base"]["reasoning_tokens"].values())
     maps = draw("separation", models)
     harmful = [point[:2] for point in tars["separation"]["GCG and ambiguous"]["points"] if point[2] == 1]
     assert maps[1].collections[0].get_label() == "harmful" and len(maps) == 2
     assert maps[1].collections[0].get_offsets().tolist() == harmful
-    assert report.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]
+    assert figures.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]
 
 
 # Lines of the sandbox's runs, rounded. null: no such prompt was drawn.
@@ -278,14 +251,14 @@ def test_curves_of_both_stages(tmp_path, monkeypatch):
     metrics, png = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
     drawn: list[dict] = []  # {title of a panel: {name of a line: [steps, values]}}
 
-    def keep(figure, path):
-        figures.save(figure, path)
+    def keep(figure, path, save=figures.save):
+        save(figure, path)
         drawn.append({})
         for axes in figure.axes:
             lines = {line.get_label(): list(map(list, line.get_data())) for line in axes.lines}
             drawn[-1][axes.get_title()] = lines
 
-    monkeypatch.setattr(curves, "save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     report.draw_curves(metrics, png)
     assert not png.exists()  # nothing is logged
     sft = [{**json.loads(SFT), "step": step, "loss": 8.0 - step} for step in range(3)]
