@@ -61,7 +61,7 @@ class Settings(Common):
     rainbow: str = setting("", "pi_SFT, a folder or hub name: find prompts that it answers harmfully")
     # Few people change these, and presets only:
     traces_per_prompt: int = setting(4, "at most. Paper: 4", low=1, high=1000, flag=False)
-    ambiguous_share: float = setting(0.5, "of the RL prompts that are not harmful", low=0, high=1, flag=False)
+    ambiguous_share: float = setting(0.5, "of the RL prompts that are not harmful. Paper: 0.5", low=0, high=1)
     max_chars: int = setting(1000, "SFT and RL prompts of files are shorter", low=1, high=10**9, flag=False)
     max_batch_tokens: int = setting(16384, "in the cache of a model", low=16, high=TOKENS, flag=False)
     trace_temperature: float = setting(0.8, "of --trace-model", low=0.01, high=10, flag=False)

@@ -67,7 +67,7 @@ class Settings(Common, Budget):
     limit: int = setting(0, "prompts of each set to use; 0: all", low=0)
     temperature: float = setting(0.6, "of sampling; 0: greedy. Paper: 0.6", low=0, high=10)
     max_new_tokens: int = setting(64, "tokens that a reasoner may write. Paper: 4096", low=1)
-    answer_tokens: int = setting(12, "likewise without reasoning: no room to think aloud", low=1)
+    answer_tokens: int = setting(12, "likewise without reasoning: no room to think aloud", low=1, flag=False)
     attacks: list[str] = setting(["gcg"], "on direct requests", choices=("all", *ATTACKS))
     behaviours: int = setting(24, "direct requests to attack, the first; 0: none. Paper: 400", low=0)
     budgets: list[str] = setting(["0.2", "0.4"], "shares of a search's steps, beside 0, 1", flag=False)

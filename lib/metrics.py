@@ -79,9 +79,6 @@ def _interval(mean: float, low: float, high: float, n: int) -> Interval:
     return {"mean": round(float(mean), 4), "low": round(float(low), 4), "high": round(float(high), 4), "n": n}
 
 
-# ---- what a model answers ----------------------------------------------------------------------------------
-
-
 def deciding(lines: Lines, name: str, threshold: float) -> list[dict]:
     """The try that decides a request: the first success, else the first without verdict, else the last."""
 
@@ -185,9 +182,6 @@ def kinds(line: dict) -> list[str]:
 def kinds_and_hops(line: dict) -> list[str]:
     """Also "harmful/2 hops", "ambiguous/decoy/2 hops", where records say so: thought at equal depth (F3)."""
     return kinds(line) + ([f"{kind}/{line['hops']} hops" for kind in kinds(line)] if "hops" in line else [])
-
-
-# ---- models against each other -----------------------------------------------------------------------------
 
 
 def shared_attacks(lines: Lines) -> list[str]:

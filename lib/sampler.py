@@ -68,19 +68,19 @@ def sample_simple(
     """One completion of one prompt for each seed; the model is in eval mode. All else as in `sample`."""
     given = ([prompt], seeds, eos_token_ids)
     ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
-    cache, tokens, logprobs, ended = DynamicCache(), [], [], torch.zeros_like(seed, dtype=torch.bool)
+    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()
+    ended = torch.zeros_like(seed, dtype=torch.bool)
     # Prefill: logits (1, vocab). Then repeat: (rows, vocab).
     logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(len(seeds))
     logits = logits.expand(len(seeds), -1)
-    for step in range(max_new_tokens):
-        token, logprob = draw(logits, uniform(seed, step), temperature, top_p)  # (rows,) each
+    while len(tokens) < max_new_tokens and not ended.all():
+        if tokens:
+            logits = model(input_ids=tokens[-1][:, None], cache=cache, use_cache=True).logits[:, -1]
+        token, logprob = draw(logits, uniform(seed, len(tokens)), temperature, top_p)  # (rows,) each
         tokens.append(token)  # a row that has ended pads: it draws on, and `_completion` cuts that off
         logprobs.append(logprob)
         ended |= torch.isin(token, eos)
-        if ended.all():
-            break
-        logits = model(input_ids=token[:, None], cache=cache, use_cache=True).logits[:, -1]
     rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
     return [_completion(ids, values, eos_token_ids) for ids, values in rows]
 

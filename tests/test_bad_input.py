@@ -268,7 +268,7 @@ def test_model_that_cannot_be_used(stage, spoil, fragment, data, tmp_path, fails
 JUDGES = [
     ("gaurd", "gaurd"),
     ("json", "no function harm_score"),
-    ("", "none given"),
+    ("", "given none"),
     ("sandbox", "not a prompt"),
 ]
 
@@ -638,7 +638,7 @@ def test_ctrl_c_says_that_the_run_can_go_on_and_a_second_one_changes_nothing(tim
 def test_printed_commands_lead_through_the_chapters_and_keep_what_was_given(tmp_path, monkeypatch, capsys):
     """As a shell reads them, which must not run what stands in a name."""
     odd = tmp_path / "my runs $(touch ran) `touch ran`; 'x'"
-    small = {"rl_prompts": 16, "sft_prompts": 16, "traces_per_prompt": 1, "eval_prompts": 2}
+    small = {"rl_prompts": 16, "sft_prompts": 16, "eval_prompts": 2}
     stage, words = MIXTURE, flags(out=odd / "data", seed=7, **small)
     more = {SFT: [], RL: ["--judge", "stages", "--max-new-tokens", "8"], EVAL: ["--behaviours", "0"]}
     for following, added in more.items():

@@ -209,6 +209,7 @@ def test_a_padding_token_without_a_row_gives_way_if_eos_has_one(llama):
 def test_a_tokenizer_that_loses_words_or_markers_is_one_line(llama, tmp_path):
     with pytest.raises(UserError, match="loses most words of the prompts: 'Write a poem' becomes 'a'"):
         check_tokenizer(llama, word_level(), ["Write a poem"], reasoning=True)
+    check_tokenizer(llama, word_level(), ["tell me poems"], reasoning=True)  # of which most is kept
     check_tokenizer(llama, words := word_level(unknown="-"), ["tell me a story"], reasoning=True)
     with pytest.raises(UserError, match="its tokenizer cannot read .*Hello"):
         encode_prompt(words, "Hello", reasoning=True)

@@ -79,8 +79,9 @@ def test_no_import_leads_back():
 
 
 def test_reading_a_command_line_imports_no_torch():
-    code = "import importlib, sys; from lib.run.settings import *; parse_settings(Training, argv=[]);"
-    code += "importlib.import_module('01_build_mixture'); sys.exit('torch' in sys.modules)"
+    code = "import importlib, sys; from lib.run.settings import parse_settings;"
+    code += "parse_settings(importlib.import_module('01_build_mixture').Settings, 'mixture', argv=[]);"
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -101,8 +101,9 @@ def test_a_fully_padded_row_and_an_empty_mask_are_harmless(tiny_model):
 def test_what_has_no_probability_is_an_error(tiny_model):
     for side in ("left", "right"):
         ids, attention, completion = batch(side)
-        with pytest.raises(ValueError, match="none before it"):
-            token_logprobs(tiny_model, ids, attention, attention)
+        for rows in (slice(0, 1), slice(1, 2)):  # with and without padding
+            with pytest.raises(ValueError, match="none before it"):
+                token_logprobs(tiny_model, ids[rows], attention[rows], attention[rows])
     with pytest.raises(ValueError, match="temperature 0"):
         token_logprobs(tiny_model, ids, attention, completion, temperature=0)
 

@@ -96,10 +96,10 @@ def test_greedy_equals_generate_on_the_sandbox_model():
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 0.9), (0, 1.0)])
-@pytest.mark.parametrize("budget", [None, 70, 300])
-def test_sample_writes_what_sample_simple_writes(model, temperature, top_p, budget):
+@pytest.mark.parametrize("budget, eos", [(None, EOS), (70, EOS), (300, [9, 40])])
+def test_sample_writes_what_sample_simple_writes(model, temperature, top_p, budget, eos):
     seeds = [2**62 + 17 * i for i in range(3 * len(PROMPTS))]
-    how = dict(max_new_tokens=20, temperature=temperature, top_p=top_p, eos_token_ids=EOS)
+    how = dict(max_new_tokens=20, temperature=temperature, top_p=top_p, eos_token_ids=eos)
     simple = []
     for i, prompt in enumerate(PROMPTS):
         simple += sample_simple(model, prompt, seeds[3 * i : 3 * i + 3], **how)
@@ -194,6 +194,14 @@ def test_a_group_shares_its_prompt_and_all_passes_keep_the_budget(model, budget)
     assert all(tokens == 1 for _, tokens, _ in steps)
     assert max(rows * (before + 1) for rows, _, before in steps) <= (budget or math.inf)
     assert all(shape[1] == 1 for shape in heads)  # the output layer sees last positions only
+
+
+def test_no_step_is_taken_behind_the_last_token(model):
+    for eos, taken in (([], 4), (range(97), 0)):
+        with recorded(model) as (_, steps, _):
+            sample(model, PROMPTS[:1], group_size=3, max_new_tokens=5, eos_token_ids=eos)
+            sample_simple(model, PROMPTS[0], range(3), max_new_tokens=5, eos_token_ids=eos)
+        assert len(steps) == 2 * taken
 
 
 def test_long_lists_of_prompts_are_read_in_several_passes(model, monkeypatch):

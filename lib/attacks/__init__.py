@@ -2,7 +2,7 @@
 
 An attack is a function (victim, behaviours, budget, generators, on_step[, search or attacker]) -> Attempts,
 one for each behaviour, with a trace of what it tried and what that cost. A behaviour is a record with id,
-prompt and target, and has its own random numbers, so nothing depends on its neighbours. An attacker must have:
+prompt and target, and has its own random numbers: nothing depends on its neighbours. An attacker must have:
 
     white-box   weights: gradients         gcg.py, over suffix.py (a suffix as text and as tokens)
     score       likelihoods of its choice  autodan.py

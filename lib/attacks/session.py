@@ -212,7 +212,7 @@ def check_prompts(victim: Victim, records: list[dict], path: Path) -> None:
         except UserError as error:
             raise UserError(f"{path}: {record['id']}: {error}") from error
     if not any(fitting):
-        flag = "--max-new-tokens" if victim.reasoning else "--answer-tokens"
+        flag = "--max-new-tokens" if victim.reasoning else "answer_tokens"
         given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {path} exceed"
         raise UserError(f"{given} the context of {victim.name}: lower it, or leave the model out")
 
