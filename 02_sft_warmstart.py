@@ -28,8 +28,8 @@ metrics.jsonl, curves.png and settings.json to OUT. A killed run goes on when th
 
 **What you should see** (sandbox, seed 0, 20 seconds): the loss falls from 7.6 to about 0.4 in the first
 hundred of 238 updates, as the format is learned, and creeps to 0.2 after that. The held-out loss ends at
-0.20, too: nothing is learned by heart. A model of this stage reasons, and its verdict is wrong half of the
-time.
+0.20, too: nothing is learned by heart. A model of this stage reasons, and gives in to more than
+half of the harmful requests.
 
 To think about: the traces are of harmful prompts only, so what will pi_SFT do with a harmless one? And why
 does a model that was trained to the lowest loss leave RL the least to choose from?
