@@ -26,9 +26,10 @@ comparison "SFT" is this stage once more, from pi_SFT and on 8 traces for each R
 8`): `--traces sft_rl.jsonl --model runs/paper/sft`. Reads DATA/TRACES. Writes a Hugging Face checkpoint,
 metrics.jsonl, curves.png and settings.json to OUT. A killed run goes on when the same command is run again.
 
-**What you should see** (sandbox, 20 seconds): the loss falls from about 4 to below 1 in the first hundred
-updates, as the format is learned, and hardly moves after that. A model of this stage reasons, and often
-decides wrongly.
+**What you should see** (sandbox, seed 0, 20 seconds): the loss falls from 7.6 to about 0.4 in the first
+hundred of 238 updates, as the format is learned, and creeps to 0.2 after that. The held-out loss ends at
+0.20, too: nothing is learned by heart. A model of this stage reasons, and gives in to more than
+half of the harmful requests.
 
 To think about: the traces are of harmful prompts only, so what will pi_SFT do with a harmless one? And why
 does a model that was trained to the lowest loss leave RL the least to choose from?

@@ -32,7 +32,7 @@ from lib.run.folder import checksums, claim_folder, date_of_run, reasons
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import named
 from lib.sampler import sample
-from lib.sources.tables import read_table, text_of
+from lib.sources import read_table, text_of
 
 AT_ONCE = 64  # questions between two savings
 SHOWN = "{}: exact match {mean:.3f} [{low:.3f}, {high:.3f}]"
