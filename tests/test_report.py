@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import itertools
 import json
 import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -19,6 +21,7 @@ from lib.report import figures, page
 from lib.report.sections import SECTIONS, show
 from lib.run.text import visible
 
+stage = importlib.import_module("04_attack_eval")
 MODELS = ("base", "tars")
 TRIES = [
     ("direct", -1),
@@ -55,18 +58,16 @@ def make_lines(prompts: int = 12) -> list[dict]:
 
 def make_results(lines: list[dict]) -> dict:
     """As stage 4 writes it, of these lines."""
-    models = {}
-    for name in MODELS:
-        mine = [line for line in lines if line["model"] == name]
-        m = metrics.measure(mine, reasoning=True, threshold=0.5, seed=0, shared=("gcg", "pair"))
+    settings = SimpleNamespace(harm_threshold=0.5, seed=0)
+    models = [SimpleNamespace(name=name, reasoning=name == "tars") for name in MODELS]
+    results = stage.measure(models, lines, {name: {} for name in MODELS}, settings)
+    for name, m in results["models"].items():
         separated = {"margin": 0.7 * len(name), "slack": 0.0123, "accuracy": m["plane"]["dsr"]}
         separated["points"] = [[i * 0.1, i * i * 0.1, i % 2 * 2 - 1] for i in range(8)]
         m["attacks"] = {"gcg": {"access": "white-box", "loss_before": None, "queries": 1000 * len(name)}}
         m |= {"separation": {"GCG and ambiguous": separated}, "not_asked": {"gcg": 3}}
-        models[name] = {"reasoning": name == "tars", **m}
     config = {"models": [f"{name}=runs/{name}" for name in MODELS], "harm_threshold": 0.5, "budgets": [1, 2]}
-    results = {"models": models, "config": config, "seed": 0, "seconds": dict.fromkeys(MODELS, 1.5)}
-    return results | {"differences": metrics.differences(lines, threshold=0.5, seed=0)}
+    return results | {"config": config, "seed": 0, "seconds": dict.fromkeys(MODELS, 1.5)}
 
 
 def write(out: Path, results: dict, lines: list[dict]) -> tuple[str, ElementTree.Element]:
