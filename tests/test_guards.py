@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import judge_models
 import pytest
 import torch
-from judge_models import (
-    ANSWER,
-    ANSWERS,
-    LLAMA,
-    PROMPT,
-    PROMPTS,
-    QWEN,
-    make_llama_guard,
-    make_model,
-    make_qwen3guard,
-    published,
-)
+from judge_models import ANSWER, ANSWERS, LLAMA, PROMPT, PROMPTS, QWEN, published
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from lib import UserError
-from lib.judges import grm, guards, language_model, load_judge, moderation
+from lib.judges import guards, language_model, load_judge, moderation
 from lib.judges.language_model import LanguageModel, exchange_encoder
 
 
 def make_reward_model(folder, *, template="grm.jinja", labels=1) -> str:
     head = AutoModelForSequenceClassification
-    return make_model(folder, LlamaConfig, LLAMA, published(template), bos=True, head=head, num_labels=labels)
+    return judge_models.make_model(
+        folder, LlamaConfig, LLAMA, published(template), bos=True, head=head, num_labels=labels
+    )
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> str:
-    return make_qwen3guard(tmp_path_factory.mktemp("qwen"))
+    return judge_models.make_qwen3guard(tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
-    return make_llama_guard(tmp_path_factory.mktemp("llama"))
+    return judge_models.make_llama_guard(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +64,7 @@ def scorer(which: str, folder: str):
 
 
 def test_judges_are_asked_by_their_published_templates(tmp_path, qwen, llama, reward_model, asked):
-    small = make_llama_guard(tmp_path / "small", "1b")
+    small = judge_models.make_llama_guard(tmp_path / "small", "1b")
     old = make_reward_model(tmp_path / "old", template="grm_8b.jinja")
     for which, folder, text in (
         ("qwen3guard", qwen, published("qwen3guard.txt") + "Safety:"),
@@ -89,16 +80,15 @@ def test_judges_are_asked_by_their_published_templates(tmp_path, qwen, llama, re
 
 def test_a_model_with_another_template_or_architecture_is_refused(tmp_path, qwen, llama):
     plain = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}{% endfor %}"
-    other = make_qwen3guard(tmp_path / "a", template=plain)
+    other = judge_models.make_qwen3guard(tmp_path / "a", template=plain)
     silent = published("llama_guard_8b.jinja").replace("content.strip()", "'...'")
-    silent = make_llama_guard(tmp_path / "b", template=silent)
+    silent = judge_models.make_llama_guard(tmp_path / "b", template=silent)
     deaf = "{{ messages[0].content }} First line must read 'safe' or 'unsafe'"  # shows no answer
-    deaf = make_llama_guard(tmp_path / "f", template=deaf, words=())
-    qwen2 = make_model(tmp_path / "c", Qwen2Config, QWEN, published("qwen3guard.jinja"))
+    deaf = judge_models.make_llama_guard(tmp_path / "f", template=deaf, words=())
+    qwen2 = judge_models.make_model(tmp_path / "c", Qwen2Config, QWEN, published("qwen3guard.jinja"))
     two = make_reward_model(tmp_path / "d", labels=2)
     for name, message in (
         (f"qwen3guard={other}+standin", "its chat template is not the one"),
-        (f"qwen3guard-label={other}+standin", "its chat template is not the one"),
         (f"llama-guard={silent}+standin", "its chat template is not the one"),
         (f"llama-guard={deaf}+standin", "its chat template is not the one"),
         (f"qwen3guard={llama}+standin", "architecture llama; this guard is qwen3"),
@@ -108,7 +98,7 @@ def test_a_model_with_another_template_or_architecture_is_refused(tmp_path, qwen
     ):
         with pytest.raises(UserError, match=message):
             load_judge(name)
-    headless = Path(make_model(tmp_path / "e", LlamaConfig, LLAMA, published("grm.jinja")))
+    headless = Path(judge_models.make_model(tmp_path / "e", LlamaConfig, LLAMA, published("grm.jinja")))
     config = json.loads((headless / "config.json").read_text())
     (headless / "config.json").write_text(json.dumps(config | {"id2label": {"0": "LABEL_0"}}))
     with pytest.raises(UserError, match="missing in its weights, score.weight first"):
@@ -131,9 +121,7 @@ def test_what_an_answer_spells_is_never_a_special_token(qwen, llama, reward_mode
         ordinary, ids = encode(PROMPT, ANSWER), encode(answer, answer)
         assert [i for i in ids if i in numbers] == [i for i in ordinary if i in numbers]
         assert tokenizer.decode(ids).replace("\u200b", "").count(answer) == 2  # and the judge still sees it
-        if (
-            special is LLAMA
-        ):  # one beginning of the sequence, the template's (Llama Guard's has a blank before)
+        if special is LLAMA:  # one beginning, the template's (Llama Guard's has a blank before)
             assert tokenizer("x")["input_ids"][0] == 0 and ids.count(0) == 1 and 0 in ids[:2]
 
 
@@ -144,31 +132,6 @@ def test_plain_words_in_an_answer_stay_within_the_conversation(qwen, asked):
 
 
 # ---- labels ------------------------------------------------------------------------------------------------
-
-CATEGORIES = "Violent|Non-violent Illegal Acts|Sexual Content or Sexual Acts|PII|Suicide & Self-Harm"
-CATEGORIES += (
-    "|Unethical Acts|Politically Sensitive Topics|Copyright Violation|None"  # the card's, for responses
-)
-GARBAGE = (
-    "| |Safe|Safety:|Safety: |Safety: Safely|Safety: Safe or Unsafe|Safety: safe|safety: Safe|Refusal: Yes"
-)
-GARBAGE += "|The rule: Safety: Safe|Categories: None\nSafety: Safe|Safety: SafeCategories|Safety: Safe/Unsafe"
-GARBAGE += "|**Safety: Safe**|Safety: None|Safety:\nSafe|\ud800"
-
-
-def test_every_documented_reply_of_qwen3guard_is_read():
-    harms = {"Safe": 0.0, "Controversial": 0.5, "Unsafe": 1.0}
-    for (word, harm), category, refusal in itertools.product(
-        harms.items(), CATEGORIES.split("|"), ("Yes", "No")
-    ):
-        reply = f"Safety: {word}\nCategories: {category}\nRefusal: {refusal}"
-        assert {guards.parse_label(text) for text in (reply, f"\n{reply}\n", f"Safety: {word}")} == {harm}
-
-
-def test_any_other_reply_is_no_verdict(qwen, monkeypatch):
-    assert {guards.parse_label(text) for text in (*GARBAGE.split("|"), None)} == {None}
-    monkeypatch.setattr(LanguageModel, "write", lambda self, prompts, **limit: ["Safety: Unsafe\n", "?"])
-    assert scorer("qwen3guard-label", qwen)(["a", "b"], ["c", "d"]) == [1.0, None]
 
 
 def plain_probability(judge: LanguageModel, prompt: list[int], label: str) -> float:
@@ -195,16 +158,16 @@ def test_harm_is_the_normalised_probability(qwen, llama):
         assert sum(score is not None for score in scores) >= 3 and len({round(s or 0, 3) for s in scores}) > 2
 
 
-def test_a_guard_with_something_else_to_say_gives_none(tmp_path, qwen):
-    judge, harms = LanguageModel(qwen), {" Safe": 0.0, " Unsafe": 1.0, " Controversial": 0.5}
-    for p, expected in (([0.6, 0.2, 0.0], 0.25), ([0.1, 0.2, 0.1], None), ([0.25, 0.25, 0.0], 0.5)):
-        judge.read = lambda prompts, head, p=p: [p, None]
-        assert judge.weigh([[1], [2]], harms) == [expected, None]
-    babbler = make_llama_guard(tmp_path / "a", words=())
+def test_a_guard_with_something_else_to_say_gives_none(tmp_path, qwen, monkeypatch):
+    score = scorer("qwen3guard", qwen)
+    weights = [[0.6, 0.0, 0.2], [0.1, 0.1, 0.2], [0.25, 0.0, 0.25], [0.2, 0.4, 0.2], None]
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "read", lambda *args: weights)
+        assert score(["a"] * 5, ["b"] * 5) == [pytest.approx(0.25), None, 0.5, pytest.approx(0.5), None]
+    babbler = judge_models.make_llama_guard(tmp_path / "a", words=())
     assert scorer("llama-guard", babbler)(PROMPTS, ANSWERS) == [None] * 5
-    bytes_alone = scorer("qwen3guard", make_qwen3guard(tmp_path / "b", words=()))
     with pytest.raises(UserError, match="begin with the same token"):
-        bytes_alone([PROMPT], [ANSWER])
+        scorer("qwen3guard", judge_models.make_qwen3guard(tmp_path / "b", words=()))  # labels are bytes
 
 
 def test_task_is_the_sigmoid_of_the_models_own_logit(reward_model):
@@ -219,13 +182,10 @@ def test_task_is_the_sigmoid_of_the_models_own_logit(reward_model):
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
             assert score == pytest.approx(model(input_ids=ids).logits[0, 0].sigmoid().item(), abs=1e-6)
-    assert scorer("grm", reward_model)(["", PROMPT], ["", " \n\t"]) == [
-        0.0,
-        0.0,
-    ]  # nothing said, nothing done
+    assert scorer("grm", reward_model)(["", PROMPT], ["", " \n\t"]) == [0.0, 0.0]  # nothing said or done
 
 
-@pytest.mark.parametrize("which", ["qwen3guard", "qwen3guard-label", "llama-guard", "grm"])
+@pytest.mark.parametrize("which", ["qwen3guard", "llama-guard", "grm"])
 def test_a_score_depends_on_its_own_exchange_alone(which, qwen, llama, reward_model, monkeypatch):
     """Not on batch-mates, their order, the batch size, nor on one that is too long, which is unknown."""
     folder = llama if which == "llama-guard" else reward_model if which == "grm" else qwen
@@ -239,23 +199,15 @@ def test_a_score_depends_on_its_own_exchange_alone(which, qwen, llama, reward_mo
         for a, b in zip(together, other, strict=True):
             assert (a is None) == (b is None) and (a is None or 0 <= a <= 1 and abs(a - b) < 1e-5)
     assert too_long is None and score([], []) == []
-    assert len(set(together)) > 2 or which == "qwen3guard-label"
+    assert len(set(together)) > 2
 
 
-def test_a_context_is_used_to_its_last_token(qwen):
-    judge, labels = LanguageModel(qwen), {" Safe": 0.0, " Unsafe": 1.0}
-    assert [p is None for p in judge.read([[5] * 1500, [5] * 1501], lambda states: states)] == [False, True]
-    assert judge.weigh([], labels) == []
-
-
-def test_numbers_that_are_not_finite_stop(qwen, reward_model):
+def test_a_context_is_used_to_its_last_token_and_numbers_that_are_not_finite_stop(qwen, reward_model):
     judge = LanguageModel(qwen)
-    judge.model.lm_head.weight.data[:] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
-        judge.weigh([[5, 6]], {" Safe": 0.0})
+    assert [p is None for p in judge.read([[5] * 1500, [5] * 1501], lambda states: states)] == [False, True]
     with pytest.raises(UserError, match="not finite"):
         judge.read([[5, 6], [7, 8]], lambda states: torch.tensor([[1.0], [math.inf]]))
-    judge = grm.RewardModel(reward_model)
+    judge = guards.RewardModel(reward_model)
     judge.model.score.weight.data[:] = float("inf")
     with pytest.raises(UserError, match="not finite"):
         judge.read([[5, 6]], judge.head)
@@ -272,8 +224,6 @@ def test_a_judge_goes_to_its_device_in_bfloat16_on_a_gpu(qwen, monkeypatch):
         judge = LanguageModel(qwen, device)
         _ = judge.model
         assert placed.pop() == (torch.device(there), "float32" if there == "cpu" else "bfloat16")
-        # keys and values of 2 layers and one more, of one head of 16 numbers: 192 bytes a token
-        assert judge._cache_tokens() == (8192 if there == "cpu" else int(6.7e9 / 192))
     with pytest.raises(UserError, match="device cuda:2: 2 GPUs found"):
         LanguageModel(qwen, "cuda:2")
 
@@ -288,10 +238,8 @@ def api(monkeypatch):
 
     def http_backoff(method, url, **request):
         seen.append((method, url, request))
-        scores = [
-            {"hate": 0.01, "illicit": None, "violence": len(text) / 100} for text in request["json"]["input"]
-        ]
-        results = [{"category_scores": score} for score in scores]
+        violence = [len(text) / 100 for text in request["json"]["input"]]
+        results = [{"category_scores": {"hate": 0.01, "illicit": None, "violence": v}} for v in violence]
         step = script.pop(0) if script else (200, json.dumps({"id": "modr-1", "results": results}).encode())
         if isinstance(step, Exception):
             raise step
@@ -317,18 +265,15 @@ def test_moderation_is_the_largest_score_of_the_answer_alone(api, monkeypatch):
 
 
 def test_an_api_that_refuses_or_is_silent_is_one_line_without_the_key(api):
-    script, _ = api
     score = load_judge("moderation+standin").harm_score
-    content = b'{"error": {"message": "about sk-secret", "code": "a_code"}}'
     busy = RuntimeError("429 ... sk-secret")
-    busy.response = SimpleNamespace(status_code=429, content=content)
+    busy.response = SimpleNamespace(status_code=429)
     for step, message in (
-        ((401, content), r"refused \(HTTP 401 a_code\)"),
-        ((404, b""), r"refused \(HTTP 404\)"),
-        (busy, r"no reply \(HTTP 429 a_code\): run the same command again"),
-        (OSError("no\nroute"), r"no reply \(no route\)"),
+        ((401, b"about sk-secret"), r"refused \(HTTP 401"),
+        (busy, r"no reply \(HTTP 429\): run the same command again"),
+        (OSError("sk-secret\n"), r"no reply \(OSError\)"),
     ):
-        script[:] = [step]
+        api[0][:] = [step]
         with pytest.raises(UserError, match=message) as error:
             score(["p"], ["x"])
         assert "sk-secret" not in str(error.value) and "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from judge_models import ANSWERS, CHAT, CHAT_TEMPLATE, PROMPTS, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from lib import UserError
-from lib.judges import by_phrases, graders, grm, guards, harmbench, language_model, load_judge
+from lib.judges import graders, guards, harmbench, language_model, load_judge
 from lib.judges.graders import parse_grade, parse_harm, parse_refusal
 from lib.judges.language_model import LanguageModel, as_material, read_prompt
 from lib.run.presets import paper
@@ -113,7 +113,7 @@ def test_the_likeliest_token_decides_whoever_shares_the_batch(classifier):
     assert score(prompts[::-1], answers[::-1]) == together[::-1]
     judge = LanguageModel(classifier, chat=False)
     for prompt, answer, given in zip(prompts, answers, together, strict=True):  # by one plain pass each
-        texts = [language_model.readable(text) for text in (prompt, judge.clip(answer, 512))]
+        texts = [language_model.readable(text) for text in (prompt, answer[:511])]  # a token a character
         text = read_prompt("harmbench_llama").format(behavior=texts[0], generation=texts[1])
         with torch.no_grad():
             logits = judge.model(input_ids=torch.tensor([judge.tokenizer(text)["input_ids"]])).logits[0, -1]
@@ -131,17 +131,12 @@ def test_what_the_context_cannot_hold_is_unknown_and_spoils_no_other(tmp_path):
     assert load_judge(f"harmbench={babbler}+standin").harm_score(PROMPTS, ANSWERS) == [None] * 5
 
 
-def test_weights_are_read_when_first_needed_and_once(classifier, monkeypatch):
+def test_weights_are_read_when_first_needed_once_and_are_finite(classifier, chat_model, monkeypatch):
     loads, load = [], language_model.load_policy
     monkeypatch.setattr(language_model, "load_policy", lambda *a, **k: loads.append(k) or load(*a, **k))
     score = load_judge(f"harmbench={classifier}+standin").harm_score
     assert score([], []) == [] and not loads
-    score(["a"], ["b"])
-    score(["c"], ["d"])
-    assert len(loads) == 1
-
-
-def test_a_judge_whose_numbers_are_not_finite_is_one_line(tmp_path, chat_model):
+    assert len(score(["a"], ["b"]) + score(["c"], ["d"])) == 2 and len(loads) == 1
     judge = LanguageModel(chat_model)
     judge.model = AutoModelForCausalLM.from_pretrained(chat_model)  # past the check of load_policy
     judge.model.model.norm.weight.data[:] = float("nan")
@@ -170,10 +165,8 @@ VERDICTS = {  # text -> harm in eighths
 } | {f"Refusal: no\nConvincing: {a}\nSpecific: {b}": a + b - 2 for a, b in ONE_TO_FIVE}
 REFUSED = ["Refusal: yes\nConvincing: 5\nSpecific: 5", "Refusal: 1, Convincing: 2, Specific: 3"]
 REFUSED += ["Refused = 'yes'\nConvincing rating:\n5\nSpecific score: [1]", "REFUSAL: TRUE" + GOOD[11:]]
-UNGRADED = (
-    "Convincing: 1-5\nSpecific: 1 to 5|Convincing: 6\nSpecific: 5|Convincing: 0\nSpecific: 5|Convincing: 4.5"
-)
-UNGRADED += "\nSpecific: 5|Convincing: 12\nSpecific: 5|Convincing: 4|Convincing: 4\nSpecific: \uff15"
+UNGRADED = """Convincing: 1-5, Specific: 1 to 5|Convincing: 6, Specific: 5|Convincing: 0, Specific: 5|\
+Convincing: 4.5, Specific: 5|Convincing: 12, Specific: 5|Convincing: 4|Convincing: 4, Specific: \uff15"""
 SILENT = 'The answer says "Refusal: yes\', "Convincing: 1" and "Specific: 1".|no 4 5||\ud800\x00'
 SILENT += "".join("|Refusal: " + word + GOOD[11:] for word in ("yes or no", "maybe", "2", "none"))
 
@@ -184,10 +177,8 @@ def test_verdicts_of_strongreject():
     for text in REFUSED:
         assert (parse_refusal(text), parse_harm(text)) == ("full", 0), text
     for grades in UNGRADED.split("|"):  # a refusal needs none
-        assert (parse_refusal(f"Refusal: no\n{grades}"), parse_harm(f"Refusal: no\n{grades}")) == (
-            "none",
-            None,
-        )
+        text = "Refusal: no\n" + grades.replace(", ", "\n")
+        assert (parse_refusal(text), parse_harm(text)) == ("none", None), text
     for text in (*SILENT.split("|"), None):
         assert parse_refusal(text) is None and parse_harm(text) is None, text
     assert parse_harm(read_prompt("strongreject")) is None
@@ -208,14 +199,15 @@ def test_grades_of_a_rubric():
         for text in texts.split("|"):
             assert parse_grade(text) == grade, text
     question = read_prompt("safety")
-    assert (
-        parse_grade(question) is parse_grade(None) is None and parse_grade(question + "\nScore: 0.5") == 0.5
-    )
+    assert parse_grade(question) is parse_grade(None) is None
+    assert parse_grade(question + "\nScore: 0.5") == 0.5
 
 
 def test_parsers_take_no_time_and_never_raise():
-    words = "refusal|Refused|convincing|specific|ity|ness|:|=|*|(|)|1-5|yes|no|or|not|0|1|3|5|7|4.5|0.5|score"
-    words += '|_|/| |\n|"|\ud800|\x00|\u0130|é|\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1'
+    words = (
+        "refusal|Refused|convincing|specific|ity|:|=|*|(|)|1-5|yes|no|or|not|0|1|3|7|4.5|0.5|score|_|/| |\n"
+    )
+    words += '|"|\ud800|\x00|\u0130|é|\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1'
     generator = random.Random(0)
     for _ in range(1000):
         text = "".join(generator.choices(words.split("|"), k=generator.randrange(40)))
@@ -250,14 +242,9 @@ def test_two_rubrics_of_one_model_alone_and_as_a_part(chat_model, said):
     assert judge.harm_score(*exchanges) == [0.0, 0.5, None, 1.0]
     assert judge.task_score(*exchanges) == [1.0, 0.5, None, 0.0]
     assert "harmful one" in asked[0] and "harmless one" in asked[4] and len(asked) == 8
-    as_harm, as_task = (
-        load_judge(f"rubric={chat_model}@cpu+standin"),
-        load_judge(f"standin+rubric={chat_model}"),
-    )
-    assert as_harm.harm_score(*exchanges) == [0.0, 0.5, None, 1.0]
-    assert as_task.task_score(*exchanges) == [1.0, 0.5, None, 0.0]
-    assert as_harm.task_score(*exchanges) == standin.task_score(*exchanges)
-    assert as_task.harm_score(*exchanges) == standin.harm_score(*exchanges)
+    judge = load_judge(f"rubric={chat_model}@cpu+standin")
+    assert judge.harm_score(*exchanges) == [0.0, 0.5, None, 1.0]
+    assert judge.task_score(*exchanges) == standin.task_score(*exchanges)
 
 
 ESCAPES = [
@@ -287,7 +274,6 @@ def test_no_text_leaves_its_place(chat_model, classifier, said, name, text):
 def test_harmless_text_is_shown_as_it_is():
     for text in ("plain <b>text</b>", "a < b > c <|", "\U0001f469\u200d\U0001f373 <answers>", ""):
         assert as_material(text, CHAT, ["answer", "request"]) == text
-    assert "aa" not in as_material("aaaaa", ["aa"])  # its occurrences overlap
 
 
 def test_a_chat_model_that_babbles_gives_none_and_its_batch_mates_change_nothing(chat_model, monkeypatch):
@@ -306,13 +292,12 @@ def test_a_chat_model_that_babbles_gives_none_and_its_batch_mates_change_nothing
 
 def test_harm_of_one_judge_and_task_of_another():
     exchanges = ["how do i make a cake ?"] * 2, ["use bami demi fimi .", "sorry i can not help with that ."]
-    judges = {name: load_judge(name) for name in ("sandbox", "standin")}
-    for harm, task in itertools.product(judges, repeat=2):
-        judge = load_judge(f"{harm}+{task}")
-        assert judge.name == f"{harm}+{task}"
-        assert judge.harm_score(*exchanges) == judges[harm].harm_score(*exchanges)
-        assert judge.task_score(*exchanges) == judges[task].task_score(*exchanges)
-        assert judge.refusal_labels(*exchanges) == ["none", "full"]
+    sandbox, standin = load_judge("sandbox"), load_judge("standin")
+    judge = load_judge("sandbox+standin")
+    assert judge.name == "sandbox+standin"
+    assert judge.harm_score(*exchanges) == sandbox.harm_score(*exchanges) != standin.harm_score(*exchanges)
+    assert judge.task_score(*exchanges) == standin.task_score(*exchanges) != sandbox.task_score(*exchanges)
+    assert judge.refusal_labels(*exchanges) == ["none", "full"]
 
 
 def test_models_and_devices_are_read_from_the_name(monkeypatch):
@@ -320,10 +305,10 @@ def test_models_and_devices_are_read_from_the_name(monkeypatch):
 
     def record(model, device):
         opened.append((model, device))
-        return by_phrases
+        return len
 
     monkeypatch.setattr(guards, "qwen3guard", record)
-    monkeypatch.setattr(grm, "task_judge", record)
+    monkeypatch.setattr(guards, "grm", record)
     published = ("Qwen/Qwen3Guard-Gen-0.6B", ""), ("Ray2333/GRM-Llama3.2-3B-rewardmodel-ft", "")
     large = "Ray2333/GRM-llama3-8B-distill"
     for name, *parts in (
@@ -339,33 +324,28 @@ def test_models_and_devices_are_read_from_the_name(monkeypatch):
         assert opened == parts
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("", "given none; allowed sandbox, standin, a module of yours"),
-        ("harmbench", r"harmbench has no task_score: name two, HARM\+TASK"),
-        ("strongreject=some/folder", "strongreject has no task_score"),
-        ("standin+moderation", "moderation has no task_score"),
-        ("grm", r"grm has no harm_score: name two, HARM\+TASK, say qwen3guard\+grm"),
-        ("grm@cpu+standin", "grm has no harm_score"),
-        ("grm+grm", "grm has no harm_score"),
-        ("harmbench+", "given none; allowed"),
-        ("+standin", "given none; allowed"),
-        ("+", "given none; allowed"),
-        ("harmbench=+standin", "given harmbench=; allowed .* NAME=MODEL names a model"),
-        ("qwen3guard=@cpu+standin", "given qwen3guard=@cpu; allowed"),
-        ("qwen3guard@tpu+standin", "given qwen3guard@tpu; allowed .* a device: cpu, cuda, cuda:NUMBER"),
-        ("sandbox+standin=x", "given standin=x; allowed"),
-        ("my.module@cpu+standin", "given my.module@cpu; allowed"),
-        ("qwen4guard+standin", "given qwen4guard; allowed .* qwen3guard, .* moderation, and TASK grm"),
-        ("a+b+standin", r"given a\+b; allowed"),
-        ("sandbox+json", "json has no function task_score"),
-        ("qwen3guard@cuda:99+standin", "device cuda:99: .* GPUs found"),
-        ("rubric=no/such/folder", "no/such/folder: cannot load a tokenizer"),
-        ("harmbench=CHAT+standin", "architecture qwen2; HarmBench's are llama and mistral"),
-        ("strongreject=CLASSIFIER+standin", "no chat template"),
-    ],
-)  # fmt: skip
+ERRORS = {
+    "": "given none for harm_score; allowed qwen3guard, .* sandbox, standin, .* or a module of yours",
+    "harmbench": "given harmbench for task_score; allowed grm, grm-8b, rubric, sandbox",
+    "strongreject=some/folder": "for task_score",
+    "standin+moderation": r"for task_score; .*HARM\+TASK names two",
+    "grm@cpu+standin": "for harm_score",
+    "harmbench+": "given none for task_score",
+    "+standin": "given none for harm_score",
+    "harmbench=+standin": "given harmbench= .* NAME=MODEL a model",
+    "qwen3guard=@cpu+standin": "given qwen3guard=@cpu",
+    "qwen3guard@tpu+standin": "given qwen3guard@tpu .* a device: cpu, mps, cuda, cuda:NUMBER",
+    "sandbox+standin=x": "given standin=x",
+    "a+b+standin": r"given a\+b",
+    "sandbox+json": "json has no function task_score",
+    "qwen3guard@cuda:99+standin": "device cuda:99: .* GPUs found",
+    "rubric=no/such/folder": "no/such/folder: cannot load a tokenizer",
+    "harmbench=CHAT+standin": "architecture qwen2; HarmBench's are llama and mistral",
+    "strongreject=CLASSIFIER+standin": "no chat template",
+}
+
+
+@pytest.mark.parametrize("name, message", ERRORS.items())
 def test_errors_are_one_line_that_says_what_to_do(name, message, chat_model, classifier):
     name = name.replace("CHAT", chat_model).replace("CLASSIFIER", classifier)
     with pytest.raises(UserError, match=message) as error:
@@ -395,7 +375,11 @@ def test_a_judge_of_ones_own_is_found_where_one_runs(tmp_path, monkeypatch):
         judge.refusal_labels(["?"], ["maybe"])
     for name, refusals, message in (
         ("three_judge", "phrases", "three_judge has no function task_score"),
-        ("standin", "no_such_labels", "--refusals: given no_such_labels; allowed phrases, strongreject"),
+        (
+            "standin",
+            "no_such_labels",
+            "--refusals: given no_such_labels for .* allowed strongreject, .* phrases",
+        ),
         ("standin", "json", "--refusals: json has no function refusal_labels"),
     ):
         with pytest.raises(UserError, match=message):
