@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lib import metrics, report
-from lib.report import figures, page
+from lib.report import figures
 from lib.report.sections import SECTIONS, show
 from lib.run.text import visible
 
@@ -180,7 +180,7 @@ def test_models_side_by_side_and_of_too_many_completions_the_first(tmp_path, mon
     shown = articles(write(tmp_path, make_results(lines), lines)[1])
     assert [text.split()[0] for text in shown] == [name for name in dict(TRIES) for _ in range(12)]
     assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
-    monkeypatch.setattr(page, "PROMPTS", 3)
+    monkeypatch.setattr(report, "PROMPTS", 3)
     shown = articles(write(tmp_path, make_results(lines), lines)[1])
     assert len(shown) == 15 and all(f"harmful-{i}," in text for i, text in enumerate(shown[:3]))
 

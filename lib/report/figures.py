@@ -53,7 +53,7 @@ def draw_figures(results: dict, out: Path) -> list[str]:
 
 def draw_plane(figure, models: dict) -> None:
     keys = [key for key in ("compliance", "task_score") if key in keys_of(models, "plane")]
-    for axes, key in zip(panels(figure, len(keys), 4.5, 4, sharey=True), keys, strict=True):
+    for axes, key in zip(panels(figure, len(keys), 4.5, 4), keys, strict=True):
         for name, style in styles(models).items():
             plane = models[name]["plane"]
             if key in plane:
@@ -66,10 +66,9 @@ def draw_plane(figure, models: dict) -> None:
 def draw_attacks(figure, models: dict) -> None:
     """A row an attack, in it a point and its interval a model."""
     attacks = leading(keys_of(models, "dsr"))
-    height = 0.5 + len(attacks) * (0.12 + 0.07 * len(models))
-    for axes in panels(figure, min(1, len(attacks)), 8, height):
+    for axes in panels(figure, 1, 8, 0.5 + len(attacks) * (0.12 + 0.07 * len(models))):
         for i, (name, style) in enumerate(styles(models).items()):
-            shift, found = (i - (len(models) - 1) / 2) * 0.8 / len(models), models[name].get("dsr", {})
+            shift, found = (i - (len(models) - 1) / 2) * 0.8 / len(models), models[name]["dsr"]
             rows = [row + shift for row, attack in enumerate(attacks) if attack in found]
             cis = [found[attack] for attack in attacks if attack in found]
             axes.errorbar([ci["mean"] for ci in cis], rows, xerr=bars(cis), linestyle="", **style)
@@ -79,7 +78,7 @@ def draw_attacks(figure, models: dict) -> None:
 
 def draw_budgets(figure, models: dict) -> None:
     attacks = leading(keys_of(models, "dsr_by_budget"))
-    for axes, attack in zip(panels(figure, len(attacks), 2.6, 2.4, sharey=True), attacks, strict=True):
+    for axes, attack in zip(panels(figure, len(attacks), 2.6, 2.4), attacks, strict=True):
         for name, style in styles(models).items():
             if curve := models[name]["dsr_by_budget"].get(attack):
                 steps, cis = zip(*curve, strict=True)
@@ -103,17 +102,10 @@ def draw_separation(figure, models: dict) -> None:
 # ---- learning curves: the title of a panel, and {key of metrics.jsonl: its name in the legend} -------------
 
 WARMSTART = {"loss (nats a token)": {"loss": "training", "held_out_loss": "held out"}}
-RL = {
-    title: {key: "all", **{f"{key}_{kind}": kind for kind in KINDS}}
-    for title, key in (
-        ("reward", "reward"),
-        ("refusal rate", "refusal_rate"),
-        ("reasoning tokens", "reasoning_tokens"),
-        ("well-formed", "format_rate"),
-        ("groups without a signal", "zero_advantage_groups"),
-        ("KL to the reference (nats a token)", "kl"),
-    )
-}
+RL = {"reward": "reward", "refusal rate": "refusal_rate", "reasoning tokens": "reasoning_tokens"}
+RL |= {"well-formed": "format_rate", "groups without a signal": "zero_advantage_groups"}
+RL |= {"KL to the reference (nats a token)": "kl"}
+BY_KIND = {title: {key: "all", **{f"{key}_{kind}": kind for kind in KINDS}} for title, key in RL.items()}
 
 
 def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
@@ -124,7 +116,7 @@ def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
     records, figure = read_log(metrics_path), new_figure()
     if figure is None or not records:
         return
-    plan = RL if "reward" in records[0] else WARMSTART
+    plan = BY_KIND if "reward" in records[0] else WARMSTART
     logged = {key for record in records for key, value in record.items() if value is not None}
     titles = [title for title in plan if plan[title].keys() & logged]
     for axes, title in zip(panels(figure, len(titles), 3.6, 2.6, columns=3), titles, strict=True):
@@ -144,17 +136,15 @@ def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
 # ---- what figures share ------------------------------------------------------------------------------------
 
 
-def panels(figure, count: int, width: float, height: float, columns: int = 4, **options: Any) -> list:
+def panels(figure, count: int, width: float, height: float, columns: int = 4) -> list:
     """`count` axes, up to `columns` of them side by side, each of `width` x `height` inches."""
-    columns = min(columns, count)
-    rows = -(-count // columns) if count else 0
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
     figure.set_size_inches(max(5.0, width * columns), 0.6 + height * rows)
-    grid = figure.subplots(rows, columns, squeeze=False, **options).flatten() if count else []
-    for axes in grid[count:]:
-        axes.remove()
-    for axes in grid[:count]:
+    grid = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    for axes in grid:
         axes.grid(alpha=0.3)
-    return list(grid[:count])
+    return grid
 
 
 def leading(attacks: Sequence[str]) -> list[str]:

@@ -107,11 +107,7 @@ def show(cell: Any, sign: str = "") -> str:
 
 
 def keys_of(models: dict, part: str) -> list[str]:
-    """The keys, such as attacks, that some model has in its `part`; first those of the model with most.
-
-    >>> keys_of({"a": {"dsr": {"direct": 0.5}}, "b": {"dsr": {"gcg": 0.1, "direct": 0.7}}}, "dsr")
-    ['gcg', 'direct']
-    """
+    """The keys, such as attacks, that some model has in its `part`; first those of the model with most."""
     found = sorted((m.get(part, {}) for m in models.values()), key=len, reverse=True)
     return list(dict.fromkeys(key for keys in found for key in keys))
 
@@ -149,17 +145,18 @@ def by_category(lines: Sequence[dict], part: str, seed: int) -> dict[str, Interv
 
 def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]:
     """What results.json says of a model, and what its completions add, in a shape for `table_of`."""
-    m, curves = results["models"][name], results["models"][name].get("dsr_by_budget", {})
+    m, seed = results["models"][name], results["seed"]
     mine = [line for line in lines if line["model"] == name]
     path = dict(text.split("=", 1) for text in results["config"]["models"])[name]
-    reasons = "yes" if m["reasoning"] else "no"
+    about = {"checkpoint": path, "reasons first": "yes" if m["reasoning"] else "no"}
+    curves = m.get("dsr_by_budget", {})
     return {
         **m,
-        "about": {"checkpoint": path, "reasons first": reasons, "seconds": results["seconds"][name]},
+        "about": {**about, "seconds (this run)": results["seconds"][name]},
         "completions": Counter(line["set"] for line in mine),
         "dsr_by_budget": {f"{attack}, {step}": ci for attack in curves for step, ci in curves[attack]},
-        "reasoning_by_category": by_category(mine, "reasoning", results["seed"]),
-        "answer_by_category": by_category(mine, "answer", results["seed"]),
+        "reasoning_by_category": by_category(mine, "reasoning", seed),
+        "answer_by_category": by_category(mine, "answer", seed),
     }
 
 
@@ -177,7 +174,7 @@ def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list
     for block in SECTIONS.split("## ")[1:]:
         title, *rest = block.strip().split("\n")
         captions = dict(row[2:].split(": ", 1) for row in rest if row[0] == "|")
-        columns = models if "differences" not in captions else pairs
+        columns = pairs if "differences" in captions else models
         tables = [table_of(part, caption, columns) for part, caption in captions.items()]
         text = " ".join(row for row in rest if row[0] not in "!|")
         found.append(Section(title, text, tables, [row[2:] for row in rest if row[0] == "!"]))

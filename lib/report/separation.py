@@ -116,10 +116,8 @@ def fit_svm(x: Tensor, y: Tensor, c: float = 1.0) -> tuple[Tensor, float]:
 
 
 def project(x: Tensor) -> Tensor:
-    """(N, d) -> (N, 2) fp64: coordinates along the two directions of greatest variance (PCA).
-
-    A direction comes without a sign: here the point that lies furthest out along it is on the positive side.
-    """
+    """(N, d) -> (N, 2) fp64, along the two directions of greatest variance (PCA), which come without a sign:
+    the point that lies furthest out is on the positive side."""
     centred = x.double() - x.double().mean(0)
     points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
     return points * points.gather(0, points.abs().argmax(0, keepdim=True)).sign()
