@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import judge_models
 import pytest
 import torch
 from judge_models import ANSWER, ANSWERS, LLAMA, PROMPT, PROMPTS, QWEN, published
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from lib import UserError
 from lib.judges import guards, language_model, load_judge, moderation
@@ -83,24 +82,17 @@ def test_a_model_with_another_template_or_architecture_is_refused(tmp_path, qwen
     silent = judge_models.make_llama_guard(tmp_path / "b", template=silent)
     deaf = "{{ messages[0].content }} First line must read 'safe' or 'unsafe'"  # shows no answer
     deaf = judge_models.make_llama_guard(tmp_path / "f", template=deaf, words=())
-    qwen2 = judge_models.make_model(tmp_path / "c", Qwen2Config, QWEN, published("qwen3guard.jinja"))
     two = make_reward_model(tmp_path / "d", labels=2)
     for name, message in (
         (f"qwen3guard={other}+standin", "its chat template is not the one"),
         (f"llama-guard={silent}+standin", "its chat template is not the one"),
         (f"llama-guard={deaf}+standin", "its chat template is not the one"),
         (f"qwen3guard={llama}+standin", "architecture llama; this guard is qwen3"),
-        (f"qwen3guard={qwen2}+standin", "architecture qwen2"),
         (f"llama-guard={qwen}+standin", "architecture qwen3; this guard is llama"),
         (f"standin+grm={two}", "a head of 2 labels"),
     ):
         with pytest.raises(UserError, match=message):
             load_judge(name)
-    headless = Path(judge_models.make_model(tmp_path / "e", LlamaConfig, LLAMA, published("grm.jinja")))
-    config = json.loads((headless / "config.json").read_text())
-    (headless / "config.json").write_text(json.dumps(config | {"id2label": {"0": "LABEL_0"}}))
-    with pytest.raises(UserError, match="missing in its weights, score.weight first"):
-        load_judge(f"standin+grm={headless}").task_score([PROMPT], [ANSWER])
 
 
 INJECTIONS = [

@@ -30,21 +30,22 @@ from lib.rewards import Labels, Score
 __all__ = ["Judge", "load_judge", "refusal_label"]
 
 GRADER = "Qwen/Qwen2.5-7B-Instruct"
-HARM = {  # name -> module of this room, its function (model, device) -> Score, the published model
-    "qwen3guard": ("guards", "qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B"),
-    "llama-guard": ("guards", "llama_guard", "meta-llama/Llama-Guard-3-8B"),
-    "harmbench": ("harmbench", "harm_judge", "cais/HarmBench-Llama-2-13b-cls"),
-    "strongreject": ("graders", "strongreject", GRADER),
-    "rubric": ("graders", "rubric_harm", GRADER),
-    "moderation": ("moderation", "harm_judge", "omni-moderation-latest"),
+TABLES = {  # function -> {name: module of this room, its function (model, device) -> Score, published model}
+    "harm_score": {
+        "qwen3guard": ("guards", "qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B"),
+        "llama-guard": ("guards", "llama_guard", "meta-llama/Llama-Guard-3-8B"),
+        "harmbench": ("harmbench", "harm_judge", "cais/HarmBench-Llama-2-13b-cls"),
+        "strongreject": ("graders", "strongreject", GRADER),
+        "rubric": ("graders", "rubric_harm", GRADER),
+        "moderation": ("moderation", "harm_judge", "omni-moderation-latest"),
+    },
+    "task_score": {
+        "grm": ("guards", "grm", "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"),
+        "grm-8b": ("guards", "grm", "Ray2333/GRM-llama3-8B-distill"),
+        "rubric": ("graders", "rubric_task", GRADER),
+    },
+    "refusal_labels": {"strongreject": ("graders", "strongreject_refusals", GRADER)},
 }
-TASK = {
-    "grm": ("guards", "grm", "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"),
-    "grm-8b": ("guards", "grm", "Ray2333/GRM-llama3-8B-distill"),
-    "rubric": ("graders", "rubric_task", GRADER),
-}
-LABELS = {"strongreject": ("graders", "strongreject_refusals", GRADER)}
-TABLES = {"harm_score": HARM, "task_score": TASK, "refusal_labels": LABELS}
 OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.refusals", "phrases": "lib.judges.refusals"}
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
 HINT = "HARM+TASK names two; NAME=MODEL a model; NAME@DEVICE a device: cpu, mps, cuda, cuda:NUMBER"
@@ -70,7 +71,7 @@ def load_judge(name: str, refusals: str = "phrases") -> Judge:
     and, when scoring, unless there is a verdict on each answer. `total_reward` and stage 4 check ranges.
     """
     # A folder may have a "+" in its name: behind the last that is followed by a judge's name is the task.
-    known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TASK)})(?:[=@].*)?)", name)
+    known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TABLES['task_score'])})(?:[=@].*)?)", name)
     match = known or re.fullmatch(r"(.*)\+(.*)", name)
     harm, task = match.groups() if match else (name, name)
     openers = [find("--judge", harm, "harm_score"), find("--judge", task, "task_score")]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lib.metrics import SETS, Interval, bootstrap
+from lib.metrics import SETS, Interval, by, mean_of
 
 CATEGORIES = 40  # rows of a table by category
 
@@ -135,12 +135,10 @@ def table_of(part: str, caption: str, models: dict) -> dict[str, Any]:
 
 def by_category(lines: Sequence[dict], part: str, seed: int) -> dict[str, Interval]:
     """{category: tokens of the "reasoning" or "answer"}; only the CATEGORIES with most completions."""
-    tokens: dict[str, list[int]] = {}
-    for x in lines:
-        if x["set"] in SETS and (part == "answer" or x["closed"]):
-            tokens.setdefault(f"{x['set']}: {x['category']}", []).append(x[f"{part}_tokens"])
-    most = sorted(tokens, key=lambda key: -len(tokens[key]))[:CATEGORIES]
-    return {key: bootstrap(tokens[key], seed) for key in sorted(most)}
+    asked = [x for x in lines if x["set"] in SETS and (part == "answer" or x["closed"])]
+    found = by(lambda x: [f"{x['set']}: {x['category']}"], asked, mean_of(f"{part}_tokens", seed))
+    most = sorted(found, key=lambda key: -found[key]["n"])[:CATEGORIES]
+    return {key: found[key] for key in sorted(most)}
 
 
 def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]:
