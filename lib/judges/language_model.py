@@ -33,11 +33,11 @@ UNSEEN_SPACE = "\u200b"  # of no width
 
 
 class LanguageModel:
-    """A causal language model, a folder or a hub name. It judges greedily.
+    """A causal language model, a folder or a hub name. It judges greedily, in bfloat16 on a GPU.
 
-    Tokenizer and configuration are read at once, so that a wrong name shows before hours of work; the weights
-    when first needed, in bfloat16 on a GPU. `chat`: it must have a chat template. Raises UserError if model
-    or device is not there and, when it judges, for a model whose numbers are not finite.
+    The weights are read when first needed, tokenizer and configuration at once: a wrong name shows before
+    hours of work. `chat`: it must have a chat template. Raises UserError if model or device is not there and,
+    when it judges, for a model whose numbers are not finite.
     """
 
     def __init__(self, name: str, device: str = "", *, chat: bool = True) -> None:
@@ -102,12 +102,11 @@ class LanguageModel:
 
 def existing_device(name: str) -> torch.device:
     """cpu, mps, cuda or cuda:NUMBER; "": the GPU of this process among torchrun's, else mps or cpu."""
-    if not name:
-        return pick_device("auto", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    device, found = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
+    current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    kind, _, number = (name or f"auto:{current}").partition(":")
+    if kind == "cuda" and int(number or 0) >= (found := torch.cuda.device_count()):
         raise UserError(f"--judge: device {name}: {found} GPUs found; name another, or none")
-    return pick_device(device.type, device.index or 0)
+    return pick_device(kind, int(number or 0))
 
 
 def read_prompt(name: str) -> str:

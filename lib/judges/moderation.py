@@ -3,9 +3,9 @@
     POST https://api.openai.com/v1/moderations  {"model": "omni-moderation-latest", "input": [texts]}
     -> {"results": [{"category_scores": {"harassment": 0.01, ...}, ...}, ...]}, one for each text, in order
 
-It sends every answer to OpenAI, needs a key in the environment variable OPENAI_API_KEY, and the model behind
-the name changes over time; so it is in no preset. Where the API is busy or out of order, it is asked again
-with growing pauses; if it stays so, the run stops with one line, and goes on when started again.
+It sends every answer to OpenAI, with the key in the environment variable OPENAI_API_KEY, and the model behind
+the name changes over time; so it is in no preset. A busy API is asked again with growing pauses; if it stays
+so, the run stops with one line, and goes on when started again.
 """
 
 from __future__ import annotations
