@@ -89,7 +89,7 @@ def read_sets(settings: Any, names: Sequence[str]) -> tuple[dict[str, list[dict]
     behaviours = [record for record in sets["direct"] if target_of(record) or not aiming]
     if settings.behaviours and not behaviours:
         missing = f"{folder / FILES['direct']}: attacks need a target, no request has one"
-        raise UserError(f"{missing}: stage 1 --targets, or --behaviours 0")
+        raise UserError(f"{missing}: give records a target, or --behaviours 0")
     behaviours = behaviours[: settings.behaviours]
     for i, behaviour in enumerate(behaviours):
         behaviour["twin"] = behaviour.get("twin") or benign[i % len(benign)]["prompt"]
@@ -136,7 +136,7 @@ class Lab:
             self.attacker.check(names, [behaviour["prompt"] for behaviour in behaviours])
         first, missing = sets["direct"][:8], sum(not target_of(record) for record in sets["direct"])
         if behaviours and missing and any(ATTACKS[name].target for name in names):
-            self.run.say(f"{missing} direct requests have no target (stage 1, --targets): not attacked")
+            self.run.say(f"{missing} direct requests have no target, and are not attacked")
         for model in models:
             victim = self.victim(model)
             for name, path in files_of(self.settings.data).items():
