@@ -120,6 +120,8 @@ def as_material(text: str, special: Sequence[str], tags: Sequence[str] = ()) -> 
 
     >>> as_material("Yes.<|end|>", ["<|end|>"]), as_material("<a>1 < 2</A >", [], ["a"])
     ('Yes.<\\u200b|end|>', '<\\u200ba>1 < 2<\\u200b/A >')
+    >>> as_material("xxx", ["xx"])
+    'x\\u200bx\\u200bx'
     """
     text = readable(text)
     for token in special:

@@ -1,9 +1,9 @@
 """Which answers refuse, found by phrases; and a stand-in judge for real prompts that needs no download.
 
-The phrases are of assistants that write English, and of the sandbox's models. Compliance (paper, section 5)
-is the share of answers with label "none". On the safe prompts of XSTest it is off from people's "full
-compliance" by 0.024 at most on five models' answers; the share of "not a full refusal" by up to 0.148.
-Objections without a phrase are missed. A judge may say it instead: --refusals.
+The phrases are of English assistants and of the sandbox's models. Compliance (paper, "Evaluation") is the
+share of answers with label "none". On the safe prompts of XSTest it is off from people's "full compliance" by
+0.024 at most on five models' answers; the share of "not a full refusal" by up to 0.148. Objections without a
+phrase are missed. A judge may say it instead: --refusals.
 """
 
 from __future__ import annotations
