@@ -1,4 +1,4 @@
-"""What the report says: one list of sections, with tables as data. `lib/report/page.py` renders it."""
+"""What the report says: one list of sections, with tables as data. `lib/report` renders it."""
 
 from __future__ import annotations
 
