@@ -1,6 +1,6 @@
 """The formulas of chapters 2 and 3, word by word and slow: what the tests compare with.
 
-They are solutions of exercises, so a course may keep this file to itself. Nothing else in tests/ writes them out.
+They are solutions of exercises: a course may keep this file to itself. Nothing else in tests/ has them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def logprobs(model, ids: Sequence[int], start: int, temperature: float = 1.0) -> list[torch.Tensor]:
-    """log p(ids[t] | ids[:t]) for t from `start` on: one plain forward pass for one sequence, all its logits."""
+    """log p(ids[t] | ids[:t]) for t from `start` on: one plain forward pass of one sequence."""
     logits = model(torch.tensor([list(ids)])).logits[0]
     return [(logits[t - 1] / temperature).log_softmax(-1)[ids[t]] for t in range(start, len(ids))]
 
@@ -59,7 +59,7 @@ def objective(new, old, anchor, of_completion: Sequence[float], settings) -> tor
 
 
 def rpo(new, anchor, pairs: Sequence[tuple[int, int]], beta: float, alpha: float) -> torch.Tensor:
-    """RPO eq. 1, the mean over pairs (chosen, rejected); new[i], anchor[i]: token log-probabilities of response i."""
+    """RPO eq. 1, the mean over pairs (chosen, rejected); new[i], anchor[i]: those of tokens of response i."""
     total = torch.zeros((), dtype=torch.double)
     for w, l in pairs:  # noqa: E741
         margin = beta * ((sum(new[w]) - sum(anchor[w])) - (sum(new[l]) - sum(anchor[l])))

@@ -1,7 +1,7 @@
-"""What the tests of the stages share: tiny data, a judge, a stage run here, and a stage run as a real process.
+"""What the tests of the stages share: tiny data, a judge, a stage run here, or as a process of its own.
 
-A process that imports torch takes seconds to start. So one server imports it once and forks a process for each launch: real
-ones, with their own pid, streams and exit code, that a test may kill.
+A process that imports torch takes seconds to start. So one server imports it once and forks a process for
+each launch: real ones, with their own pid, streams and exit code, that a test may kill.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PATIENCE = 300  # seconds, for a machine that is busy with other things
 
 
 def harm_score(prompts: list[str], answers: list[str]) -> list[float]:
-    """This module is a judge, too: its scores tell any two answers apart, so that every group has advantages."""
+    """This module is a judge, too: its scores tell any two answers apart, so every group has advantages."""
     return [zlib.crc32(answer.encode()) % 1000 / 1000 for answer in answers]
 
 
@@ -66,7 +66,7 @@ def write_data(folder: Path) -> Path:
 
 
 def flags(**settings: object) -> list[str]:
-    """flags(group_size=4, decay=False) -> ["--group-size", "4", "--no-decay"]; a list gives several values."""
+    """flags(group_size=4, decay=False) -> ["--group-size", "4", "--no-decay"]; a list: values."""
     words: list[str] = []
     for name, value in settings.items():
         name = name.replace("_", "-")
@@ -98,7 +98,7 @@ def rpo_flags(data: Path, out: Path, **settings: object) -> list[str]:
     return words[:place] + words[place + 2 :]
 
 
-# ---- here ------------------------------------------------------------------------------------------------------------
+# ---- here ----
 
 
 def run_here(stage: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,27 +126,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-# ---- as a process of its own -----------------------------------------------------------------------------------------
+# ---- as a process of its own ----
 
 
 def launch(stage: str, words: list[str], log: Path, rank: int = 0, size: int = 1, port: int = 0):
-    """Start a stage; its stderr goes to `log`. With `size` > 1 it is one of several, as torchrun would start it."""
+    """Start a stage; its stderr goes to `log`. With `size` > 1 one of several, as torchrun would start it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([SFT, RL])
     with pytest.MonkeyPatch.context() as patch:  # the server's own imports go by these
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
-    environment = {}
-    if size > 1:
-        environment = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": size,
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port,
-        }
-    environment = {key: str(value) for key, value in environment.items()}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost"}
+    place["MASTER_PORT"] = port
+    environment = {key: str(value) for key, value in place.items()} if size > 1 else {}
     process = context.Process(target=_child, args=(stage, words, log, environment), daemon=True)
     process.start()
     return process
@@ -154,9 +147,7 @@ def launch(stage: str, words: list[str], log: Path, rank: int = 0, size: int = 1
 
 def _child(stage: str, words: list[str], log: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # tests that a shell started in the background ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     null, file = os.open(os.devnull, os.O_WRONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(null, 1)
     os.dup2(file, 2)
@@ -172,14 +163,17 @@ def run_process(stage: str, words: list[str], log: Path) -> None:
 
 
 def run_group(stage: str, words: list[str], log: Path, size: int = 2) -> list:
-    port = free_port()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     return [launch(stage, words, log.with_suffix(f".{rank}"), rank, size, port) for rank in range(size)]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
+def join_group(stage: str, words: list[str], log: Path, size: int = 2) -> None:
+    """To a good end of all."""
+    for rank, process in enumerate(run_group(stage, words, log, size)):
+        process.join(PATIENCE)
+        assert process.exitcode == 0, log.with_suffix(f".{rank}").read_text()
 
 
 def wait_for_lines(path: Path, count: int, process) -> None:
@@ -205,13 +199,34 @@ def metrics_of(out: Path) -> list[dict]:
 
 
 def same_update(one: Path, other: Path, start: Path) -> bool:
-    """Whether two checkpoints agree to 1e-5 in every weight, and on the whole to 0.1 % of the way from `start`."""
+    """Whether checkpoints agree to 1e-5 in every weight, on the whole to 0.1 % of the way from `start`."""
     a, b, before = (load_file(path / "model.safetensors") for path in (one, other, start))
-    a, b, before = (
-        torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (a, b, before)
-    )
+    a, b, before = (torch.cat([w[name].flatten() for name in sorted(w)]) for w in (a, b, before))
     apart, moved = (a - b).abs(), (a - before).abs()
     return bool(apart.max() < 1e-5 and apart.mean() < 1e-3 * moved.mean())
+
+
+def same_training(alone: Path, out: Path, but: tuple[str, ...] = ()) -> None:
+    """Runs by another number of processes: the same up to rounding, in their metrics (`but` some), too."""
+    assert same_update(alone, out, world.BASE)
+    for a, b in zip(metrics_of(alone), metrics_of(out), strict=True):
+        near = {k: pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in b.items() if v is not None}
+        assert a == b | near | {key: a[key] for key in but}
+
+
+def step_of(model, train) -> tuple[dict, torch.Tensor]:
+    """What train(optimizer) returns, and its gradient: the step that SGD takes. The model stays as it was."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.zero_grad()
+    metrics = train(optimizer)
+    steps = [(before[name] - p.detach()).flatten() for name, p in model.named_parameters()]
+    model.load_state_dict(before, strict=False)
+    return metrics, torch.cat(steps)
+
+
+def gradient(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def same_run(one: Path, other: Path) -> bool:

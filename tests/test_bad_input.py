@@ -16,27 +16,14 @@ from pathlib import Path
 
 import pytest
 import stages
-import torch
 from safetensors.torch import load_file, save_file
-from stages import (
-    RL,
-    SFT,
-    contents,
-    error_of,
-    flags,
-    launch,
-    messages,
-    metrics_of,
-    rl_flags,
-    run_here,
-    sft_flags,
-)
+from stages import RL, SFT, contents, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
 from lib.chat import encode_example, encode_prompt
-from lib.run import Run
 from lib.run.data import load_prompts
-from lib.run.files import read_jsonl, write_jsonl
+from lib.run.files import append_jsonl, write_jsonl
 from lib.run.hub import load_policy, load_tokenizer
+from lib.run.plumbing import Run
 from lib.sandbox import world
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
@@ -50,7 +37,7 @@ def fails(monkeypatch, capsys):
     """fails(stage, words, *fragments): it ends in one line that holds the fragments."""
 
     def check(stage: str, words: list[str], *fragments: object) -> str:
-        line = error_of(stage, words, monkeypatch, capsys)
+        line = stages.error_of(stage, words, monkeypatch, capsys)
         assert all(str(fragment) in line for fragment in fragments), line
         return line
 
@@ -75,14 +62,13 @@ WORDS = [
     (RL, "--learning-rate nan", "--learning-rate: given nan"),
     (RL, "--normalisation tokens", "--normalisation: given tokens; allowed token | sequence | constant"),
     (RL, "--kl-estimator k4", "--kl-estimator: given k4; allowed k1 | k2 | k3"),
-    (RL, "--group-sise 4", "--group-sise: no such flag; did you mean --group-size?"),
-    (RL, "--objective rpo", "--objective: no such flag"),
+    (RL, "--group-sise 4", "unrecognized arguments: --group-sise"),
     (RL, "--data", "--data: expected one argument"),
     (RL, "--shard", "--shard: there is one process; start several with torchrun"),
     (RL, "--offload", "--offload: moves shards, so it needs --shard"),
     (SFT, "--held-out-share 0.9", "--held-out-share: given 0.9; allowed a number from 0 to 0.5"),
     (SFT, "--epochs 0", "--epochs: given 0"),
-    (SFT, "runs/sft", "given runs/sft; allowed flags only"),
+    (SFT, "runs/sft", "unrecognized arguments: runs/sft"),
     (MIXTURE, "--lambda-harmful 1.5", "--lambda-harmful: given 1.5; allowed a number from 0 to 1"),
     (MIXTURE, "--source files", "--files"),
     (MIXTURE, "--source files --sft-prompts 0 --files harmful=none.csv", "none.csv"),
@@ -103,30 +89,21 @@ def test_flag(stage, words, fragment, fails, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(data, tmp_path, fails):
-    fails(RL, rl_flags(data, tmp_path / "rl", device="cuda"), "--device cuda", "use --device cpu")
+# ---- data: a stage, a line behind two good ones or a list of them behind one, what the error says ----
 
-
-# ---- data: a stage, a line behind two good ones (None: an empty file), what the error says ----
-
-MESSAGE = [{"role": "user", "content": "how ?"}]
 TRACE = {"id": "x", "prompt": "how ?", "reasoning": "so .", "answer": "so ."}
+LONG = [{"id": f"x-{i}", "prompt": "cake " * 600, "kind": "harmless"} for i in range(2)]
 LINES = [
-    (RL, None, "rl.jsonl: is empty"),
+    (RL, [], "rl.jsonl: is empty"),
+    (RL, LONG, "2 of 3 have more than the 500 tokens that fit, such as x-0 (60"),
+    (SFT, [TRACE | long | {"answer": "cake " * 600} for long in LONG], "(context 512): 2 of 3 have more"),
     (RL, '{"id": 1, "prompt": "how', "rl.jsonl:3: not a JSON object"),
-    (RL, '["id", "prompt"]', "rl.jsonl:3: not a JSON object"),
     (RL, {"id": "x", "prompt": "how ?"}, "rl.jsonl:3: has no key 'kind'; its keys are id, prompt"),
-    (
-        RL,
-        {"id": "x", "prompt": "how ?", "kind": "evil"},
-        "x: kind is 'evil'; allowed: harmful, harmless, ambiguous",
-    ),
+    (RL, {"id": "x", "prompt": "how ?", "kind": "evil"}, "x: kind is 'evil'; allowed: harmful, harmless"),
     (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl: x: prompt is None; allowed: some text"),
-    (RL, {"id": "x", "prompt": MESSAGE, "kind": "harmless"}, "rl.jsonl: x: prompt is [{"),
-    (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "id 'rl-1' stands in lines 2, 3: give each"),
+    (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "id 'rl-1' stands in lines 2 and 3: give"),
     (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: id is None"),
-    (SFT, None, "sft.jsonl: is empty"),
+    (SFT, [], "sft.jsonl: is empty"),
     (SFT, "}", "sft.jsonl:3: not a JSON object"),
     (SFT, {"id": "x", "prompt": "how ?", "answer": "so ."}, "sft.jsonl:3: has no key 'reasoning'"),
     (SFT, TRACE | {"reasoning": None}, "sft.jsonl: x: reasoning is None"),
@@ -138,7 +115,9 @@ LINES = [
 @pytest.mark.parametrize("stage, bad, fragment", LINES)
 def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
     good = (data / FILE[stage]).read_text().splitlines()[:2]
-    lines = [] if bad is None else [*good, bad if isinstance(bad, str) else json.dumps(bad)]
+    lines = [*good, bad if isinstance(bad, str) else json.dumps(bad)]
+    if isinstance(bad, list):
+        lines = [good[0], *map(json.dumps, bad)] if bad else []
     (tmp_path / FILE[stage]).write_text("\n".join(lines))
     before = contents(tmp_path)
     fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment)
@@ -147,8 +126,8 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
 
 
 REQUESTS = [
-    ([{"id": "a"}] * 4, "eval_harmful.jsonl: id 'a' stands in lines 1, 2, 3, 4: give each"),
-    ([{"id": 1}, {"id": "1"}], "eval_harmful.jsonl: id '1' stands in lines 1, 2"),
+    ([{"id": "a"}] * 4, "eval_harmful.jsonl: id 'a' stands in lines 1 and 2: give each"),
+    ([{"id": 1}, {"id": "1"}], "eval_harmful.jsonl: id '1' stands in lines 1 and 2"),
     ([{"id": "a", "kind": "evil"}], "a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
     ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl: a: prompt is ' '; allowed: some text"),
     ([{"id": "a", "target": 7}], "eval_harmful.jsonl: a: target is 7; allowed: some text"),
@@ -170,48 +149,25 @@ def test_text_that_is_none_reaches_no_tokenizer(tmp_path):
     """A lone surrogate, which ended stages 2 to 4 in a TypeError, and a null byte: each is one U+FFFD."""
     broken, mended = "how \ud800 do\x00 i ?", "how \ufffd do\ufffd i ?"
     write_jsonl(tmp_path / "rl.jsonl", [{"id": "x", "prompt": broken, "kind": "harmless"}])
-    write_jsonl(
-        tmp_path / "sft.jsonl", [{"id": "x", "prompt": broken, "reasoning": broken, "answer": broken}]
-    )
+    write_jsonl(tmp_path / "sft.jsonl", [TRACE | dict.fromkeys(("prompt", "reasoning", "answer"), broken)])
     tokenizer, model = load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu")
     rl, sft = (importlib.import_module(stage) for stage in (RL, SFT))
     settings = rl.Settings(data=str(tmp_path), max_new_tokens=8)
     [prompt] = load_prompts(Run(settings), tokenizer, model)
-    assert prompt.record["prompt"] == mended and prompt.ids == encode_prompt(
-        tokenizer, mended, reasoning=True
-    )
+    assert prompt.record["prompt"] == mended
+    assert prompt.ids == encode_prompt(tokenizer, mended, reasoning=True)
     settings = sft.Settings(data=str(tmp_path))
     [example] = sft.load_examples(settings, tokenizer, model, Run(settings))
     assert example.ids == encode_example(tokenizer, mended, mended, mended)[0]
 
 
-LONG = [  # of a file in which 2 of 3 are too long
-    (RL, {"prompt": "cake " * 498, "kind": "harmless"}, "2 of 3 have more than the 500 tokens"),
-    (RL, {"prompt": "cake " * 600, "kind": "harmless"}, "such as x-0 (60"),
-    (SFT, TRACE | {"answer": "cake " * 600}, "(context 512): 2 of 3 have more than the 512"),
-]
+LIMITS = [(RL, "max_batch_tokens", 30), (RL, "max_sample_tokens", 30), (RL, "max_new_tokens", 500)]
 
 
-@pytest.mark.parametrize("stage, bad, fragment", LONG)
-def test_less_than_half_of_the_data_fits(stage, bad, fragment, data, tmp_path, fails):
-    bad = [{**bad, "id": f"x-{i}"} for i in range(2)]
-    write_jsonl(tmp_path / FILE[stage], [*read_jsonl(data / FILE[stage])[:1], *bad])
-    before = contents(tmp_path)
-    fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment, "shorten them, or change a limit")
-    assert contents(tmp_path) == before
-
-
-LIMITS = [
-    (RL, {"max_batch_tokens": 30}, "--max-batch-tokens"),
-    (RL, {"max_sample_tokens": 30}, "--max-sample-tokens"),
-    (RL, {"max_new_tokens": 500}, "--max-new-tokens 500"),
-    (SFT, {"max_batch_tokens": 40}, "--max-batch-tokens"),
-]
-
-
-@pytest.mark.parametrize("stage, limits, fragment", LIMITS)
-def test_limits_too_tight_for_the_data(stage, limits, fragment, data, tmp_path, fails):
-    fails(stage, FLAGS[stage](data, tmp_path / "out", **limits), fragment, "tokens", "fit")
+@pytest.mark.parametrize("stage, name, most", [*LIMITS, (SFT, "max_batch_tokens", 40)])
+def test_limits_too_tight_for_the_data(stage, name, most, data, tmp_path, fails):
+    words = FLAGS[stage](data, tmp_path / "out", **{name: most})
+    fails(stage, words, f"--{name.replace('_', '-')}", "tokens", "fit")
 
 
 def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
@@ -223,14 +179,6 @@ def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
 
 
 # ---- models and judges ----
-
-
-def without_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def without_template(folder: Path) -> None:
-    (folder / "chat_template.jinja").unlink()
 
 
 def not_numbers(folder: Path) -> None:
@@ -245,8 +193,8 @@ def reasons(folder: Path) -> None:
 
 MODELS = [
     (SFT, shutil.rmtree, "not to be had from the hub"),
-    (SFT, without_weights, "safetensors"),
-    (RL, without_template, "no chat template"),
+    (SFT, "model.safetensors", "safetensors"),
+    (RL, "chat_template.jinja", "no chat template"),
     (RL, not_numbers, "model"),
     (RL, reasons, "--no-reasoning: "),
 ]
@@ -260,17 +208,12 @@ def test_model_that_cannot_be_used(stage, spoil, fragment, data, tmp_path, fails
 
     monkeypatch.setattr("lib.run.hub.HfApi", NoHub)
     shutil.copytree(world.BASE, tmp_path / "model")
-    spoil(tmp_path / "model")
+    (tmp_path / "model" / spoil).unlink() if isinstance(spoil, str) else spoil(tmp_path / "model")
     fails(stage, FLAGS[stage](data, tmp_path / "out", model=tmp_path / "model"), tmp_path / "model", fragment)
     assert not (tmp_path / "out").exists()
 
 
-JUDGES = [
-    ("gaurd", "gaurd"),
-    ("json", "no function harm_score"),
-    ("", "given none"),
-    ("sandbox", "not a prompt"),
-]
+JUDGES = [("gaurd", "gaurd"), ("json", "no function harm"), ("", "given none"), ("sandbox", "not a prompt")]
 
 
 @pytest.mark.parametrize("judge, fragment", JUDGES)
@@ -279,12 +222,6 @@ def test_judge_that_cannot_be_used(judge, fragment, data, tmp_path, fails):
     write_jsonl(tmp_path / "rl.jsonl", cakes)
     fails(RL, rl_flags(tmp_path, tmp_path / "out", judge=judge), "--judge", fragment)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-def test_model_to_evaluate_that_is_none(evaluation, fails):
-    (evaluation / "model").mkdir()
-    words = f"--data {evaluation} --out {evaluation}/eval --models it={evaluation}/model"
-    fails(EVAL, words.split(), evaluation / "model", "cannot load")
 
 
 # ---- output folders ----
@@ -304,17 +241,14 @@ USUAL = [(RL, {"epochs": 0.25}), (SFT, {"epochs": 1})]
 
 
 @pytest.mark.parametrize("stage, usual", USUAL)
-def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(
-    stage, usual, finished, data, fails, monkeypatch
-):
+def test_another_run_is_refused_before_anything_is_loaded(stage, usual, finished, data, fails, monkeypatch):
     loaded = lambda *args, **keywords: pytest.fail("something was loaded")  # noqa: E731
     monkeypatch.setattr(importlib.import_module(stage), "load_tokenizer", loaded)
     out, before = finished[stage], contents(finished[stage])
     words = FLAGS[stage](data, out, **usual, learning_rate=0.5)
     fails(stage, words, out, "--learning-rate 0.001, now 0.5", "--overwrite")
-    run_here_and_stop = FLAGS[stage](data, out, **usual)
     with pytest.raises(SystemExit) as end:  # the very same run is finished, and says so
-        run_here(stage, run_here_and_stop, monkeypatch)
+        run_here(stage, FLAGS[stage](data, out, **usual), monkeypatch)
     assert not end.value.code and contents(out) == before
 
 
@@ -349,17 +283,23 @@ def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatc
 
 
 OUTS = [  # and what the error says of it
-    ("", "given nothing"),
-    ("FILE", "a file"),
+    ("FILE", "File exists"),
     ("FILE/below/it", "Not a directory"),
     ("x" * 300, "File name too long"),
     ("READONLY/out", "Read-only file system"),
 ]
-MORE = {MIXTURE: "", SFT: f"--model {world.BASE}", RL: f"--model {world.BASE} --no-reasoning", EVAL: BASE}
+
+
+def words_of(stage: str, out: object, data: Path, evaluation: Path) -> list[str]:
+    """A command that is right but for OUT."""
+    more = {MIXTURE: "", SFT: f"--model {world.BASE} --data {data}"}
+    more[RL] = f"--model {world.BASE} --no-reasoning --data {data}"
+    more[EVAL] = f"{BASE} --data {evaluation}"
+    return [*more[stage].split(), f"--out={out}"]
 
 
 @pytest.mark.parametrize("out, fragment", OUTS)
-@pytest.mark.parametrize("stage", MORE)
+@pytest.mark.parametrize("stage", [MIXTURE, SFT, RL, EVAL])
 def test_a_folder_that_cannot_be_written(stage, out, fragment, data, evaluation, fails, monkeypatch):
     (evaluation / "file").write_text("mine")
     mkdir = Path.mkdir
@@ -372,15 +312,8 @@ def test_a_folder_that_cannot_be_written(stage, out, fragment, data, evaluation,
     monkeypatch.setattr(Path, "mkdir", read_only)
     monkeypatch.chdir(evaluation)
     before = contents(evaluation)
-    words = MORE[stage].split() + (
-        [] if stage == MIXTURE else ["--data", str(evaluation if stage == EVAL else data)]
-    )
-    fails(
-        stage,
-        [*words, f"--out={out.replace('FILE', 'file').replace('READONLY', 'readonly')}"],
-        "--out",
-        fragment,
-    )
+    out = out.replace("FILE", "file").replace("READONLY", "readonly")
+    fails(stage, words_of(stage, out, data, evaluation), "--out", fragment)
     assert contents(evaluation) == before
 
 
@@ -417,40 +350,21 @@ def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> d
 def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, tmp_path, fails, monkeypatch):
     one, other = tmp_path / "one", tmp_path / "other"
     run_here(RL, rl_flags(data, one, epochs=0.9, save_every=1), monkeypatch)
-    append, words = (
-        importlib.import_module("lib.run").append_jsonl,
-        rl_flags(data, other, epochs=0.9, save_every=1),
-    )
+    words = rl_flags(data, other, epochs=0.9, save_every=1)
 
     def full_from_step_2(path, record):
         if record["step"] == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        append(path, record)
+        append_jsonl(path, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lib.run.append_jsonl", full_from_step_2)
+        patch.setattr("lib.run.plumbing.append_jsonl", full_from_step_2)
         interrupted(other, RL, words, fails, "No space left", "metrics.jsonl")
     with monkeypatch.context() as patch:  # once more at the end, in the midst of the checkpoint
         break_writes(patch, errno.ENOSPC, "model.safetensors")
         interrupted(other, RL, words, fails, "No space left", "model.safetensors")
     run_here(RL, words, monkeypatch)
     assert stages.same_run(one, other)
-
-
-@pytest.mark.parametrize("stage", [SFT, RL])
-def test_a_run_that_failed_at_once_does_not_keep_its_folder(stage, data, tmp_path, fails, monkeypatch):
-    """The disk is full when the first log line is due: the corrected command starts in the same folder."""
-    out = tmp_path / "out"
-
-    def full(path, record):
-        path.write_bytes(b"")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lib.run.append_jsonl", full)
-        fails(stage, FLAGS[stage](data, out, epochs=1), "No space left")
-    run_here(stage, FLAGS[stage](data, out, epochs=1, learning_rate=0.5), monkeypatch)
-    assert json.loads((out / "settings.json").read_text())["learning_rate"] == 0.5
 
 
 NAN_JUDGE = """
@@ -468,9 +382,8 @@ def task_score(prompts, answers):
 
 def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeypatch):
     (tmp_path / "nan_judge.py").write_text(NAN_JUDGE)
-    (tmp_path / "short_judge.py").write_text(
-        "def harm_score(p, a):\n    return [0.5]\n\ntask_score = harm_score\n"
-    )
+    short = "def harm_score(p, a):\n    return [0.5]\n\ntask_score = harm_score\n"
+    (tmp_path / "short_judge.py").write_text(short)
     monkeypatch.syspath_prepend(str(tmp_path))
     fails(RL, rl_flags(data, tmp_path / "s", judge="short_judge"), "short_judge gave 1 scores for 16 answers")
     out = tmp_path / "rl"
@@ -483,7 +396,7 @@ def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeyp
 
 @pytest.mark.parametrize("stage, name", [(SFT, "loss is nan"), (RL, "not finite")])
 def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, monkeypatch):
-    training = importlib.import_module("lib.run.training")
+    training = importlib.import_module("lib.run.plumbing")
     set_rate = training.set_learning_rate
 
     def far_too_high(optimizer, settings, *rest):
@@ -495,19 +408,6 @@ def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, mo
     words = FLAGS[stage](data, tmp_path / "out", learning_rate=1.0, save_every=1)
     interrupted(tmp_path / "out", stage, words, fails, "step 1", name, "checkpoint", "--learning-rate")
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [0]
-
-
-def test_nan_in_the_loss_alone_stops_before_the_update(data, tmp_path, fails, monkeypatch):
-    stage, out = importlib.import_module(RL), tmp_path / "rl"
-    loss, log = stage.grpo_loss, out / "metrics.jsonl"
-
-    def poisoned(*args):
-        return loss(*args) * (float("nan") if log.exists() and log.read_bytes().count(b"\n") == 2 else 1)
-
-    monkeypatch.setattr(stage, "grpo_loss", poisoned)
-    words = rl_flags(data, out, epochs=0.9, save_every=1)
-    left = interrupted(out, RL, words, fails, "step 2: loss is nan, stopped before the update", str(out))
-    assert left["metrics.jsonl"].count(b"\n") == 2 and b"NaN" not in left["metrics.jsonl"]
 
 
 # ---- one run at a time ----
@@ -531,23 +431,18 @@ def held(tmp_path):
     """A folder in which another process writes; it has one file of that run's."""
     environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path / "held"], env=environment, **pipes
-    ) as holder:
+    command = [sys.executable, "-c", HOLD, tmp_path / "held"]
+    with subprocess.Popen(command, env=environment, **pipes) as holder:
         assert holder.stdout.readline() == b"held\n"
         (tmp_path / "held" / "log").write_text("work")
-        yield tmp_path / "held", holder
+        yield tmp_path / "held"
         holder.kill()
 
 
-@pytest.mark.parametrize("stage", MORE)
+@pytest.mark.parametrize("stage", [MIXTURE, SFT, RL, EVAL])
 def test_a_folder_in_which_another_process_writes_is_refused(stage, held, data, evaluation, fails):
-    folder, holder = held
-    before = contents(folder)
-    words = MORE[stage].split() + (
-        [] if stage == MIXTURE else ["--data", str(evaluation if stage == EVAL else data)]
-    )
-    fails(stage, [*words, "--out", str(folder)], folder, f"a run is writing there (process {holder.pid} on")
+    folder, before = held, contents(held)
+    fails(stage, words_of(stage, folder, data, evaluation), folder, "a run is writing there")
     assert contents(folder) == before and before["log"] == b"work"
 
 
@@ -560,7 +455,7 @@ def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refuse
         second = launch(RL, [*words, *more], logs[1])
         second.join(stages.PATIENCE)
         (line,) = messages(logs[1].read_text())
-        assert second.exitcode == 2 and f"a run is writing there (process {first.pid} on" in line
+        assert second.exitcode == 2 and "a run is writing there" in line
     stages.kill_9(first)
     assert (out / ".lock").exists()
     stages.run_process(RL, words, logs[0])
@@ -568,7 +463,7 @@ def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refuse
 
 
 def test_torchruns_processes_all_end_when_the_folder_is_taken(held, data, tmp_path):
-    group = stages.run_group(RL, rl_flags(data, held[0]), tmp_path / "log")
+    group = stages.run_group(RL, rl_flags(data, held), tmp_path / "log")
     for process in group:
         process.join(stages.PATIENCE)
     assert [process.exitcode for process in group] == [2, 2]
@@ -582,25 +477,23 @@ from lib import UserError
 from lib.run.command import at_end
 from lib.run.folder import lock_folder
 
-inside = sys.argv[1] + "/inside"
-for _ in range(200):
+end = time.monotonic() + 2
+while time.monotonic() < end:
     try:
         lock_folder(sys.argv[1])
-    except UserError as error:
-        assert "a run is writing there" in str(error) or "No such file" in str(error), error
+    except UserError:
+        time.sleep(0.0005)
     else:
-        os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # fails if there is another
+        os.close(os.open(sys.argv[1] + "/inside", os.O_CREAT | os.O_EXCL))  # fails if there is another
         time.sleep(0.001)
-        os.unlink(inside)
+        os.unlink(sys.argv[1] + "/inside")
         print("in")
     at_end.close()
 """
 
 
-def test_a_lock_that_a_kill_left_is_none_and_two_at_once_leave_one(tmp_path):
-    """One folder, again and again: never two inside, none refused for a lock that nobody holds."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".lock").write_text("process 1 on nowhere")
+def test_two_at_once_leave_one(tmp_path):
+    """One folder, again and again."""
     environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
     command = [sys.executable, "-c", RACE, tmp_path / "out"]
     group = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -630,16 +523,15 @@ def test_ctrl_c_says_that_the_run_can_go_on_and_a_second_one_changes_nothing(tim
         time.sleep(gap)
     process.join(stages.PATIENCE)
     assert process.exitcode == 130
-    assert messages(log.read_text()) == [
-        "stopped; finished work is kept, run the same command again to resume"
-    ]
+    stopped = "stopped; finished work is kept, run the same command again to resume"
+    assert messages(log.read_text()) == [stopped]
 
 
 def test_printed_commands_lead_through_the_chapters_and_keep_what_was_given(tmp_path, monkeypatch, capsys):
     """As a shell reads them, which must not run what stands in a name."""
     odd = tmp_path / "my runs $(touch ran) `touch ran`; 'x'"
     small = {"rl_prompts": 16, "sft_prompts": 16, "eval_prompts": 2}
-    stage, words = MIXTURE, flags(out=odd / "data", seed=7, **small)
+    stage, words = MIXTURE, stages.flags(out=odd / "data", seed=7, **small)
     more = {SFT: [], RL: ["--judge", "stages", "--max-new-tokens", "8"], EVAL: ["--behaviours", "0"]}
     for following, added in more.items():
         capsys.readouterr()
@@ -649,12 +541,7 @@ def test_printed_commands_lead_through_the_chapters_and_keep_what_was_given(tmp_
         echo = ["sh", "-c", f"printf '%s\\n' {printed}"]
         shell = subprocess.run(echo, cwd=tmp_path, capture_output=True, text=True, check=True)
         stage, words = following, [*shell.stdout.splitlines()[2:], *added]
-    expected = {
-        "--judge": "stages",
-        "--seed": "7",
-        "--data": str(odd / "data"),
-        "--models": f"rl={odd / 'rl'}",
-    }
+    expected = {"--judge": "stages", "--seed": "7", "--data": f"{odd}/data", "--models": f"rl={odd}/rl"}
     assert {flag: words[words.index(flag) + 1] for flag in expected} == expected
     run_here(EVAL, words, monkeypatch)
     assert (odd / "eval-rl" / "results.json").exists() and not list(tmp_path.glob("**/ran"))

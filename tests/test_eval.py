@@ -280,7 +280,7 @@ MISTAKES = [  # flags, what changes in the first harmful record, and in the pres
     ("", {"target": "Hello"}, {}, "its tokenizer cannot read 'Hello'"),
     ("", {"target": "nothing"}, {}, "behaviour harmful-0: its target 'nothing' has no tokens"),
     ("", {"target": ["w1"]}, {}, "harmful-0: target is ['w1']; allowed: some text"),
-    ("", {"id": "harmful-3"}, {}, "id 'harmful-3' stands in lines 1, 4"),
+    ("", {"id": "harmful-3"}, {}, "id 'harmful-3' stands in lines 1 and 4"),
     ("--attacks prefill_answer", {"prefill": "Hello"}, {}, "its tokenizer cannot read 'Hello'"),
     ("--attacks gcg_forged", {}, {}, "its tokenizer cannot read 'let me see"),
     ("", {}, {"gcg_init": "w1 w2"}, "gcg_init: given w1 w2; 3 of it make 6 tokens behind the prompt of"),

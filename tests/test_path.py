@@ -10,9 +10,9 @@ import stages
 import torch
 
 from lib.judges import load_judge
-from lib.run import Run
 from lib.run.data import load_prompts
 from lib.run.hub import load_policy, load_tokenizer
+from lib.run.plumbing import Run
 from lib.sandbox import world
 
 FILES = {"03_rl_train.py", "chat.py", "sampler.py", "cache.py", "rewards.py", "batches.py", "policy.py"}

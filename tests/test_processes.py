@@ -13,7 +13,8 @@ import torch
 
 from lib import UserError
 from lib.run.folder import date_of_run
-from lib.run.processes import pick_device, start_processes, sum_gradients
+from lib.run.processes import pick_device, start_processes
+from lib.run.settings import Training
 from lib.run.training import precision
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +23,6 @@ ROOT = Path(__file__).parents[1]
 def test_pick_device():
     assert pick_device("cpu", 3) == torch.device("cpu")
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="allowed auto"):
-        pick_device("tpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="0 GPUs"):
             pick_device("cuda")
@@ -34,18 +33,15 @@ def test_the_attention_of_cudnn_is_off_wherever_a_gpu_is_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        assert (
-            pick_device("cuda", 1) == torch.device("cuda:1") and not torch.backends.cuda.cudnn_sdp_enabled()
-        )
+        assert pick_device("cuda", 1) == torch.device("cuda:1")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_one_process_needs_no_torchrun(monkeypatch, tiny_model):
+def test_one_process_needs_no_torchrun(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert start_processes("cpu") == (0, 1, 0)
-    sum_gradients(tiny_model.parameters(), 1)
-    assert all(p.grad is None for p in tiny_model.parameters())
+    assert start_processes(Training(device="cpu")) == (0, 1, 0)
 
 
 FAILING = """
@@ -54,9 +50,10 @@ import torch.distributed as dist
 from lib import UserError
 from lib.run.command import run_main
 from lib.run.processes import start_processes
+from lib.run.settings import Common
 
 def main():
-    start_processes("cpu", timeout_s=60)
+    start_processes(Common(device="cpu"))
     dist.get_backend_config = lambda: "cpu:gloo,cuda:nccl"
     dist.destroy_process_group = lambda: time.sleep(600)  # as nccl's does, which waits for the others
     raise UserError("told before it leaves")
@@ -88,5 +85,3 @@ def test_the_date_of_a_run_is_that_in_its_folder(tmp_path):
     assert date_of_run(tmp_path, "") == today and date_of_run(tmp_path / "none", "2026-11-26") == "2026-11-26"
     (tmp_path / "settings.json").write_text('{"date": "2026-11-25"}')
     assert date_of_run(tmp_path, "") == "2026-11-25" and date_of_run(tmp_path, "2026-11-26") == "2026-11-26"
-    with pytest.raises(UserError, match="date: given yesterday; allowed a day, as 2026-11-26"):
-        date_of_run(tmp_path, "yesterday")

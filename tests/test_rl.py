@@ -21,14 +21,14 @@ from stages import RL, kill_9, launch, metrics_of, rl_flags, run_group, run_here
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib import UserError
-from lib.batches import items_of_step, masked_batch
+from lib.batches import masked_batch
 from lib.chat import Parsed
 from lib.policy import token_logprobs
-from lib.run import Run
 from lib.run.data import load_prompts
 from lib.run.files import read_jsonl, write_jsonl
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.logs import groups_to_show, summarise
+from lib.run.plumbing import Run
 from lib.sampler import Completion
 from lib.sandbox import world
 
@@ -64,39 +64,25 @@ def literal_advantages(rollouts, size: int, with_std: bool) -> list[float]:
 
 
 def update(model, anchor, rollouts, settings) -> tuple[dict, torch.Tensor]:
-    """Metrics of one update, and its gradient: the step that SGD takes with it. The model stays as it was."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer.zero_grad()
-    metrics = stage.update_policy(model, anchor, optimizer, rollouts, 0, settings, Run(settings))
-    steps = [(before[name] - p.detach()).flatten() for name, p in model.named_parameters()]
-    model.load_state_dict(before, strict=False)
-    return metrics, torch.cat(steps)
-
-
-def gradient(model) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    """Metrics of one update, and its gradient."""
+    step = stage.update_policy
+    return stages.step_of(model, lambda sgd: step(model, anchor, sgd, rollouts, 0, settings, Run(settings)))
 
 
 def settings_of(**changes) -> stage.Settings:
-    return stage.Settings(
-        **{"group_size": 3, "max_new_tokens": 20, "max_grad_norm": 0.0, "kl_coef": 0.3} | changes
-    )
+    usual = {"group_size": 3, "max_new_tokens": 20, "max_grad_norm": 0.0, "kl_coef": 0.3}
+    return stage.Settings(**usual | changes)
 
 
 # ---- the loss ----
 
 
 @pytest.mark.parametrize("normalisation, std, estimator, off_policy", KNOBS)
-def test_update_is_that_of_the_papers_formula(
-    tiny_model, reference, normalisation, std, estimator, off_policy
-):
-    """In double precision, so that what differs is the formula; with ratios that are clipped on both sides, too."""
+def test_update_is_that_of_the_formula(tiny_model, reference, normalisation, std, estimator, off_policy):
+    """In double precision, so that what differs is the formula; with ratios clipped on both sides, too."""
     tiny_model.double(), reference.double()
-    settings = settings_of(
-        normalisation=normalisation, std_normalisation=std, kl_estimator=estimator, max_batch_tokens=32,
-        temperature=1.0 if off_policy else 0.6,
-    )  # fmt: skip
+    settings = settings_of(normalisation=normalisation, std_normalisation=std, kl_estimator=estimator)
+    settings.max_batch_tokens, settings.temperature = 32, 1.0 if off_policy else 0.6
     rollouts, rng, clipped = make_rollouts(), random.Random(2), 0
     rollouts[4].reward = None  # no verdict: of its group the KL term alone moves the policy
     stage.assign_advantages(rollouts, settings)
@@ -113,7 +99,7 @@ def test_update_is_that_of_the_papers_formula(
     anchor = literal_logprobs(reference, rollouts, settings.temperature)
     objective = literal.objective(new, old, anchor, advantages, settings)
     (-objective).backward()
-    expected = gradient(tiny_model)
+    expected = stages.gradient(tiny_model)
     metrics, found = update(tiny_model, reference, rollouts, settings)
     assert expected.norm() > 0.1 and (found - expected).abs().max() < 1e-6
     assert metrics["loss"] == pytest.approx(-objective.item(), abs=1e-5)
@@ -140,7 +126,11 @@ def test_entropy_bonus_and_its_gradient(tiny_model, reference, normalisation, te
         bonus = bonus + entropy.sum() / divisor
     (-coef * bonus).backward()
     assert metrics["loss"] == pytest.approx(plain["loss"] - coef * bonus.item(), abs=1e-5)
-    assert (after - before - gradient(tiny_model)).abs().max() < 2e-5 < gradient(tiny_model).abs().max()
+    assert (
+        (after - before - stages.gradient(tiny_model)).abs().max()
+        < 2e-5
+        < stages.gradient(tiny_model).abs().max()
+    )
     if normalisation == "token":
         assert metrics["entropy"] == plain["entropy"] == pytest.approx(bonus.item(), rel=1e-4)
 
@@ -148,10 +138,8 @@ def test_entropy_bonus_and_its_gradient(tiny_model, reference, normalisation, te
 def test_micro_batches_do_not_change_the_update_and_the_norm_is_clipped(tiny_model, reference):
     rollouts = make_rollouts()
     stage.assign_advantages(rollouts, settings_of())
-    found = [
-        update(tiny_model, reference, rollouts, settings_of(max_batch_tokens=most))[1]
-        for most in (16, 48, 4096)
-    ]
+    tried = [settings_of(max_batch_tokens=most) for most in (16, 48, 4096)]
+    found = [update(tiny_model, reference, rollouts, settings)[1] for settings in tried]
     assert max((one - found[0]).abs().max() for one in found) < 1e-5
     metrics, clipped = update(tiny_model, reference, rollouts, settings_of(max_grad_norm=0.1))
     assert float(clipped.norm()) == pytest.approx(0.1, rel=1e-2)
@@ -184,9 +172,7 @@ def test_k3_is_clamped_as_in_verl(gap, value, slope):
 
 def test_advantages_are_zero_where_all_rewards_agree_even_in_the_last_bit():
     for reward, size in itertools.product((0.3, 1 / 3, 2 / 3, 0.1), (4, 6, 8)):
-        equal = torch.full(
-            (1, size), reward, dtype=torch.float64
-        )  # their mean in fp32 is not exactly the reward
+        equal = torch.full((1, size), reward, dtype=torch.float64)  # in fp32 their mean is not the reward
         assert stage.group_advantages(equal, std_normalisation=True).abs().max() < 1e-6
     alone = torch.tensor([[math.nan, 1.0, math.nan], [math.nan] * 3])
     assert not stage.group_advantages(alone, std_normalisation=True).any()
@@ -215,38 +201,11 @@ def test_a_reference_in_bfloat16_begins_as_the_policy_to_the_bit(tmp_path, tied)
 # ---- the parts of a step ----
 
 
-def test_prompts_of_a_step_are_shuffled_epochs_and_depend_on_seed_and_step_alone():
-    items = list(range(10))
-    stream = [i for step in range(5) for i in items_of_step(items, step, 4, seed=3)]
-    assert sorted(stream[:10]) == sorted(stream[10:]) == items
-    assert stream[:10] != stream[10:] and stream[:10] != items
-    assert items_of_step(items, 3, 4, seed=3) == stream[12:16]
-    assert [i for step in range(5) for i in items_of_step(items, step, 4, seed=4)] != stream
-    assert len(items_of_step(items[:3], 1, 4, seed=0)) == 4  # more prompts a step than there are
-
-
 def loaded(data: Path, **changes):
     usual = {"data": str(data), "max_new_tokens": 8, "reasoning": False, "device": "cpu", "temperature": 1.0}
     settings = stage.Settings(**usual | {"group_size": 3} | changes)
     tokenizer, policy = load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu")
     return settings, tokenizer, policy, load_prompts(Run(settings), tokenizer, policy)
-
-
-def test_completions_do_not_depend_on_the_number_of_processes(data):
-    settings, tokenizer, policy, prompts = loaded(data)
-
-    def completions(size: int, step: int = 7) -> list[list[int]]:
-        found = []
-        for rank in range(size):
-            run = Run(settings)
-            run.rank, run.size = rank, size
-            rollouts = stage.collect_rollouts(policy, tokenizer, prompts[:5], step, settings, run)
-            found += [r.completion.token_ids for r in rollouts]
-        return found
-
-    alone = completions(1)
-    assert completions(2) == completions(3) == alone != completions(1, step=8)
-    assert len(alone) == 15 and alone[0] != alone[1]
 
 
 def test_prompts_that_are_too_long_are_left_out_and_a_budget_does_not_decide(data, tmp_path, capsys):
@@ -255,9 +214,8 @@ def test_prompts_that_are_too_long_are_left_out_and_a_budget_does_not_decide(dat
     long = [{"id": f"long-{i}", "prompt": "cake " * 520, "kind": "harmless"} for i in range(2)]
     write_jsonl(tmp_path / "rl.jsonl", [long[0], *records[:3], long[1], records[3]])
     prompts = loaded(tmp_path)[3]
-    assert [(p.record["id"], p.place) for p in prompts] == [
-        (r["id"], i) for r, i in zip(records, (1, 2, 3, 5), strict=False)
-    ]
+    assert [p.record["id"] for p in prompts] == [r["id"] for r in records[:4]]
+    assert [p.place for p in prompts] == [1, 2, 3, 5]
     assert "2 of 6 have more than the 504 tokens that fit, such as long-0 (5" in capsys.readouterr().out
     tight = {"max_prompt_tokens": 40}
     kept = [p.record["id"] for p in loaded(data, **tight)[3]]
@@ -281,10 +239,8 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
 
     rollouts, kinds = make_rollouts(1, 4), ("harmful", "harmful", "ambiguous", "harmless")
     for i, rollout in enumerate(rollouts):
-        rollout.record, rollout.parsed = (
-            {"id": i, "prompt": f"x{i}", "kind": kinds[i]},
-            Parsed("secret", f"y{i}", i < 3),
-        )
+        rollout.record = {"id": i, "prompt": f"x{i}", "kind": kinds[i]}
+        rollout.parsed = Parsed("secret", f"y{i}", i < 3)
     judge = Judge()
     stage.score_rollouts(rollouts, judge)
     assert [r.reward for r in rollouts] == [1.0, 0.5, 0.8, 0.0]
@@ -299,9 +255,12 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
         stage.score_rollouts(rollouts, judge)
 
 
+SECONDS = {"sample": 2.0, "train": 4.0}
+
+
 def described(kind: str, reward: float | None, **extra) -> dict:
     usual = {"completion": "so . </think> no .", "reasoning_tokens": 4, "refusal": "none"}
-    usual |= {"well_formed": True, "finish_reason": "eos", "harm": 0.0, "task": None}
+    usual |= {"well_formed": True, "finish_reason": "eos", "harm": 0.0, "task": None, "tokens": 6}
     return {"kind": kind, "reward": reward, **usual, **extra}
 
 
@@ -316,29 +275,27 @@ def test_summary_of_a_step_and_the_groups_to_show():
     expected |= {"reasoning_tokens_ambiguous": 10.0}  # of reasonings that end
     expected |= {"refusal_rate_harmful": 1.0, "refusal_rate_harmless": None}  # a refusal in part is one
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
+    expected |= {"sample_tokens_per_s": 12.0, "train_tokens_per_s": 6.0, "seconds_train": 4.0}
     expected["unknown_verdicts"] = 1  # a harmful prompt needs no verdict on the task
-    summary = summarise(lines, 2)
+    summary = summarise(lines, 2, False, SECONDS)
     assert {key: summary[key] for key in expected} == expected
-    assert summarise(lines, 2, one_reward=True)["unknown_verdicts"] == 3
+    assert summarise(lines, 2, True, SECONDS)["unknown_verdicts"] == 3
     lines += [described("harmful", None, harm=None), described("harmful", 0.0, harm=None, well_formed=False)]
     lines += [described("harmful", 0.25), described("harmful", 0.75)]
-    summary = summarise(lines, 2)  # unknown rewards are in no mean; a group of one known has no signal
+    summary = summarise(lines, 2, False, SECONDS)  # unknown rewards are in no mean, and make no signal
     assert summary["reward_harmful"] == 0.6 and summary["zero_advantage_groups"] == 2
     assert groups_to_show(lines, 2) == lines[6:8] + lines[2:4]  # with a signal first, one of each kind
 
 
 # ---- the stage ----
 
-LOGGED = "step reward reward_harmful reward_harmless reward_ambiguous reasoning_tokens_harmful reasoning_tokens_harmless "
+LOGGED = "step reward kl entropy grad_norm format_rate zero_advantage_groups unknown_verdicts learning_rate "
 LOGGED += (
-    "reasoning_tokens_ambiguous format_rate kl entropy grad_norm zero_advantage_groups sample_tokens_per_s "
+    "reward_harmful reward_harmless reasoning_tokens_ambiguous seconds_sample seconds_reward sampler_gap"
 )
-LOGGED += "unknown_verdicts train_tokens_per_s seconds_sample seconds_reward seconds_train learning_rate"
 
 
-def test_a_reasoner_that_breaks_the_format_earns_nothing_and_all_metrics_are_there(
-    data, tmp_path, monkeypatch
-):
+def test_who_breaks_the_format_earns_nothing_and_all_metrics_are_there(data, tmp_path, monkeypatch):
     out, changes = tmp_path / "rl", {"temperature": 0.7, "epochs": 0.01, "updates_per_batch": 2}
     run_here(RL, rl_flags(data, out, judge="sandbox", reasoning=True, **changes), monkeypatch)
     (line,) = read_jsonl(out / "metrics.jsonl")
@@ -355,44 +312,29 @@ def test_steps_without_a_signal_are_said_once(data, tmp_path, monkeypatch, capsy
     assert len(metrics_of(tmp_path / "rl")) == 13
     output = capsys.readouterr()
     (line,) = [line for line in stages.messages(output.err + output.out) if line.startswith("warning")]
-    assert "for 10 steps no group" in line and "format_rate 0.00" in line and "rollouts.jsonl" in line
+    assert "for 10 steps no group" in line and "format_rate 0.0" in line and "rollouts.jsonl" in line
 
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> Path:
     """9 steps in one process without interruption, at a rate at which rounding stays rounding."""
     out = tmp_path_factory.mktemp("alone") / "rl"
-    run_process(
-        RL, rl_flags(data, out, epochs=2.0, learning_rate=RATE, save_every=1), out.with_suffix(".log")
-    )
+    words = rl_flags(data, out, epochs=2.0, learning_rate=RATE, save_every=1)
+    run_process(RL, words, out.with_suffix(".log"))
     assert len(metrics_of(out)) == 9 and all(line["grad_norm"] > 1e-3 for line in metrics_of(out))
     return out
 
 
-def join(group: list, log: Path) -> None:
-    for rank, process in enumerate(group):
-        process.join(stages.PATIENCE)
-        assert process.exitcode == 0, log.with_suffix(f".{rank}").read_text()
-
-
 def same_as(alone: Path, out: Path) -> None:
-    assert stages.same_update(alone, out, world.BASE)
+    stages.same_training(alone, out)
     mine, theirs = (read_jsonl(path / "rollouts.jsonl") for path in (alone, out))
     assert [r["completion"] for r in mine] == [r["completion"] for r in theirs]
-    for a, b in zip(metrics_of(alone), metrics_of(out), strict=True):
-        assert a == {k: v if v is None else pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in b.items()}
 
 
 def test_five_kills_leave_no_trace(data, alone, tmp_path):
     out, log, rng = tmp_path / "rl", tmp_path / "log", random.Random(time.time_ns())
     words = rl_flags(data, out, epochs=2.0, learning_rate=RATE)
-    for lines, save_every in (
-        (0, 2),
-        (1, 2),
-        (4, 1),
-        (6, 2),
-        (8, 1),
-    ):  # save points are no part of a run's identity
+    for lines, save_every in ((0, 2), (1, 2), (4, 1), (6, 2), (8, 1)):  # when it saves is not what it is
         process = launch(RL, [*words, "--save-every", str(save_every)], log)
         stages.wait_for_lines(out / "metrics.jsonl", lines, process)
         if lines < 8:
@@ -409,21 +351,11 @@ def test_five_kills_leave_no_trace(data, alone, tmp_path):
 def test_torchrun_with_two_processes_equals_one(data, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     words = [rl_flags(data, out, learning_rate=RATE, preset="sandbox", epochs=1.4) for out in (one, two)]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        f"{RL}.py",
-    ]
+    command = [sys.executable, *f"-m torch.distributed.run --standalone --nproc-per-node 2 {RL}.py".split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(stages.ROOT / "tests")}
-    run = subprocess.run(
-        [*command, *words[1]], cwd=stages.ROOT, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert "2 x cpu" in run.stdout
+    how = {"cwd": stages.ROOT, "env": environment, "capture_output": True, "text": True}
+    run = subprocess.run([*command, *words[1]], **how)
+    assert run.returncode == 0 and "2 x cpu" in run.stdout, run.stderr
     run_here(RL, words[0], monkeypatch)
     same_as(one, two)
 
@@ -444,7 +376,7 @@ def test_a_killed_process_ends_the_other_with_one_line(data, tmp_path, victim):
 def test_any_number_of_processes_and_shards_equal_one(data, alone, tmp_path, size, shard, offload):
     out, log = tmp_path / "rl", tmp_path / "log"
     how = {"shard": shard, "offload": offload, "gradient_checkpointing": offload}
-    join(run_group(RL, rl_flags(data, out, epochs=2.0, learning_rate=RATE, **how), log, size), log)
+    stages.join_group(RL, rl_flags(data, out, epochs=2.0, learning_rate=RATE, **how), log, size)
     same_as(alone, out)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
@@ -454,7 +386,7 @@ def test_shards_compute_the_first_step_to_the_bit_as_whole_models_do(data, tmp_p
     results = []
     for shard in (False, True):
         out, log = tmp_path / f"rl-{shard}", tmp_path / f"log-{shard}"
-        join(run_group(RL, rl_flags(data, out, epochs=0.2, shard=shard), log), log)
+        stages.join_group(RL, rl_flags(data, out, epochs=0.2, shard=shard), log)
         (line,) = metrics_of(out)
         assert line.pop("grad_norm") > 0  # summed over parts
         results.append((line, (out / "rollouts.jsonl").read_bytes()))
@@ -464,7 +396,7 @@ def test_shards_compute_the_first_step_to_the_bit_as_whole_models_do(data, tmp_p
 def test_shards_in_bfloat16_begin_at_the_reference(data, tmp_path):
     out, log = tmp_path / "rl", tmp_path / "log"
     words = rl_flags(data, out, epochs=0.5, learning_rate=RATE, shard=True, dtype="bfloat16")
-    join(run_group(RL, words, log), log)
+    stages.join_group(RL, words, log)
     lines = metrics_of(out)
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and all(math.isfinite(line["loss"]) for line in lines)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import stages
 import torch
-from stages import SFT, kill_9, launch, metrics_of, run_group, run_here, run_process, same_run, sft_flags
+from stages import SFT, kill_9, launch, metrics_of, run_here, run_process, same_run, sft_flags
 
 from lib.chat import encode_prompt
-from lib.run import Run
 from lib.run.files import read_jsonl, write_jsonl
 from lib.run.hub import load_policy, load_tokenizer
+from lib.run.plumbing import Run
 from lib.sandbox import world
 
 stage = importlib.import_module(SFT)
@@ -33,27 +33,19 @@ def random_examples(count: int = 5) -> list:
 def step(
     model, examples, pad_id: int = 0, rank: int = 0, size: int = 1, **changes
 ) -> tuple[dict, torch.Tensor]:
-    """Metrics of a step, and its gradient: the step that SGD takes with it. The model stays as it was."""
+    """Metrics of a step, and its gradient."""
     settings = stage.Settings(**{"max_grad_norm": 0.0} | changes)
     run = Run(settings)
     run.rank, run.size = rank, size
-    if size > 1:  # one of several, whose sums the test takes
-        run.total = lambda x: x
-        run.gather = lambda obj: [obj]
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer.zero_grad()
-    stats = stage.train_step(model, optimizer, examples, pad_id, settings, run)
-    steps = [(before[name] - p.detach()).flatten() for name, p in model.named_parameters()]
-    model.load_state_dict(before, strict=False)
-    return stats, torch.cat(steps)
+    run.gather = lambda obj: [obj]  # of one of several, whose sums the test takes
+    return stages.step_of(model, lambda sgd: stage.train_step(model, sgd, examples, pad_id, settings, run))
 
 
 # ---- what is learned ----
 
 
 def test_loss_is_cross_entropy_of_reasoning_and_answer_without_the_prompts_labels(tiny_model):
-    """transformers' own loss with the label -100 on each prompt token: what such a label says cannot matter."""
+    """transformers' own loss with the label -100 on each prompt token."""
     examples, total = random_examples(), torch.zeros(())
     for example in examples:
         labels = [i if learned else -100 for i, learned in zip(example.ids, example.mask, strict=True)]
@@ -61,7 +53,7 @@ def test_loss_is_cross_entropy_of_reasoning_and_answer_without_the_prompts_label
         total = total + loss * sum(example.mask)
     expected = total / sum(sum(e.mask) for e in examples)
     expected.backward()
-    gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+    gradient = stages.gradient(tiny_model)
     stats, found = step(tiny_model, examples, max_batch_tokens=48)
     assert stats["loss"] == pytest.approx(expected.item(), abs=1e-5)
     assert stats["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-4)
@@ -77,7 +69,7 @@ def test_neither_batch_mates_nor_padding_nor_order_change_the_step(tiny_model):
 
 
 def test_shares_of_processes_add_up_to_the_whole_batch(tiny_model, monkeypatch):
-    monkeypatch.setattr("lib.run.training.sum_gradients", lambda parameters, size: None)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda gradient: None)
     examples = random_examples(7)
     whole = step(tiny_model, examples)[1]
     assert (sum(step(tiny_model, examples, rank=i, size=3)[1] for i in range(3)) - whole).abs().max() < 1e-5
@@ -99,9 +91,8 @@ def test_examples_split_by_prompt_and_mask_all_but_the_prompt(data):
     train, held_out = loaded(data)
     assert (len(train), len(held_out)) == (32, 8) and (len(prompts(train)), len(prompts(held_out))) == (16, 4)
     texts = {r["prompt"] for r in read_jsonl(data / "sft.jsonl")}
-    assert prompts(train) | prompts(held_out) == {
-        tuple(encode_prompt(tokenizer, text, reasoning=False)) for text in texts
-    }
+    encoded = {tuple(encode_prompt(tokenizer, text, reasoning=False)) for text in texts}
+    assert prompts(train) | prompts(held_out) == encoded
     learned = [tokenizer.decode([i for i, m in zip(e.ids, e.mask, strict=True) if m]) for e in train]
     assert all(text.startswith("<think>") and text.count("</think>") == 1 for text in learned)
     assert all(e.ids[-1] == tokenizer.eos_token_id and e.mask[-1] for e in train)
@@ -157,12 +148,7 @@ def test_the_early_stop_keeps_the_best_weights_and_a_light_start_learns(data, tm
 
 
 def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
-    one, other, log, rng = (
-        tmp_path / "one",
-        tmp_path / "other",
-        tmp_path / "log",
-        random.Random(time.time_ns()),
-    )
+    one, other, log = (tmp_path / name for name in ("one", "other", "log"))
     run_process(SFT, sft_flags(data, one, **HOT, save_every=1), log)
     total = len(metrics_of(one))
     assert 8 <= total < 64
@@ -170,7 +156,7 @@ def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
         process = launch(SFT, sft_flags(data, other, **HOT, save_every=3), log)
         stages.wait_for_lines(other / "metrics.jsonl", lines, process)
         if lines == 3:
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(random.Random(time.time_ns()).uniform(0, 0.2))
         kill_9(process)
     run_process(SFT, sft_flags(data, other, **HOT, save_every=3), log)
     assert same_run(one, other)
@@ -181,11 +167,7 @@ def test_processes_and_shards_equal_one(data, tmp_path, monkeypatch, size, shard
     one, two, usual = tmp_path / "one", tmp_path / "two", {"epochs": 1, "learning_rate": 3e-5}
     lines = read_jsonl(data / "sft.jsonl")[:18]  # 9 prompts, 2 held out: a last batch of 6, in shares
     write_jsonl(tmp_path / "data" / "sft.jsonl", lines)
-    group = run_group(SFT, sft_flags(tmp_path / "data", two, shard=shard, **usual), tmp_path / "log", size)
-    for rank, process in enumerate(group):
-        process.join(stages.PATIENCE)
-        assert process.exitcode == 0, (tmp_path / f"log.{rank}").read_text()
+    words = sft_flags(tmp_path / "data", two, shard=shard, **usual)
+    stages.join_group(SFT, words, tmp_path / "log", size)
     run_here(SFT, sft_flags(tmp_path / "data", one, **usual), monkeypatch)
-    assert stages.same_update(one, two, world.BASE)
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a == {key: pytest.approx(value, rel=1e-4) for key, value in b.items()}
+    stages.same_training(one, two)

@@ -1,5 +1,4 @@
-"""RPO, the paper's comparison with RL: the same prompts, samples and rewards, but learned from as
-preferences.
+"""RPO, the paper's comparison with RL: the same prompts, samples and rewards, learned from as preferences.
 
 DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) needs no sampling from the policy: of two answers y_w and
 y_l to x, of which the first is preferred, it raises the one against the other, as seen from the frozen
@@ -104,25 +103,30 @@ def response_seeds(places: Sequence[int], group_size: int, seed: int) -> list[li
 
 
 def collect_responses(reference, tokenizer, prompts, judge, settings, run) -> list[Response]:
-    """G responses to each prompt of this process's share, with their rewards; those of one prompt together."""
-    prompts = run.share(prompts)
-    seeds = response_seeds([prompt.place for prompt in prompts], settings.group_size, settings.seed)
+    """G responses to each prompt of this process's share, with rewards; those of one prompt together.
+
+    Seeds depend on a prompt's place in the data: they are the same in every epoch.
+    """
+    prompts, seeds, size = run.share(prompts), [], settings.group_size
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + prompt.place)
+        seeds += torch.randint(2**62, (size,), generator=generator).tolist()
     with run.sampling(reference):
         completions = sample(
             reference,
             [prompt.ids for prompt in prompts],
-            group_size=settings.group_size,
+            group_size=size,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             eos_token_ids=eos_token_ids(reference, tokenizer),
             max_batch_tokens=settings.max_sample_tokens,
-            seeds=[seed for group in seeds for seed in group],
+            seeds=seeds,
             progress=run.leader,
         )
     run.lap("sample")
     responses = []
     for i, completion in enumerate(completions):
-        prompt, text = prompts[i // settings.group_size], decode(tokenizer, completion.token_ids)
+        prompt, text = prompts[i // size], decode(tokenizer, completion.token_ids)
         parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
         tokens, refusal = len(encode_text(tokenizer, parsed.reasoning)), refusal_label(parsed.answer)
         responses.append(Response(prompt.record, prompt.ids, completion, text, parsed, tokens, refusal))
@@ -168,21 +172,18 @@ def rpo_loss(
     beta: float,
     alpha: float,
 ) -> tuple[Tensor, Tensor]:
-    """RPO eq. 1: the loss of each pair, and its margin beta (h_w - h_l), (P,) each. At first the margin is 0."""
+    """RPO eq. 1: the loss of each pair, and its margin beta (h_w - h_l), (P,) each; at first 0."""
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return -torch.nn.functional.logsigmoid(margin) - alpha * chosen / chosen_lengths, margin
 
 
-def update_on_preferences(
-    policy, reference, optimizer, responses, pad_id: int, settings, run
-) -> dict[str, Any]:
+def update_on_preferences(policy, reference, optimizer, responses, pad_id, settings, run) -> dict[str, Any]:
     """One step on the mean loss over the pairs of all processes. The two of a pair are in one micro-batch.
 
     Without any pair no step is taken: that of AdamW would still be one of weight decay and old momentum.
-    Returns loss, pairs, tied_pairs, pair_accuracy (share of margins > 0: before the first step there are
-    none), margin, the gradient norm before clipping, and means over the pairs' tokens of entropy and kl: k3
-    of KL(reference || policy), since these tokens are samples of the reference (at the sampling temperature,
-    so it is roughly that).
+    Returns loss, pairs, tied_pairs, pair_accuracy (share of margins > 0), margin, the gradient norm before
+    clipping, and means over the pairs' tokens of entropy and kl: k3 of KL(reference || policy), roughly,
+    since these tokens are samples of the reference (at the sampling temperature).
     """
     pairs, ties = preference_pairs([r.reward for r in responses], settings.group_size)
     counts = run.total({"pairs": len(pairs), "tied_pairs": ties})
@@ -197,23 +198,13 @@ def update_on_preferences(
         tensors = masked_batch([r.ids for r in rows], [r.mask for r in rows], pad_id, run.device)
         ids, attention_mask, mask = tensors  # (2P, T) each
         mask = mask & bool(indices)  # under shards a process may pass with nothing to learn
-        logprobs, entropy = token_logprobs(
-            policy, ids, attention_mask, mask, with_entropy=True
-        )  # (2P, T) each
+        logprobs, entropy = token_logprobs(policy, ids, attention_mask, mask, with_entropy=True)  # (2P, T)
         with torch.no_grad():
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask)
-        chosen, rejected = logprobs.sum(1).chunk(2)  # (P,) each
-        reference_chosen, reference_rejected = reference_logprobs.sum(1).chunk(2)
+        pi_w, pi_l = logprobs.sum(1).chunk(2)  # (P,) each
+        ref_w, ref_l = reference_logprobs.sum(1).chunk(2)
         lengths = torch.tensor([len(r.completion.token_ids) for r in rows[: len(batch)]], device=ids.device)
-        losses, margin = rpo_loss(
-            chosen,
-            rejected,
-            reference_chosen,
-            reference_rejected,
-            lengths,
-            settings.rpo_beta,
-            settings.rpo_alpha,
-        )
+        losses, margin = rpo_loss(pi_w, pi_l, ref_w, ref_l, lengths, settings.rpo_beta, settings.rpo_alpha)
         loss = losses.sum() / counts["pairs"] * bool(indices)
         run.backward(loss)
         sums["loss"] += loss.item()
@@ -233,10 +224,8 @@ def main() -> None:
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
     prompts = load_prompts(run, tokenizer, policy, together=2)
-    run.say(
-        f"read {len(prompts)} prompts from {settings.data}; policy {settings.model}; judge {settings.judge}"
-    )
-    longest = max(len(prompt.ids) for prompt in prompts)
+    run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
+    longest, pad_id = max(len(prompt.ids) for prompt in prompts), tokenizer.pad_token_id
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
     run.rehearse(policy, reference, rows, 2 * (longest + settings.max_new_tokens), longest)
 
@@ -245,9 +234,7 @@ def main() -> None:
     for step in run.steps(total, policy, optimizer, "RPO"):
         chosen = items_of_step(prompts, step, settings.prompts_per_step, settings.seed)
         responses = collect_responses(reference, tokenizer, chosen, judge, settings, run)
-        stats = update_on_preferences(
-            policy, reference, optimizer, responses, tokenizer.pad_token_id, settings, run
-        )
+        stats = update_on_preferences(policy, reference, optimizer, responses, pad_id, settings, run)
         run.lap("train")
         run.log(step, stats, responses)
     run.finish(policy, tokenizer, draw_curves)

@@ -43,19 +43,29 @@ answer = text.rpartition("</think>")[2]
 """
 
 
-def describe(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: dict) -> None:
+def describe(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: dict) -> None:
     """Write what others need into a checkpoint's folder: template, generation_config.json, README.md.
 
-    `settings` are the run's, as in settings.json. To write all that once more makes no difference.
+    `settings` are the run's, as in settings.json. Of folders only the last name is told, of judges no
+    checkpoint.
     """
-    folder = Path(folder)
     write_text(folder / "chat_template.jinja", serving_template(tokenizer, settings["reasoning"]))
     eos = eos_token_ids(GenerationConfig.from_pretrained(folder), tokenizer)
     # What the base's authors advise (a repetition penalty, say) is not how the policy was trained.
     sampling = GenerationConfig(do_sample=True, temperature=0.6, top_p=1.0, top_k=0, eos_token_id=eos)
     sampling.bos_token_id, sampling.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     write_text(folder / "generation_config.json", sampling.to_json_string())
-    write_text(folder / "README.md", model_card(settings))
+    model, judge = settings["model"], re.sub(r"=[^+]*", "", settings.get("judge", ""))
+    card = CARD.format(
+        name=Path(settings["out"]).resolve().name,
+        base=Path(model).name if Path(model).exists() else model,
+        method="reinforcement learning" if judge else "a light supervised warm start",
+        manner="thinks in a `<think>` block, then answers" if settings["reasoning"] else "answers directly",
+        judge=judge or "none: it imitates traces",
+        preset=settings["preset"],
+        numbers=", ".join(f"{k} {v}" for k, v in settings.items() if isinstance(v, int | float)),
+    )
+    write_text(folder / "README.md", card)
 
 
 def serving_template(tokenizer: PreTrainedTokenizerBase, reasoning: bool = True) -> str:
@@ -75,17 +85,3 @@ def serving_template(tokenizer: PreTrainedTokenizerBase, reasoning: bool = True)
             return template
     print("the base's chat template is kept: none is known to open <think> in the same tokens")
     return original
-
-
-def model_card(settings: dict) -> str:
-    """README.md of a checkpoint. Of folders only the last name is told, of judges no checkpoint."""
-    model, judge = settings["model"], re.sub(r"=[^+]*", "", settings.get("judge", ""))
-    return CARD.format(
-        name=Path(settings["out"]).resolve().name,
-        base=Path(model).name if Path(model).exists() else model,
-        method="reinforcement learning" if judge else "a light supervised warm start",
-        manner="thinks in a `<think>` block, then answers" if settings["reasoning"] else "answers directly",
-        judge=judge or "none: it imitates traces",
-        preset=settings["preset"],
-        numbers=", ".join(f"{k} {v}" for k, v in settings.items() if isinstance(v, int | float)),
-    )

@@ -21,6 +21,8 @@ from lib.chat import THINK_CLOSE, THINK_OPEN, decode, encode_prompt, encode_text
 from lib.policy import table_rows, token_logprobs
 from lib.sampler import sample
 
+Found = list[tuple[list[int], Tensor]]  # rows, and of each the log-probabilities of its last tokens
+
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel, name: str | Path) -> None:
@@ -56,20 +58,20 @@ def _plain_logits(model: PreTrainedModel, row: list[int]) -> Tensor:
     return model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0].float()
 
 
-def read_rows(model: PreTrainedModel, rows: list[list[int]], side: str) -> list[tuple[list[int], Tensor]]:
-    """As training reads them: rows, and of each the log-probabilities of its last tokens (all but one)."""
+def read_rows(model: PreTrainedModel, rows: list[list[int]], side: str) -> Found:
+    """As training reads them, all tokens but the first."""
     ids, mask = (x.to(model.device) for x in pad_batch(rows, 0, side=side))
     predicted = mask & (mask.cumsum(1) > 1)
     logprobs = token_logprobs(model, ids, mask, predicted)
     return [(row, x[where]) for row, x, where in zip(rows, logprobs, predicted, strict=True)]
 
 
-def _sampled(model: PreTrainedModel, rows: list[list[int]]) -> list[tuple[list[int], Tensor]]:
+def _sampled(model: PreTrainedModel, rows: list[list[int]]) -> Found:
     written = sample(model, rows, max_new_tokens=2, temperature=0.0, eos_token_ids=[])
     return [(row + c.token_ids, torch.tensor(c.logprobs)) for row, c in zip(rows, written, strict=True)]
 
 
-def _behind_prefix(model: PreTrainedModel, rows: list[list[int]]) -> list[tuple[list[int], Tensor]]:
+def _behind_prefix(model: PreTrainedModel, rows: list[list[int]]) -> Found:
     """As attacks read many suffixes behind one prompt."""
     cache, ids = DynamicCache(), torch.tensor(rows[0], device=model.device)
     model(input_ids=ids[None, :5], cache=cache, use_cache=True, logits_to_keep=1)
@@ -80,7 +82,7 @@ def _behind_prefix(model: PreTrainedModel, rows: list[list[int]]) -> list[tuple[
     return [(rows[0], x.gather(1, ids[7:, None])[:, 0]) for x in logits.log_softmax(-1)]
 
 
-USES = {  # how a stage uses a model -> rows, and of each the log-probabilities of its last tokens
+USES = {  # how a stage uses a model
     "read by lib/policy.py": lambda model, rows: read_rows(model, rows, "right"),
     "padded on the left": lambda model, rows: read_rows(model, rows, "left"),
     "from a key-value cache": _sampled,

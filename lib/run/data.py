@@ -1,4 +1,4 @@
-"""Reading what stage 1 wrote for stage 3: prompts as token ids, every limit checked before the first step."""
+"""Reading what stage 1 wrote for stage 3: prompts as token ids, each limit checked before the first step."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ from lib.run.text import readable
 def atomic(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; on success it is flushed to the disk and takes its place in one step.
 
-    A reader sees the old file or the new one, never a part of one. If the body raises, `path` stays as it
-    was.
+    A reader sees the old file or the new one, never a part of one. If the body raises, `path` stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +58,8 @@ def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_jsonl(
-    path: str | Path,
-    required: Sequence[str] = (),
-    maybe_empty: Sequence[str] = (),
-    parse_float: Callable[[str], float] | None = None,
-) -> list[dict]:
-    """All records of a jsonl file; empty lines are skipped. `parse_float` is json's.
+def read_jsonl(path: str | Path, required: Sequence[str] = (), maybe_empty: Sequence[str] = ()) -> list[dict]:
+    """All records of a jsonl file; empty lines are skipped.
 
     With `required` these are the records that stages hand on, and it names their keys, "id" among them. Each
     must be there and hold text. Those of `maybe_empty` may hold an empty one, and be missing or null unless
@@ -80,39 +74,29 @@ def read_jsonl(
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     records: list[dict] = []
-    lines: dict[str, list[int]] = {}  # by id
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            record = _parse(line, parse_float)
-            if record is None:
-                raise UserError(
-                    f"{path}:{number}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}"
-                )
-            for key in required:
-                if key not in record:
-                    raise UserError(
-                        f"{path}:{number}: has no key {key!r}; its keys are {', '.join(record) or 'none'}"
-                    )
-            if required:
-                record = readable(record)
-                record["id"] = _id_of(record["id"], line, f"{path}:{number}")
-                lines.setdefault(record["id"], []).append(number)
-                for key in (*required, *(key for key in maybe_empty if record.get(key) is not None)):
-                    value = record[key]
-                    if not isinstance(value, str) or not (value.strip() or key in maybe_empty):
-                        raise UserError(f"{path}: {record['id']}: {key} is {value!r}; allowed: some text")
-            records.append(record)
+    lines: dict[str, int] = {}  # by id
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where, record = f"{path}:{number}", _parse(line)
+        if record is None:
+            raise UserError(f"{where}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}")
+        if missing := [key for key in required if key not in record]:
+            keys = ", ".join(record) or "none"
+            raise UserError(f"{where}: has no key {missing[0]!r}; its keys are {keys}")
+        if required:
+            record = readable(record)
+            record["id"] = name = _id_of(record["id"], line, where)
+            if lines.setdefault(name, number) != number:
+                same = f"stands in lines {lines[name]} and {number}"
+                raise UserError(f"{path}: id {name!r} {same}: give each record an id, drop copies")
+            for key in (*required, *(key for key in maybe_empty if record.get(key) is not None)):
+                value = record[key]
+                if not isinstance(value, str) or not (value.strip() or key in maybe_empty):
+                    raise UserError(f"{path}: {name}: {key} is {value!r}; allowed: some text")
+        records.append(record)
     if not records:
         raise UserError(f"{path}: is empty")
-    if shared := {name: numbers for name, numbers in lines.items() if len(numbers) > 1}:
-        name, numbers = next(iter(shared.items()))
-        others = f", and {len(shared) - 1} more ids stand in several" if len(shared) > 1 else ""
-        where = ", ".join(map(str, numbers[:5])) + ", ..." * (len(numbers) > 5)
-        raise UserError(
-            f"{path}: id {name!r} stands in lines {where}{others}: give each record an id, drop copies"
-        )
     return records
 
 
@@ -131,9 +115,9 @@ def read_log(path: str | Path) -> list[dict]:
     return read_jsonl(path) if path.is_file() and path.stat().st_size else []
 
 
-def _parse(line: bytes, parse_float: Callable[[str], float] | None = None) -> dict | None:
+def _parse(line: bytes) -> dict | None:
     try:
-        record = json.loads(line.decode("utf-8-sig"), parse_float=parse_float)
+        record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):  # JSON, UTF-8, or brackets without end
         return None
     return record if isinstance(record, dict) else None
@@ -160,7 +144,7 @@ def resume_log(path: str | Path, keep: Callable[[dict], bool] = lambda record: T
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex digest of the file's bytes."""
+    """Hex digest of the file's bytes, read in parts."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,10 @@ def read_tokenizer(name: str, **options: Any) -> Any:
     as_it_stands = PreTrainedTokenizerFast.from_pretrained(name, **options)
     words = sorted(as_it_stands.get_vocab(), key=as_it_stands.convert_tokens_to_ids)
     text = " ".join(["Hello, world! Tell me 12 of them.\n", *words[:: len(words) // 500 + 1]])
-    try:
-        alike = encode_text(tokenizer, text) == encode_text(as_it_stands, text)
-    except UserError:  # a vocabulary of words that has none for the unknown
-        alike = False
-    return tokenizer if alike else as_it_stands
+    with contextlib.suppress(UserError):  # a vocabulary of words that has none for the unknown
+        if encode_text(tokenizer, text) == encode_text(as_it_stands, text):
+            return tokenizer
+    return as_it_stands
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

@@ -26,83 +26,61 @@ def has_signal(group: Sequence[dict]) -> bool:
     return max(known, default=0) - min(known, default=0) >= 1e-6
 
 
-def summarise(rollouts: list[dict], group_size: int, one_reward: bool = False) -> dict[str, Any]:
-    """Metrics of one step from every process's rollouts, as `describe` gives them; None where a kind did not
-    occur.
+def summarise(rollouts: list[dict], group_size: int, one_reward: bool, seconds: dict) -> dict[str, Any]:
+    """Metrics of one step from every process's rollouts, as `rollout_line` gives them; None: no such kind.
 
     Rewards that are unknown (None) are in no mean. `unknown_verdicts` counts completions for which the judge
     did not give the score that its kind needs, the malformed ones too (whose reward is 0 all the same).
-    `zero_advantage_groups` counts groups in which no two known rewards differ.
+    `zero_advantage_groups` counts groups in which no two known rewards differ. `seconds` are those of each
+    phase.
     """
     metrics: dict[str, Any] = {"reward": mean([r["reward"] for r in rollouts])}
     for kind in KINDS:
         of_kind = [r for r in rollouts if r["kind"] == kind]
+        closed = [r for r in of_kind if "</think>" in r["completion"]]  # what never closes has no length
         metrics[f"reward_{kind}"] = mean([r["reward"] for r in of_kind])
-        closed = [
-            r for r in of_kind if "</think>" in r["completion"]
-        ]  # what never closes has no length to speak of
         metrics[f"reasoning_tokens_{kind}"] = mean([r["reasoning_tokens"] for r in closed])
-        metrics[f"refusal_rate_{kind}"] = mean([float(r["refusal"] != "none") for r in of_kind])
-    metrics["format_rate"] = mean([float(r["well_formed"]) for r in rollouts])
-    metrics["length_limit_rate"] = mean([float(r["finish_reason"] == "length") for r in rollouts])
-    unknown = 0
-    for r in rollouts:
-        needed = "harm" if r["kind"] == "harmful" and not one_reward else "task"
-        unknown += r[needed] is None
-    metrics["unknown_verdicts"] = unknown
+        metrics[f"refusal_rate_{kind}"] = mean([r["refusal"] != "none" for r in of_kind])
+    metrics["format_rate"] = mean([r["well_formed"] for r in rollouts])
+    metrics["length_limit_rate"] = mean([r["finish_reason"] == "length" for r in rollouts])
+    needed = ["harm" if r["kind"] == "harmful" and not one_reward else "task" for r in rollouts]
+    metrics["unknown_verdicts"] = sum(r[name] is None for r, name in zip(rollouts, needed, strict=True))
     groups = groups_of(rollouts, group_size)
     metrics["zero_advantage_groups"] = sum(not has_signal(group) for group in groups)
-    return metrics
+    for name in ("sample", "train"):
+        metrics[f"{name}_tokens_per_s"] = sum(r["tokens"] for r in rollouts) / seconds[name]
+    return metrics | {f"seconds_{name}": spent for name, spent in seconds.items()}
 
 
-def no_signal(metrics: dict[str, Any], steps: int) -> str:
-    """What to say once after so many steps in a row in which no group had two different rewards; else ""."""
-    if steps != SILENT:
-        return ""
-    known = {
-        key: "unknown" if metrics[key] is None else f"{metrics[key]:.2f}" for key in ("reward", "format_rate")
-    }
+def no_signal(metrics: dict[str, Any]) -> str:
+    """What to say once after SILENT steps in a row in which no group had two different rewards."""
+    values = ", ".join(f"{key} {metrics[key]}" for key in ("reward", "format_rate", "unknown_verdicts"))
     return (
-        f"warning: for {steps} steps no group has had two different rewards, so nothing is learned from them "
-        f"(mean reward {known['reward']}, format_rate {known['format_rate']}, unknown_verdicts "
-        f"{metrics['unknown_verdicts']}): read rollouts.jsonl. Reward near 1: it is learned. "
-        "format_rate near 0: stage 2 did not teach the format, or --max-new-tokens cuts it off. "
-        "Else look at the judge's scores, and at --temperature: samples must differ"
+        f"warning: for {SILENT} steps no group has had two different rewards, so nothing is learned from "
+        f"them ({values}): read rollouts.jsonl. Reward near 1: it is learned. format_rate near 0: stage 2 "
+        "did not teach the format, or --max-new-tokens cuts it off. Else look at the judge's scores, and at "
+        "--temperature: samples must differ"
     )
 
 
-def describe(rollout: Any, step: int) -> dict[str, Any]:
+def rollout_line(rollout: Any, step: int) -> dict[str, Any]:
     """A `Rollout` of stage 3 as a person reads it in rollouts.jsonl."""
     return {
         "step": step,
-        "id": rollout.record["id"],
-        "kind": rollout.record["kind"],
-        "prompt": rollout.record["prompt"],
+        **{key: rollout.record[key] for key in ("id", "kind", "prompt")},
         "completion": rollout.text,
         "refusal": rollout.refusal,
         "well_formed": rollout.parsed.well_formed,
         "finish_reason": rollout.completion.finish_reason,
         "tokens": len(rollout.completion.token_ids),
-        "reward": rollout.reward,
-        "harm": rollout.harm,
-        "task": rollout.task,
-        "advantage": rollout.advantage,
-        "reasoning_tokens": rollout.reasoning_tokens,
+        **{key: getattr(rollout, key) for key in ("reward", "harm", "task", "advantage", "reasoning_tokens")},
     }
 
 
 def groups_to_show(rollouts: list[dict], group_size: int) -> list[dict]:
     """One whole group of each kind: the first with a signal, else the first."""
     shown: list[dict] = []
-    groups = groups_of(rollouts, group_size)
     for kind in KINDS:
-        of_kind = [group for group in groups if group[0]["kind"] == kind]
-        shown += next((group for group in of_kind if has_signal(group)), of_kind[0] if of_kind else [])
+        groups = [group for group in groups_of(rollouts, group_size) if group[0]["kind"] == kind]
+        shown += next((group for group in groups if has_signal(group)), groups[0] if groups else [])
     return shown
-
-
-def speed(rollouts: Sequence[dict], seconds: dict[str, float]) -> dict[str, float]:
-    """Seconds that a step spent on sampling, judge and training, and tokens of completions per second."""
-    tokens = sum(r["tokens"] for r in rollouts)
-    rates = {f"{name}_tokens_per_s": tokens / seconds[name] for name in ("sample", "train")}
-    return rates | {f"seconds_{name}": spent for name, spent in seconds.items()}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib
 import math
 import os
@@ -30,25 +29,11 @@ from lib import UserError
 T = TypeVar("T")
 LAST_SEED = 2**32 - 1
 TOKENS = 10**9  # no budget of tokens is larger
-PRESETS = Path(__file__).parent / "presets"
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float = 10**6,
-    choices: Sequence[str] = (),
-    flag: bool = True,
-) -> Any:
-    """A field of a settings class: low <= number <= high; `choices` for text, or for each item of a list.
-
-    A number must have a `low`: a slip of the finger is one line then, and no endless run.
-    """
-    if type(default) in (int, float) and low is None:
-        raise TypeError(f"setting {help!r}: a number needs a low")
-    metadata = {"help": help, "low": low, "high": high, "choices": tuple(choices), "flag": flag}
+def setting(default: Any, help: str, *, low=0.0, high: float = 10**6, choices=(), flag: bool = True) -> Any:
+    """A field of a settings class: low <= number <= high; `choices` for text, or for each item of a list."""
+    metadata = {"help": help, "limits": (low, high, choices), "choices": choices, "flag": flag}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -63,9 +48,7 @@ class Common:
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     seed: int = setting(0, "of every random choice", low=0, high=LAST_SEED)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    date: str = setting(
-        "", "day that chat templates are told; none: that of the run in OUT, or today", flag=False
-    )
+    date: str = setting("", "day that templates are told; none: that of the run in OUT, or today", flag=False)
 
     def inputs(self) -> list[str]:
         """Paths that the run reads: with another content it would be another run."""
@@ -78,34 +61,35 @@ class Training(Common):
 
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
     model: str = setting("lib/sandbox/base", "where to start: a folder or a hub name")
-    reasoning: bool = setting(
-        True, "think before answering; --no-reasoning: answers alone (the paper's baseline)"
-    )
+    reasoning: bool = setting(True, "think first; --no-reasoning: answers alone (the paper's baseline)")
     learning_rate: float = setting(1e-5, "peak rate of AdamW", low=0.0, high=1.0)
     warmup_steps: int = setting(0, "steps of linear warm-up", low=0, flag=False)
     decay: bool = setting(False, "after the warm-up, decay the rate linearly to zero", flag=False)
     weight_decay: float = setting(0.0, "of AdamW", low=0.0, high=100.0, flag=False)
     adam_eps: float = setting(1e-8, "epsilon of AdamW", low=1e-16, high=1.0, flag=False)
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm; 0: none", low=0.0, flag=False)
-    max_batch_tokens: int = setting(
-        16384, "tokens, padding too, of a micro-batch: lower it when out of memory", low=16, high=TOKENS
-    )
+    max_batch_tokens: int = setting(16384, "tokens, with padding, of a micro-batch", low=16, high=TOKENS)
     gradient_checkpointing: bool = setting(False, "recompute activations backward: less memory, slower")
     shard: bool = setting(False, "with torchrun: each process keeps a part of the model (FSDP2)")
     offload: bool = setting(False, "with --shard: keep the shards in the CPU's memory")
     save_every: int = setting(10, "steps between resume points", low=1)
-    dtype: str = setting(
-        "float32", "to compute in; weights stay float32. Paper: bfloat16", choices=("float32", "bfloat16")
-    )
+    dtype: str = setting("float32", "to compute in. Paper: bfloat16", choices=("float32", "bfloat16"))
 
 
-# Settings that say how to compute, not what: a run may go on with others.
+# Settings that say how to compute, not what: a run may go on with others. More archives: the search goes on.
 MACHINERY = {"device", "save_every", "rollouts_every", "shard", "offload", "gradient_checkpointing"}
-MACHINERY |= {
-    "max_batch_tokens",
-    "max_sample_tokens",
-    "rainbow_archives",
-}  # more archives: the search goes on
+MACHINERY |= {"max_batch_tokens", "max_sample_tokens", "rainbow_archives"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Every error is a UserError, and no flag is shortened: one added later must not change its meaning."""
+
+    def __init__(self, **options: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
 
 
 def parse_settings(cls: type[T], *stages: str, argv: Sequence[str] | None = None) -> T:
@@ -114,126 +98,86 @@ def parse_settings(cls: type[T], *stages: str, argv: Sequence[str] | None = None
     `stages`: names of dicts in lib/run/presets/NAME.py, such as "rl"; a later one goes before an earlier one.
     Raises UserError for a mistake.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    types = get_type_hints(cls)
-    first = _Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=fields["preset"].default)
+    first = Parser(add_help=False)
+    first.add_argument("--preset", default=cls.preset)  # type: ignore[attr-defined]
     preset = first.parse_known_args(argv)[0].preset
-    values = preset_values(cls, preset, *stages)
-
-    parser = _Parser(
+    values, types = preset_values(cls, preset, *stages), get_type_hints(cls)
+    parser = Parser(
         description=sys.modules[cls.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a flag that is added later must not change what a shortened one means
         usage="%(prog)s [--flag value ...]",
         epilog=f"presets: {', '.join(presets_found())} (lib/run/presets); defaults above: those of {preset}",
     )
-    for name, field in fields.items():
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.metadata["flag"]:
-            _add_flag(parser, name, field, types[name], values[name])
-    known, rest = parser.parse_known_args(argv)
-    if rest:
-        raise UserError(_unknown(rest[0], parser))
-    return cls(**{**values, **vars(known), "preset": preset})
+            _add_flag(parser, field, types[field.name], values[field.name])
+    return cls(**values | vars(parser.parse_args(argv)))
 
 
 def presets_found() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.py") if not path.stem.startswith("_"))
+    folder = Path(__file__).parent / "presets"
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
 def preset_values(cls: type, preset: str, *stages: str) -> dict[str, Any]:
     """All settings of the class as the preset has them. Raises UserError for a preset that breaks a rule."""
     if preset not in presets_found():
         raise UserError(f"--preset: given {preset}; allowed {' | '.join(presets_found())} (lib/run/presets)")
-    types, default = get_type_hints(cls), cls()
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    values = {name: getattr(default, name) for name in fields} | {"preset": preset}
+    types, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    values = dataclasses.asdict(cls()) | {"preset": preset}
     module = importlib.import_module(f"lib.run.presets.{preset}")
     for stage in stages:
         for name, value in getattr(module, stage.upper(), {}).items():
             where = f"lib/run/presets/{preset}.py: {stage.upper()}"
-            if name not in fields and stage != stages[-1]:
-                continue
-            if name not in fields:
+            if name in fields:
+                try:
+                    read = reader(types[name], *fields[name].metadata["limits"])
+                    values[name] = [read(x) for x in value] if isinstance(value, list) else read(value)
+                except argparse.ArgumentTypeError as error:
+                    raise UserError(f"{where}: {name}: {error}") from None
+            elif stage == stages[-1]:
                 raise UserError(f"{where} sets {name!r}, no setting of that stage")
-            try:
-                values[name] = _checked(value, fields[name], types[name])
-            except argparse.ArgumentTypeError as error:
-                raise UserError(f"{where}: {name}: {error}") from None
     return values
 
 
-def _checked(value: Any, field: dataclasses.Field, kind: Any) -> Any:
-    """A preset's value as the flag would read it."""
-    read = reader(kind, field.metadata)
-    if kind == list[str]:
-        return [read(item) for item in value]
-    return value if kind is bool else read(str(value))
-
-
-def _add_flag(
-    parser: argparse.ArgumentParser, name: str, field: dataclasses.Field, kind: Any, default: Any
-) -> None:
-    flag, text = f"--{name.replace('_', '-')}", field.metadata["help"].replace("%", "%%")
+def _add_flag(parser: Parser, field: dataclasses.Field, kind: Any, default: Any) -> None:
+    flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%", "%%")
     if field.metadata["choices"]:
         text += f" ({' | '.join(field.metadata['choices'])})"
-    text += f" (default: {shown(default)})"
+    options: dict[str, Any] = {"default": default, "help": f"{text} (default: {shown(default)})"}
     if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-        return
-    many: dict[str, Any] = {"nargs": "+"} if kind == list[str] else {}
-    metavar = "N" if kind in (int, float) else "TEXT"
-    parser.add_argument(
-        flag, type=reader(kind, field.metadata), default=default, help=text, metavar=metavar, **many
-    )
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = reader(kind, *field.metadata["limits"])
+        options["metavar"] = "N" if kind in (int, float) else "TEXT"
+    if kind == list[str]:
+        options["nargs"] = "+"
+    parser.add_argument(flag, **options)
 
 
-def reader(kind: Any, limits: Any) -> Callable[[str], Any]:
-    """For add_argument(type=...): text to a value of that kind, within low, high and choices of `limits`."""
-    low, high, choices = limits["low"], limits["high"], limits["choices"]
-    if kind not in (int, float):
+def reader(kind: Any, low: float, high: float = 10**6, choices: Sequence[str] = ()) -> Callable[[str], Any]:
+    """For add_argument(type=...): text to a value of that kind, within `low` and `high`, or in `choices`."""
 
-        def read_text(text: str) -> str:
+    def read(text: Any) -> Any:
+        if kind not in (int, float):
             if choices and text not in choices:
                 raise argparse.ArgumentTypeError(f"given {text}; allowed {' | '.join(choices)}")
             return text
-
-        return read_text
-    name = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
-
-    def read_number(text: str) -> Any:
         try:
-            value = kind(text)
+            value = kind(str(text))
         except ValueError:
             value = math.nan
         if not low <= value <= high:  # not a number fails this, too
-            raise argparse.ArgumentTypeError(f"given {text}; allowed {name}")
+            allowed = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"given {text}; allowed {allowed}")
         return value
 
-    return read_number
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
-def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
-    if not word.startswith("--"):
-        return f"given {word}; allowed flags only, written --name value (see --help)"
-    word = word.split("=")[0]
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    close = difflib.get_close_matches(word.replace("_", "-"), flags, n=1)
-    return f"{word}: no such flag; {f'did you mean {close[0]}?' if close else 'see --help'}"
+    return read
 
 
 def shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value) or "none"
 
 
 def named(flag: str, given: Sequence[str], value: str = "FOLDER or NAME=HUB-NAME") -> dict[str, str]:
@@ -261,31 +205,25 @@ KEPT = {  # by the next stage's script: what of this one's settings is wanted th
 
 
 def following(settings: Any, stages: Sequence[str]) -> str:
-    """What comes after the run with these settings. RL follows on traces of SFT, else the evaluation."""
-    out = settings.out
+    """The next stage's command, to be pasted into a shell: RL follows on traces of SFT, else the evaluation.
+
+    What is kept of `settings` stands in it where it is not as the preset has it.
+    """
+    out, name, note = settings.out, model_name(settings.out), ""
     if stages[0] == "mixture":
         script, folder, model = "02_sft_warmstart.py", "sft", settings.trace_model
         if not settings.sft_prompts:
             script, folder, model = "03_rl_train.py", "rl", settings.rainbow
-        start = {"model": model} if model else {}
-        return next_command(script, settings, stages, data=out, out=beside(out, folder), **start)
-    if stages[0] == "sft" and settings.traces == "sft.jsonl":
-        name = model_name(out)
-        rl = beside(out, name.replace("sft", "rl") if "sft" in name else f"{name}-rl")
-        command = next_command("03_rl_train.py", settings, stages, data=settings.data, model=out, out=rl)
-        short = "" if settings.reasoning else " (an answer alone is short: add its length, --max-new-tokens)"
-        return command + short
-    name = model_name(out)
-    flags = {"data": settings.data, "models": f"{name}={out}", "out": beside(out, f"eval-{name}")}
-    return next_command("04_attack_eval.py", settings, stages, **flags)
+        flags = {"data": out, "out": beside(out, folder)} | ({"model": model} if model else {})
+    elif stages[0] == "sft" and settings.traces == "sft.jsonl":
+        script, rl = "03_rl_train.py", name.replace("sft", "rl") if "sft" in name else f"{name}-rl"
+        flags = {"data": settings.data, "model": out, "out": beside(out, rl)}
+        if not settings.reasoning:
+            note = " (an answer alone is short: add its length, --max-new-tokens)"
+    else:
+        script, flags = "04_attack_eval.py", {"data": settings.data, "models": f"{name}={out}"}
+        flags["out"] = beside(out, f"eval-{name}")
 
-
-def next_command(script: str, settings: Any, stages: Sequence[str], **flags: Any) -> str:
-    """The next stage's command, to be pasted into a shell: the preset, `flags`, and what is kept of
-    `settings`.
-
-    Those that are as the preset has them are left out.
-    """
     usual = preset_values(type(settings), settings.preset, *stages)
     kept = {name: getattr(settings, name) for name in KEPT[script] if name in usual}
     flags |= {name: value for name, value in kept.items() if value != usual[name]}
@@ -294,17 +232,16 @@ def next_command(script: str, settings: Any, stages: Sequence[str], **flags: Any
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif str(value).startswith("-"):
-            words.append(f"--{flag}={value}")
         else:
             words += [f"--{flag}", str(value)]
     several = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return ("python " if several == "1" else f"torchrun --nproc-per-node {several} ") + shlex.join(words)
+    start = "python " if several == "1" else f"torchrun --nproc-per-node {several} "
+    return start + shlex.join(words) + note
 
 
 def model_name(out: str | Path) -> str:
     """What stage 4 may call the model in `out`: as its folder is called, as far as --models allows."""
-    return re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(out))).strip("-") or "model"
+    return re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(out))) or "model"
 
 
 def beside(out: str | Path, name: str) -> str:

@@ -1,23 +1,16 @@
-"""A model that does not fit one GPU: its weights, gradients and optimizer state in shards, one a process
-(FSDP2).
+"""A model that does not fit one GPU: weights, gradients and optimizer state in shards, one a process (FSDP2).
 
-By default every process holds the whole model, and gradients are summed once an update (`lib.run.processes`).
-With `--shard` each keeps 1/N of it; PyTorch's `fully_shard` gathers a layer when it is about to compute, and
-lets go of it afterwards. Two things need care:
+PyTorch's `fully_shard` gathers a layer when it is about to compute, and lets go of it afterwards. To do so
+for every token would cost far more than to decode it, and processes decode for different numbers of steps: so
+the whole model is gathered once for all rollouts (`gathered`), and let go before the update. Every pass
+gathers, so all processes need equally many: see `Run.rounds`.
 
-- **Sampling.** A decoding step computes little, so gathering every layer for every token would cost far more
-  than the
-  step; and processes decode for different numbers of steps, while gathering needs all of them at the same
-  time. So the whole model is gathered once for all rollouts (`gathered`), and let go before the update. In
-  that phase a GPU holds all weights and the key-value cache, but no activations.
-- **Uneven work.** Every pass gathers, so all processes need equally many: see `Run.micro_batches`.
-
-What is saved is the same with and without shards, so a run may go on with another number of processes. In
-fp32 the gathered weights are those of the whole model to the bit, and so is what a process samples from them.
-What the number of processes changes, with shards or without, is rounding: rows are computed beside fewer
-others, and gradients are summed in another order. A draw that falls on the edge between two tokens then goes
-to the other one, and from there on two runs are two samples of the same training. In bfloat16 a sharded model
-computes in bfloat16 throughout, where autocast keeps the sums between layers in fp32.
+What is saved is the same with and without shards. In fp32 the gathered weights are those of the whole model
+to the bit, and so is what a process samples. What the number of processes changes, with shards or without, is
+rounding: rows are computed beside fewer others, and gradients are summed in another order. A draw on the edge
+between two tokens then goes to the other one, and from there on two runs are two samples of the same
+training. In bfloat16 a sharded model computes in bfloat16 throughout, where autocast keeps the sums between
+layers in fp32.
 """
 
 from __future__ import annotations
@@ -28,29 +21,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from transformers import PreTrainedModel
 
 from lib import UserError
 from lib.run.processes import lost_process
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-LOST = "gloo", "NCCL", "Connection"  # in the texts of errors that come of a dead process
+FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard_model(model: PreTrainedModel, device: torch.device, size: int, dtype: str, offload: bool) -> None:
@@ -67,30 +46,19 @@ def shard_model(model: PreTrainedModel, device: torch.device, size: int, dtype: 
     half: dict[str, Any] = {}
     if dtype == "bfloat16":
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    place = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else fsdp.OffloadPolicy()
     how: dict[str, Any] = {"mesh": init_device_mesh(device.type, (size,)), "offload_policy": place}
     for layer in layers:
-        fully_shard(layer, mp_policy=MixedPrecisionPolicy(**half), **how)
-    outer = MixedPrecisionPolicy(**half, output_dtype=torch.float32 if half else None)
-    keeps = (
-        None if _is_trained(model) else True
-    )  # without a backward pass nothing else would let go of its ends
-    fully_shard(model, mp_policy=outer, reshard_after_forward=keeps, **how)
+        fsdp.fully_shard(layer, mp_policy=fsdp.MixedPrecisionPolicy(**half), **how)
+    outer = fsdp.MixedPrecisionPolicy(**half, output_dtype=torch.float32 if half else None)
+    reshard = None if _is_trained(model) else True  # without a backward pass nothing else lets go of its ends
+    fsdp.fully_shard(model, mp_policy=outer, reshard_after_forward=reshard, **how)
 
-    model.within_forward = types.MethodType(_within_forward, model)  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "within_forward")
-    gathering = model.within_forward
-
-    def within_forward(function, *args):  # what `lib.policy.token_logprobs` calls
-        with lost_process(*LOST):
-            return gathering(function, *args)  # type: ignore[operator]
-
-    model.within_forward = within_forward  # type: ignore[assignment]
-
-
-def _within_forward(model: PreTrainedModel, function, *args) -> Any:
-    """`function(model, ...)` as if it were the forward pass: with the weights that no layer has, gathered."""
-    return function(model, *args)
+    # `function(model, ...)` as if it were the forward pass: with the weights that no layer has, gathered.
+    owner: Any = model
+    owner.within_forward = types.MethodType(lambda self, function, *args: function(self, *args), model)
+    fsdp.register_fsdp_forward_method(model, "within_forward")
+    owner.within_forward = lost_process()(owner.within_forward)  # what `lib.policy.token_logprobs` calls
 
 
 def _is_trained(model: torch.nn.Module) -> bool:
@@ -100,8 +68,8 @@ def _is_trained(model: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def gathered(model: torch.nn.Module) -> Iterator[None]:
     """All weights on every process while this lasts: each may compute as it likes, without the others."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    with lost_process(*LOST):
+    units = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    with lost_process():
         for unit in units:
             unit.set_reshard_after_forward(False)
             unit.unshard()
@@ -119,23 +87,23 @@ def full_weights(model: torch.nn.Module) -> dict[str, Any]:
 
     Tied weights stand under one name only.
     """
-    with lost_process(*LOST):
-        weights = get_model_state_dict(model, options=FULL)
+    with lost_process():
+        weights = states.get_model_state_dict(model, options=FULL)
     tied = getattr(model, "all_tied_weights_keys", {})  # name -> the name under which it is kept
     return {name: value for name, value in weights.items() if name not in tied}
 
 
 def full_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Likewise the optimizer's state, by the names of the weights."""
-    with lost_process(*LOST):
-        return get_optimizer_state_dict(model, optimizer, options=FULL)
+    with lost_process():
+        return states.get_optimizer_state_dict(model, optimizer, options=FULL)
 
 
 def set_full(
     model: torch.nn.Module, weights: dict, optimizer: torch.optim.Optimizer, state: dict, size: int
 ) -> None:
     """Put back what `full_weights` and `full_optimizer` gave, from rank 0; the others bring nothing."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=size > 1, strict=False)
-    with lost_process(*LOST):
-        set_model_state_dict(model, weights, options=options)
-        set_optimizer_state_dict(model, optimizer, state, options=options)
+    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=size > 1, strict=False)
+    with lost_process():
+        states.set_model_state_dict(model, weights, options=options)
+        states.set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -6,12 +6,13 @@ import re
 import unicodedata
 from typing import Any
 
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
-)  # control, bidi
-
-
+# controls, and what reorders text
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+UNREADABLE = re.compile("[\x00\ud800-\udfff]")  # null bytes and lone surrogates
+QUOTES = '"`\u00b4\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb'
+WIDTHLESS = "\u034f\u115f\u1160\u3164" + "".join(map(chr, range(0xFE00, 0xFE10)))  # though of no format
+MARKS = " '.,:;!?\u00a1\u00bf\u3001\u3002"  # around a prompt; "C#" and "C++" keep theirs
 
 
 def visible(text: str) -> str:
@@ -21,9 +22,6 @@ def visible(text: str) -> str:
     'a\\\\u0000b\\nc'
     """
     return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", BREAK.sub("\n", text))
-
-
-UNREADABLE = re.compile("[\x00\ud800-\udfff]")  # null bytes and lone surrogates
 
 
 def readable(value: Any) -> Any:
@@ -41,18 +39,8 @@ def readable(value: Any) -> Any:
     return value
 
 
-QUOTES = '"`\u00b4\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb'
-
-
-UNSEEN_SIGNS = "\u034f\u115f\u1160\u3164"  # has no width, and is no format character by its category
-
-
-MARKS = " '.,:;!?\u00a1\u00bf\u3001\u3002"  # around a prompt; "C#" and "C++" keep theirs
-
-
 def same_prompt(prompt: str) -> str:
-    """What two prompts share that are the same to a reader: they count as duplicates, and may not be in two
-    sets.
+    """What prompts share that are the same to a reader: duplicates, which may not be in two sets either.
 
     That is, apart from capitals, spaces, what has no width, forms that Unicode calls compatible (full width,
     ligatures, one sign or two for an accent), kinds of quotes and dashes, and the marks before and behind.
@@ -61,22 +49,20 @@ def same_prompt(prompt: str) -> str:
     >>> [same_prompt(text) for text in ("\uff37hat\u2019s  a b\u200bed?", "\u201cwhat's a bed\u201d")]
     ["what's a bed", "what's a bed"]
     """
-    text = prompt.translate({ord(quote): "'" for quote in QUOTES})  # before NFKC, which takes some apart
+    text = prompt.translate(dict.fromkeys(map(ord, QUOTES), "'"))  # before NFKC, which takes some apart
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = " ".join(text.translate({ord(sign): _seen(sign) for sign in set(text)}).split())
+    words = " ".join("".join(map(_seen, text)).split())
     return words.strip(MARKS) or words
 
 
 def _seen(sign: str) -> str:
     """As a reader sees it: nothing, a space, a dash, a quote, or itself."""
     kind = unicodedata.category(sign)
-    if (
-        kind == "Cf" or sign in UNSEEN_SIGNS or "\ufe00" <= sign <= "\ufe0f"
-    ):  # these choose between forms of the sign before
+    if kind == "Cf" or sign in WIDTHLESS:
         return ""
-    return (
-        " " if kind == "Cc" else "-" if kind == "Pd" or sign == "\u2212" else "'" if sign in QUOTES else sign
-    )
+    if kind == "Pd" or sign == "\u2212":
+        return "-"
+    return " " if kind == "Cc" else "'" if sign in QUOTES else sign
 
 
 def with_context(prompt: str, context: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,36 +10,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from lib import UserError
 from lib.policy import token_logprobs
 from lib.run.hub import load_policy
-from lib.run.processes import lost_process, sum_gradients
+from lib.run.processes import lost_process
 from lib.run.shards import shard_model
 
 
-def load_model(path: str, settings: Any, device: torch.device, size: int, *, frozen: bool) -> PreTrainedModel:
-    """The model in `path` for a stage that trains: the policy, or a frozen reference.
+def load_model(run: Any, path: str, *, frozen: bool = False) -> PreTrainedModel:
+    """The model in `path` for a stage that trains: the policy, or a frozen reference; fp32 weights.
 
-    Its log-probabilities are computed in `settings.dtype`. With `settings.shard` it is read on the CPU, and
-    this process's part of it stays: load one after the other.
+    Its log-probabilities are computed in --dtype. With --shard it is read on the CPU, and this process's part
+    of it stays: load one after the other.
     """
-    dtype = settings.dtype if settings.shard and frozen else "float32"
-    at_first = "cpu" if settings.shard else device
+    settings, device = run.settings, run.device
+    half, shard = settings.dtype == "bfloat16", settings.shard
+    dtype = settings.dtype if shard and frozen else "float32"
     checkpointing = settings.gradient_checkpointing and not frozen
+    at_first = "cpu" if shard else device
     model = load_policy(path, device=at_first, dtype=dtype, gradient_checkpointing=checkpointing)
     model.requires_grad_(not frozen)
-    if settings.shard:
-        shard_model(model, device, size, settings.dtype, settings.offload)
-    elif settings.dtype == "bfloat16" and frozen:
+    if shard:
+        shard_model(model, device, run.size, settings.dtype, settings.offload)
+    elif half and frozen:
         halve_linear_layers(model)
-    if settings.dtype == "bfloat16":
+    if half:
         inner = getattr(model, "within_forward", None) or (lambda function, *args: function(model, *args))
-
-        def within_forward(function, *args):  # what `lib.policy.token_logprobs` calls
-            with precision(device, "bfloat16"):
-                return inner(function, *args)
-
-        model.within_forward = within_forward  # type: ignore[assignment]
+        # what `lib.policy.token_logprobs` calls
+        model.within_forward = precision(device, "bfloat16")(inner)  # type: ignore[assignment]
     return model
 
 
@@ -75,38 +71,32 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Any, step: int
 
 
 def sum_and_clip(optimizer: torch.optim.Optimizer, limit: float, size: int, sharded: bool) -> float:
-    """The gradients of all `size` processes, summed (those of shards are already), and clipped to the L2 norm
-    `limit`, all together; 0: not clipped. Returns the norm before."""
+    """Sum the gradients of all `size` processes, and clip them together to the L2 norm `limit` (0: not).
+
+    What DistributedDataParallel does, by hand: that sums in every backward pass, so all processes would need
+    equally many micro-batches, and takes the mean, which is not that of completions of different lengths.
+    Here it is one sum an update, in place. If each process scales its loss by the count over all of them, the
+    sum is the gradient of the mean. Shards have summed theirs. Returns the norm before clipping.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not sharded:
-        sum_gradients(parameters, size)
-    with lost_process("gloo", "NCCL", "Connection"):
+    with lost_process():
+        for parameter in parameters if size > 1 and not sharded else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
         norm: Any = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
         return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
-def finite_or_stop(name: str, value: float, out: Path) -> None:
-    """Raises UserError before a step that would ruin the weights (the last checkpoint stays)."""
-    if not math.isfinite(value):
-        raise UserError(
-            f"{name} is {value}, stopped before the update; the last checkpoint in {out} is kept: "
-            "lower --learning-rate, or look at the last lines of metrics.jsonl"
-        )
-
-
 def rehearse(
-    run: Any,
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    rows: int,
-    longest: int,
-    prompt_tokens: int,
+    run: Any, policy: PreTrainedModel, reference: PreTrainedModel | None, rows: int, longest: int, prompt: int
 ) -> None:
     """Compute the largest micro-batch there may be, with room taken for the optimizer and the key-value
-    cache.
+    cache, and forget it: what does not fit memory ends here, before step 1.
 
-    Call it before the optimizer has its state. `rows`, `longest` and `prompt_tokens` as in `Run.rehearse`.
-    The longest sequences might leave some of the budget unused, so the batch that fills it is computed.
+    Call it before the optimizer has its state. rows: sequences of an update, on this process; longest: tokens
+    of the longest, `prompt` of them of its prompt. The longest sequences might leave some of the budget
+    unused, so the batch that fills it is computed.
     """
     settings = run.settings
     tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
@@ -118,16 +108,14 @@ def rehearse(
             room_of_cache(policy, min(settings.max_sample_tokens, rows * longest), settings, run.device)
     height = max(1, -(-tokens // longest))
     width = tokens // height
-    if width <= prompt_tokens:
+    if width <= prompt:
         height, width = max(1, tokens // longest), longest
     ids = torch.full((height, width), 1, device=run.device)
     everything = torch.ones_like(ids, dtype=torch.bool)
     completion = everything.clone()
-    completion[:, : max(1, prompt_tokens)] = False
-    bonus = getattr(settings, "entropy_coef", 0) > 0
-    logprobs, entropy = token_logprobs(
-        policy, ids, everything, completion, with_entropy=True, entropy_gradient=bonus
-    )
+    completion[:, : max(1, prompt)] = False
+    both: Any = {"with_entropy": True, "entropy_gradient": getattr(settings, "entropy_coef", 0) > 0}
+    logprobs, entropy = token_logprobs(policy, ids, everything, completion, **both)
     if reference is not None:
         with torch.no_grad():
             token_logprobs(reference, ids, everything, completion)

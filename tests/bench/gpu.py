@@ -43,8 +43,8 @@ from lib.attacks import Budget, Slot, Victim, surviving
 from lib.attacks.core import Cost
 from lib.judges import load_judge
 from lib.policy import token_logprobs
-from lib.run import Run
 from lib.run.hub import load_tokenizer
+from lib.run.plumbing import Run
 from lib.run.processes import pick_device
 from lib.run.shards import full_optimizer, full_weights, gathered, set_full, shard_model
 from lib.run.training import halve_linear_layers, precision, sum_and_clip

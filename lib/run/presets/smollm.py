@@ -32,7 +32,6 @@ SFT = dict(
     data="runs/smollm/data",
     out="runs/smollm/sft",
     learning_rate=1e-4,  # the paper's 3e-5 is for 3600 traces: 24 updates would not teach the format
-    epochs=3,
     batch_size=4,
     patience=3,
     max_batch_tokens=1024,
