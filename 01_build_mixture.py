@@ -146,7 +146,7 @@ def mix(pool: sources.Pool, settings: Settings) -> list[dict]:
 
 def with_rainbow(rl: list[dict], settings: Settings, taken: Taken) -> list[dict]:
     """RL prompts, a share of the harmful ones replaced by prompts that --rainbow answers harmfully."""
-    from lib.attacks.rainbow import search  # here, because torch is slow to import
+    from lib.attacks import search  # here, because torch is slow to import
     from lib.chat import set_date
     from lib.judges import load_judge
 
@@ -186,9 +186,7 @@ def write_traces(
     if settings.trace_files:
         pairs = [traced.get(same_prompt(record["prompt"]), (record, []))[1][:count] for record in records]
     elif settings.trace_model:
-        from lib.sources.traces import write_all  # here, because torch is slow to import
-
-        pairs = write_all(records, count, settings, use)
+        pairs = sources.write_traces(records, count, settings, use)
     else:
         teacher = importlib.import_module("lib.sandbox.traces")
         rng, wrong = random.Random(f"{settings.seed}/{use}"), teacher.WRONG_VERDICTS[use]

@@ -361,7 +361,10 @@ def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer,
     assert attempts[0].trace[-1]["loss"] < attempts[0].trace[0]["loss"] - 0.1
     assert attempts[1].cost["queries"] > attempts[2].cost["queries"] == 0
     gradient = stage.gradient  # each request counts alike, however steep its loss
-    steep = lambda slot, suffix: gradient(slot, suffix) * (1000 if slot.prompt[:2] == "w1" else 1)  # noqa: E731
+
+    def steep(slot, suffix):
+        return gradient(slot, suffix) * (1000 if slot.prompt[:2] == "w1" else 1)
+
     monkeypatch.setattr(stage, "gradient", steep)
     assert attack(model, tokenizer, behaviours, budget, name="gcg_universal")[0].trace == attempts[0].trace
 

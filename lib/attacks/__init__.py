@@ -18,6 +18,7 @@ chapter says what an attack is. Tests: test_attacks.py, test_asking.py, test_rai
 from __future__ import annotations
 
 from lib.attacks.core import Attempt, Budget, a_try
+from lib.attacks.rainbow import search
 from lib.attacks.session import Lab, Model, Tries, files_of, read_models, read_sets, summary
 from lib.attacks.suffix import Slot, first_exact, surviving
 from lib.attacks.table import ATTACKS, CONTROL, chosen, steps_of
@@ -25,4 +26,4 @@ from lib.attacks.victim import NOT_ASKED, Victim
 
 __all__ = ["ATTACKS", "CONTROL", "NOT_ASKED", "Attempt", "Budget", "Lab", "Model", "Slot", "Tries", "Victim"]
 __all__ += ["a_try", "chosen", "files_of", "first_exact", "read_models", "read_sets", "steps_of", "summary"]
-__all__ += ["surviving"]
+__all__ += ["search", "surviving"]

@@ -19,4 +19,11 @@ from lib.sources.reading import take_sft as take_sft
 from lib.sources.tables import read_table, text_of
 
 __all__ = ["EVAL_SETS", "HELP", "Pool", "Source", "Traced", "hold_out", "in_order", "manifest", "parse_word"]
-__all__ += ["read_pool", "read_table", "summary", "text_of"]
+__all__ += ["read_pool", "read_table", "summary", "text_of", "write_traces"]
+
+
+def write_traces(records, count: int, settings, use) -> list:
+    """Traces that a model writes itself: `lib.sources.traces.write_all`."""
+    from lib.sources.traces import write_all  # here, because torch is slow to import
+
+    return write_all(records, count, settings, use)
