@@ -16,6 +16,7 @@ from lib.attacks import rainbow
 from lib.attacks.rainbow import PaperGrid, Rainbow, choose_cells, merit
 from lib.judges import refusal_label
 from lib.run.files import read_jsonl
+from lib.run.presets import sandbox as sandbox_preset
 from lib.sandbox import judge, world
 from lib.sandbox import rainbow as sandbox
 from lib.sandbox.rainbow import PAIRS, SandboxGrid, Traits
@@ -258,7 +259,9 @@ def test_sandbox_traits_are_read_as_they_were_written():
 
 def test_stage_1_replaces_a_share_of_the_harmful_prompts(tmp_path, monkeypatch):
     out, small = tmp_path / "data", {"rl_prompts": 40, "sft_prompts": 4, "eval_prompts": 5, "device": "cpu"}
-    small |= {"rainbow_share": 0.5, "rainbow_tokens": 24, "rainbow_iterations": 40, "rainbow_archives": 1}
+    hidden = {"rainbow_share": 0.5, "rainbow_tokens": 24, "rainbow_iterations": 40, "rainbow_archives": 1}
+    for name, value in hidden.items():
+        monkeypatch.setitem(sandbox_preset.MIXTURE, name, value)
     words = stages.flags(out=out, rainbow=world.BASE, **small)
     stages.run_here("01_build_mixture", words, monkeypatch)
     rl = read_jsonl(out / "rl.jsonl")
@@ -267,5 +270,6 @@ def test_stage_1_replaces_a_share_of_the_harmful_prompts(tmp_path, monkeypatch):
     assert Counter(record["kind"] for record in rl) == {"harmful": 20, "harmless": 10, "ambiguous": 10}
     assert "rainbow" in json.loads((out / "manifest.json").read_text())["sources"]
     before = (out / "rl.jsonl").read_bytes()
-    stages.run_here("01_build_mixture", words, monkeypatch)  # it is finished
+    with pytest.raises(SystemExit):  # it is finished
+        stages.run_here("01_build_mixture", words, monkeypatch)
     assert (out / "rl.jsonl").read_bytes() == before
