@@ -451,3 +451,17 @@ def test_a_damaged_state_is_one_line(content, tmp_path):
     (tmp_path / "progress.pt").write_bytes(content)
     with pytest.raises(UserError, match="progress.pt: not a saved state .*delete it"):
         read_state(tmp_path / "progress.pt")
+
+
+@pytest.mark.parametrize("loss, slope", [(float("nan"), 1.0), (1.0, float("inf")), (1.0, 1.0)])
+def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(loss, slope, tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), slope)
+    run = Run(types.SimpleNamespace(out=str(tmp_path), max_grad_norm=0.0, shard=False))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    if loss == slope == 1.0:
+        assert run.clip_and_step(optimizer, loss) == pytest.approx(3**0.5) and not weight.any()
+        return
+    with pytest.raises(UserError, match="step 0: .*stopped before the update.*--learning-rate"):
+        run.clip_and_step(optimizer, loss)
+    assert torch.equal(weight, torch.ones(3))
