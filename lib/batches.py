@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -47,25 +48,46 @@ def scatter(values: list[Tensor], mask: Tensor) -> Tensor:
     return placed.masked_scatter(mask, torch.cat(values).to(placed))
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of sequences, in groups of which rows x longest row <= max_tokens.
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, prompts: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
+    """Indices of rows, in batches of which at most max_tokens tokens are computed.
 
-    Longest first, so that memory peaks at once. Raises UserError when a single sequence is over the budget.
+    Without `prompts` that is rows x longest row. With them, the token ids with which each row begins, those
+    of one prompt stand together, and `lib.policy.states_once` computes no padding, and a prompt once a batch.
+    Longest first, so that memory peaks at once. Raises UserError when a single row is over the budget.
 
     >>> micro_batches([3, 9, 4, 8], max_tokens=18)
     [[1, 3], [2, 0]]
+    >>> micro_batches([3, 9, 4, 8], max_tokens=20, prompts=[[5, 6], [7, 7, 7], [5, 6], [7, 7, 7]])
+    [[1, 3, 2], [0]]
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if order and (longest := lengths[order[0]]) > max_tokens:
         found = f"a sequence of {longest} tokens does not fit --max-batch-tokens {max_tokens}"
         raise UserError(f"{found}: raise it")
+    if prompts:
+        groups: dict[tuple[int, ...], list[int]] = {}  # those of the longest rows first
+        for i in order:
+            groups.setdefault(tuple(prompts[i]), []).append(i)
+        order = [i for group in groups.values() for i in group]
     batches: list[list[int]] = []
-    for i in order:  # sorted by length: the first row of a batch is its longest
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+    for i in order:
+        if batches and tokens_computed([*batches[-1], i], lengths, prompts) <= max_tokens:
             batches[-1].append(i)
         else:
             batches.append([i])
     return batches
+
+
+def tokens_computed(
+    batch: Sequence[int], lengths: Sequence[int], prompts: Sequence[Sequence[int]] | None
+) -> int:
+    """Of rows in this order, as in `micro_batches`."""
+    if prompts is None:
+        return len(batch) * max(lengths[i] for i in batch)
+    again = sum(len(prompts[i]) for before, i in pairwise(batch) if prompts[i] == prompts[before])
+    return sum(lengths[i] for i in batch) - again
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

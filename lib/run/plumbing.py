@@ -41,6 +41,7 @@ class Run:
         self.settings, self.stages, self.out = settings, stages, Path(settings.out)
         self.rank, self.size, self.local_rank = 0, 1, 0
         self.shard = getattr(settings, "shard", False)
+        self.shares_prompts = True  # until a model is loaded that cannot: see lib/policy.py
         self.state: dict[str, Any] = {}  # of the chapter: kept in resume points; tensors on the leader alone
         self.config: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # of this step, by phase
@@ -145,23 +146,25 @@ class Run:
             raise UserError(f"{what}: {found}: raise {limits}, or shorten it")
         return kept
 
-    def rounds(self, lengths: Sequence[int], most: int) -> list[list[int]]:
+    def rounds(self, lengths: Sequence[int], most: int, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Sequences by micro-batch; under shards with empty ones behind, as many on each process."""
-        batches = micro_batches(lengths, most)
+        batches = micro_batches(lengths, most, prompts if self.shares_prompts else None)
         rounds = max(self.gather(len(batches))) if self.shard else len(batches)
         return batches + [[]] * (rounds - len(batches))
 
     def micro_batches(
         self, items: Sequence[Any], pad_id: int, most: int, share: bool = False
     ) -> Iterator[tuple[list[Any], Any, Any, Any]]:
-        """`items`, which have `ids` and a `mask` of what is learned, in batches of at most `most` tokens.
+        """`items`, which have `ids` and a `mask` of what is learned, in batches of at most `most` tokens that are
+        computed: those of one prompt share it.
 
         Each comes with its tensors on the device: ids (B, T) int64, padded on the right, attention_mask and
         completion_mask (B, T) bool. With `share` the items are those of all processes, and this one takes its
         part. Under shards a process that has no batch left gets an empty completion_mask.
         """
         mine = items[self.rank :: self.size] if share else items
-        for indices in self.rounds([len(item.ids) for item in mine], most):
+        prompts = [item.ids[: item.mask.index(True)] for item in mine]
+        for indices in self.rounds([len(item.ids) for item in mine], most, prompts):
             batch = [mine[i] for i in indices] or [items[0]]
             rows, masks = [item.ids for item in batch], [item.mask for item in batch]
             ids, attention_mask, completion_mask = masked_batch(rows, masks, pad_id, self.device)

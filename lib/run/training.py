@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from lib.policy import token_logprobs
+from lib.policy import shares_prompts, token_logprobs
 from lib.run.hub import load_policy
 from lib.run.processes import lost_process
 from lib.run.shards import shard_model
@@ -37,6 +37,11 @@ def load_model(run: Any, path: str, *, frozen: bool = False) -> PreTrainedModel:
         inner = getattr(model, "within_forward", None) or (lambda function, *args: function(model, *args))
         # what `lib.policy.token_logprobs` calls
         model.within_forward = precision(device, "bfloat16")(inner)  # type: ignore[assignment]
+    if not shares_prompts(model) and run.shares_prompts:
+        run.shares_prompts = False
+        run.say(
+            f"{path}: its attention has windows or is its own, so rows that begin alike are computed whole"
+        )
     return model
 
 
@@ -111,6 +116,7 @@ def rehearse(
     if width <= prompt:
         height, width = max(1, tokens // longest), longest
     ids = torch.full((height, width), 1, device=run.device)
+    ids[::2] = 0  # no row begins as the one above: no token is spared
     everything = torch.ones_like(ids, dtype=torch.bool)
     completion = everything.clone()
     completion[:, : max(1, prompt)] = False
