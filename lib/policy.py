@@ -109,10 +109,10 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
 
 def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Last hidden states (N, H), each computed once, and which of them is a place's: its number, (B, T) int64.
+    """Last hidden states (N, H), each computed once, and the number (B, T) int64 of each token's among them.
 
-    Plain rows, in which every place has a state of its own, are those padded on the left, and all rows of a
-    model that cannot do otherwise.
+    Plain rows, where every token has a state of its own, are those padded on the left, and all rows of a
+    model that cannot do otherwise (`shares_prompts`).
     """
     if input_ids.shape[1] > (context := context_of(model.config)):
         found = f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context} tokens"
@@ -172,9 +172,7 @@ def attention_over_rows(
     number, place = attention_mask[0, 0], attention_mask[0, 1].flatten()[: query.shape[2]]
 
     def attend(*line: Tensor) -> Tensor:
-        rows = [
-            F.embedding(number, x[0].transpose(0, 1).flatten(1)) for x in line
-        ]  # (B, T, heads x head_dim)
+        rows = [F.embedding(number, x[0].transpose(0, 1).flatten(1)) for x in line]
         heads = [x.unflatten(2, (y.shape[1], -1)).transpose(1, 2) for x, y in zip(rows, line, strict=True)]
         output, _ = sdpa_attention_forward(module, *heads, None, **options)  # (B, T, heads, head_dim)
         return output.flatten(0, 1).index_select(0, place)[None]

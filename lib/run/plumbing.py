@@ -155,8 +155,8 @@ class Run:
     def micro_batches(
         self, items: Sequence[Any], pad_id: int, most: int, share: bool = False
     ) -> Iterator[tuple[list[Any], Any, Any, Any]]:
-        """`items`, which have `ids` and a `mask` of what is learned, in batches of at most `most` tokens that are
-        computed: those of one prompt share it.
+        """`items`, which have `ids` and a `mask` of what is learned, in batches, those of a prompt together,
+        and computed once, of at most `most` tokens that are computed.
 
         Each comes with its tensors on the device: ids (B, T) int64, padded on the right, attention_mask and
         completion_mask (B, T) bool. With `share` the items are those of all processes, and this one takes its

@@ -39,9 +39,7 @@ def load_model(run: Any, path: str, *, frozen: bool = False) -> PreTrainedModel:
         model.within_forward = precision(device, "bfloat16")(inner)  # type: ignore[assignment]
     if not shares_prompts(model) and run.shares_prompts:
         run.shares_prompts = False
-        run.say(
-            f"{path}: its attention has windows or is its own, so rows that begin alike are computed whole"
-        )
+        run.say(f"{path}: its attention has windows, or is not SDPA: each row computes its prompt anew")
     return model
 
 
