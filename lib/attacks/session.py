@@ -19,6 +19,7 @@ from lib.attacks.suffix import target_of
 from lib.attacks.table import ATTACKS, steps_of
 from lib.attacks.victim import Victim
 from lib.chat import encode_text
+from lib.metrics import SETS
 from lib.rewards import KINDS
 from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl, resume_log
@@ -27,12 +28,7 @@ from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import named, preset_values
 from lib.sampler import draw_seeds, random_numbers
 
-FILES = {  # set -> file of stage 1
-    "direct": "eval_harmful.jsonl",
-    "jailbreak": "eval_jailbreak.jsonl",
-    "harmless": "eval_harmless.jsonl",
-    "ambiguous": "eval_ambiguous.jsonl",
-}
+FILES = {name: f"eval_{name}.jsonl" for name in SETS} | {"direct": "eval_harmful.jsonl"}  # of stage 1
 FORGING = {"gcg_forged", "gcg_twin", "prefill_reasoning", "prefill_answer"}  # attacks that may use `forged`
 COPIED = ("id", "kind", "category", "hops", "prompt")  # from a record to its line of completions.jsonl
 Tries = dict[tuple[str, int], list[tuple[dict, dict]]]  # (set or attack, step) -> records, and what is sent
@@ -160,10 +156,9 @@ class Lab:
         steps = 1 if attack.asks else max(1, steps_of(name, self.settings))
         total, label = steps * (len(behaviours) if attack.at_once else 1), f"{model.name}: {name}"
         with tqdm(total=total, desc=label, unit="step", disable=not self.run.leader) as bar:
-            on_step = bar.update if steps > 1 else lambda: None
             for begin in range(0, len(behaviours), together):
                 part, key = behaviours[begin : begin + together], {"model": model.name, "attack": name}
-                lines += self.attempts.part(key, part, partial(self._attempts, model, name, part, on_step))
+                lines += self.attempts.part(key, part, partial(self._attempts, model, name, part, bar.update))
                 bar.update(total * len(lines) // len(behaviours) - bar.n)
         self.seconds[model.name] += time.perf_counter() - began
         return lines
@@ -174,9 +169,7 @@ class Lab:
             mine = self.run.share(part)
         generators = [random_numbers(self.settings.seed, f"{name}/{b['id']}") for b in mine]
         given = [self.search] if attack.search else [self.attacker] if attack.attacker else []
-        attempts = []
-        if mine:
-            attempts = attack.run(self.victim(model), mine, self.settings, generators, on_step, *given)
+        attempts = attack.run(self.victim(model), mine, self.settings, generators, on_step, *given)
         return self.run.gather_lists([asdict(attempt) for attempt in attempts])
 
     def ask(self, model: Model, tries: Tries) -> list[dict]:
@@ -192,10 +185,8 @@ class Lab:
         numbers = random_numbers(self.settings.seed, f"{key['set']}/{key['step']}")  # the same for all models
         new = [(*pair, seed) for pair, seed in zip(asked, draw_seeds(numbers, len(asked)), strict=True)]
         mine = self.run.share([row for row in new if "completion" not in row[1]])
-        answers = []
-        if mine:
-            sent, openings = [t["sent"] for _, t, _ in mine], [t["opening"] for _, t, _ in mine]
-            answers = self.victim(model).ask([r for r, *_ in mine], sent, openings, [s for *_, s in mine])
+        sent, openings = [t["sent"] for _, t, _ in mine], [t["opening"] for _, t, _ in mine]
+        answers = self.victim(model).ask([r for r, *_ in mine], sent, openings, [s for *_, s in mine])
         found, lines = iter(self.run.gather_lists(answers)), []
         for record, attempt in asked:
             line = {name: record[name] for name in COPIED if name in record}

@@ -33,7 +33,7 @@ class Victim:
     judge: Any  # harm_score, task_score and refusal_labels of prompts and answers, see lib.judges
     max_new_tokens: int
     temperature: float
-    max_batch_tokens: int | None = None
+    max_batch_tokens: int = 16384
     system: str = ""  # a system prompt of its own
     progress: bool = True  # show a bar where an answer takes long
 
@@ -70,7 +70,7 @@ class Victim:
 
     def _sample(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
         # One that exceeds a batch's budget goes alone: the budget must not decide what is asked.
-        most = max(self.max_batch_tokens or 0, max(map(len, prompts)) + self.max_new_tokens)
+        most = max(self.max_batch_tokens, max(map(len, prompts)) + self.max_new_tokens)
         try:
             return sample(
                 self.model,
@@ -79,7 +79,7 @@ class Victim:
                 temperature=self.temperature,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer),
                 seeds=seeds,
-                max_batch_tokens=most if self.max_batch_tokens else None,
+                max_batch_tokens=most,
                 progress=self.progress,
             )
         except (ValueError, FloatingPointError) as error:
