@@ -13,6 +13,7 @@ from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim, encode_each
 from lib.run.settings import TOKENS, setting
 from lib.sampler import draw_seeds
 
+
 @dataclass
 class Budget:
     """What an attack may spend on one behaviour. Settings of chapter 4; each attack reads its own."""

@@ -14,7 +14,7 @@ For a model without reasoning the first four are the same, so it is attacked by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,15 +25,12 @@ from lib.attacks.suffix import Slot, check_target, surviving
 from lib.attacks.victim import Victim
 from lib.chat import THINK_CLOSE
 
-Search = Callable[..., list[dict]]  # 04_attack_eval.search
 CONTROL = "random_suffix"
 RANDOM_TRIES = 256  # tokens drawn for a position of a random suffix, until one survives the round trip
 TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compliant one
 
 
-def gcg(
-    variant: str, victim: Victim, behaviours, budget: Budget, generators, on_step, search: Search
-) -> list[Attempt]:
+def gcg(variant: str, victim, behaviours, budget, generators, on_step, search) -> list[Attempt]:
     """One suffix for each behaviour."""
     attempts = []
     for behaviour, generator in zip(behaviours, generators, strict=True):
@@ -50,9 +47,7 @@ def gcg(
     return attempts
 
 
-def universal_gcg(
-    victim: Victim, behaviours, budget: Budget, generators, on_step, search: Search
-) -> list[Attempt]:
+def universal_gcg(victim, behaviours, budget, generators, on_step, search) -> list[Attempt]:
     """One suffix, searched for the first few behaviours and tried on all: does it carry over?"""
     first = behaviours[: budget.universal_behaviours]
     slots = {b["id"]: Slot(victim, b, check_target(b), budget, Cost()) for b in first}

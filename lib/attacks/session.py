@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def read_sets(settings: Any, names: Sequence[str]) -> tuple[dict[str, list[dict]
         sets[name] = read_jsonl(path, needs, texts)[: settings.limit or None]
         for record in sets[name]:
             if record["kind"] not in KINDS:
-                wrong = f"{record['id']}: kind is {record['kind']!r}"
-                raise UserError(f"{path}: {wrong}; allowed: {', '.join(KINDS)}")
+                allowed = f"kind is {record['kind']!r}; allowed: {', '.join(KINDS)}"
+                raise UserError(f"{path}: {record['id']}: {allowed}")
     benign = sets.get("harmless") or sets.get("ambiguous")
     if not benign:
         missing = f"{folder / FILES['harmless']}: no such file, nor {FILES['ambiguous']}"
@@ -97,6 +98,7 @@ class Lab:
 
     def __init__(self, settings: Any, run: Any, judge: Any, search: Callable) -> None:
         self.settings, self.run, self.judge, self.search = settings, run, judge, search
+        self.how = {"device": run.device, "dtype": settings.dtype}
         self.loaded: Victim | None = None
         self.seconds: dict[str, float] = defaultdict(float)  # by model
         started = settings.overwrite or not (run.out / "attacks.jsonl").exists()
@@ -105,10 +107,10 @@ class Lab:
     def victim(self, model: Model) -> Victim:
         if self.loaded is None or self.loaded.name != model.name:
             self.loaded = None  # before the next one comes
-            settings, how = self.settings, {"device": self.run.device, "dtype": self.settings.dtype}
+            settings = self.settings
             self.loaded = Victim(
                 model.name,
-                load_policy(model.path, **how).requires_grad_(False),  # gradients are of the suffix
+                load_policy(model.path, **self.how).requires_grad_(False),  # gradients are of the suffix
                 load_tokenizer(model.path),
                 model.reasoning,
                 self.judge,
@@ -122,9 +124,9 @@ class Lab:
 
     @cached_property
     def attacker(self) -> Any:
-        settings, how = self.settings, {"device": self.run.device, "dtype": self.settings.dtype}
+        settings = self.settings
         limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
-        return load_attacker(settings.attacker, **how, **limits)
+        return load_attacker(settings.attacker, **self.how, **limits)
 
     def check(self, models: list[Model], sets: dict, behaviours: list[dict], names: Sequence[str]) -> None:
         """Tries attacker, models and judge, and encodes what models will read: a fault costs no search."""
@@ -210,13 +212,10 @@ def check_prompts(victim: Victim, records: list[dict], path: Path) -> None:
 
 def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str], settings: Any) -> None:
     """UserError for what an attack needs and the model's tokenizer cannot read."""
-    needed = {"prefill": "prefill_answer" in names, "twin": "gcg_twin" in names}
-    needed["target"] = any(ATTACKS[name].target for name in names)
-    for behaviour in behaviours:
-        for key in [key for key in needed if needed[key] and behaviour.get(key)]:
-            if not encode_text(victim.tokenizer, behaviour[key]):
-                nothing = f"its {key} {behaviour[key]!r} has no tokens"
-                raise UserError(f"behaviour {behaviour['id']}: {nothing}; write another")
+    for behaviour, key in product(behaviours, ("target", "prefill", "twin")):
+        text = (behaviour.get(key) or "").strip()
+        if text and not encode_text(victim.tokenizer, text):
+            raise UserError(f"behaviour {behaviour['id']}: its {key} {text!r} has no tokens; write another")
     if victim.reasoning and FORGING & {*names}:
         encode_text(victim.tokenizer, settings.forged)
     if CONTROL in names:  # which comes with every search for a suffix
