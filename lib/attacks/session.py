@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +211,12 @@ def check_prompts(victim: Victim, records: list[dict], path: Path) -> None:
 
 def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str], settings: Any) -> None:
     """UserError for what an attack needs and the model's tokenizer cannot read."""
-    for behaviour, key in product(behaviours, ("target", "prefill", "twin")):
-        text = (behaviour.get(key) or "").strip()
-        if text and not encode_text(victim.tokenizer, text):
-            raise UserError(f"behaviour {behaviour['id']}: its {key} {text!r} has no tokens; write another")
+    for behaviour in behaviours:
+        texts = {key: behaviour.get(key) for key in ("prefill", "twin")} | {"target": target_of(behaviour)}
+        for key, text in texts.items():
+            if text and not encode_text(victim.tokenizer, text):
+                nothing = f"its {key} {text!r} has no tokens"
+                raise UserError(f"behaviour {behaviour['id']}: {nothing}; write another")
     if victim.reasoning and FORGING & {*names}:
         encode_text(victim.tokenizer, settings.forged)
     if CONTROL in names:  # which comes with every search for a suffix
