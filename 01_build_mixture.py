@@ -82,7 +82,7 @@ class Settings(Common):
         return [[sources.parse_word(word, flag) for word in words[flag]] for flag in words]
 
     def inputs(self) -> list[str]:
-        files = [str(file) for part in self.parsed() for source in part for file in source.files()]
+        files = [str(file) for part in self.parsed() for source in part for file in source.files]
         models = [self.trace_model, self.rainbow, self.rainbow_attacker if self.rainbow else ""]
         return [*files, *filter(None, models)]
 
