@@ -181,7 +181,7 @@ def targets(file: Path | None) -> dict[str, str]:
     beside=lambda name: name.replace("behaviors", "targets").replace(".csv", ".json"),
 )
 def harmbench(row, beside=None):
-    """Without copyright, which hashes decide and no judge: the hub's 200, or the csv's 300. Paper: all 400."""
+    """Without copyright, which hashes decide and no judge: the hub's 200, the csv's 300. Paper: all 400."""
     if row.get("FunctionalCategory") != "copyright":
         name, prompt = row.get("BehaviorID"), row.get("Behavior") or row["prompt"]
         category = row.get("SemanticCategory") or row["category"]
