@@ -248,7 +248,7 @@ def main() -> None:
     made = {f"{name}.jsonl": records for name, records in made.items() if records}
     for name, records in made.items():
         write_jsonl(run.out / name, records)
-    write_json(run.out / "manifest.json", sources.manifest(settings, made, pool, taken.dropped))
+    write_json(run.out / "manifest.json", sources.manifest(settings, made, taken.dropped))
     for progress in run.out.glob("*.partial.jsonl"):
         progress.unlink()
     print(sources.summary(made, taken.dropped))

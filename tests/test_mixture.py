@@ -17,7 +17,8 @@ from lib.rewards import KINDS, total_reward
 from lib.run.files import read_jsonl, sha256_file, write_jsonl
 from lib.run.presets import paper, sandbox
 from lib.run.text import same_prompt
-from lib.sources import EVAL_SETS, in_order, parse_word
+from lib.sources import EVAL_SETS, parse_word
+from lib.sources.reading import in_order
 
 stage = importlib.import_module("01_build_mixture")
 
@@ -223,11 +224,9 @@ def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
     assert 300 < made["dropped"]["empty trace"] == 4000 - len(sets["sft"]) < 500
     assert "too long" not in made["dropped"], "the only long one is WildJailbreak's, and is kept"
     facts = {text.split("@")[0]: fact for text, fact in made["sources"].items()}
-    pools = {"wildjailbreak": 800, "aegis": 400, "rainbow": 800, "ultrafeedback": 2000, "or-bench": 2000}
-    assert {name: facts[name]["prompts"]["rl pool"] for name in pools} == pools
-    assert facts["safeedit"]["prompts"] == {"sft": 300} and facts["wildchat"]["prompts"] == {
-        "eval_harmless": 500
-    }
+    counts = {name: facts["prompts by kind and source"] for name, facts in made["files"].items()}
+    assert counts["eval_harmless.jsonl"] == {"harmless from wildchat": 500}
+    assert counts["sft.jsonl"]["harmful from wildjailbreak"] == 400
     assert facts["aegis"]["licence"] == "CC-BY-4.0" and len(facts["or-bench"]["sha256"]) == 2
 
     whole = build_paper("whole", "--lambda-harmful 1 --sft-prompts 0")

@@ -28,6 +28,7 @@ from lib.run.text import same_prompt
 from lib.sources.tables import load_rows, read_table, text_of
 
 EVAL_SETS = (*KINDS, "jailbreak")  # a jailbreak is a harmful prompt in disguise
+Pool = dict[str, list[dict]]  # records by kind, or by evaluation set
 
 
 @dataclass(frozen=True)

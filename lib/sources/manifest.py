@@ -9,45 +9,35 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from lib.run.files import git_revision, sha256_file
-from lib.sources.known import OWN
-from lib.sources.reading import Pool, Source
+from lib.sources.known import OWN, Pool
+from lib.sources.reading import Source
 
 
-def manifest(settings, made: Pool, pool: Pool, dropped: Counter) -> dict:
-    """Counts of prompts, licences, checksums of what was read and written.
+def manifest(settings, made: Pool, dropped: Counter) -> dict:
+    """Counts, licences, checksums of what was read and written.
 
-    settings: stage 1's; made: records by the name of their file; pool: what RL's prompts were drawn from.
+    settings: stage 1's; made: records by the name of their file. A prompt of SFT is in several records.
     """
-    stages = {"rl pool": list(chain(*pool.values()))}
-    stages |= {name.removesuffix(".jsonl"): records for name, records in made.items()}
-    prompts = {stage: {(r["source"], r["prompt"]) for r in records} for stage, records in stages.items()}
-    counts = {stage: Counter(source for source, _ in pairs) for stage, pairs in prompts.items()}
-    sources: dict[str, dict] = {}
-    for source in chain(*settings.parsed()):
-        taken = {stage: count[source.name] for stage, count in counts.items() if source.name in count}
-        sources[source.text] = {**provenance(source), "prompts": taken}
+    sources = {source.text: provenance(source) for source in chain(*settings.parsed())}
     if settings.source == "sandbox":
         sources["sandbox"] = {"made by": "lib/sandbox/world.py", "licence": "Apache-2.0, as the code"}
     if settings.trace_model:
         sources[settings.trace_model] = {"wrote": "traces", "licence": OWN.licence}
     if settings.rainbow:
         sources["rainbow"] = {"found against": settings.rainbow, "written by": settings.rainbow_attacker}
-    files = {
-        name: {
-            "records": len(records),
-            "prompts": len({record["prompt"] for record in records}),
-            "sha256": sha256_file(Path(settings.out) / name),
-            "by kind and source": Counter(f"{record['kind']} from {record['source']}" for record in records),
-        }
-        for name, records in made.items()
-    }
+    files = {}
+    for name, records in made.items():
+        prompts = {(record["prompt"], f"{record['kind']} from {record['source']}") for record in records}
+        counts = Counter(origin for _, origin in prompts)
+        sha256 = sha256_file(Path(settings.out) / name)
+        files[name] = {"records": len(records), "sha256": sha256, "prompts by kind and source": counts}
     fixed = {"lambda": settings.lambda_harmful, "seed": settings.seed, "git_revision": git_revision()}
     return fixed | {"files": files, "dropped": dropped, "sources": sources}
 
 
 def provenance(source: Source) -> dict:
     """Licence, what is taken, checksums or the hub's revision."""
-    facts = {"licence": source.data.licence, "taken": source.data.record.__doc__}
+    facts: dict = {"licence": source.data.licence, "taken": source.data.record.__doc__}
     if source.files:
         return facts | {"sha256": {str(path): sha256_file(path) for path in source.files if path.is_file()}}
     try:

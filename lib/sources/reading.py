@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.run.text import readable, same_prompt, with_context
-from lib.sources.known import EVAL_SETS, KNOWN, OWN, DataSet
+from lib.sources.known import EVAL_SETS, KNOWN, OWN, DataSet, Pool
 from lib.sources.tables import JSON, READABLE, load_rows, read_table, text_of, turns_of
 
-Pool = dict[str, list[dict]]  # records by kind, or by evaluation set
 Trace = tuple[str, str]  # (reasoning, answer)
 Traced = dict[str, tuple[dict, list[Trace]]]  # by same_prompt: a record, its traces
 HUB = r"hub:([^:/]+/[^:/]+(?::[^:]+){1,2}?)"

@@ -28,9 +28,8 @@ def read_table(path: Path) -> list[dict]:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(
-            f"{path}: {'holds no records' if rows else 'is empty'}; allowed one object or row each"
-        )
+        what = "holds no records" if rows else "is empty"
+        raise UserError(f"{path}: {what}; allowed one object or row a record")
     return rows
 
 

@@ -46,14 +46,11 @@ class TraceWriter:
         return [list(pair) for pair in zip(thoughts, answers, strict=True)]
 
     def complete(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[str]:
-        settings = self.settings
-        limits = dict(
-            max_new_tokens=settings.trace_max_new_tokens, max_batch_tokens=settings.max_batch_tokens
-        )
-        how = dict(temperature=settings.trace_temperature, **limits)
-        eos = eos_token_ids(self.model, self.tokenizer)
+        settings, eos = self.settings, eos_token_ids(self.model, self.tokenizer)
+        how: dict = {"max_new_tokens": settings.trace_max_new_tokens, "eos_token_ids": eos, "seeds": seeds}
+        how |= {"temperature": settings.trace_temperature, "max_batch_tokens": settings.max_batch_tokens}
         try:
-            completions = sample(self.model, prompts, eos_token_ids=eos, seeds=seeds, **how)
+            completions = sample(self.model, prompts, **how)
         except (ValueError, FloatingPointError) as error:  # too long a prompt, or a broken model
             raise UserError(f"--trace-model: {settings.trace_model}: {error}") from error
         texts = [(decode(self.tokenizer, c.token_ids), c.finish_reason == "eos") for c in completions]
