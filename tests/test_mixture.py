@@ -79,10 +79,11 @@ SHARES = {(100, 0.0, 0.5): (0, 50, 50), (100, 0.55, 0.5): (55, 23, 22), (100, 1.
 SHARES |= {(100, 0.5, 0.2): (50, 40, 10), (9, 0.6, 0.5): (5, 2, 2), (6, 0.6, 0.5): (4, 1, 1)}
 
 
-def test_the_shares_of_the_kinds():
-    for (prompts, share, ambiguous), counts in SHARES.items():
-        settings = stage.Settings(rl_prompts=prompts, lambda_harmful=share, ambiguous_share=ambiguous)
-        assert stage.prompts_needed(settings) == dict(zip(KINDS, counts, strict=True))
+@pytest.mark.parametrize("asked", SHARES)
+def test_the_shares_of_the_kinds(asked):
+    names = ("rl_prompts", "lambda_harmful", "ambiguous_share")
+    settings = stage.Settings(**dict(zip(names, asked, strict=True)))
+    assert tuple(stage.prompts_needed(settings).values()) == SHARES[asked]
 
 
 def test_a_larger_lambda_keeps_the_traces_and_takes_more_of_the_same_prompts(build):
@@ -91,36 +92,34 @@ def test_a_larger_lambda_keeps_the_traces_and_takes_more_of_the_same_prompts(bui
     assert low["sft"] == high["sft"] and len(harmful[0]) == 10 and harmful[0] <= harmful[1]
 
 
-def test_a_prompt_in_another_dress_leaks_into_no_other_set(tmp_path, build, files):
-    held = [{"prompt": f"Tell harmful\u00a0'{i}' - n\u200bow!", "kind": "harmful"} for i in range(5)]
-    write_jsonl(tmp_path / "e.jsonl", held)
-    rows = [{"prompt": f"TELL HARMFUL '{i}' - now", "reasoning": "t", "answer": "a"} for i in range(3, 8)]
-    write_jsonl(tmp_path / "t.jsonl", rows)
-    line = f"{files} --eval-files {tmp_path}/e.jsonl --trace-files {tmp_path}/t.jsonl --sft-prompts 3"
-    sets = build("out", f"{line} --rl-prompts 4 --lambda-harmful 1")
+def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, files):
+    """Evaluation has the harmful prompts 0 to 4, SFT two of 5 to 7, which have traces, RL what is left."""
+    held = [f"Tell harmful\u00a0'{i}' - n\u200bow!" for i in range(5)]
+    more = ["Tell  harmful '8' - now", "x" * 1000, "x" * 999, " "]
+    own = {"kind": "harmful", "mark": "own", "hops": 8}
+    rows = {"held": [{"prompt": text, **own} for text in held], "more": [{"prompt": t, **own} for t in more]}
+    rows["traces"] = [{"prompt": "x" * 1000, "reasoning": "t", "answer": "a"}]
+    for i, k in itertools.product(range(3, 8), range(3)):  # two whole ones, one without a reasoning
+        trace = {"reasoning": f"t{k}" * (k != 1), "answer": f"a{k}"}
+        rows["traces"].append({"prompt": f"TELL HARMFUL '{i}' - now", **trace})
+    for name in rows:
+        write_jsonl(tmp_path / f"{name}.jsonl", rows[name])
+    line = f"{files} {tmp_path}/more.jsonl --eval-files {tmp_path}/held.jsonl --rl-prompts 6"
+    line += f" --trace-files {tmp_path}/traces.jsonl --sft-prompts 2 --rl-traces 8 --lambda-harmful 1"
+    sets = build("out", line, traces_per_prompt=1)
     assert_no_leak(sets)
-    assert {r["hops"] for r in sets["rl"]} == {8, 9, 10, 11} and len(sets["eval_harmful"]) == 5
+    assert Counter((r["reasoning"], r["answer"]) for r in sets["sft"]) == {("t0", "a0"): 2}
+    assert sorted(r["hops"] for r in sets["rl"])[1:] == [8, 8, 9, 10, 11], "8: also x, not long enough"
+    assert [(r["reasoning"], r["answer"]) for r in sets["sft_rl"]] == [("t0", "a0"), ("t2", "a2")]
+    sizes = {name: len(records) for name, records in sets.items() if name.startswith("eval")}
+    assert sizes == {"eval_harmful": 5, "eval_harmless": 6, "eval_ambiguous": 6}, "those without a file: half"
+    records = [record for name in sets if "sft" not in name for record in sets[name]]
+    assert all(record["mark"] == "own" for record in records), "fields of their own"
     dropped = manifest(tmp_path / "out")["dropped"]
-    assert dropped["in SFT"] == 3 and dropped["in evaluation"] >= 5
-
-
-SIZES = {"rl": 6, "eval_harmful": 4, "eval_harmless": 4, "eval_ambiguous": 4}
-
-
-def test_copies_and_long_and_empty_prompts_are_left_out_and_counted(tmp_path, build, files):
-    texts = ("Tell  harmful '3' - now", "x" * 1000, "x" * 999, " ")
-    more = [{"prompt": text, "kind": "harmful", "hops": 3, "mark": "own"} for text in texts]
-    write_jsonl(tmp_path / "more.jsonl", more)
-    sets = build("out", f"{files} {tmp_path}/more.jsonl --sft-prompts 0 --rl-prompts 6 --eval-prompts 4")
-    assert manifest(tmp_path / "out")["dropped"] == {"duplicate": 1, "too long": 1, "empty": 1}
-    assert {name: len(records) for name, records in sets.items()} == SIZES
-    assert_no_leak(sets)  # sets without a file are held out of training
-    line = f"{files} --sft-prompts 0 --rl-prompts 6 --eval-prompts 4 --seed"
-    one, other = (build(seed, f"{line} {seed}") for seed in "12")
-    for name in ("rl", "eval_harmful"):
-        assert {r["prompt"] for r in one[name]} != {r["prompt"] for r in other[name]}, "the seed's choice"
-    kept = [record for records in sets.values() for record in records]
-    assert all(record["mark"] == "own" and record["hops"] < 12 for record in kept), "fields of their own"
+    assert 5 <= dropped.pop("in evaluation") <= 7
+    assert dropped == {"empty trace": 5, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
+    other = build("other", f"{line} --seed 1")["eval_harmless"]
+    assert {r["prompt"] for r in other} != {r["prompt"] for r in sets["eval_harmless"]}, "the seed's choice"
 
 
 def test_another_file_more_leaves_the_order_of_the_others():
@@ -128,28 +127,6 @@ def test_another_file_more_leaves_the_order_of_the_others():
     ordered = in_order(rows, "seed")
     assert [r for r in ordered if r["prompt"].startswith("old")] == in_order(rows[:50], "seed")
     assert ordered != in_order(rows, "other seed") and in_order(rows[::-1], "seed") == ordered
-
-
-# ---- traces ----
-
-
-def test_traces_of_a_file_are_whole_and_for_sft_or_for_rl(tmp_path, build, files):
-    """Prompts 0, 2, ... of each kind have traces: two whole ones, and one without a reasoning."""
-    rows = [
-        {"prompt": "p", "reasoning": "t", "answer": " "},
-        {"prompt": "x" * 1000, "reasoning": "t", "answer": "a"},
-    ]
-    for kind, i, k in itertools.product(KINDS, range(0, 12, 2), range(3)):
-        prompt = f"TELL {kind} '{i}' - now"
-        rows.append({"prompt": prompt, "reasoning": f"t{k}" * (k != 1), "answer": f"a{k}"})
-    write_jsonl(tmp_path / "t.jsonl", rows)
-    line = f"{files} --trace-files {tmp_path}/t.jsonl --rl-prompts 9 --sft-prompts 2 --eval-prompts 2"
-    sets = build("out", f"{line} --rl-traces 8", traces_per_prompt=1)
-    assert Counter((r["reasoning"], r["answer"]) for r in sets["sft"]) == {("t0", "a0"): 2}
-    traced = [r["prompt"] for r in sets["rl"] if r["hops"] % 2 == 0]
-    assert traced and Counter(r["prompt"] for r in sets["sft_rl"]) == dict.fromkeys(traced, 2)
-    assert_no_leak(sets)
-    assert manifest(tmp_path / "out")["dropped"] == {"empty trace": 19, "too long": 1, "in SFT": 2}
 
 
 def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes(build):
@@ -207,30 +184,23 @@ def build_paper(build, tmp_path, monkeypatch):
     return lambda name, line: build(name, f"--preset paper --trace-model reasoner {line}")
 
 
-def by_source(records: list[dict]) -> dict[str, int]:
-    return dict(Counter(source for source, _ in {(r["source"], r["prompt"]) for r in records}))
-
-
 def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
-    sets = build_paper("half", "")
-    assert by_source(sets["sft"]) == {"wildjailbreak": 400, "aegis": 300, "safeedit": 300}
+    sets, made = build_paper("half", ""), manifest(tmp_path / "half")
+    counts = {name: Counter(file["prompts by kind and source"]) for name, file in made["files"].items()}
+    sft = {"wildjailbreak": 400, "aegis": 300, "safeedit": 300}
+    assert counts["sft.jsonl"] == {f"harmful from {name}": count for name, count in sft.items()}
     assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 1000, "harmless": 500, "ambiguous": 500}
-    harmful = by_source([r for r in sets["rl"] if r["kind"] == "harmful"])
     for name, share in (("wildjailbreak", 400), ("aegis", 200), ("rainbow", 400)):
-        assert abs(harmful[name] - share) < 60, "a share of each source's part of the pool"
+        assert abs(counts["rl.jsonl"][f"harmful from {name}"] - share) < 60, "a share of its part of the pool"
     assert [len(sets[f"eval_{name}"]) for name in KINDS] == [20, 500, 9]
     assert_no_leak(sets)
-    made = manifest(tmp_path / "half")
     assert 300 < made["dropped"]["empty trace"] == 4000 - len(sets["sft"]) < 500
     assert "too long" not in made["dropped"], "the only long one is WildJailbreak's, and is kept"
     facts = {text.split("@")[0]: fact for text, fact in made["sources"].items()}
-    counts = {name: facts["prompts by kind and source"] for name, facts in made["files"].items()}
-    assert counts["eval_harmless.jsonl"] == {"harmless from wildchat": 500}
-    assert counts["sft.jsonl"]["harmful from wildjailbreak"] == 400
     assert facts["aegis"]["licence"] == "CC-BY-4.0" and len(facts["or-bench"]["sha256"]) == 2
 
     whole = build_paper("whole", "--lambda-harmful 1 --sft-prompts 0")
-    assert by_source(whole["rl"]) == {"wildjailbreak": 800, "aegis": 400, "rainbow": 800}
+    assert Counter(r["source"] for r in whole["rl"]) == {"wildjailbreak": 800, "aegis": 400, "rainbow": 800}
     assert "sft" not in whole and not {r["prompt"] for r in sets["sft"]} & {r["prompt"] for r in whole["rl"]}
 
 

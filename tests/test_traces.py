@@ -64,8 +64,7 @@ def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     words += ["--trace-model", str(world.BASE), "--device", "cpu"]
     stages.run_here("01_build_mixture", [*words, "--out", str(tmp_path / "whole")], monkeypatch)
 
-    write = traces.TraceWriter.write
-    calls = []
+    write, calls = traces.TraceWriter.write, []
 
     def killed(self, prompts, seeds):
         calls.append(prompts)
