@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -41,12 +42,12 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def read(word: object) -> list[dict]:
-    return [record for _, record, _ in read_source(parse_word(str(word)))]
+    return [record for _, record, _ in read_source(parse_word(str(word)), Counter())]
 
 
 def fails(word: object, flag: str = "--files") -> str:
     with pytest.raises(UserError) as error:
-        read_source(parse_word(str(word), flag))
+        read_source(parse_word(str(word), flag), Counter())
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -118,7 +119,7 @@ CASES: dict[str, tuple[list[dict], list[str]]] = {
 def test_a_known_data_set_of_its_own_columns(tmp_path, file):
     rows, expected = CASES[file]
     path = write_rows(tmp_path / file, rows)
-    found = read_source(parse_word(f"{path.stem}@{path}"))
+    found = read_source(parse_word(f"{path.stem}@{path}"), Counter())
     assert [f"{name}: {record['prompt']}: {record['category']}" for name, record, _ in found] == expected
     assert all(KEYS <= set(r) and r["source"] == path.stem and r["kind"] != "jailbreak" for _, r, _ in found)
     assert KNOWN[path.stem].record.__doc__
@@ -133,17 +134,17 @@ def test_or_bench_is_without_its_hard_prompts(tmp_path):
     assert parse_word(f"or-bench@{path}").files == [path, hard], "both are inputs"
 
 
-def test_harmbench_as_its_authors_publish_it_has_contexts_and_targets_beside(tmp_path, capsys):
+def test_harmbench_as_its_authors_publish_it_has_contexts_and_targets_beside(tmp_path):
     row = {"FunctionalCategory": "contextual", "SemanticCategory": "zogs", "Behavior": "Sum it up."}
     song = row | {"FunctionalCategory": "copyright", "ContextString": "", "BehaviorID": "song"}
     rows = [row | {"ContextString": " A text. ", "BehaviorID": "sum_up"}, song, song]
     path = write_rows(tmp_path / "harmbench_behaviors_all.csv", rows)
     (tmp_path / "harmbench_targets_all.json").write_text('{"sum_up": "Sure, it says",\n "song": "La"}')
-    [(name, record, _)] = read_source(parse_word(f"jailbreak=harmbench@{path}"))
+    [(name, record, _)] = read_source(parse_word(f"jailbreak=harmbench@{path}"), dropped := Counter())
     assert (name, record["kind"], record["target"]) == ("jailbreak", "harmful", "Sure, it says")
     assert record["prompt"] == "A text.\n\n---\n\nSum it up." and record["context"] == " A text. "
     assert without_context(record["prompt"], record["context"]) == "Sum it up."
-    assert "left out 2 rows" in capsys.readouterr().out
+    assert dropped == {"rows of harmbench": 2}
     (tmp_path / "harmbench_targets_cut.json").write_text('{"sum_up": ')
     path = path.rename(tmp_path / "harmbench_behaviors_cut.csv")
     assert "harmbench_targets_cut.json" in fails(f"harmbench@{path}")
@@ -153,7 +154,7 @@ def test_harmbench_as_its_authors_publish_it_has_contexts_and_targets_beside(tmp
 
 def test_traces_of_star1(tmp_path):
     path = write_rows(tmp_path / "star.parquet", [STAR, STAR | {"response": "I will not."}])
-    found = read_source(parse_word(f"star1@{path}", "--trace-files"))
+    found = read_source(parse_word(f"star1@{path}", "--trace-files"), Counter())
     assert [trace for _, _, trace in found] == [("No good.", "I will not."), ("", "")]
 
 
@@ -180,13 +181,13 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "how "}, {"type":
 ANSWER = [turn("Hello.", "assistant"), ASKED]
 
 
-def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path, capsys):
+def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path):
     """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
     talks = ["how to zog?", [ASKED], MORE, ANSWER, GPT, PARTS, []]
     path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk} for talk in talks])
-    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 6 + [""]
-    left = "2 turns of system, 1 turns of user, 2 turns of assistant"
-    assert capsys.readouterr().out == f"{path}: left out {left}\n"
+    found = read_source(parse_word(f"harmless={path}"), dropped := Counter())
+    assert [record["prompt"] for _, record, _ in found] == ["how to zog?"] * 6 + [""]
+    assert dropped == {"turns of system": 2, "turns of user": 1, "turns of assistant": 2}
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -196,7 +197,7 @@ def test_a_record_keeps_what_stage_4_reads_and_of_json_all(tmp_path, ending):
     more = {"place": ["x", {"y": 1}], "source": "mine"} if ending in ("jsonl", "json") else {"note": "n"}
     rows = [row | own | more, row | own | {"hops": 0, "twin": "", **more}]
     path = write_rows(tmp_path / f"own.{ending}", rows)
-    (name, record, _), (_, other, _) = read_source(parse_word(str(path)))
+    (name, record, _), (_, other, _) = read_source(parse_word(str(path)), Counter())
     kept = {"place"} if "place" in more else set()
     assert set(record) == KEYS | {"context", "hops", "prefill", "twin"} | kept
     assert set(other) == set(record) - {"twin"} and (record["hops"], other["hops"]) == (2, 0)

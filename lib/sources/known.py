@@ -138,8 +138,8 @@ def star1(row):
 @data_set("allenai/WildChat-1M:train", "ODC-BY")
 def wildchat(row):
     """English, not toxic: the user's first turn, no answer to the assistant's. Paper: 500."""
-    begins = row["conversation"][0]["role"]
-    if row["language"] == "English" and not row["toxic"] and begins != "assistant":
+    answers = [turn["role"] for turn in row["conversation"][:1]] == ["assistant"]
+    if row["language"] == "English" and not row["toxic"] and not answers:
         return dict(kind="harmless", prompt=row["conversation"], id=row.get("conversation_hash"))
 
 

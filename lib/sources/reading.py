@@ -69,15 +69,15 @@ def kind_of(set_name: str) -> str:
     return "harmful" if set_name == "jailbreak" else set_name
 
 
-def read_source(source: Source) -> list[tuple[str, dict, Trace]]:
-    """(evaluation set, record, trace) for each row that is taken; what is left out is printed.
+def read_source(source: Source, dropped: Counter, max_chars: int = 10**9) -> list[tuple[str, dict, Trace]]:
+    """(evaluation set, record, trace) for each row that is taken; `dropped` counts the others by reason.
 
     A record has id, prompt, kind, source, category, target; context, prefill, twin, hops if they are there;
     of a jsonl or json file of yours every other field. UserError for a source that cannot be read, or has no
     prompt of the kind asked for.
     """
     rows = read_table(source.files[0]) if source.files else load_rows(source.hub, **source.data.options)
-    found, left, columns = [], Counter[str](), ", ".join(rows[0])
+    found, columns = [], ", ".join(rows[0])
     for place, row in enumerate(tqdm(rows, source.name, unit="row", delay=2, leave=False), start=1):
         try:
             fields = readable(source.data.record(row, *source.files[1:]))
@@ -88,15 +88,15 @@ def read_source(source: Source) -> list[tuple[str, dict, Trace]]:
         if taken:
             found.append(taken)
             turns = Counter(f"turns of {role}" for role, _ in turns_of(fields.get("prompt")))
-            left += turns - Counter(["turns of user"])  # the first one is the prompt
+            dropped += turns - Counter(["turns of user"])  # the first one is the prompt
         else:
-            left["rows"] += 1
+            dropped[f"rows of {source.name}"] += 1
     if not any(record["prompt"] for _, record, _ in found):
         wanted = f"no {source.kind or 'usable'} prompt in {len(rows)} rows of {columns}"
         raise UserError(f"{source.text}: {wanted}; taken is: {source.data.record.__doc__}")
-    if left:
-        print(f"{source.text}: left out {', '.join(f'{count} {what}' for what, count in left.items())}")
-    return found
+    short = [one for one in found if len(one[1]["prompt"]) < max_chars or source.data.any_length]
+    dropped += Counter({"too long": len(found) - len(short)})
+    return short
 
 
 def make_record(fields: dict, source: Source) -> tuple[str, dict, Trace] | None:
@@ -125,18 +125,15 @@ def make_record(fields: dict, source: Source) -> tuple[str, dict, Trace] | None:
     return name, record, (texts["reasoning"], texts["answer"])
 
 
-# ---- many sources: `settings` are stage 1's, `dropped` counts records by reason ----
+# ---- many sources: `settings` are stage 1's ----
 
 
 def read_pool(sources: list[Source], settings, dropped: Counter, max_chars: int = 10**9) -> Pool:
     """Prompts shorter than `max_chars` by evaluation set, in the seed's order."""
     pool: Pool = {name: [] for name in EVAL_SETS}
     for source in sources:
-        for name, record, _ in read_source(source):
-            if len(record["prompt"]) < max_chars or source.data.any_length:
-                pool[name].append(record)
-            else:
-                dropped["too long"] += 1
+        for name, record, _ in read_source(source, dropped, max_chars):
+            pool[name].append(record)
     return {name: in_order(records, f"{settings.seed}/{name}") for name, records in pool.items()}
 
 
@@ -149,16 +146,14 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     """Prompts with traces, in the seed's order; none without reasoning or answer (paper, stage I)."""
     traced: Traced = {}
     for source in sources:
-        found = read_source(source)
+        found = read_source(source, dropped, settings.max_chars)
         if not any(all(trace) for _, _, trace in found):
             raise UserError(f"--trace-files: {source.text}: no row has prompt, reasoning and answer")
         for _, record, trace in found:
-            if not all(text.strip() for text in trace):
-                dropped["empty trace"] += 1
-            elif len(record["prompt"]) >= settings.max_chars:
-                dropped["too long"] += 1
-            else:
+            if all(text.strip() for text in trace):
                 traced.setdefault(same_prompt(record["prompt"]), (record, []))[1].append(trace)
+            else:
+                dropped["empty trace"] += 1
     records = in_order([record for record, _ in traced.values()], f"{settings.seed}/traces")
     return {key: traced[key] for key in (same_prompt(record["prompt"]) for record in records)}
 
