@@ -99,6 +99,7 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     own = {"kind": "harmful", "mark": "own", "hops": 8}
     rows = {"held": [{"prompt": text, **own} for text in held], "more": [{"prompt": t, **own} for t in more]}
     rows["traces"] = [{"prompt": "x" * 1000, "reasoning": "t", "answer": "a"}]
+    rows["traces"] += [{"prompt": "p", "reasoning": "t", "answer": " "}]
     for i, k in itertools.product(range(3, 8), range(3)):  # two whole ones, one without a reasoning
         trace = {"reasoning": f"t{k}" * (k != 1), "answer": f"a{k}"}
         rows["traces"].append({"prompt": f"TELL HARMFUL '{i}' - now", **trace})
@@ -117,7 +118,7 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     assert all(record["mark"] == "own" for record in records), "fields of their own"
     dropped = manifest(tmp_path / "out")["dropped"]
     assert 5 <= dropped.pop("in evaluation") <= 7
-    assert dropped == {"empty trace": 5, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
+    assert dropped == {"empty trace": 6, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
     other = build("other", f"{line} --seed 1")["eval_harmless"]
     assert {r["prompt"] for r in other} != {r["prompt"] for r in sets["eval_harmless"]}, "the seed's choice"
 
@@ -246,14 +247,10 @@ def test_a_mistake_is_one_line_and_costs_nothing(tmp_path, files, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_run_is_finished_and_another_needs_overwrite(tmp_path, build, monkeypatch, capsys):
+def test_a_finished_run_is_finished_and_another_needs_overwrite(build, capsys):
     line = "--rl-prompts 6 --sft-prompts 2"
-    rl, before = build("out", line)["rl"], stages.contents(tmp_path / "out")
+    rl = build("out", line)["rl"]
     with pytest.raises(SystemExit) as end:
         build("out", line)
     assert not end.value.code and "is finished. Next: python 02_sft" in capsys.readouterr().out
-    for mistake in ("--seed 1", "--overwrite --trace-files none.csv"):
-        words = f"--out {tmp_path}/out {line} {mistake}".split()
-        stages.error_of("01_build_mixture", words, monkeypatch, capsys)
-    assert stages.contents(tmp_path / "out") == before
     assert build("out", f"{line} --seed 1 --overwrite")["rl"] != rl

@@ -12,6 +12,7 @@ import stages
 from lib import UserError
 from lib.chat import parse_completion
 from lib.run.files import read_jsonl
+from lib.run.hub import load_tokenizer
 from lib.sandbox import world
 from lib.sources import traces
 
@@ -46,14 +47,16 @@ def test_each_prompt_gets_its_traces_and_a_killed_run_goes_on_to_the_same(tmp_pa
 
 
 def test_an_answer_has_another_seed_than_its_reasoning(tmp_path, monkeypatch):
-    seeds = []
+    seeds, last = [], set()
 
     def complete(self, prompts, given):
         seeds.append(set(given))
+        last.update(ids[-1] for ids in prompts)
         return ["x"] * len(prompts)
 
     monkeypatch.setattr(traces.TraceWriter, "complete", complete)
     traces.write_all(RECORDS, 3, settings(tmp_path), "traces")
+    assert load_tokenizer(world.BASE).eos_token_id not in last, "it goes on with its turn"
     assert len(seeds) == 2 and not seeds[0] & seeds[1] and len(seeds[0]) == 3 * len(RECORDS)
 
 
