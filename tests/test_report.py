@@ -195,10 +195,14 @@ def test_no_text_breaks_the_report_or_its_figures(tmp_path):
     assert figures.label("_hidden$") == r" _hidden\$"  # neither kept from the legend nor a formula
 
 
-def draw(name: str, models: dict) -> list:
-    figure = figures.new_figure()
-    getattr(figures, f"draw_{name}")(figure, models)
+def draw(name: str, data) -> list:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    getattr(figures, f"draw_{name}")(figure, data)
     return figure.axes
+
+
+def lines_of(axes) -> dict[str, list]:
+    return {line.get_label(): list(map(list, line.get_data())) for line in axes.lines}
 
 
 def points(axes, model: str) -> tuple[list, list]:
@@ -232,29 +236,20 @@ def test_axes_and_points(full):
     assert figures.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]
 
 
-def test_curves_of_both_stages(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    log, png = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
-    drawn: list[dict] = []  # {title of a panel: {name of a line: [steps, values]}}
-
-    def keep(figure, path, save=figures.save):
-        save(figure, path)
-        drawn.append({})
-        for axes in figure.axes:
-            lines = {line.get_label(): list(map(list, line.get_data())) for line in axes.lines}
-            drawn[-1][axes.get_title()] = lines
-
-    monkeypatch.setattr(figures, "save", keep)
-    report.draw_curves(log, png)
-    assert not png.exists()  # nothing is logged
+def test_curves_of_both_stages(tmp_path):
+    report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())  # nothing is logged
     sft = [{**json.loads(SFT), "step": step, "loss": 8.0 - step} for step in range(3)]
     sft[2]["held_out_loss"] = 6.5
     rl = [{**json.loads(RL), "step": step, "kl": float(step % 2)} for step in range(100)]
     rl[50]["reward_harmless"] = 0.9
+    drawn: list[dict] = []  # {title of a panel: {name of a line: [steps, values]}}
     for records in (sft, rl):
-        log.write_text("".join(json.dumps(record) + "\n" for record in records))
-        report.draw_curves(log, png)
-        assert png.read_bytes().startswith(b"\x89PNG")
+        panels = draw("log", records)
+        drawn.append({axes.get_title(): lines_of(axes) for axes in panels})
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     loss = drawn[0]["loss (nats a token)"]
     assert loss["training"] == [[0, 1, 2], [8, 7, 6]] and loss["held out"] == [[2], [6.5]]
     titles = ["reward", "refusal rate", "reasoning tokens", "well-formed", "groups without a signal"]

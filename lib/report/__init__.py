@@ -27,7 +27,6 @@ from lib.run.files import write_text
 from lib.run.text import visible
 
 __all__ = ["draw_curves", "separations", "write_report"]
-TITLE = "Attack and evaluation"
 PROMPTS = 500  # of each set, in a page
 
 
@@ -45,12 +44,13 @@ def write_report(out: Path, results: dict, completions: Sequence[dict]) -> None:
     found = sections(results, completions, figures)
     write_text(out / "report.md", as_text(found))
     prompts = by_prompt(completions, results["config"]["harm_threshold"])
-    write_text(out / "report.html", as_page(found, prompts, out))
+    pictures = {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in figures}
+    write_text(out / "report.html", as_page(sections=found, prompts=prompts, pictures=pictures))
 
 
 def as_text(sections: Sequence[Section]) -> str:
     """report.md. The figures are files beside it."""
-    blocks = [f"# {TITLE}"]
+    blocks = ["# Attack and evaluation"]
     for section in sections:
         blocks += [f"## {section.title}", section.text.replace("<", "&lt;")]
         blocks += [f"![{name}]({name}.png)" for name in section.figures]
@@ -66,8 +66,8 @@ def table_as_text(table: dict) -> str:
     return "\n".join(f"    {line}" for line in (f"{table['caption']}:", *lines))
 
 
-def as_page(sections: Sequence[Section], prompts: list[list[dict]], out: Path) -> str:
-    """report.html: one file that loads nothing, and prints.
+def as_page(**values: object) -> str:
+    """report.html, page.html with `values`: one file that loads nothing, and prints.
 
     Names and completions are text that nobody has vouched for: `visible` names what hides or reorders text,
     and the template escapes all that it is given.
@@ -75,9 +75,6 @@ def as_page(sections: Sequence[Section], prompts: list[list[dict]], out: Path) -
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.finalize = lambda value: visible(value) if type(value) is str else value  # markup is ours
     environment.filters |= {"show": show, "digest": digest}
-    names = [name for section in sections for name in section.figures]
-    pictures = {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in names}
-    values = {"title": TITLE, "sections": sections, "pictures": pictures, "prompts": prompts}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(values)
 

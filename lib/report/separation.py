@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib import UserError
-from lib.batches import micro_batches, pad_batch
 from lib.metrics import wilson
 from lib.policy import hidden_states
 
@@ -44,25 +43,20 @@ def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> d
 def prompt_embeddings(victim: Any, prompts: Sequence[str]) -> Tensor:
     """The state after the final norm where the model is about to write: (N, width) fp32, on the CPU.
 
-    For a reasoner that is at the end of "<think>\\n". A row does not depend on the other prompts.
+    For a reasoner that is at the end of "<think>\\n".
     """
-    ids, model = [victim.encode(prompt) for prompt in prompts], victim.model
-    lengths = [len(row) for row in ids]
-    result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
-    for batch in micro_batches(lengths, max(victim.max_batch_tokens or 16384, *lengths)):
-        padded = pad_batch([ids[i] for i in batch], 0, side="right")  # ids and mask, (B, T)
-        hidden = hidden_states(model, *(x.to(model.device) for x in padded))  # (B, T, width)
-        for row, i in enumerate(batch):
-            result[i] = hidden[row, lengths[i] - 1].float()
-    return result
+    states = []
+    for prompt in prompts:
+        ids = torch.tensor([victim.encode(prompt)], device=victim.model.device)  # (1, T)
+        states.append(hidden_states(victim.model, ids, torch.ones_like(ids))[0, -1])  # (width,)
+    return torch.stack(states).float().cpu()
 
 
 def standardise(x: Tensor) -> Tensor:
     """(N, d) -> (N, d) fp64 of mean zero and mean squared norm 1: one factor for all dimensions.
 
-    A margin is a length: embeddings twice as long have twice the margin. At one scale, C = 1 means the same
-    trade-off for every model. A factor for each dimension would change the cloud's shape, which is what is
-    measured. Raises UserError where there is nothing to scale.
+    A margin is a length, and at one scale C = 1 means the same trade-off for every model. A factor for each
+    dimension would change the cloud's shape, which is what is measured. UserError if there is no scale.
     """
     x = x.double()
     centred = x - x.mean(0)
