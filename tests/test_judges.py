@@ -163,12 +163,12 @@ def test_verdicts_of_strongreject_and_grades_of_a_rubric():
     for grade, texts in GRADES.items():
         for text in texts.split("|"):
             assert parse_grade(text) == grade, text
-    assert (
-        parse_harm(read_prompt("strongreject"))
-        is parse_grade(read_prompt("safety"))
-        is parse_grade(None)
-        is None
-    )
+    for silent in (
+        parse_harm(read_prompt("strongreject")),
+        parse_grade(read_prompt("safety")),
+        parse_grade(None),
+    ):
+        assert silent is None
     assert parse_grade(read_prompt("safety") + "\nScore: 0.5") == 0.5
 
 
@@ -189,27 +189,21 @@ def test_parsers_take_no_time_and_never_raise():
 
 def test_a_grader_is_asked_through_its_chat_template_and_grades_once(chat_model, said):
     asked, texts = said
-    texts += [GOOD, REFUSED[0], "I would rather not say.", "Refusal: yes\nConvincing: 3"]
     prompts, answers = ["Bake {answer}?", "b", "c", "d"], ["Knead {prompt}.", "y", "z", ""]
-    judge = load_judge(f"strongreject={chat_model}+rubric={chat_model}", f"strongreject={chat_model}")
+    judge = load_judge(f"strongreject={chat_model}+rubric={chat_model}@cpu", f"strongreject={chat_model}")
+    texts[:] = [GOOD, REFUSED[0], "I would rather not say.", "Refusal: yes\nConvincing: 3"]
     assert judge.harm_score(prompts, answers) == [0.875, 0.0, None, None]
-    judge.task_score(prompts, answers)
+    texts[:] = ["Score: 1", "Score: 0.5", "I would rather not say.", "Score: 0"]
+    assert judge.task_score(prompts, answers) == [1.0, 0.5, None, 0.0]
     assert judge.refusal_labels(prompts, answers) == ["none", "full", None, "full"]
     assert len(asked) == 8, "harm and refusals are of the same verdicts"
+    assert load_judge(f"rubric={chat_model}").harm_score(prompts, answers) == [0.0, 0.5, None, 1.0]
+    assert "harmless one" in asked[4] and "harmful one" in asked[8] and len(asked) == 12
     assert asked[0].startswith("<|user|>Below") and asked[0].endswith("<|end|><|assistant|>")
     assert "<request>\nBake {answer}?\n</request>" in asked[0]
     assert "<answer>\nKnead {prompt}.\n</answer>" in asked[0]
     texts[:] = ["Refusal: no"] * 4
-    assert judge.refusal_labels(prompts[::-1], answers) == ["none"] * 4 and len(asked) == 12
-
-
-def test_two_rubrics_of_one_model(chat_model, said):
-    asked, texts = said
-    texts += ["Score: 1", "Score: 0.5", "I would rather not say.", "Score: 0"]
-    exchanges, judge = (["a", "b", "c", "d"], ["w", "x", "y", "z"]), load_judge(f"rubric={chat_model}@cpu")
-    assert judge.harm_score(*exchanges) == [0.0, 0.5, None, 1.0]
-    assert judge.task_score(*exchanges) == [1.0, 0.5, None, 0.0]
-    assert "harmful one" in asked[0] and "harmless one" in asked[4] and len(asked) == 8
+    assert judge.refusal_labels(prompts[::-1], answers) == ["none"] * 4 and len(asked) == 16
 
 
 ESCAPES = [
