@@ -22,11 +22,6 @@ from lib.run.text import with_context
 YES_OR_NO, LONG = ("Yes", "no"), {"max_position_embeddings": 4096}
 
 
-def make_reward_model(folder, *, template="grm.jinja", labels=1) -> str:
-    options = {"head": Classifier, "bos": True, "num_labels": labels}
-    return make_model(folder, LlamaConfig, LLAMA, published(template), **options)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     """A model for each judge. HarmBench's has no chat template."""
@@ -34,7 +29,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return {
         "qwen3guard": judge_models.make_qwen3guard(folder / "a"),
         "llama-guard": judge_models.make_llama_guard(folder / "b"),
-        "grm": make_reward_model(folder / "c"),
+        "grm": judge_models.make_reward_model(folder / "c"),
         "harmbench": make_model(folder / "d", LlamaConfig, CHAT, words=YES_OR_NO, bos=True, **LONG),
     }
 
@@ -57,8 +52,8 @@ def test_judges_are_asked_by_their_published_templates(tmp_path, folders, monkey
         return read(self, prompts, head)
 
     monkeypatch.setattr(LanguageModel, "read", spy)
-    small = judge_models.make_llama_guard(tmp_path / "small", "1b")
-    old = make_reward_model(tmp_path / "old", template="grm_8b.jinja")
+    small = judge_models.make_llama_guard(tmp_path / "small", published("llama_guard_1b.jinja"))
+    old = judge_models.make_reward_model(tmp_path / "old", "grm_8b.jinja")
     for which, folder, text in (
         ("qwen3guard", folders["qwen3guard"], published("qwen3guard.txt") + "Safety:"),
         ("llama-guard", folders["llama-guard"], published("llama_guard_8b.txt") + "\n\n"),
@@ -77,16 +72,16 @@ def test_a_model_with_another_template_is_refused(tmp_path, folders):
     deaf = "{{ messages[0].content }} First line must read 'safe' or 'unsafe'"  # shows no answer
     llama = judge_models.make_llama_guard
     for which, folder in (
-        ("qwen3guard", judge_models.make_qwen3guard(tmp_path / "a", words=(), template=plain)),
-        ("llama-guard", llama(tmp_path / "b", words=(), template=silent)),
-        ("llama-guard", llama(tmp_path / "c", words=(), template=deaf)),
+        ("qwen3guard", judge_models.make_qwen3guard(tmp_path / "a", plain, words=())),
+        ("llama-guard", llama(tmp_path / "b", silent, words=())),
+        ("llama-guard", llama(tmp_path / "c", deaf, words=())),
         ("qwen3guard", folders["llama-guard"]),
         ("llama-guard", folders["qwen3guard"]),
     ):
         with pytest.raises(UserError, match="its chat template is not the one"):
             scorer(which, folder)
     with pytest.raises(UserError, match="a head of 2 labels"):
-        scorer("grm", make_reward_model(tmp_path / "two", labels=2))
+        scorer("grm", judge_models.make_reward_model(tmp_path / "two", labels=2))
 
 
 INJECTIONS = [

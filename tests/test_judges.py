@@ -82,7 +82,6 @@ ERRORS = {
     "rubric=no/such/folder": "no/such/folder: cannot load a tokenizer",
     "harmbench=CHAT+standin": "architecture qwen2; HarmBench's are llama and mistral",
     "strongreject=CLASSIFIER+standin": "no chat template",
-    "moderation@cpu+standin": "on no device of yours",
     "standin REFUSALS no_such": "--refusals: given no_such for .* allowed strongreject, .* phrases",
     "standin REFUSALS json": "--refusals: json has no function refusal_labels",
 }

@@ -28,9 +28,9 @@ opened = cache(LanguageModel)  # one for all that it is asked
 
 
 @lru_cache(maxsize=2)  # harm and refusals of the same answers are graded once; a rubric may stand between
-def graded(question: str, model: str, device: str, exchanges: tuple) -> list[str | None]:
-    """What the model writes about each (prompt, answer); None for what its context cannot hold."""
-    judge, read = opened(model, device), []
+def graded(question: str, judge: LanguageModel, exchanges: tuple) -> list[str | None]:
+    """What the judge writes about each (prompt, answer); None for what its context cannot hold."""
+    read = []
     for exchange in exchanges:
         prompt, answer = (as_material(text, judge.special, ("request", "answer")) for text in exchange)
         text = read_prompt(question).format(prompt=prompt, answer=answer)
@@ -40,11 +40,11 @@ def graded(question: str, model: str, device: str, exchanges: tuple) -> list[str
 
 def grader(question: str, parse: Callable[[str | None], object], model: str, device: str) -> Callable:
     """A `Score` or `Labels`: what `parse` reads in the model's words. UserError if it is no chat model."""
-    opened(model, device)
+    judge = opened(model, device)
 
     def verdicts(prompts: list[str], answers: list[str]) -> list:
         exchanges = tuple(zip(prompts, answers, strict=True))
-        return [parse(text) for text in graded(question, model, device, exchanges)]
+        return [parse(text) for text in graded(question, judge, exchanges)]
 
     return verdicts
 

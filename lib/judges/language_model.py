@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -52,26 +53,25 @@ class LanguageModel:
 
     def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str | None]:
         """What it writes after each list of token ids; None after one that its context cannot hold."""
-        texts: list[str | None] = [None] * len(prompts)
-        fitting = [i for i, ids in enumerate(prompts) if len(ids) + max_new_tokens <= self.context]
+        fits = [len(ids) + max_new_tokens <= self.context for ids in prompts]
+        fitting = list(compress(prompts, fits))
         if not fitting:
-            return texts
+            return [None] * len(prompts)
         budget = CACHE_TOKENS if self.chat and self.device.type == "cuda" else BATCH_TOKENS
         try:
             completions = sample(
                 self.model,
-                [prompts[i] for i in fitting],
+                fitting,
                 max_new_tokens=max_new_tokens,
                 temperature=0.0,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer) if self.chat else [],
-                max_batch_tokens=max(budget, *(len(prompts[i]) + max_new_tokens for i in fitting)),
+                max_batch_tokens=max(budget, max(map(len, fitting)) + max_new_tokens),
                 progress=True,
             )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"--judge: {self.name}: {error}") from error
-        for i, completion in zip(fitting, completions, strict=True):
-            texts[i] = decode(self.tokenizer, completion.token_ids)
-        return texts
+        texts = (decode(self.tokenizer, completion.token_ids) for completion in completions)
+        return [next(texts) if fit else None for fit in fits]
 
     def read(self, prompts: Sequence[Sequence[int]], head: Callable[[Tensor], Tensor]) -> list:
         """K numbers at the end of each prompt, which `head` makes of last hidden states, (B, H) -> (B, K);

@@ -30,10 +30,8 @@ RETRIES |= {"retry_on_status_codes": (429, 500, 502, 503, 504)}  # busy, or out 
 def harm_judge(model: str, device: str) -> Score:
     """harm_score: the largest category score; 0 for an empty answer, None where the reply cannot be read.
 
-    Raises UserError without a key, and, when scoring, if the API refuses or cannot be had.
+    It runs on no device of yours. Raises UserError without a key, and if the API refuses or cannot be had.
     """
-    if device:
-        raise UserError(f"--judge: given moderation@{device}; it runs at OpenAI, on no device of yours")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch("[!-~]+", key):  # an error of the HTTP client's would show it
         raise UserError("--judge: moderation needs a key of OpenAI, without blanks, in OPENAI_API_KEY")

@@ -27,7 +27,7 @@ def draw_figures(results: dict, out: Path) -> list[str]:
 
 
 def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
-    """Draw metrics.jsonl of stage 2 or 3 into a PNG, where something is logged and matplotlib is installed."""
+    """Draw metrics.jsonl of stage 2 or 3 into a PNG, if anything is logged, and matplotlib is there."""
     save(draw_log, read_log(metrics_path), png_path)
 
 
