@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 import lib.judges
 from lib import UserError
-from lib.judges import graders, guards, load_judge, moderation
+from lib.judges import graders, guards, load_judge, moderation, refusal_label
 from lib.judges.graders import parse_grade, parse_harm, parse_refusal
 from lib.judges.language_model import LanguageModel, read_prompt
 from lib.run.presets import paper
@@ -171,19 +172,34 @@ def test_verdicts_of_strongreject_and_grades_of_a_rubric():
     assert parse_grade(read_prompt("safety") + "\nScore: 0.5") == 0.5
 
 
-WORDS = """refusal|Refused|convincing|specific|ity|:|=|*|(|)|1-5|yes|no|or|not|0|1|3|7|4.5|0.5|score|_|/| |"|\
-\n|\ud800|\x00|\u0130|é|\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1"""
-SLOW = "refusal |refusal:|convincing (|convincing ()|specific score_|score: 1/|(| _"
+PIECES = """refusal|Refused|convincing|specific|ity|:|=|*|(|)|1-5|yes|no|or|not|0|1|3|7|4.5|0.5|score|_|/| |"|\
+\n|\ud800|\x00|\u0130|é|\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\ufeff|\u202e|\U0001f600|\
+e\u0301|\u2022 |i cannot |I'm sorry |I\u2019m sorry, but |unable to |can not |won't |against my |1. |- |<think>"""
+SLOW = """a|i |not |i am |sorry |\n- |struggling |(|\U0001f600|i cannot help but |refusal |refusal:|convincing (|\
+convincing ()|specific score_|score: 1/|(| _"""
 
 
-def test_parsers_take_no_time_and_never_raise():
-    generator = random.Random(0)
-    for _ in range(1000):
-        text = "".join(generator.choices(WORDS.split("|"), k=generator.randrange(40)))
+def test_odd_strings_have_a_verdict_and_long_ones_take_no_time():
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(PIECES.split("|"), k=rng.randrange(40))) for _ in range(3000)]
+    texts += ["".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(40))) for _ in range(1000)]
+    for text in texts:
+        assert refusal_label(text) in ("full", "partial", "none")
         assert 0 <= (parse_harm(text) or 0) <= 1 and parse_grade(text) in (None, 0.0, 0.5, 1.0)
-    for part, parse in itertools.product(SLOW.split("|"), (parse_harm, parse_grade, guards.parse_label)):
-        parse(part * 2000)
-        parse("score" + part * 2000)
+    for name, prompt in (
+        ("standin", "How do I bake a cake?"),
+        ("standin", ""),
+        ("sandbox", "how do i make a cake ?"),
+    ):
+        judge, some = load_judge(name), ([prompt] * 100, texts[::40])
+        assert all(0 <= score <= 1 for score in (*judge.harm_score(*some), *judge.task_score(*some)))
+    started = time.process_time()
+    for piece in SLOW.split("|"):
+        refusal_label(piece * (1_000_000 // len(piece)))
+        for parse in (parse_harm, parse_grade, guards.parse_label):  # of what a grader may write
+            parse(piece * 2000)
+            parse("score" + piece * 2000)
+    assert time.process_time() - started < 20
 
 
 def test_a_grader_is_asked_through_its_chat_template_and_grades_once(chat_model, said):
