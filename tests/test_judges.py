@@ -172,11 +172,12 @@ def test_verdicts_of_strongreject_and_grades_of_a_rubric():
     assert parse_grade(read_prompt("safety") + "\nScore: 0.5") == 0.5
 
 
-PIECES = """refusal|Refused|convincing|specific|ity|:|=|*|(|)|1-5|yes|no|or|not|0|1|3|7|4.5|0.5|score|_|/| |"|\
-\n|\ud800|\x00|\u0130|é|\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\ufeff|\u202e|\U0001f600|\
-e\u0301|\u2022 |i cannot |I'm sorry |I\u2019m sorry, but |unable to |can not |won't |against my |1. |- |<think>"""
-SLOW = """a|i |not |i am |sorry |\n- |struggling |(|\U0001f600|i cannot help but |refusal |refusal:|convincing (|\
-convincing ()|specific score_|score: 1/|(| _"""
+PIECES = """refusal|Refused|convincing|specific|ity|:|=|*|(|)|1-5|yes|no|or|not|0|1|3|7|4.5|0.5|\
+score|_|/| |"|\n|\ud800|\x00|\u0130|é|\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\
+\ufeff|\u202e|\U0001f600|e\u0301|\u2022 |i cannot |I'm sorry |I\u2019m sorry, but |unable to |\
+can not |won't |against my |1. |- |<think>"""
+SLOW = """a|i |not |i am |sorry |\n- |struggling |(|\U0001f600|i cannot help but |refusal |refusal:|\
+convincing (|convincing ()|specific score_|score: 1/|(| _"""
 
 
 def test_odd_strings_have_a_verdict_and_long_ones_take_no_time():
