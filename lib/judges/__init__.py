@@ -21,10 +21,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lib import UserError
-from lib.judges import graders, guards, moderation
+from lib.judges import guards, moderation
+from lib.judges.graders import grader, parse_grade, parse_harm, parse_refusal, parse_unsafe
 from lib.judges.refusals import refusal_label, refusal_labels
 from lib.rewards import Labels, Score
 
@@ -36,16 +38,16 @@ TABLES: dict[str, dict[str, tuple[Callable, str]]] = {  # what opens it, (model,
         "qwen3guard": (guards.qwen3guard, "Qwen/Qwen3Guard-Gen-0.6B"),
         "llama-guard": (guards.llama_guard, "meta-llama/Llama-Guard-3-8B"),
         "harmbench": (guards.harmbench, "cais/HarmBench-Llama-2-13b-cls"),
-        "strongreject": (graders.strongreject, GRADER),
-        "rubric": (graders.rubric_harm, GRADER),
+        "strongreject": (partial(grader, "strongreject", parse_harm), GRADER),
+        "rubric": (partial(grader, "safety", parse_unsafe), GRADER),
         "moderation": (moderation.harm_judge, "omni-moderation-latest"),
     },
     "task_score": {
         "grm": (guards.grm, "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"),
         "grm-8b": (guards.grm, "Ray2333/GRM-llama3-8B-distill"),
-        "rubric": (graders.rubric_task, GRADER),
+        "rubric": (partial(grader, "help", parse_grade), GRADER),
     },
-    "refusal_labels": {"strongreject": (graders.strongreject_refusals, GRADER)},
+    "refusal_labels": {"strongreject": (partial(grader, "strongreject", parse_refusal), GRADER)},
 }
 OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.refusals", "phrases": "lib.judges.refusals"}
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")

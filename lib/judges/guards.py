@@ -124,11 +124,7 @@ def harmbench(model: str, device: str) -> Score:
 
 
 def parse_label(text: str | None) -> float | None:
-    """1.0 for yes, 0.0 for no, whatever case and punctuation; None for anything else.
-
-    >>> [parse_label(text) for text in ("Yes", " no.", "not", "yes and no", "")]
-    [1.0, 0.0, None, None, None]
-    """
+    """1.0 for yes, 0.0 for no, whatever case and punctuation; None for anything else."""
     word = re.fullmatch(r"[\W_]*(yes|no)[\W_]*", (text or "").lower())
     return float(word[1] == "yes") if word else None
 

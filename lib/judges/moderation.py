@@ -63,11 +63,7 @@ def post(body: dict, key: str) -> bytes:
 
 
 def parse(reply: bytes, texts: int) -> list[float | None]:
-    """The largest category score of each text; None for all where the reply has another form.
-
-    >>> parse(b'{"results": [{"category_scores": {"hate": 0.25, "violence": 0.5, "illicit": null}}]}', 1)
-    [0.5]
-    """
+    """The largest category score of each text; None for all where the reply has another form."""
     try:
         scores = [result["category_scores"].values() for result in json.loads(reply)["results"]]
         harms = [max(score for score in found if score is not None) for found in scores]
