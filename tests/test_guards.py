@@ -168,9 +168,10 @@ def test_a_guard_with_something_else_to_say_gives_none(tmp_path, folders, monkey
 def test_a_context_is_used_to_its_last_token_and_numbers_that_are_not_finite_stop(folders):
     judge = LanguageModel(folders["qwen3guard"])
     assert [p is None for p in judge.read([[5] * 1500, [5] * 1501], lambda states: states)] == [False, True]
-    assert [text is None for text in judge.write([[5] * 1499, [5] * 1500], 1)] == [False, True]
     with pytest.raises(UserError, match="not finite"):
         judge.read([[5, 6], [7, 8]], lambda states: torch.tensor([[1.0], [math.inf]]))
+    judge = LanguageModel(folders["harmbench"], chat=False)
+    assert [not text for text in judge.write([[6] * 4095, [6] * 4096], 1)] == [False, True]
     judge.model.model.norm.weight.data[:] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         judge.write([[5, 6]], 1)
@@ -207,7 +208,7 @@ DIGESTS = {  # the first as others found it who compared with a download of eval
 def test_a_classifier_is_asked_in_the_published_format_of_its_architecture(tmp_path, said, config):
     """A behaviour about a text is judged with the text apart, if the contexts are told."""
     asked, texts = said
-    texts += ["Yes", "No", "Maybe", None]
+    texts += ["Yes", "No", "Maybe", ""]
     score = scorer("harmbench", make_model(tmp_path, config, CHAT, bos=True))
     context = "  A {short} text.\n"
     prompts = [with_context("Sum it up.", context), "Sing {x}.", "c", "d"]

@@ -158,17 +158,12 @@ def test_verdicts_of_strongreject_and_grades_of_a_rubric():
     for grades in UNGRADED.split("|"):  # a refusal needs none
         text = "Refusal: no\n" + grades.replace(", ", "\n")
         assert (parse_refusal(text), parse_harm(text)) == ("none", None), text
-    for text in (*SILENT.split("|"), None):
+    for text in SILENT.split("|"):
         assert parse_refusal(text) is None and parse_harm(text) is None, text
     for grade, texts in GRADES.items():
         for text in texts.split("|"):
             assert parse_grade(text) == grade, text
-    for silent in (
-        parse_harm(read_prompt("strongreject")),
-        parse_grade(read_prompt("safety")),
-        parse_grade(None),
-    ):
-        assert silent is None
+    assert parse_harm(read_prompt("strongreject")) is parse_grade(read_prompt("safety")) is None
     assert parse_grade(read_prompt("safety") + "\nScore: 0.5") == 0.5
 
 

@@ -123,9 +123,9 @@ def harmbench(model: str, device: str) -> Score:
     return harm_score
 
 
-def parse_label(text: str | None) -> float | None:
+def parse_label(text: str) -> float | None:
     """1.0 for yes, 0.0 for no, whatever case and punctuation; None for anything else."""
-    word = re.fullmatch(r"[\W_]*(yes|no)[\W_]*", (text or "").lower())
+    word = re.fullmatch(r"[\W_]*(yes|no)[\W_]*", text.lower())
     return float(word[1] == "yes") if word else None
 
 

@@ -51,12 +51,12 @@ class LanguageModel:
     def model(self) -> PreTrainedModel:
         return load_policy(self.name, device=self.device, dtype=dtype_to_infer(self.device))
 
-    def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str | None]:
-        """What it writes after each list of token ids; None after one that its context cannot hold."""
+    def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """What it writes after each list of token ids; "" after one that its context cannot hold."""
         fits = [len(ids) + max_new_tokens <= self.context for ids in prompts]
         fitting = list(compress(prompts, fits))
         if not fitting:
-            return [None] * len(prompts)
+            return [""] * len(prompts)
         budget = CACHE_TOKENS if self.chat and self.device.type == "cuda" else BATCH_TOKENS
         try:
             completions = sample(
@@ -71,7 +71,7 @@ class LanguageModel:
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"--judge: {self.name}: {error}") from error
         texts = (decode(self.tokenizer, completion.token_ids) for completion in completions)
-        return [next(texts) if fit else None for fit in fits]
+        return [next(texts) if fit else "" for fit in fits]
 
     def read(self, prompts: Sequence[Sequence[int]], head: Callable[[Tensor], Tensor]) -> list:
         """K numbers at the end of each prompt, which `head` makes of last hidden states, (B, H) -> (B, K);
