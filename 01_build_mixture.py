@@ -150,10 +150,8 @@ def mix(pool: sources.Pool, settings: Settings) -> list[dict]:
 def with_rainbow(rl: list[dict], settings: Settings, taken: Taken) -> list[dict]:
     """RL prompts, a share of the harmful ones replaced by prompts that --rainbow answers harmfully."""
     from lib.attacks import search  # here, because torch is slow to import
-    from lib.chat import set_date
     from lib.judges import load_judge
 
-    set_date(settings.date)
     harmful = [record for record in rl if record["kind"] == "harmful"]
     new = taken.take(search(settings, harmful, load_judge(settings.rainbow_judge)), "RL")
     # From the end: the first harmful prompts stay, which a smaller lambda has, too.
