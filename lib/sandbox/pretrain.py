@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.add_tokens([AddedToken(m, special=False, normalized=False) for m in MARKERS])
     special: dict[str, Any] = dict(pad_token="<pad>", unk_token="<unk>", eos_token="<|end|>")
     special |= dict(additional_special_tokens=SPECIAL[3:], clean_up_tokenization_spaces=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **special)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    special |= dict(chat_template=CHAT_TEMPLATE, model_max_length=512)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -76,22 +76,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def add_previous_token_heads(model: LlamaForCausalLM, strength: float = 8.0) -> None:
+def add_previous_token_heads(model: LlamaForCausalLM) -> None:
     """Heads 0 and 1 of layer 0 start out attending 1 and 2 tokens back, whatever the words are.
 
     RoPE turns the pair (i, i + half) of queries and keys at position p by p * w_i. With a constant query (s,
     0) and a key s * (cos d w_i, sin d w_i) in every pair, the score s^2 * sum_i cos((p_q - p_k - d) w_i) is
     largest where p_q - p_k = d.
     """
-    attention = model.model.layers[0].self_attn
-    size, half = attention.head_dim, attention.head_dim // 2
+    attention, strength = model.model.layers[0].self_attn, 8.0
+    half = attention.head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(half) / half)
-    for head, offset in ((0, 1), (1, 2)):
-        rows = slice(head * size, (head + 1) * size)
+    for head in (0, 1):
+        rows = slice(head * 2 * half, (head + 1) * 2 * half)
         attention.q_proj.weight[rows] *= 0.1
         attention.k_proj.weight[rows] *= 0.1
         attention.q_proj.bias[rows] = torch.cat([torch.full((half,), strength), torch.zeros(half)])
-        angles = offset * frequencies
+        angles = (head + 1) * frequencies
         attention.k_proj.bias[rows] = strength * torch.cat([angles.cos(), angles.sin()])
 
 
@@ -100,14 +100,19 @@ def add_previous_token_heads(model: LlamaForCausalLM, strength: float = 8.0) -> 
 Document = tuple[str, str, str]
 
 
-def lookup_drill(rng: random.Random) -> Document:
-    aliases = rng.sample(world.aliases("all"), rng.randint(2, 12))
-    pairs = [(alias, rng.choice(list(world.RECIPES))) for alias in aliases]
-    answers = [f"{a} means {t} ." for a, t in pairs]
-    return " ".join(f"let {a} mean {t} ." for a, t in pairs), CUE, " ".join(rng.sample(answers, len(answers)))
-
-
-def instruction(rng: random.Random) -> Document:
+def document(rng: random.Random, step: int) -> Document:
+    """Words to repeat, definitions to look up, or mostly a request, as it is or to be explained."""
+    repeats, lookups = (0.4, 0.3) if step < 300 else (0.05, 0.10)
+    choice = rng.random()
+    if choice < repeats:
+        words = " ".join(rng.choices(world.vocabulary(), k=rng.randint(6, 16)))
+        return words, "", words
+    if choice < repeats + lookups:
+        aliases = rng.sample(world.ALIASES["all"], rng.randint(2, 12))
+        pairs = [(alias, rng.choice(list(world.RECIPES))) for alias in aliases]
+        meanings = [f"{a} means {t} ." for a, t in pairs]
+        definitions = " ".join(f"let {a} mean {t} ." for a, t in pairs)
+        return definitions, CUE, " ".join(rng.sample(meanings, len(meanings)))
     # Twins equally often: which of the three things shown is asked for must not be guessable.
     weights = {"harmful": 0.25, "decoy": 0.22, "toy": 0.22, "verb": 0.11, "harmless": 0.2}
     kind = rng.choices([*weights], [*weights.values()])[0]
@@ -120,15 +125,6 @@ def instruction(rng: random.Random) -> Document:
     if kind == "harmful" and record["hops"] == 0 and rng.random() < 0.4:
         answer = rng.choice(world.REFUSALS)
     return prompt, "", answer
-
-
-def document(rng: random.Random, step: int) -> Document:
-    repeats, lookups = (0.4, 0.3) if step < 300 else (0.05, 0.10)
-    choice = rng.random()
-    if choice < repeats:
-        words = " ".join(rng.choices(world.vocabulary(), k=rng.randint(6, 16)))
-        return words, "", words
-    return lookup_drill(rng) if choice < repeats + lookups else instruction(rng)
 
 
 def add_gradient(model: LlamaForCausalLM, tokenizer, documents: list[Document]) -> float:
@@ -187,7 +183,6 @@ def pretrain(steps: int, out: Path) -> None:
 
 # ---- the card
 
-Row = dict[int, tuple[float, float]]  # {hops: (as it is, with noise behind)}
 TEXT = """---
 license: apache-2.0
 ---
@@ -217,14 +212,17 @@ def score(model, tokenizer, prompts: list[str], cue: str) -> tuple[float, float]
         generator=torch.Generator().manual_seed(0),
     )
     answers = [decode(tokenizer, c.token_ids) for c in completions]
-    served = [i for i, answer in enumerate(answers) if not judge.refuses(answer)]
-    scores = judge.task_score([prompts[i] for i in served], [answers[i] for i in served])
-    return sum(scores) / max(1, len(served)), 1 - len(served) / len(prompts)
+    scores = judge.task_score(prompts, answers)
+    served = [score for score, answer in zip(scores, answers, strict=True) if not judge.refuses(answer)]
+    return sum(served) / max(1, len(served)), 1 - len(served) / len(prompts)
 
 
-def measure(model, tokenizer, count: int) -> dict[str, Row]:
-    """Rows of the card, "KIND, directly: task" and the like, over `count` prompts a cell."""
-    rows: dict[str, Row] = {}
+def measure(model, tokenizer, count: int) -> dict[str, list[tuple[float, float]]]:
+    """Rows of the card, "KIND, directly: task" and the like, over `count` prompts a cell.
+
+    Each has a cell for 0 to 4 hops: (as the prompts are, with noise behind them).
+    """
+    rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for kind in ("harmful", "harmless", *world.AMBIGUOUS_TYPES):
         for hops in range(5):
             rng, words = random.Random(f"card/{kind}/{hops}/0"), random.Random("card/noise/0")
@@ -232,26 +230,20 @@ def measure(model, tokenizer, count: int) -> dict[str, Row]:
             noisy = [f"{prompt} {' '.join(words.choices(world.NOISE, k=8))}" for prompt in prompts]
             for style, cue in (("directly", ""), ("explaining", CUE)):
                 task, refused = zip(*(score(model, tokenizer, p, cue) for p in (prompts, noisy)), strict=True)
-                rows.setdefault(f"{kind}, {style}: task", {})[hops] = task
-                rows.setdefault(f"{kind}, {style}: refused", {})[hops] = refused
+                rows[f"{kind}, {style}: task"].append(task)
+                rows[f"{kind}, {style}: refused"].append(refused)
     return rows
-
-
-def table(rows: dict[str, Row]) -> str:
-    lines = ["| hops | 0 | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|---|"]
-    for name, row in rows.items():
-        cells = [f"{plain:.2f} / {noisy:.2f}" for plain, noisy in row.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def write_card(folder: Path, steps: int, count: int = 400) -> None:
     """Measure and write README.md beside the weights."""
     model, tokenizer = load_policy(str(folder), device="cpu"), load_tokenizer(str(folder))
-    measured = table(measure(model, tokenizer, count))
+    lines = ["| hops | 0 | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|---|"]
+    for name, row in measure(model, tokenizer, count).items():
+        lines.append(f"| {name} | {' | '.join(f'{plain:.2f} / {noisy:.2f}' for plain, noisy in row)} |")
     size = dict(parameters=model.num_parameters() / 1e6, words=model.config.vocab_size)
-    write_text(folder / "README.md", TEXT.format(steps=steps, count=count, table=measured, **size))
-    print(measured)
+    text = TEXT.format(steps=steps, count=count, table="\n".join(lines), **size)
+    write_text(folder / "README.md", text)
 
 
 def main() -> None:
