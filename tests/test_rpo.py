@@ -35,7 +35,10 @@ def make_responses(rewards: list[float], group_size: int) -> list[rpo.Response]:
             prompt = [rng.randrange(97) for _ in range(rng.randint(2, 7))]
         ids = [rng.randrange(97) for _ in range(rng.randint(1, 9))]
         completion = Completion(ids, [0.0] * len(ids), "eos")
-        response = rpo.Response({}, prompt, completion, "", Parsed("", "", True), 0, "none")
+        completion = Completion(ids, [0.0] * len(ids), "eos")
+        mask = [False] * len(prompt) + [True] * len(ids)
+        parsed = Parsed("", "", True)
+        response = rpo.Response({}, prompt + ids, mask, completion, "", parsed, 0, "none")
         response.reward = reward
         responses.append(response)
     return responses
@@ -58,8 +61,8 @@ def test_best_with_worst_ties_are_counted_and_the_unknown_is_in_no_pair():
 def test_loss_and_gradient_are_those_of_the_formula(tiny_model, reference, beta, alpha):
     tiny_model.double(), reference.double()
     responses = make_responses(REWARDS, 4)
-    new = [literal.logprobs(tiny_model, r.ids, len(r.prompt_ids)) for r in responses]
-    anchor = [literal.logprobs(reference, r.ids, len(r.prompt_ids)) for r in responses]
+    new = [literal.logprobs(tiny_model, r.ids, r.mask.index(True)) for r in responses]
+    anchor = [literal.logprobs(reference, r.ids, r.mask.index(True)) for r in responses]
     expected_loss = literal.rpo(new, anchor, PAIRS, beta, alpha)
     expected_loss.backward()
     expected = stages.gradient(tiny_model)
