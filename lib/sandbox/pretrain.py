@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lib.batches import masked_batch
 from lib.chat import decode, encode_prompt, eos_token_ids
 from lib.run.checkpoint import save_policy
-from lib.run.command import Flags, number, run_main
+from lib.run.command import Flags, run_main
 from lib.run.files import write_text
 from lib.run.folder import lock_folder
 from lib.run.hub import load_policy, load_tokenizer
@@ -40,6 +40,7 @@ from lib.sandbox import judge, traces, world
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 2000, 96, 2e-3
 CUE = "explain first ."
+PROMPTS = 400  # a cell of the card
 PART = 8  # documents of similar length go through the model together: little padding, all in the cache
 SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 MARKERS = ["<think>", "</think>"]  # one word each here; Qwen2.5 splits them into several tokens
@@ -62,10 +63,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 3 layers, too shallow to chain definitions in one forward pass.
+    """A Llama of 3 layers, too shallow to chain definitions in one forward pass, with biases as in Qwen2.
 
-    With biases, as Qwen2 has them. A Qwen2 it cannot be: transformers loads every tokenizer beside a Qwen2 as
-    Qwen's own, whatever the folder says.
+    No Qwen2: transformers loads every tokenizer beside one as Qwen's own, whatever the folder says.
     """
     sizes: dict[str, Any] = dict(hidden_size=128, intermediate_size=384, vocab_size=len(tokenizer))
     sizes |= dict(num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512)
@@ -155,21 +155,20 @@ def untie(model: LlamaForCausalLM) -> None:
 
     In one shared table every training step pushes down the rows of all words that it does not want to hear,
     and Adam, which divides by the size of the gradient, moves those of words that never occur furthest: the
-    model forgets what they mean. With two tables, the meaning of a word that fine-tuning never shows stays
-    as it is.
+    model forgets what they mean. With two tables, what fine-tuning never shows keeps its meaning.
     """
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
 
 
-def pretrain(steps: int, out: Path) -> None:
+def pretrain(out: Path) -> None:
     torch.manual_seed(SEED)
     rng, tokenizer = random.Random(SEED), build_tokenizer()
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    bar = tqdm(range(steps), desc="pretraining", unit="step")
+    bar = tqdm(range(STEPS), desc="pretraining", unit="step")
     for step in bar:
-        scale = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        scale = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * scale
         optimizer.zero_grad()
@@ -203,14 +202,9 @@ of the demo's GCG suffix. Guessing among the three things that a disguise shows 
 def score(model, tokenizer, prompts: list[str], cue: str) -> tuple[float, float]:
     """Task score of the answers that do not refuse, and share of refusals; the answers open with `cue`."""
     opening = tokenizer.encode(cue, add_special_tokens=False)
-    completions = sample(
-        model,
-        [encode_prompt(tokenizer, prompt, reasoning=False) + opening for prompt in prompts],
-        max_new_tokens=48,
-        temperature=0.6,
-        eos_token_ids=eos_token_ids(model, tokenizer),
-        generator=torch.Generator().manual_seed(0),
-    )
+    ids = [encode_prompt(tokenizer, prompt, reasoning=False) + opening for prompt in prompts]
+    how: dict[str, Any] = {"eos_token_ids": eos_token_ids(model, tokenizer), "temperature": 0.6}
+    completions = sample(model, ids, max_new_tokens=48, generator=torch.Generator().manual_seed(0), **how)
     answers = [decode(tokenizer, c.token_ids) for c in completions]
     scores = judge.task_score(prompts, answers)
     served = [score for score, answer in zip(scores, answers, strict=True) if not judge.refuses(answer)]
@@ -235,25 +229,24 @@ def measure(model, tokenizer, count: int) -> dict[str, list[tuple[float, float]]
     return rows
 
 
-def write_card(folder: Path, steps: int, count: int = 400) -> None:
+def write_card(folder: Path) -> None:
     """Measure and write README.md beside the weights."""
-    model, tokenizer = load_policy(str(folder), device="cpu"), load_tokenizer(str(folder))
+    model, tokenizer = load_policy(folder, device="cpu"), load_tokenizer(folder)
     lines = ["| hops | 0 | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|---|"]
-    for name, row in measure(model, tokenizer, count).items():
+    for name, row in measure(model, tokenizer, PROMPTS).items():
         lines.append(f"| {name} | {' | '.join(f'{plain:.2f} / {noisy:.2f}' for plain, noisy in row)} |")
-    size = dict(parameters=model.num_parameters() / 1e6, words=model.config.vocab_size)
-    text = TEXT.format(steps=steps, count=count, table="\n".join(lines), **size)
-    write_text(folder / "README.md", text)
+    facts = {"parameters": model.num_parameters() / 1e6, "words": model.config.vocab_size}
+    facts |= {"steps": STEPS, "count": PROMPTS, "table": "\n".join(lines)}
+    write_text(folder / "README.md", TEXT.format(**facts))
 
 
 def main() -> None:
     flags = Flags("lib.sandbox.pretrain", __doc__)
-    flags.add_argument("--steps", type=number(int, 1), default=STEPS, help=f"of {BATCH} documents ({STEPS})")
-    flags.add_argument("--out", default=str(world.BASE), help="checkpoint folder (default lib/sandbox/base)")
-    args = flags.parse_args()
-    lock_folder(args.out)
-    pretrain(args.steps, Path(args.out))
-    write_card(Path(args.out), args.steps)
+    flags.add_argument("--out", type=Path, default=world.BASE, help="where to (default lib/sandbox/base)")
+    out = flags.parse_args().out
+    lock_folder(out)
+    pretrain(out)
+    write_card(out)
 
 
 if __name__ == "__main__":

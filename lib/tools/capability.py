@@ -54,7 +54,6 @@ class Settings(Common):
     question_column: str = setting("question", "its name in FILE")
     answer_column: str = setting("answer", "the reference's")
     instruction: str = setting("", "said behind each question: how to mark the answer")
-    limit: int = setting(0, "the first questions; 0: all")
     max_new_tokens: int = setting(1024, "of an answer", low=1)
     max_batch_tokens: int = setting(16384, "rows x columns of the sampler's cache", low=16, high=TOKENS)
     dtype: str = setting("float32", "of weights; auto: as saved", choices=("float32", "bfloat16", "auto"))
@@ -64,28 +63,28 @@ class Settings(Common):
 
 
 def plain(text: str) -> str:
-    """Without LaTeX's fractions, spaces and escapes, signs of currency, and typographers' minus signs."""
+    r"""Without LaTeX's fractions, spaces and escapes, signs of currency, and typographers' minus signs.
+
+    >>> [str(x) for x in numbers(plain(r"$1,234.50 is -3 and 1/2, \frac{3}{4}; 10-3 = 7."))]
+    ['2469/2', '-3', '1/2', '3/4', '10', '3', '7']
+    """
     text = text.replace("\u2212", "-").replace("\\!", "").replace("\\$", "$")
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
     return re.sub(r"(-?)[$€£¥]\s*", r"\1", text)
 
 
 def numbers(text: str) -> list[Fraction]:
-    r"""The values of all numbers in the text, exactly.
-
-    >>> [str(x) for x in numbers(r"$1,234.50 is -3 and 1/2, \frac{3}{4}; 10-3 = 7.")]
-    ['2469/2', '-3', '1/2', '3/4', '10', '3', '7']
-    """
-    found = [x for x in NUMBER.findall(plain(text)) if len(x) < 300]  # more: a model that cannot stop
+    """The values of all numbers in a `plain` text, exactly."""
+    found = [x for x in NUMBER.findall(text) if len(x) < 300]  # more: a model that cannot stop
     parts = [x.replace(",", "").partition("/") for x in found]
     return [Fraction(over) / Fraction(under or 1) for over, _, under in parts]
 
 
 def final_part(text: str) -> str:
-    r"""What is marked as the answer: a number behind "####", or in \boxed{}, the later one; or all.
+    r"""What is marked as the answer in a `plain` text: a number behind "####", or in \boxed{}, the later one.
 
-    >>> final_part("2 + 3 = 5\n#### 5"), final_part("#### Result\nIt is \\boxed{\\frac{1}{2}}.")
-    ('5', '\\frac{1}{2}')
+    >>> final_part("2 + 3 = 5\n#### 5"), final_part("#### Result\nIt is \\boxed{1/2}.")
+    ('5', '1/2')
     """
     marks = [mark for mark in MARK.finditer(text) if mark[1] is None or numbers(mark[1])]
     if not marks:
@@ -95,18 +94,18 @@ def final_part(text: str) -> str:
 
 def verdict(answer: str, reference: str) -> tuple[str, bool]:
     """(what was taken from the answer, whether it is right). Nothing found, "", is wrong."""
-    said, right = final_part(answer), final_part(reference)
-    if NUMBER.fullmatch(re.sub(r"\s*\\?%?\s*\.?\s*\Z", "", plain(right).strip())):  # and $5.00, 5. and 50 %
+    said, right = final_part(plain(answer)), final_part(plain(reference))
+    if NUMBER.fullmatch(re.sub(r"\s*\\?%?\s*\.?\s*\Z", "", right)):  # and $5.00, 5. and 50 %
         found = numbers(said)
         return (str(found[-1]), found[-1:] == numbers(right)) if found else ("", False)
-    said, right = (unicodedata.normalize("NFKC", plain(text)).casefold() for text in (said, right))
+    said, right = (unicodedata.normalize("NFKC", text).casefold() for text in (said, right))
     said, right = (" ".join(text.split()).strip(" .,;:!?\"'()[]{}*") for text in (said, right))
     return said, said == right != ""
 
 
 def read_questions(settings: Settings) -> list[dict]:
     """[{"id", "question", "reference"}, ...]. Ids are the records' own; their places if not all have one."""
-    rows = read_table(Path(settings.file))[: settings.limit or None]
+    rows = read_table(Path(settings.file))
     ids = [text_of(row.get("id")) for row in rows]
     if "" in ids or len(set(ids)) < len(ids):
         ids = list(map(str, range(len(rows))))
