@@ -26,15 +26,14 @@ STAGES = {"01": ("mixture",), "02": ("sft",), "03": ("rl",), "04": ("eval",), "-
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_is_a_command_that_its_chapter_accepts_and_comes_after_what_it_reads(name, tmp_path):
     known: dict[Path, set[Path]] = {}
-    for run_name, command in STUDIES[name].runs.items():
-        out = tmp_path / "seed-7" / run_name
-        run = study.Run(out, f"{command} --preset sandbox --seed 7")
-        script, *words = run.words()
+    commands = study.commands_of(STUDIES[name], tmp_path, "--preset sandbox --seed 7")
+    for out, (script, *words) in commands.items():
         module = importlib.import_module(words.pop(0) if script == "-m" else script.removesuffix(".py"))
         cls = getattr(module, "EvalSettings", None) or module.Settings
         settings = parse_settings(cls, *STAGES[script[:2]], argv=words)
         assert settings.seed == 7 and settings.out == str(out)
-        before = run.needs().union(*(known[path] for path in run.needs()))
+        needed = study.needs(out, commands)
+        before = needed.union(*(known[path] for path in needed))
         reads = [getattr(settings, key, "") for key in ("model", "data", "rainbow")]
         reads += [path.partition("=")[2] for path in getattr(settings, "models", [])]
         assert {path for path in map(Path, reads) if path.is_relative_to(tmp_path)} <= before
@@ -45,7 +44,7 @@ def test_methods_of_the_frontier_start_from_one_pi_sft_and_are_asked_the_same(tm
     """Whatever the lambda, the traces and the evaluation are the same bytes; the RL prompts are not."""
     few, contents = "--seed 3 --rl-prompts 40 --sft-prompts 20 --eval-prompts 6", []
     for name in ("data", "data-0.1", "data-0.9"):
-        words = study.Run(tmp_path / name, f"{STUDIES['frontier'].runs[name]} {few}").words()
+        words = study.commands_of(STUDIES["frontier"], tmp_path, few)[tmp_path / name]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         contents.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.jsonl")})
     for name in contents[0].keys() - {"rl.jsonl"}:

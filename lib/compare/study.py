@@ -24,7 +24,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,62 +39,59 @@ from lib.run.folder import lock_folder, read_settings
 
 Key = tuple[str, str]  # a model, a method or a difference; and a figure of it
 Curves = dict[str, dict[str, str]]
+Commands = dict[Path, list[str]]  # a run's folder, OUT/seed-K/NAME: arguments for `python`
 SECTIONS = "dsr dsr_by_budget controls plane task_score compliance format_rate reasoning_tokens".split()
-OTHER = r"@([\w.-]+)"  # another run, in a command
 
 
 # ---- running
 
 
-@dataclass(frozen=True)
-class Run:
-    """A line of a table, for one seed."""
-
-    out: Path  # OUT/seed-K/NAME
-    command: str
-
-    @property
-    def log(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.log")
-
-    def needs(self) -> set[Path]:
-        return {self.out.with_name(name) for name in re.findall(OTHER, self.command)}
-
-    def words(self) -> list[str]:
-        """Arguments for `python`."""
-        words = f"{self.command} --out @{self.out.name}".split()
-        return [re.sub(OTHER, lambda name: str(self.out.with_name(name[1])), word) for word in words]
-
-    def start(self) -> subprocess.Popen:
-        """In a session of its own: Ctrl-C reaches this process alone, which then ends its children."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        how: dict[str, Any] = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
-        with self.log.open("a", encoding="utf-8") as file:
-            print("$ python", *self.words(), file=file, flush=True)
-            return subprocess.Popen([sys.executable, *self.words()], stdout=file, stderr=file, **how)
+def commands_of(study: Study, folder: Path, flags: str) -> Commands:
+    """The study's runs for one seed, in `folder`, which stands in the place of @."""
+    commands: Commands = {}
+    for name, command in study.runs.items():
+        words = f"{command} {flags} --out @{name}".split()
+        commands[folder / name] = [word.replace("@", f"{folder}/") for word in words]
+    return commands
 
 
-def run_all(runs: Sequence[Run], jobs: int) -> None:
+def needs(out: Path, commands: Commands) -> set[Path]:
+    """The other runs that it reads: named as FOLDER or NAME=FOLDER."""
+    paths = {Path(part) for word in commands[out] for part in (word, word.partition("=")[2])}
+    return paths & commands.keys() - {out}
+
+
+def begin(out: Path, words: Sequence[str]) -> subprocess.Popen:
+    """In a session of its own: Ctrl-C reaches this process alone, which then ends its children."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    how: dict[str, Any] = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    with open(f"{out}.log", "a", encoding="utf-8") as file:
+        print("$ python", *words, file=file, flush=True)
+        return subprocess.Popen([sys.executable, *words], stdout=file, stderr=file, **how)
+
+
+def run_all(commands: Commands, jobs: int) -> None:
     """Run each once what it needs is there, `jobs` at a time, the first ones first.
 
     Raises UserError with the last line of the first one that fails, and ends the others: a stage loses
     nothing that it had saved, whatever ends it.
     """
-    waiting, done = list(runs), set[Path]()
-    running: dict[Run, subprocess.Popen] = {}
+    waiting, done = list(commands), set[Path]()
+    running: dict[Path, subprocess.Popen] = {}
     try:
-        with tqdm(total=len(runs), unit="run") as bar:
+        with tqdm(total=len(commands), unit="run") as bar:
             while waiting or running:
-                ready = [run for run in waiting if run.needs() <= done]
-                for run in ready[: jobs - len(running)]:
-                    waiting.remove(run)
-                    running[run] = run.start()
+                ready = [out for out in waiting if needs(out, commands) <= done]
+                for out in ready[: jobs - len(running)]:
+                    waiting.remove(out)
+                    running[out] = begin(out, commands[out])
                 time.sleep(0.1)
-                for run in [run for run, child in running.items() if child.poll() is not None]:
-                    if running.pop(run).returncode:
-                        last = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-                        raise UserError(f"{run.log}: {last}; then run the same command again")
-                    done.add(run.out)
+                for out in [out for out, child in running.items() if child.poll() is not None]:
+                    if running.pop(out).returncode:
+                        log = Path(f"{out}.log").read_text(encoding="utf-8", errors="replace")
+                        last = log.strip().splitlines()[-1]
+                        raise UserError(f"{out}.log: {last}; then run the same command again")
+                    done.add(out)
                     bar.update()
     finally:
         for child in running.values():
@@ -280,13 +276,12 @@ def main() -> None:
     out = Path(args.out or f"runs/{study.folder}")
     lock_folder(out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
-    runs, folders = [], []
-    for seed in range(study.first_seed, study.first_seed + (args.seeds or study.seeds)):
-        folders.append(out / f"seed-{seed}")
-        same = f"--preset {args.preset} --seed {seed}"
-        runs += [Run(folders[-1] / name, f"{command} {same}") for name, command in study.runs.items()]
-    run_all(runs, args.jobs)
-    print(write(args.study, study, out, [read_seed(study, folder) for folder in folders]))
+    commands: Commands = {}
+    seeds = range(study.first_seed, study.first_seed + (args.seeds or study.seeds))
+    for seed in seeds:
+        commands |= commands_of(study, out / f"seed-{seed}", f"--preset {args.preset} --seed {seed}")
+    run_all(commands, args.jobs)
+    print(write(args.study, study, out, [read_seed(study, out / f"seed-{seed}") for seed in seeds]))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,8 @@ def measure(answers: dict[str, list[dict]]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     settings, run = start(Settings, "capability", argv=argv)
+    if run.size > 1:
+        raise UserError("torchrun: this command runs as one process; start it with python")
     models, questions = named("--models", settings.models), read_questions(settings)
     if unknown := [name for name in settings.direct if name not in models]:
         raise UserError(f"--direct: given {unknown[0]}; allowed the names in --models: {', '.join(models)}")
