@@ -1,13 +1,11 @@
-"""Attacks that only ask: they see answers, not the model. Each try is answered and judged; any success
-counts.
+"""Attacks that only ask: each try is answered and judged, and any success counts.
 
     prefill_reasoning, prefill_answer   the attacker opens the model's turn (an interface has to allow it)
     best_of_n                           the same request many times, disturbed at random (Hughes et al. 2024)
     pap                                 persuasion, one technique a try (Zeng et al. 2024)
     pair                                an attacker's model that learns from the answers (Chao et al. 2023)
 
-Each is called as `lib.attacks` says. Who writes the words is an `Attacker`: a language model, or the
-sandbox's own. What it fails to write is no try.
+Each is called as `lib.attacks` says. What the attacker, who writes the words, fails to write is no try.
 """
 
 from __future__ import annotations
@@ -54,8 +52,9 @@ def pap(victim, behaviours, budget, generators, on_step, attacker) -> list[Attem
         seeds = draw_seeds(generator, len(chosen))
         texts = attacker.persuade([behaviour["prompt"]] * len(chosen), chosen, seeds)
         cost.written(victim, texts)
-        numbered = enumerate(zip(texts, chosen, strict=True), start=1)
-        new = [a_try(k, text) | {"technique": attacker.techniques[which]} for k, (text, which) in numbered]
+        new = [a_try(k, text) for k, text in enumerate(texts, start=1)]
+        for attempt, which in zip(new, chosen, strict=True):
+            attempt["technique"] = attacker.techniques[which]
         tries.append([attempt for attempt in new if attempt["sent"]])
     return _asked(victim, behaviours, tries, generators, on_step, costs)
 
@@ -63,28 +62,25 @@ def pap(victim, behaviours, budget, generators, on_step, attacker) -> list[Attem
 def pair(victim, behaviours, budget, generators, on_step, attacker) -> list[Attempt]:
     """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the
     answers and their ratings: never the reasoning (paper). After a rating of 10 a behaviour is left alone."""
-    costs = [Cost() for _ in behaviours]
-    tries: list[list[dict]] = [[] for _ in behaviours]
+    costs, tries = [Cost() for _ in behaviours], [list[dict]() for _ in behaviours]
     aims = [(b["prompt"], b.get("prefill") or target_of(b)) for b in behaviours]
-    streams = [[Conversation(*aim, stream) for stream in range(budget.streams)] for aim in aims]
+    talks = [[Conversation(*aim, stream) for stream in range(budget.streams)] for aim in aims]
     for turn in range(budget.depth):
-        live = [i for i, past in enumerate(tries) if not any(_rating(t) == FULFILLED for t in past)]
-        talks = [(i, talk) for i in live for talk in streams[i]]
+        live = [i for i, own in enumerate(tries) if not any(_rating(t) == FULFILLED for t in own)]
         seeds = [seed for i in live for seed in draw_seeds(generators[i], budget.streams)]
-        replies = attacker.refine([talk for _, talk in talks], seeds)
-        new: list[list[dict]] = [[] for _ in behaviours]
-        shown = []  # (conversation, what the attacker wrote, the try that it became)
-        for (i, talk), reply in zip(talks, replies, strict=True):
+        asked, new = [(i, talk) for i in live for talk in talks[i]], [list[dict]() for _ in behaviours]
+        replies = attacker.refine([talk for _, talk in asked], seeds)
+        for (i, talk), reply in zip(asked, replies, strict=True):
             costs[i].written(victim, [f"{reply['improvement']} {reply['prompt']}".strip()])
             if reply["prompt"]:
                 new[i].append(a_try(turn * budget.streams + talk.stream + 1, reply["prompt"]))
-                shown.append((talk, reply, new[i][-1]))
+                talk.exchanges = [*talk.exchanges, dict(reply)][-EXCHANGES:]
         ask_all(victim, behaviours, new, generators, costs)
-        for past, attempts in zip(tries, new, strict=True):
-            past += attempts
-        for talk, reply, attempt in shown:
-            seen = {**reply, "answer": attempt["completion"]["answer"], "rating": _rating(attempt)}
-            talk.exchanges = [*talk.exchanges, seen][-EXCHANGES:]
+        for i, attempts in enumerate(new):
+            for attempt in attempts:
+                exchange = talks[i][(attempt["step"] - 1) % budget.streams].exchanges[-1]
+                exchange |= {"answer": attempt["completion"]["answer"], "rating": _rating(attempt)}
+            tries[i] += attempts
         on_step()
     return [Attempt(b["id"], t, c.total()) for b, t, c in zip(behaviours, tries, costs, strict=True)]
 
