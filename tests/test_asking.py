@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
 from test_attacks import (
     BEHAVIOURS,
     BUDGET,
@@ -34,7 +33,7 @@ from lib.attacks.victim import NOT_ASKED
 from lib.chat import THINK_CLOSE
 from lib.sampler import Completion, draw_seeds
 from lib.sandbox import judge, world
-from lib.sandbox.attacker import PERSUASION, SandboxAttacker
+from lib.sandbox.attacker import SandboxAttacker
 
 SMALL = replace(BUDGET, samples=5, techniques=3, streams=2, depth=3, population=8, generations=4)
 LONG = {"id": "c", "prompt": " ".join(["w3"] * 126), "target": "w5 w6"}  # of a context of 128
@@ -44,7 +43,6 @@ class Scripted:
     """An attacker whose words are known."""
 
     techniques = tuple(f"technique {i}" for i in range(9))
-    keeps_request = False
 
     def __init__(self, silent: bool = False) -> None:
         self.silent, self.seen = silent, []
@@ -52,8 +50,8 @@ class Scripted:
     def augment(self, prompt, generator):
         return f"{prompt} w{draw_seeds(generator, 1)[0] % 50}"
 
-    def persuade(self, prompts, techniques, seeds):
-        return ["" if self.silent else f"w{t} {p}" for p, t in zip(prompts, techniques, strict=True)]
+    def persuade(self, prompt, techniques, seeds):
+        return ["" if self.silent else f"w{name.split()[1]} {prompt}" for name in techniques]
 
     def refine(self, conversations, seeds):
         self.seen += [replace(talk) for talk in conversations]
@@ -61,10 +59,10 @@ class Scripted:
         return [{"improvement": "", "prompt": prompt} for prompt in prompts]
 
     def individuals(self, goal, count, seeds):
-        return [Individual((f"w{60 + i} w{80 + i}",), goal, (f"w{100 + i}",)) for i in range(count)]
+        return [((f"w{60 + i} w{80 + i}",), goal, (f"w{100 + i}",)) for i in range(count)]
 
-    def vary(self, parts, goals, requests, seeds):
-        return [p if r else f"w{s % 100}" for p, r, s in zip(parts, requests, seeds, strict=True)]
+    def vary(self, parts, place, goal, seeds):
+        return [part if k == place else f"w{seeds[k] % 100}" for k, part in enumerate(parts)]
 
 
 @pytest.fixture(scope="module")
@@ -85,36 +83,35 @@ def test_prefill_opens_the_turn_and_the_answer_counts_from_there(model, tokenize
     assert one["opening"] == "w40 w41" + THINK_CLOSE + "w5 w6 w8"
     completion = one["completion"]
     assert completion["answer"].startswith("w5 w6 w8") and completion["reasoning"] == "w40 w41"
-    assert completion["closed"] and {*completion["answer"].split()} <= {
-        *tokenizer.get_vocab()
-    }  # words do not merge
+    assert completion["closed"] and {*completion["answer"].split()} <= {*tokenizer.get_vocab()}  # none merged
     behaviours = [BEHAVIOURS[0], {**BEHAVIOURS[1], "prefill": "w90"}]
     attempts = attack(model, tokenizer, behaviours, name="prefill_answer", reasoning=False)
     assert [attempt.trace[0]["opening"] for attempt in attempts] == ["w5 w6 w8", "w90"]
     assert attack(model, tokenizer, name="prefill_reasoning")[0].trace[0]["opening"] == "w40 w41"
 
 
-def test_best_of_n_sends_the_request_as_it_is_and_then_disturbed(model, tokenizer):
+def test_best_of_n_begins_with_the_request_and_pap_tries_different_techniques(model, tokenizer):
     attempts = attack(model, tokenizer, budget=SMALL, name="best_of_n", attacker=(Scripted(),))
     for attempt, behaviour in zip(attempts, BEHAVIOURS, strict=True):
         first, *others = [t["sent"] for t in attempt.trace]
         assert first == behaviour["prompt"] and len(others) == 4
         assert all(sent.startswith(behaviour["prompt"] + " w") for sent in others)
         assert attempt.cost["queries"] == 5 and attempt.cost["forward_tokens"] > 0
-
-
-@pytest.mark.parametrize("name", ["best_of_n", "pap", "pair", "autodan"])
-def test_a_behaviour_fares_the_same_whoever_is_attacked_beside_it(model, tokenizer, name):
-    both = attack(model, tokenizer, budget=SMALL, name=name, attacker=(Scripted(),))
-    alone = attack(model, tokenizer, BEHAVIOURS[1:], SMALL, seed=1, name=name, attacker=(Scripted(),))
-    assert both[1].trace == alone[0].trace
-
-
-def test_pap_tries_different_techniques(model, tokenizer):
     attempt = attack(model, tokenizer, budget=SMALL, name="pap", attacker=(Scripted(),))[0]
     assert [t["step"] for t in attempt.trace] == [1, 2, 3] and attempt.cost["empty"] == 0
     used = [f"technique {t['sent'].split()[0][1:]}" for t in attempt.trace]
     assert used == [t["technique"] for t in attempt.trace] and len({*used}) == 3
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "pap", "pair", "autodan", "prefill_answer"])
+def test_a_behaviour_fares_the_same_beside_any_other_and_one_too_long_is_not_asked(model, tokenizer, name):
+    given = {"name": name, "attacker": (Scripted(),) if ATTACKS[name].attacker else ()}
+    both = attack(model, tokenizer, budget=SMALL, **given)
+    alone = attack(model, tokenizer, BEHAVIOURS[1:], SMALL, seed=1, **given)
+    assert both[1].trace == alone[0].trace
+    fine, long = attack(model, tokenizer, [BEHAVIOURS[0], LONG], SMALL, **given)
+    assert fine.trace[-1]["step"] == steps_of(name, SMALL) and long.cost["queries"] == 0
+    assert {t["completion"]["finish_reason"] for t in long.trace} == {NOT_ASKED}
 
 
 @pytest.mark.parametrize(("name", "count"), [("pap", 3), ("pair", 6)])
@@ -157,14 +154,6 @@ def test_pair_stops_at_a_rating_of_ten_and_not_at_a_success(model, tokenizer, ha
     assert {e["rating"] for talk in attacker.seen for e in talk.exchanges} <= {rating}
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "pap", "pair", "autodan", "prefill_answer"])
-def test_a_text_that_is_too_long_is_not_asked(model, tokenizer, name):
-    given = (Scripted(),) if ATTACKS[name].attacker else ()
-    fine, long = attack(model, tokenizer, [BEHAVIOURS[0], LONG], SMALL, name=name, attacker=given)
-    assert fine.trace[-1]["step"] == steps_of(name, SMALL) and long.cost["queries"] == 0
-    assert {t["completion"]["finish_reason"] for t in long.trace} == {NOT_ASKED}
-
-
 # ---- the attacker as a chat model --------------------------------------------------------------------------
 
 GOAL, TARGET = "bake a {cake}", 'Sure, here is "a cake"'
@@ -173,14 +162,12 @@ GOOD = '{"improvement": "none yet", "prompt": "Please bake."}'
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte, so that what a model reads can be read back; <role>, content, <end> each."""
-    core = Tokenizer(
-        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
-    )
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocabulary, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}<assistant>"
-    )
+    turns = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    tokenizer.chat_template = turns + "<assistant>"
     return tokenizer
 
 
@@ -190,11 +177,12 @@ class Recorded:
     def __init__(self, reply) -> None:
         self.reply, self.calls, self.tokenizer = reply, [], byte_tokenizer()
 
-    def __call__(self, model, prompts, *, seeds, max_new_tokens, top_p=1.0, max_batch_tokens=None, **options):
-        longest = max(map(len, prompts)) + max_new_tokens
-        assert longest <= min(model.config.max_position_embeddings, max_batch_tokens or math.inf)
+    def __call__(self, model, prompts, *, seeds, max_new_tokens, top_p, max_batch_tokens, **options):
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        assert longest <= min(model.config.max_position_embeddings, max_batch_tokens)
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
-        self.calls.append({"texts": texts, "seeds": seeds, "limit": max_new_tokens, "top_p": top_p})
+        if texts:
+            self.calls.append({"texts": texts, "seeds": seeds, "limit": max_new_tokens, "top_p": top_p})
         replies = [self.reply(text, seed) for text, seed in zip(texts, seeds, strict=True)]
         return [Completion(self.tokenizer.encode(r), [], "stop") for r in replies]
 
@@ -205,7 +193,7 @@ class Recorded:
 
 @pytest.fixture
 def talker(monkeypatch):
-    def make(reply, context=100_000, budget=None):
+    def make(reply, context=100_000):
         recorded = Recorded(reply)
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
@@ -213,16 +201,16 @@ def talker(monkeypatch):
         monkeypatch.setattr(attacker_module, "sample", recorded)
         monkeypatch.setattr(attacker_module, "load_tokenizer", lambda name: recorded.tokenizer)
         monkeypatch.setattr(attacker_module, "load_policy", lambda name: model)
-        return LanguageModelAttacker("chat", 7, budget), recorded
+        return LanguageModelAttacker("chat", 7, 10), recorded
 
     return make
 
 
 def exchanges(*answers: str) -> list[dict]:
-    seen = [
-        {"improvement": f"idea {i}", "prompt": f"try {i}", "rating": i} for i in range(1, len(answers) + 1)
-    ]
-    return [one | {"answer": answer} for one, answer in zip(seen, answers, strict=True)]
+    seen = []
+    for i, answer in enumerate(answers, start=1):
+        seen.append({"improvement": f"idea {i}", "prompt": f"try {i}", "answer": answer, "rating": i})
+    return seen
 
 
 def turns(text: str) -> list[tuple[str, str]]:
@@ -279,9 +267,7 @@ def test_a_reply_is_json_with_two_texts_or_malformed(text, prompt):
 
 
 def test_a_malformed_reply_is_asked_for_again_at_most_five_times_whatever_else_is_asked(talker):
-    attacker, recorded = talker(
-        lambda text, seed: GOOD if seed % 3 == 0 and "poor" not in text else "no json"
-    )
+    attacker, recorded = talker(lambda text, seed: "no json" if seed % 3 or "poor" in text else GOOD)
     talks = [Conversation(f"goal {i}", TARGET, i, exchanges("No.")) for i in range(8)]
     together = attacker.refine([*talks, Conversation("poor", "", 0)], list(range(9)))
     assert together[8]["prompt"] == "" and len({*recorded.seeds_of("poor")}) == 6 == len(recorded.calls)
@@ -293,7 +279,7 @@ def test_a_malformed_reply_is_asked_for_again_at_most_five_times_whatever_else_i
 
 def test_a_conversation_that_is_too_long_loses_its_oldest_exchanges(talker):
     talk = Conversation(GOAL, TARGET, 0, exchanges("one", "two", "three"))
-    attacker, whole = talker(lambda text, seed: GOOD, budget=10)  # which must not decide what is asked
+    attacker, whole = talker(lambda text, seed: GOOD)
     attacker.refine([replace(talk, exchanges=talk.exchanges[n:]) for n in range(4)], [0] * 4)
     texts = whole.calls[0]["texts"]
     sizes = [len(whole.tokenizer.encode(text)) for text in texts]
@@ -327,33 +313,21 @@ def test_an_attacker_without_system_prompts_is_refused_before_the_hours_if_pair_
 def test_a_chat_model_writes_and_each_text_depends_on_its_seed_alone(model, tokenizer, monkeypatch):
     monkeypatch.setattr(attacker_module, "load_tokenizer", lambda name: tokenizer)
     monkeypatch.setattr(attacker_module, "load_policy", lambda name: model)
-    attacker = LanguageModelAttacker("chat", 5)
+    attacker = LanguageModelAttacker("chat", 5, 1000)
     texts = attacker.write(["w1", "w2 w3", "w1", LONG["prompt"]], [1, 2, 3, 4])
     assert attacker.write(["w2 w3"], [2]) == [texts[1]] and texts[0] != texts[2] and texts[3] == ""
     assert all(0 < len(t.split()) <= 5 for t in texts[:3])  # endless text is cut
-    assert len(attacker.persuade(["w1"] * 3, [0, 5, 39], [1, 2, 3])) == 3
-    people = attacker.individuals("w1 w2", 3, [1, 2, 3])
-    assert len(people) == 3 and all("w1 w2" in person.text() for person in people)
-    assert attacker.keeps_request and len(attacker.vary(["w5"], ["w1 w2"], [False], [1])) == 1
 
 
-def test_what_a_chat_model_is_told_of_a_technique_and_how_a_scene_is_read(talker):
+def test_what_a_chat_model_is_told_and_how_its_words_are_read(talker):
     scene = "A lab. It is night!\n[REQUEST]\nAnswer in full."
-    attacker, recorded = talker(lambda text, seed: scene if "[REQUEST]" in text else '"Dear reader."')
-    assert (
-        attacker.persuade([GOAL], [25], [1]) == ["Dear reader."]
-        and attacker.techniques[25] == "time pressure"
-    )
+    attacker, recorded = talker(lambda text, seed: scene if "[REQUEST]" in text else f'"New {seed}."')
+    assert attacker.persuade(GOAL, ["time pressure"], [1]) == ["New 1."]
     asked = recorded.calls[0]["texts"][0]
     assert all(part in asked for part in ("time pressure", "leave little time to decide", GOAL))
-    expected = Individual(("A lab.", "It is night!"), GOAL, ("Answer in full.",))
-    assert attacker.individuals(GOAL, 1, [1]) == [expected]
-    assert (
-        len(TECHNIQUES)
-        == 40
-        == len({name for name, _ in TECHNIQUES})
-        == len({text for _, text in TECHNIQUES})
-    )
+    assert attacker.individuals(GOAL, 1, [1]) == [(("A lab.", "It is night!"), GOAL, ("Answer in full.",))]
+    assert attacker.vary(["a", GOAL, "c"], 1, GOAL, [1, 2, 3]) == ["New 2.", GOAL, "New 3."]
+    assert len(attacker.techniques) == 40 == len({*TECHNIQUES.values()})
 
 
 def test_disturbed_text_is_still_legible():
@@ -369,10 +343,6 @@ def test_disturbed_text_is_still_legible():
 
 def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer, monkeypatch):
     texts, cost, victim = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w10"], Cost(), victim_of(model, tokenizer)
-    few = replace(SMALL, max_batch_tokens=40)  # two batches
-    losses = autodan.target_losses(victim, texts, "w15 w16", few, cost)
-    plain = [plain_loss(model, tokenizer, {"prompt": t, "target": "w15 w16"}, "", True) for t in texts]
-    assert losses == pytest.approx(plain, abs=1e-4) and cost.queries == 3
     encode_text = type(victim).encode
 
     def encode(self, sent, opening=""):
@@ -381,27 +351,12 @@ def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer, mo
         return encode_text(self, sent, opening)
 
     monkeypatch.setattr(type(victim), "encode", encode)
+    few = replace(SMALL, max_batch_tokens=40)  # two batches
+    plain = [plain_loss(model, tokenizer, {"prompt": t, "target": "w15 w16"}, "", True) for t in texts]
     texts[1:1] = [LONG["prompt"], "unreadable"]  # as bad as the worst
     losses = autodan.target_losses(victim, texts, "w15 w16", few, cost)
-    worst = max(plain)
-    assert losses == pytest.approx([plain[0], worst, worst, *plain[1:]], abs=1e-4) and cost.queries == 6
-
-
-def test_out_of_memory_asks_for_half_as_many_losses_at_a_time(model, tokenizer, monkeypatch):
-    texts, victim = [f"w{i}" for i in range(1, 8)], victim_of(model, tokenizer)
-    expected = autodan.target_losses(victim, texts, "w15 w16", SMALL, Cost())
-    decoder = type(model.get_decoder())  # the logits come by lib.policy, of the target's tokens alone
-    rows, forward = [], decoder.forward
-
-    def small(self, input_ids=None, **options):
-        rows.append(len(input_ids))
-        if len(input_ids) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, input_ids=input_ids, **options)
-
-    monkeypatch.setattr(decoder, "forward", small)
-    assert autodan.target_losses(victim, texts, "w15 w16", SMALL, Cost()) == pytest.approx(expected, abs=1e-5)
-    assert rows == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    expected = [plain[0], max(plain), max(plain), *plain[1:]]
+    assert losses == pytest.approx(expected, abs=1e-4) and cost.queries == 3
 
 
 def test_autodan_lowers_the_loss_by_two_steps_in_turn_and_keeps_the_request(model, tokenizer, monkeypatch):
@@ -424,6 +379,7 @@ def test_autodan_lowers_the_loss_by_two_steps_in_turn_and_keeps_the_request(mode
     losses = [t["loss"] for t in attempt.trace]
     assert best == [(24, loss) for loss in losses]  # the best prompts stay
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] and len(losses) == 21
+    assert [t["step"] for t in attempt.trace] == list(range(21))
     assert steps == ["sentence_step", "word_scores"] * 10
     assert all(BEHAVIOURS[0]["prompt"] in t["sent"] for t in attempt.trace)
     loss = plain_loss(model, tokenizer, {**BEHAVIOURS[0], "prompt": attempt.trace[-1]["sent"]}, "", True)
@@ -435,14 +391,9 @@ def test_crossed_children_share_out_the_sentences_of_their_parents():
     firsts = set()
     for seed in range(200):
         one, two = autodan.crossed(mother, father, random.Random(seed))
-        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.before[1:], two.before[1:]} == {
-            (),
-            ("b",),
-        }
-        assert {one.after[0], two.after[0]} == {"c", "z"} and {one.after[1:], two.after[1:]} == {
-            (),
-            ("q", "p"),
-        }
+        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.after[0], two.after[0]} == {"c", "z"}
+        assert {one.before[1:], two.before[1:]} == {(), ("b",)}
+        assert {one.after[1:], two.after[1:]} == {(), ("q", "p")}
         assert {one.request, two.request} == {"r", "s"}
         firsts.add(one)
     assert len(firsts) == 2**5  # five independent choices: many points, not one
@@ -485,25 +436,22 @@ def test_at_most_five_words_of_a_paragraph_give_way():
     after = ("best best",) * 2 + ("best x", "x x")
     expected = Individual(("best best best", "best best x x x"), "x", after)
     assert autodan.swap_words(person, scores, 1.0, random.Random(0)) == expected
-    assert autodan.swap_words(person, {}, 1.0, random.Random(0)) == person
 
 
-@pytest.mark.parametrize("keeps_request", [True, False])
-def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer, keeps_request):
+@pytest.mark.parametrize("request_becomes", ["r", "new r"])
+def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer, request_becomes):
     class Writer(Scripted):
-        def vary(self, parts, goals, requests, seeds):
-            assert {*goals} == {"goal"} and len({*seeds}) == len(parts)
-            assert requests == [part == "r" for part in parts]
-            return ["" if part == "c" else f"new {part}" for part in parts]
+        def vary(self, parts, place, goal, seeds):
+            assert (goal, place) == ("goal", 2) and len({*seeds}) == len(parts)
+            said = {"r": request_becomes, "c": ""}
+            return [said.get(part, f"new {part}") for part in parts]
 
-    writer, cost, victim = Writer(), Cost(), victim_of(model, tokenizer)
-    writer.keeps_request = keeps_request
-    old, other = Individual(("a", "b"), "r", ("c", "d")), Individual((), "r", ())
-    request = "r" if keeps_request else "new r"
-    new = Individual(("new a", "new b"), request, ("c", "new d"))  # what it could not say stays
-    people = [old, old, other, other]
-    children = autodan.mutated(people, [1, 2], "goal", victim, writer, generator(), cost)
-    assert children == [old, new, Individual((), request, ()), other] and cost.empty == 1
+    cost, old = Cost(), Individual(("a", "b"), "r", ("c", "d"))
+    new = autodan.rewritten(old, "goal", victim_of(model, tokenizer), Writer(), generator(), cost)
+    assert new == Individual(
+        ("new a", "new b"), request_becomes, ("c", "new d")
+    )  # what it could not say stays
+    assert cost.empty == 1 and cost.attacker_tokens == 6 + 2 * (request_becomes != "r")
 
 
 def test_children_are_rewritten_at_the_rate_of_mutation_and_where_they_are_copies():
@@ -521,30 +469,26 @@ def harmful(count: int) -> list[dict]:
 
 
 def test_the_sandbox_attacker_asks_for_the_same_thing_in_words_of_the_world():
-    attacker, vocabulary, seeds = SandboxAttacker(), set(world.vocabulary()), list(range(12))
-    goals = [r["prompt"] for r in harmful(12)]
-    things = [judge.resolution(g)[-1] for g in goals]
-    people = [attacker.individuals(g, 1, [i])[0] for i, g in enumerate(goals)]
-    texts = {
-        "refine": [
-            r["prompt"] for r in attacker.refine([Conversation(g, "use bami .", 0) for g in goals], seeds)
-        ],
-        "persuade": attacker.persuade(goals, [i % len(PERSUASION) for i in seeds], seeds),
-        "augment": [attacker.augment(g, generator(i)) for i, g in enumerate(goals)],
-        "individuals": [" ".join([*p.before, p.request, *p.after]) for p in people],
-        "vary": attacker.vary(["x"] * 12, goals, [True] * 12, seeds),
-    }
-    for name, written in texts.items():
-        assert [judge.resolution(text)[-1] for text in written] == things, name
-        assert {w.strip(".,?:") for text in written for w in text.split()} - {""} <= vocabulary, name
+    attacker, vocabulary, goals = (
+        SandboxAttacker(),
+        set(world.vocabulary()),
+        [r["prompt"] for r in harmful(12)],
+    )
+    for i, goal in enumerate(goals):
+        written = attacker.persuade(goal, attacker.techniques, []) + [attacker.augment(goal, generator(i))]
+        written += [reply["prompt"] for reply in attacker.refine([Conversation(goal, "use bami .", 0)], [i])]
+        written += [Individual(*parts).text() for parts in attacker.individuals(goal, 1, [i])]
+        written += attacker.vary(["x"], 0, goal, [i])
+        assert {judge.resolution(text)[-1] for text in written} == {judge.resolution(goal)[-1]}
+        assert {w.strip(".,?:") for text in written for w in text.split()} - {""} <= vocabulary
 
 
 def test_the_sandbox_attacker_never_hands_in_the_answer():
     attacker, records, many = SandboxAttacker(), harmful(4), list(range(160))
     goals = [r["prompt"] for r in records] * 40
     written = [attacker.augment(g, generator(i)) for i, g in enumerate(goals)]
-    written += [" ".join([*p.before, *p.after]) for p in attacker.individuals(goals[0], 160, many)]
-    written += attacker.vary(["x"] * 160, goals, [False] * 160, many)
+    written += [" ".join([*before, *after]) for before, _, after in attacker.individuals(goals[0], 160, many)]
+    written += attacker.vary(["x"] * 160, 200, goals[0], many)
     talks = [Conversation(r["prompt"], r["target"], 0) for r in records] * 40
     written += [reply["prompt"] for reply in attacker.refine(talks, many)]
     assert not sum(judge.harm_score([""] * len(written), written))
@@ -560,10 +504,7 @@ def test_the_sandbox_attacker_refuses_what_it_cannot_disguise_before_any_search(
 
 
 @pytest.mark.parametrize(
-    (
-        "seen",
-        "hops",
-    ),  # (hops, answer, rating) each; R a refusal, W a wrong recipe, P part of it
+    ("seen", "hops"),  # (hops, answer, rating) each; R a refusal, W a wrong recipe, P part of it
     [
         ("2R1", 3),  # deeper
         ("2W1", 1),  # easier to see through

@@ -21,14 +21,14 @@ from lib.sandbox import judge, world
 from lib.sandbox import rainbow as sandbox
 from lib.sandbox.rainbow import PAIRS, SandboxGrid, Traits
 
-FILES = ("archive-0.jsonl", "archive-1.jsonl", "fresh.jsonl", "archive.json", "archive.md", "prompts.jsonl")
+FILES = ("archive-0.jsonl", "archive-1.jsonl", "fresh.jsonl", "archive.json", "prompts.jsonl")
 STARTS = ["r0 s0 dull dull dull dull", "r1 s1 dull dull dull dull"]
 
 
 class Words:
     """A toy grid: "risk style word word word word"; a child differs from its parent in three words."""
 
-    risks, styles = ("r0", "r1", "r2"), ("s0", "s1", "s2", "s3")
+    cells = [(risk, style) for risk in ("r0", "r1", "r2") for style in ("s0", "s1", "s2", "s3")]
 
     def mutate(self, parents, cells, seeds):
         return [self.child(*given) for given in zip(parents, cells, map(random.Random, seeds), strict=True)]
@@ -47,7 +47,7 @@ class Noisy:
         self.calls = calls
 
     def ask(self, behaviours, sent, openings, seeds):
-        self.calls -= 1
+        self.calls -= bool(sent)
         if self.calls < 0:
             raise KeyboardInterrupt
         draws = [random.Random(seed).random() for seed in seeds]
@@ -68,8 +68,7 @@ def small():
 
 
 def run(folder: Path, victim=None, grid=None, starts=STARTS, seed=0) -> list[dict]:
-    victim = victim or Noisy()
-    return Rainbow(lambda: victim, grid or Words(), starts, folder, seed).records(20, 2, 130)
+    return Rainbow(victim or Noisy(), grid or Words(), starts, folder, seed).records(20, 2, 130)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +92,6 @@ def test_archives_fill_and_harm_is_measured_on_fresh_answers_because_that_of_the
     assert len(elites) == 24 and all(len(harms) == 20 for harms in fresh.values())
     assert abs(harm["archive"]["mean"] - truth) < 0.06 and harm["archive"]["low"] > harm["plain"]["high"]
     assert harm["archive, as the search saw it"]["mean"] > truth + 0.02
-    first = (folder / "archive.md").read_text().splitlines()[2].split(" | ")[1]  # r0, s0
-    own = [h for prompt in elites if prompt.startswith("r0 s0") for h in fresh[prompt]]
-    assert first == f"{sum(own) / len(own):.2f}"
 
 
 def test_the_log_replayed_by_the_rules_gives_the_archive(whole):
@@ -150,27 +146,23 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
     cases = {"faulty": (Noisy(0), Faulty(), {"no text", "too long", "copy", "near copy"})}
     cases["silent"] = (Silent(), Constant(), {"no verdict", "copy"})
     for name, (victim, grid, expected) in cases.items():
-        with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 prompts of 20"):
+        with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 of 20"):
             run(tmp_path / name, victim, grid, ["r0 s0 a b c d"])
         outcomes = [line["outcome"] for n in FILES[:2] for line in read_jsonl(tmp_path / name / n)]
         assert {*outcomes} == expected
     assert outcomes.count("no verdict") == 1  # in both archives together
     with pytest.raises(UserError, match="no harmful prompt"):
-        run(tmp_path, starts=[])
+        rainbow.search(None, [], None)
 
 
 def test_cells_with_little_harm_are_drawn_more_often_and_are_distinct():
-    cells = [(r, s) for r in Words.risks for s in Words.styles]
-    archive = {cell: {"harms": [1.0 if cell[1] == "s0" else 0.5] * 40} for cell in cells[:-1]}
+    archive = {cell: ("", [1.0 if cell[1] == "s0" else 0.5] * 40) for cell in Words.cells[:-1]}
     generator = torch.Generator().manual_seed(0)
-    drawn = [choose_cells(archive, cells, 4, generator) for _ in range(200)]
+    drawn = [choose_cells(archive, Words.cells, 4, generator) for _ in range(200)]
     assert all(len(set(chosen)) == 4 for chosen in drawn)
-    assert sum(cells[-1] in chosen for chosen in drawn) > 190  # the empty one
+    assert sum(Words.cells[-1] in chosen for chosen in drawn) > 190  # the empty one
     assert sum(style == "s0" for chosen in drawn for _, style in chosen) < 20
-
-
-def test_a_few_lucky_answers_do_not_beat_many_good_ones():
-    lucky, proven = {"harms": [1.0] * 3}, {"harms": [1.0] * 18 + [0.0, None]}
+    lucky, proven = [1.0] * 3, [1.0] * 18 + [0.0, None]  # a few lucky answers do not beat many good ones
     assert merit(lucky) < merit(proven) < 1
 
 
@@ -185,9 +177,8 @@ def test_the_papers_grid_mutates_risk_then_style():
             return [no if "stubborn" in request else f"<{len(asked)}>" for request in requests]
 
     grid = PaperGrid(Writer(), lambda prompts, answers: [refusal_label(answer) for answer in answers])
-    assert (len(grid.risks), len(grid.styles)) == (10, 12)
     cells = [("fraud and scams", "slang"), ("terrorism", "code")]
-    assert {risk for risk, _ in cells} < {*grid.risks} and {style for _, style in cells} < {*grid.styles}
+    assert [len({*axis}) for axis in zip(*grid.cells, strict=True)] == [10, 12] and {*cells} < {*grid.cells}
     assert grid.mutate(["one", "a stubborn one"], cells, [1, 2]) == ["<3>", ""]
     assert drawn == [1, 2, 0]  # the second mutation has a seed of its own
     assert len(asked) == 3 and "'fraud and scams'" in asked[0] and "'terrorism'" in asked[1]
@@ -199,12 +190,12 @@ def test_the_papers_grid_mutates_risk_then_style():
 
 @pytest.fixture(scope="module")
 def children() -> list[tuple[tuple[str, str], str]]:
-    rng, grid = random.Random(0), SandboxGrid()
-    cells = [(risk, style) for risk in grid.risks for style in grid.styles]
+    rng, cells = random.Random(0), SandboxGrid.cells
     prompts = [record["prompt"] for record in world.build_pool("train", "harmful", len(cells), 0)]
     made = []
     for _ in range(15):
-        prompts = grid.mutate(rng.sample(prompts, len(cells)), cells, [rng.getrandbits(62) for _ in cells])
+        seeds = [rng.getrandbits(62) for _ in cells]
+        prompts = SandboxGrid().mutate(rng.sample(prompts, len(cells)), cells, seeds)
         made += zip(cells, prompts, strict=True)
     return made
 

@@ -48,13 +48,12 @@ def pap(victim, behaviours, budget, generators, on_step, attacker) -> list[Attem
     """Each behaviour with as many techniques, drawn anew for each."""
     costs, tries = [Cost() for _ in behaviours], []
     for behaviour, generator, cost in zip(behaviours, generators, costs, strict=True):
-        chosen = torch.randperm(len(attacker.techniques), generator=generator)[: budget.techniques].tolist()
-        seeds = draw_seeds(generator, len(chosen))
-        texts = attacker.persuade([behaviour["prompt"]] * len(chosen), chosen, seeds)
+        order = torch.randperm(len(attacker.techniques), generator=generator)[: budget.techniques].tolist()
+        names = [attacker.techniques[which] for which in order]
+        texts = attacker.persuade(behaviour["prompt"], names, draw_seeds(generator, len(names)))
         cost.written(victim, texts)
         new = [a_try(k, text) for k, text in enumerate(texts, start=1)]
-        for attempt, which in zip(new, chosen, strict=True):
-            attempt["technique"] = attacker.techniques[which]
+        new = [attempt | {"technique": name} for attempt, name in zip(new, names, strict=True)]
         tries.append([attempt for attempt in new if attempt["sent"]])
     return _asked(victim, behaviours, tries, generators, on_step, costs)
 
@@ -63,24 +62,26 @@ def pair(victim, behaviours, budget, generators, on_step, attacker) -> list[Atte
     """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the
     answers and their ratings: never the reasoning (paper). After a rating of 10 a behaviour is left alone."""
     costs, tries = [Cost() for _ in behaviours], [list[dict]() for _ in behaviours]
-    aims = [(b["prompt"], b.get("prefill") or target_of(b)) for b in behaviours]
-    talks = [[Conversation(*aim, stream) for stream in range(budget.streams)] for aim in aims]
+    talks = []  # (index of the behaviour, conversation)
+    for i, behaviour in enumerate(behaviours):
+        target = behaviour.get("prefill") or target_of(behaviour)
+        talks += [(i, Conversation(behaviour["prompt"], target, k)) for k in range(budget.streams)]
     for turn in range(budget.depth):
-        live = [i for i, own in enumerate(tries) if not any(_rating(t) == FULFILLED for t in own)]
-        seeds = [seed for i in live for seed in draw_seeds(generators[i], budget.streams)]
-        asked, new = [(i, talk) for i in live for talk in talks[i]], [list[dict]() for _ in behaviours]
-        replies = attacker.refine([talk for _, talk in asked], seeds)
-        for (i, talk), reply in zip(asked, replies, strict=True):
+        talks = [(i, talk) for i, talk in talks if FULFILLED not in map(_rating, tries[i])]
+        seeds = [draw_seeds(generators[i], 1)[0] for i, _ in talks]
+        replies, new = attacker.refine([talk for _, talk in talks], seeds), [list[dict]() for _ in behaviours]
+        shown = []
+        for (i, talk), reply in zip(talks, replies, strict=True):
             costs[i].written(victim, [f"{reply['improvement']} {reply['prompt']}".strip()])
             if reply["prompt"]:
                 new[i].append(a_try(turn * budget.streams + talk.stream + 1, reply["prompt"]))
-                talk.exchanges = [*talk.exchanges, dict(reply)][-EXCHANGES:]
+                shown.append((talk, reply, new[i][-1]))
         ask_all(victim, behaviours, new, generators, costs)
-        for i, attempts in enumerate(new):
-            for attempt in attempts:
-                exchange = talks[i][(attempt["step"] - 1) % budget.streams].exchanges[-1]
-                exchange |= {"answer": attempt["completion"]["answer"], "rating": _rating(attempt)}
-            tries[i] += attempts
+        for talk, reply, attempt in shown:
+            seen = {**reply, "answer": attempt["completion"]["answer"], "rating": _rating(attempt)}
+            talk.exchanges = [*talk.exchanges, seen][-EXCHANGES:]
+        for own, attempts in zip(tries, new, strict=True):
+            own += attempts
         on_step()
     return [Attempt(b["id"], t, c.total()) for b, t, c in zip(behaviours, tries, costs, strict=True)]
 
