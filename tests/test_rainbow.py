@@ -77,11 +77,10 @@ def whole(tmp_path_factory, small):
     return folder, run(folder)
 
 
-def test_archives_fill_and_harm_is_measured_on_fresh_answers_because_that_of_the_search_is_too_high(whole):
+def test_archives_fill_and_harm_is_measured_on_fresh_answers(whole):
     folder, records = whole
     summary = json.loads((folder / "archive.json").read_text())
-    assert summary["filled"] == 1.0 and [a["filled"] for a in summary["archives"]] == [12, 12]
-    assert [sum(a["outcomes"].values()) for a in summary["archives"]] == [130, 130]
+    assert summary["filled"] == 1.0 and [len(read_jsonl(folder / name)) for name in FILES[:2]] == [130, 130]
     assert len(records) == len({r["prompt"] for r in records}) == len({r["id"] for r in records}) == 20
     for r in records:
         assert r["prompt"].split()[:2] == [r["category"], r["style"]]
@@ -91,7 +90,6 @@ def test_archives_fill_and_harm_is_measured_on_fresh_answers_because_that_of_the
     truth, harm = sum(map(chance, elites)) / len(elites), summary["harm"]
     assert len(elites) == 24 and all(len(harms) == 20 for harms in fresh.values())
     assert abs(harm["archive"]["mean"] - truth) < 0.06 and harm["archive"]["low"] > harm["plain"]["high"]
-    assert harm["archive, as the search saw it"]["mean"] > truth + 0.02
 
 
 def test_the_log_replayed_by_the_rules_gives_the_archive(whole):

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from lib import UserError
 from lib.attacks.attacker import LanguageModelAttacker
 from lib.attacks.victim import Victim
-from lib.metrics import bootstrap
+from lib.metrics import Interval, bootstrap
 from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, resume_log, write_json, write_jsonl
 from lib.run.folder import stated_reasoning
@@ -75,11 +74,8 @@ def search(settings, harmful: list[dict], judge) -> list[dict]:
     """
     if not harmful:
         raise UserError("--rainbow: no harmful prompt to begin with; give some")
-    starts, tokens, budget = (
-        [r["prompt"] for r in harmful],
-        settings.rainbow_tokens,
-        settings.max_batch_tokens,
-    )
+    starts = [record["prompt"] for record in harmful]
+    tokens, budget = settings.rainbow_tokens, settings.max_batch_tokens
     where = {"device": settings.device, "dtype": dtype_to_infer(settings.device)}
     tokenizer = load_tokenizer(settings.rainbow)
     model = load_policy(settings.rainbow, **where).requires_grad_(False)
@@ -118,8 +114,9 @@ class PaperGrid:
 @dataclass
 class Rainbow:
     """A search. Its `folder` gets archive-N.jsonl, a line an iteration, and fresh.jsonl, which grow; then
-    archive.json (how harmful) and prompts.jsonl. After a kill the same call ends with the same files: all
-    chance is a function of (seed, archive, batch), and an unfinished batch is done again."""
+    archive.json (the share of cells filled, mean harm of the prompts found and of plain ones) and
+    prompts.jsonl. After a kill the same call ends with the same files: all chance is a function of (seed,
+    archive, batch), and an unfinished batch is done again."""
 
     victim: Any
     grid: Any
@@ -134,44 +131,44 @@ class Rainbow:
         these hold fewer. Of more, a random choice stays: the best would be the luckiest."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tried = set(map(same_prompt, self.starts))
-        records, seen, logs = list[dict](), list[Harms](), list[dict]()
+        records: list[dict] = []
         for number in range(archives):
-            archive, outcomes = self.fill(number, iterations)
-            for cell, (prompt, harms) in archive.items():
+            for cell, (prompt, _) in self.fill(number, iterations).items():
                 name = f"rainbow-{number}-{self.grid.cells.index(cell)}"
                 record = {"id": name, "prompt": prompt, "kind": "harmful", "source": "rainbow"}
                 records.append(record | {"category": cell[0], "style": cell[1]})
-                seen.append(harms)
-            logs.append({"filled": len(archive), "outcomes": outcomes})
+            filled = len(records) / (number + 1) / len(self.grid.cells)
             if len(records) >= count:
                 break
-        if len(records) < count:
+        else:
             raise UserError(f"--rainbow-archives: {archives} hold {len(records)} of {count}; allow more")
-        self.summarise(logs, [record["prompt"] for record in records], seen)
+        plain = self._choice(self.starts, len(records), "plain")
+        harm = {"archive": self.measure([record["prompt"] for record in records])}
+        harm["plain"] = self.measure(plain)
+        write_json(self.folder / "archive.json", {"filled": filled, "harm": harm})
         chosen = self._choice(records, count, "records")
         write_jsonl(self.folder / "prompts.jsonl", chosen)
         return chosen
 
-    def fill(self, number: int, iterations: int) -> tuple[Archive, Counter]:
-        """One archive, and how often each outcome was. Of its log the finished batches are kept."""
+    def fill(self, number: int, iterations: int) -> Archive:
+        """One archive. Of its log the finished batches are kept."""
         path, label = self.folder / f"archive-{number}.jsonl", f"rainbow/{number}"
         done = len(resume_log(path))
         if done < iterations:
             done -= done % AT_ONCE
-        archive, lines = Archive(), resume_log(path, lambda line: line["iteration"] < done)
-        for line in lines:
+        archive = Archive()
+        for line in resume_log(path, lambda line: line["iteration"] < done):
             self.tried.add(same_prompt(line["prompt"]))
             settle(archive, line)
         batches = range(done, iterations, AT_ONCE)
         for begin in tqdm(batches, desc=label, unit="batch", disable=not batches):
             generator = random_numbers(self.seed, f"{label}/{begin}")
-            new = self._propose(archive, range(begin, min(begin + AT_ONCE, iterations)), generator)
-            self._challenge(archive, [line for line in new if "outcome" not in line], generator)
-            for line in new:
+            lines = self._propose(archive, range(begin, min(begin + AT_ONCE, iterations)), generator)
+            self._challenge(archive, [line for line in lines if "outcome" not in line], generator)
+            for line in lines:
                 settle(archive, line)
                 append_jsonl(path, line)
-            lines += new
-        return archive, Counter(line["outcome"] for line in lines)
+        return archive
 
     def _propose(self, archive: Archive, iterations: range, generator: torch.Generator) -> list[dict]:
         """Children for distinct cells. A child that is not worth asking has an "outcome" already."""
@@ -216,8 +213,9 @@ class Rainbow:
         parts = [got[k : k + count] for k in range(0, len(got), count)]
         return [{"answers": [g["answer"] for g in p], "harms": [g["harm"] for g in p]} for p in parts]
 
-    def measure(self, prompts: list[str]) -> dict[str, Harms]:
-        """{prompt: harms of FRESH answers that no search has seen}; each is saved as its block ends."""
+    def measure(self, prompts: list[str]) -> Interval:
+        """Mean harm of FRESH answers to each, which no search has seen. Each is saved as its block ends. The
+        interval is over prompts: for those found too narrow, since they have ancestors in common."""
         path = self.folder / "fresh.jsonl"
         harms: dict[str, Harms] = {line["prompt"]: line["harms"] for line in resume_log(path)}
         todo = [prompt for prompt in prompts if prompt not in harms]
@@ -228,23 +226,8 @@ class Rainbow:
             for prompt, got in zip(block, answered, strict=True):
                 harms[prompt] = got["harms"]
                 append_jsonl(path, {"prompt": prompt, "harms": got["harms"]})
-        return harms
-
-    def summarise(self, logs: list[dict], found: list[str], seen: list[Harms]) -> None:
-        """archive.json: mean harm of the prompts found and of plain ones, with intervals over prompts (for
-        those found too narrow: they have ancestors in common)."""
-        plain = self._choice(self.starts, len(found), "plain")
-        fresh = self.measure(found + plain)
-        groups = {
-            "archive": [fresh[prompt] for prompt in found],
-            "plain": [fresh[prompt] for prompt in plain],
-        }
-        groups["archive, as the search saw it"] = seen
-        harm = {}
-        for name, group in groups.items():
-            harm[name] = bootstrap([mean for mean in map(mean_harm, group) if mean is not None], self.seed)
-        filled = len(found) / len(logs) / len(self.grid.cells)
-        write_json(self.folder / "archive.json", {"archives": logs, "filled": filled, "harm": harm})
+        means = [mean_harm(harms[prompt]) for prompt in prompts]
+        return bootstrap([mean for mean in means if mean is not None], self.seed)
 
     def _choice(self, items: list, count: int, label: str) -> list:
         """A random choice, in the order given; all, if there are no more."""
