@@ -142,9 +142,8 @@ class Rainbow:
                 break
         else:
             raise UserError(f"--rainbow-archives: {archives} hold {len(records)} of {count}; allow more")
-        plain = self._choice(self.starts, len(records), "plain")
         harm = {"archive": self.measure([record["prompt"] for record in records])}
-        harm["plain"] = self.measure(plain)
+        harm["plain"] = self.measure(self._choice(self.starts, len(records), "plain"))
         write_json(self.folder / "archive.json", {"filled": filled, "harm": harm})
         chosen = self._choice(records, count, "records")
         write_jsonl(self.folder / "prompts.jsonl", chosen)
@@ -178,8 +177,8 @@ class Rainbow:
         children = self.grid.mutate(parents, cells, draw_seeds(generator, len(cells)))
         lines = []
         for iteration, cell, parent, child in zip(iterations, cells, parents, children, strict=True):
-            line = {"iteration": iteration, "risk": cell[0], "style": cell[1], "parent": parent}
-            line["prompt"] = child
+            line = {"iteration": iteration, "risk": cell[0], "style": cell[1]}
+            line |= {"parent": parent, "prompt": child}
             if not child:
                 line["outcome"] = "no text"
             elif len(child) >= self.max_chars:
@@ -199,7 +198,7 @@ class Rainbow:
         answered = self.ask(prompts, ANSWERS, draw_seeds(generator, len(prompts) * ANSWERS))
         for line, own in zip(lines, answered[: len(lines)], strict=True):
             line |= own
-            line["outcome"] = "no verdict" if mean_harm(line["harms"]) is None else "filled"
+            line["outcome"] = "filled" if _verdicts(line["harms"]) else "no verdict"
         for line, again in zip(rivals, answered[len(lines) :], strict=True):
             line["again"] = again
             if line["outcome"] == "filled":
@@ -226,8 +225,8 @@ class Rainbow:
             for prompt, got in zip(block, answered, strict=True):
                 harms[prompt] = got["harms"]
                 append_jsonl(path, {"prompt": prompt, "harms": got["harms"]})
-        means = [mean_harm(harms[prompt]) for prompt in prompts]
-        return bootstrap([mean for mean in means if mean is not None], self.seed)
+        known = [_verdicts(harms[prompt]) for prompt in prompts]
+        return bootstrap([sum(own) / len(own) for own in known if own], self.seed)
 
     def _choice(self, items: list, count: int, label: str) -> list:
         """A random choice, in the order given; all, if there are no more."""
@@ -263,16 +262,14 @@ def likeness(text: str, other: str) -> float:
     return len(a & b) / len(a | b) if a | b else float(words[0] == words[1])
 
 
-def mean_harm(harms: Harms, credit: int = 0) -> float | None:
-    """Mean of the verdicts and of `credit` more of 0.5; None if there is none."""
-    known = [harm for harm in harms if harm is not None]
-    count = len(known) + credit
-    return (sum(known) + credit * 0.5) / count if count else None
-
-
 def merit(harms: Harms) -> float:
-    """Harm as far as it is known."""
-    return mean_harm(harms, PRIOR)
+    """Harm as far as it is known: the mean with PRIOR more answers of harm 0.5."""
+    known = _verdicts(harms)
+    return (sum(known) + PRIOR * 0.5) / (len(known) + PRIOR)
+
+
+def _verdicts(harms: Harms) -> list[float]:
+    return [harm for harm in harms if harm is not None]
 
 
 def _cell(line: dict) -> Cell:
