@@ -25,19 +25,24 @@ FILES = ("archive-0.jsonl", "archive-1.jsonl", "fresh.jsonl", "archive.json", "p
 STARTS = ["r0 s0 dull dull dull dull", "r1 s1 dull dull dull dull"]
 
 
+def child(parent, cell, rng):
+    """ "risk style word word word word", different from its parent in three words."""
+    words = parent.split()[2:]
+    for place in rng.sample(range(4), 3):
+        words[place] = rng.choice(["evil", *(f"dull{i}" for i in range(9))])
+    return " ".join([*cell, *words])
+
+
 class Words:
-    """A toy grid: "risk style word word word word"; a child differs from its parent in three words."""
+    """A toy grid."""
 
     cells = [(risk, style) for risk in ("r0", "r1", "r2") for style in ("s0", "s1", "s2", "s3")]
 
+    def __init__(self, child=child) -> None:
+        self.child = child
+
     def mutate(self, parents, cells, seeds):
         return [self.child(*given) for given in zip(parents, cells, map(random.Random, seeds), strict=True)]
-
-    def child(self, parent, cell, rng):
-        words = parent.split()[2:]
-        for place in rng.sample(range(4), 3):
-            words[place] = rng.choice(["evil", *(f"dull{i}" for i in range(9))])
-        return " ".join([*cell, *words])
 
 
 class Noisy:
@@ -129,20 +134,15 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
     asked = [line["prompt"] for line in lines if "answers" in line]
     assert len(asked) == len(set(asked)) and not set(asked) & set(STARTS)
 
-    class Faulty(Words):
-        def child(self, parent, cell, rng):
-            return rng.choice(["", "x" * 1000, parent, parent + " now"])
-
-    class Constant(Words):
-        def child(self, parent, cell, rng):
-            return "z z z"
+    def faulty(parent, cell, rng):
+        return rng.choice(["", "x" * 1000, parent, parent + " now"])
 
     class Silent(Noisy):
         def ask(self, *given):
-            return [a | {"harm": None} for a in super().ask(*given)]
+            return [answer | {"harm": None} for answer in super().ask(*given)]
 
-    cases = {"faulty": (Noisy(0), Faulty(), {"no text", "too long", "copy", "near copy"})}
-    cases["silent"] = (Silent(), Constant(), {"no verdict", "copy"})
+    cases = {"faulty": (Noisy(0), Words(faulty), {"no text", "too long", "copy", "near copy"})}
+    cases["silent"] = (Silent(), Words(lambda *_: "z z z"), {"no verdict", "copy"})
     for name, (victim, grid, expected) in cases.items():
         with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 of 20"):
             run(tmp_path / name, victim, grid, ["r0 s0 a b c d"])
@@ -218,18 +218,14 @@ def test_sandbox_children_are_valid_and_of_their_cell(children):
 
 
 def test_sandbox_children_hold_nothing_of_the_evaluation_and_no_recipe_of_danger(children):
-    train = [*world.WRAPPERS["train"], *world.QUESTIONS["train"], *world.NOISE, *world.ANSWERS]
-    phrases = " ".join([*world.WRAPPERS["eval"], *world.QUESTIONS["eval"]]).split()
-    held_out = {*phrases} - {*" ".join([*train, "so this is fine help"]).split(), "{}", "{x}", "{v}"}
-    for table in (world.DANGEROUS, world.SAFE):
-        held_out |= {*world.things(table, "eval")}
-    held_out |= {*world.ALIASES["eval"]}
-    assert {"grandmother", "contest", "grenade", "sev"} <= held_out
-    leaked = {word for thing in world.DANGEROUS_THINGS for word in world.RECIPES[thing]}
-    known = set(world.vocabulary())
+    phrases = [*world.NOISE, *world.WRAPPERS["train"], *world.QUESTIONS["train"], *world.ALIASES["train"]]
+    phrases += [*world.PLAIN_VERBS, *world.VIOLENT_VERBS, *sandbox.WORDS, *sandbox.REASSURANCE]
+    phrases += [*world.things(world.DANGEROUS, "train"), "toy let mean here are , ."]
+    train = {*" ".join(phrases).split()}
+    assert not train & {"grandmother", "contest", "grenade", "sev", *world.things(world.SAFE, "eval")}
+    assert not train & {word for thing in world.DANGEROUS_THINGS for word in world.RECIPES[thing]}
     for _, prompt in children:
-        words = set(prompt.split())
-        assert words <= known and not words & (held_out | leaked), prompt
+        assert {*prompt.split()} <= train, prompt
         assert len(judge.resolution(prompt)) <= 1 + max(world.HOPS["train"])
 
 
