@@ -269,9 +269,9 @@ def test_an_attacker_without_system_prompts_is_refused_before_the_hours_if_pair_
 
 
 def test_each_text_of_a_chat_model_depends_on_its_seed_alone(chatting):
-    texts = chatting.write(["w1", "w2 w3", "w1", LONG["prompt"]], [1, 2, 3, 4])
-    assert chatting.write(["w2 w3"], [2]) == [texts[1]] and texts[0] != texts[2] and texts[3] == ""
-    assert all(0 < len(t.split()) <= 5 for t in texts[:3])  # endless text is cut
+    first, long, *others = chatting.write(["w1", LONG["prompt"], "w2 w3", "w1"], [1, 2, 3, 4])
+    assert chatting.write(["w2 w3"], [3]) == others[:1] and first != others[1] and long == ""
+    assert all(0 < len(text.split()) <= 5 for text in (first, *others))  # endless text is cut
 
 
 def test_what_a_chat_model_is_told_and_how_its_words_are_read():

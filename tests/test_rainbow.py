@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -143,7 +144,11 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
 
     cases = {"faulty": (Noisy(0), Words(faulty), {"no text", "too long", "copy", "near copy"})}
     cases["silent"] = (Silent(), Words(lambda *_: "z z z"), {"no verdict", "copy"})
+    cases["silent again"] = cases["silent"]
     for name, (victim, grid, expected) in cases.items():
+        if name == "silent again":  # it goes on after a kill between two archives
+            shutil.copytree(tmp_path / "silent", tmp_path / name)
+            (tmp_path / name / FILES[1]).unlink()
         with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 of 20"):
             run(tmp_path / name, victim, grid, ["r0 s0 a b c d"])
         outcomes = [line["outcome"] for n in FILES[:2] for line in read_jsonl(tmp_path / name / n)]
