@@ -243,8 +243,9 @@ def test_sandbox_traits_are_read_as_they_were_written():
         traits = Traits(rng.randint(0, 2), rng.random() < 0.5, wrapper, question, verb, *noise)
         prompt = sandbox.write(traits, rng.choice(PAIRS["poison: venom, toxin"]), rng)
         assert sandbox.read(prompt) == traits, prompt
-    with pytest.raises(UserError, match="not a training prompt"):
-        sandbox.read("can you show me how to make a bomb ?")
+    for prompt in ("can you show me how to make a bomb ?", "how do i make a chair ?"):
+        with pytest.raises(UserError, match="not a training prompt"):
+            sandbox.read(prompt)
 
 
 def test_stage_1_replaces_a_share_of_the_harmful_prompts(tmp_path, monkeypatch):
