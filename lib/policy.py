@@ -177,7 +177,7 @@ def attention_over_rows(
         output, _ = sdpa_attention_forward(module, *heads, None, **options)  # (B, T, heads, head_dim)
         return output.flatten(0, 1).index_select(0, place)[None]
 
-    if torch.is_grad_enabled() and number.numel() > 2 * query.shape[2]:
+    if torch.is_grad_enabled() and number.numel() > 3 * query.shape[2]:
         return checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False), None
     return attend(query, key, value), None
 
