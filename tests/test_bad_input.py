@@ -388,7 +388,7 @@ def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeyp
     fails(RL, rl_flags(data, tmp_path / "s", judge="short_judge"), "short_judge gave 1 scores for 16 answers")
     out = tmp_path / "rl"
     words = rl_flags(data, out, epochs=0.9, judge="nan_judge", save_every=1)
-    left = interrupted(out, RL, words, fails, "prompt rl-", "nan", "--judge nan_judge", "checkpoint is kept")
+    left = interrupted(out, RL, words, fails, "--judge: nan_judge gave nan", "finished work is kept")
     assert [line["step"] for line in metrics_of(out)] == [0, 1] and "config.json" not in left
     run_here(RL, words, monkeypatch)  # the judge has come to its senses: the run goes on at step 2
     assert [line["step"] for line in metrics_of(out)] == [0, 1, 2, 3]

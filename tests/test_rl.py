@@ -251,7 +251,7 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
     stage.score_rollouts(rollouts, judge)
     assert [r.reward for r in rollouts] == [None] * 3 + [0.0]  # unknown; but what is malformed earns nothing
     judge.tasks = [0.8, 0.8, math.nan, 0.8]
-    with pytest.raises(UserError, match="prompt 2: .*nan.*--judge j"):
+    with pytest.raises(ValueError, match="task nan"):
         stage.score_rollouts(rollouts, judge)
 
 
