@@ -21,6 +21,8 @@ from lib import UserError
 from lib.run.files import atomic, resume_log
 from lib.run.shards import full_optimizer, full_weights, set_full
 
+PROGRESS = "progress.pt"  # in OUT, until the run is finished
+
 
 def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """One atomic file, by rank 0; all ranks have to call it. `step` is the number of finished steps.
@@ -29,18 +31,16 @@ def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.
     """
     state = {"model": full_weights(model), "optimizer": full_optimizer(model, optimizer)}
     if run.leader:
-        (run.out / "state").mkdir(exist_ok=True)
-        with atomic(path := run.out / "state" / "progress.pt") as temporary:
-            try:
-                with temporary.open("wb") as file:
-                    torch.save({**state, "step": step, "extra": run.state}, file)
-            except RuntimeError as error:  # torch's own, when it cannot go on writing
-                raise UserError(f"cannot write {path}: {' '.join(str(error).split())[:120]}") from error
+        try:
+            with atomic(run.out / PROGRESS) as path, path.open("wb") as file:
+                torch.save({**state, "step": step, "extra": run.state}, file)
+        except RuntimeError as error:  # torch's own, when it cannot go on writing
+            raise UserError(f"cannot write {run.out / PROGRESS}: {error}") from error
 
 
 def load_progress(run: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore model, optimizer and `run.state`, drop what logs have beyond; the number of finished steps."""
-    path = run.out / "state" / "progress.pt"
+    path = run.out / PROGRESS
     state: dict[str, Any] = read_state(path) if run.leader and path.exists() else {"step": 0}
     step = run.gather(state["step"])[0]
     if step:
@@ -59,15 +59,7 @@ def read_state(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of pickle's, of zip's, of torch's
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not a saved state ({reason}); delete it to start anew") from error
-
-
-def drop_progress(out: Path) -> None:
-    """From now on the folder is a checkpoint like any other."""
-    if (out / "state").exists():  # at once: a kill in the midst must not leave a run that begins anew
-        (out / "state").rename(out / ".state.tmp")
-    shutil.rmtree(out / ".state.tmp", ignore_errors=True)
+        raise UserError(f"{path}: not a saved state; delete it to start anew") from error
 
 
 def save_policy(

@@ -21,14 +21,10 @@ class Prompt:
     place: int  # in the file
 
 
-def load_prompts(run: Any, tokenizer: Any, policy: Any, together: int = 1) -> list[Prompt]:
-    """DATA/rl.jsonl without the prompts that are too long. `together`: rollouts that share a micro-batch.
-
-    Raises UserError for a record or a limit that cannot work.
-    """
-    settings = run.settings
-    path, context = Path(settings.data) / "rl.jsonl", context_of(policy.config)
-    prompts = []
+def load_prompts(run: Any, tokenizer: Any, policy: Any) -> list[Prompt]:
+    """DATA/rl.jsonl without the prompts that are too long. UserError for a record that cannot be used."""
+    settings, prompts = run.settings, []
+    path = Path(settings.data) / "rl.jsonl"
     for place, record in enumerate(read_jsonl(path, ("id", "prompt", "kind"))):
         if record["kind"] not in KINDS:
             allowed = ", ".join(KINDS)
@@ -38,9 +34,6 @@ def load_prompts(run: Any, tokenizer: Any, policy: Any, together: int = 1) -> li
     texts = [prompt.record["prompt"] for prompt in prompts[:8]]
     check_tokenizer(policy, tokenizer, texts, reasoning=settings.reasoning)
     check_ids(policy, [p.ids for p in prompts], [p.record["id"] for p in prompts])
-    new, most = settings.max_new_tokens, settings.max_prompt_tokens
-    budget = min(settings.max_batch_tokens // together, settings.max_sample_tokens) - new
+    context, new, most = context_of(policy.config), settings.max_new_tokens, settings.max_prompt_tokens
     limits = f"context {context}, max_prompt_tokens {most}, --max-new-tokens {new}"
-    if together > 1:
-        limits += f"; {together} rollouts, a pair, share a micro-batch"
-    return run.drop_too_long(prompts, min(most, context - new), budget, f"{path} ({limits})")
+    return run.drop_too_long(prompts, min(most, context - new), f"{path} ({limits})")

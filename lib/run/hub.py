@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import HfApi
-from packaging.version import Version
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -47,8 +44,6 @@ def load_pretrained(load: Callable[..., Any], name_or_path: str | Path, what: st
         reason = " ".join(str(unreachable or error).split())[:200]
         if unreachable:
             reason = f"it is no folder here, and not to be had from the hub ({reason})"
-        elif isinstance(error, SafetensorError):
-            reason = f"a file of its weights is damaged or cut short ({reason}): copy it again"
         raise UserError(f"{name}: cannot load a {what}: {reason}") from error
 
 
@@ -93,8 +88,6 @@ def dtype_to_infer(device: str | torch.device) -> str:
 
 def load_weights(load: Callable[..., Any], name: str | Path, what: str, dtype: Any) -> Any:
     """A model from safetensors, as `load_pretrained`. UserError also if its weights are not complete."""
-    if Version(found := transformers.__version__) < Version("5.24"):  # ignores `cache=`: garbage is sampled
-        raise UserError(f"transformers {found} is too old: pip install 'transformers>=5.24'")
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, info = load_pretrained(load, name, f"{what} with safetensors weights", **options)
     if missing := sorted(info["missing_keys"]):

@@ -8,6 +8,11 @@ from typing import Any
 from lib.rewards import KINDS
 
 SILENT = 10  # steps without a signal in a row that are worth a word
+NO_SIGNAL = (
+    f"warning: for {SILENT} steps no group has had two different rewards, so nothing is learned from them "
+    "({}): read rollouts.jsonl. Reward near 1: it is learned. format_rate near 0: stage 2 did not teach the "
+    "format, or --max-new-tokens cuts it off. Else look at the judge's scores, and at --temperature"
+)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -31,8 +36,7 @@ def summarise(rollouts: list[dict], group_size: int, one_reward: bool, seconds: 
 
     Rewards that are unknown (None) are in no mean. `unknown_verdicts` counts completions for which the judge
     did not give the score that its kind needs, the malformed ones too (whose reward is 0 all the same).
-    `zero_advantage_groups` counts groups in which no two known rewards differ. `seconds` are those of each
-    phase.
+    `zero_advantage_groups` counts groups in which no two known rewards differ. `seconds`: of each phase.
     """
     metrics: dict[str, Any] = {"reward": mean([r["reward"] for r in rollouts])}
     for kind in KINDS:
@@ -52,17 +56,6 @@ def summarise(rollouts: list[dict], group_size: int, one_reward: bool, seconds: 
     return metrics | {f"seconds_{name}": spent for name, spent in seconds.items()}
 
 
-def no_signal(metrics: dict[str, Any]) -> str:
-    """What to say once after SILENT steps in a row in which no group had two different rewards."""
-    values = ", ".join(f"{key} {metrics[key]}" for key in ("reward", "format_rate", "unknown_verdicts"))
-    return (
-        f"warning: for {SILENT} steps no group has had two different rewards, so nothing is learned from "
-        f"them ({values}): read rollouts.jsonl. Reward near 1: it is learned. format_rate near 0: stage 2 "
-        "did not teach the format, or --max-new-tokens cuts it off. Else look at the judge's scores, and at "
-        "--temperature: samples must differ"
-    )
-
-
 def rollout_line(rollout: Any, step: int) -> dict[str, Any]:
     """A `Rollout` of stage 3 as a person reads it in rollouts.jsonl."""
     return {
@@ -79,8 +72,7 @@ def rollout_line(rollout: Any, step: int) -> dict[str, Any]:
 
 def groups_to_show(rollouts: list[dict], group_size: int) -> list[dict]:
     """One whole group of each kind: the first with a signal, else the first."""
-    shown: list[dict] = []
-    for kind in KINDS:
-        groups = [group for group in groups_of(rollouts, group_size) if group[0]["kind"] == kind]
-        shown += next((group for group in groups if has_signal(group)), groups[0] if groups else [])
-    return shown
+    shown: dict[str, Sequence[dict]] = {}
+    for group in sorted(groups_of(rollouts, group_size), key=has_signal, reverse=True):
+        shown.setdefault(group[0]["kind"], group)
+    return [rollout for kind in KINDS for rollout in shown.get(kind, [])]

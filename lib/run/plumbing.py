@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +18,11 @@ from lib import UserError
 from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
 from lib.run.card import describe
-from lib.run.checkpoint import drop_progress, load_progress, save_policy, save_progress
+from lib.run.checkpoint import PROGRESS, load_progress, save_policy, save_progress
 from lib.run.files import append_jsonl
-from lib.run.folder import checksums, claim_folder, date_of_run, stated_reasoning
-from lib.run.logs import SILENT, groups_to_show, no_signal, rollout_line, summarise
-from lib.run.processes import gather_texts, lost_process, pick_device, start_processes, stop_processes
+from lib.run.folder import checksums, claim_folder, date_of_run, stated_reasoning, take_folder
+from lib.run.logs import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
+from lib.run.processes import gather, lost_process, pick_device, start_processes, stop_processes
 from lib.run.settings import following
 from lib.run.shards import full_weights, gathered
 from lib.run.training import load_model, precision, rehearse, set_learning_rate, sum_and_clip
@@ -41,6 +40,7 @@ class Run:
         self.settings, self.stages, self.out = settings, stages, Path(settings.out)
         self.rank, self.size, self.local_rank = 0, 1, 0
         self.shard = getattr(settings, "shard", False)
+        self.resumes = False  # whether OUT holds this very run
         self.state: dict[str, Any] = {}  # of the chapter: kept in resume points; tensors on the leader alone
         self.config: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # of this step, by phase
@@ -51,32 +51,30 @@ class Run:
 
     def join(self) -> None:
         """Meet the other processes, fix the date, lock OUT, and look whether it holds this run or another."""
-        settings, mixture = self.settings, self.stages[0] == "mixture"
-        if not mixture:
-            self.rank, self.size, self.local_rank = start_processes(settings, waits=self.stages[0] == "eval")
+        settings, stage = self.settings, self.stages[0]
+        if stage != "mixture":
+            self.rank, self.size, self.local_rank = start_processes(settings, waits=stage == "eval")
         settings.date = self.gather(date_of_run(self.out, settings.date))[0]
         set_date(settings.date)
-        if self.stages[0] == "rl" and stated_reasoning(settings.model) not in (None, settings.reasoning):
+        if stage == "rl" and stated_reasoning(settings.model) not in (None, settings.reasoning):
             given = "reasoning" if settings.reasoning else "no-reasoning"
             raise UserError(f"--{given}: {settings.model} was trained the other way")
-        self.config = {**asdict(settings), **checksums(*settings.inputs())}
-        same = self.leader and self._claim(begin=False)
-        last = "manifest.json" if mixture else "config.json"  # what it writes last
-        done = (self.out / last).exists() and not (self.out / "state").exists()
-        if self.gather(same and done)[0]:
+        inputs = settings.inputs()
+        self.config = {**asdict(settings), **checksums(*inputs)}
+        if self.leader:
+            self.resumes = claim_folder(self.out, self.config, overwrite=settings.overwrite, inputs=inputs)
+        last = "manifest.json" if stage == "mixture" else "config.json"  # what it writes last
+        done = (self.out / last).exists() and not (self.out / PROGRESS).exists()
+        if self.gather(self.resumes and done)[0]:
             self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
             self.stop()
             raise SystemExit(0)
 
     def begin(self) -> None:
         """Take OUT for this run: called when all inputs have been read: a mistake costs no earlier run."""
-        if self.leader:
-            self._claim(begin=True)
+        if self.leader and not self.resumes:
+            take_folder(self.out, self.config)
         self.gather(None)  # nobody reads the folder before it is claimed
-
-    def _claim(self, begin: bool) -> bool:
-        overwrite, inputs = self.settings.overwrite, self.settings.inputs()
-        return claim_folder(self.out, self.config, overwrite=overwrite, inputs=inputs, begin=begin)
 
     @property
     def leader(self) -> bool:
@@ -99,12 +97,8 @@ class Run:
         return items[first:last]
 
     def gather(self, obj: Any) -> list[Any]:
-        """Every process's `obj`, in the order of ranks.
-
-        Objects travel as JSON even where there is but one process, so that nothing depends on their number:
-        tuples arrive as lists, keys as text.
-        """
-        return [json.loads(text) for text in gather_texts(json.dumps(obj), self.size)]
+        """Every process's `obj`, in the order of ranks."""
+        return gather(obj, self.size)
 
     def gather_lists(self, items: Sequence[Any]) -> list[Any]:
         """The lists of all processes, one after the other: what `share` took apart."""
@@ -122,27 +116,19 @@ class Run:
 
     # ---- data and models ----
 
-    def drop_too_long(self, items: Sequence[Any], most: int, budget: int, what: str) -> list[Any]:
+    def drop_too_long(self, items: Sequence[Any], most: int, what: str) -> list[Any]:
         """Those of `items`, which have `ids` and a `record`, of at most `most` tokens; says what is left out.
 
-        A few long ones must not end a run over a data set (the authors' script drops them, too). Raises
-        UserError when less than half is left: then the limit is wrong. And when one that is kept exceeds
-        `budget`, which says how to compute: a run may go on with another, so it must not decide what is
-        learned from.
+        A few long ones must not end a run over a data set (the authors' script drops them, too). UserError
+        when less than half is left: then the limit is wrong.
         """
-        long = [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]
-        if long:
+        kept = [item for item in items if len(item.ids) <= most]
+        if long := [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]:
             found = f"{len(long)} of {len(items)} have more than the {most} tokens that fit"
             text = f"{what}: {found}, such as {', '.join(long[:3])}"
-            if 2 * len(long) > len(items):
+            if len(long) > len(kept):
                 raise UserError(f"{text}: shorten them, or change a limit")
             self.say(f"{text}: left out")
-        kept = [item for item in items if len(item.ids) <= most]
-        longest = max(kept, key=lambda item: len(item.ids))
-        if len(longest.ids) > budget:
-            found = f"{longest.record['id']} has {len(longest.ids)} tokens, but only {budget} fit a batch"
-            limits = "--max-batch-tokens (stage 3: and --max-sample-tokens)"
-            raise UserError(f"{what}: {found}: raise {limits}, or shorten it")
         return kept
 
     def rounds(self, lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -242,7 +228,8 @@ class Run:
         values = {key: line.get(key) for key in ("reward", "format_rate", "kl", "loss")}
         self.bar.set_postfix({key: f"{value:.2f}" for key, value in values.items() if value is not None})
         if self.silent_steps == SILENT:
-            self.bar.write(no_signal(line))
+            known = ", ".join(f"{key} {line[key]}" for key in ("reward", "format_rate", "unknown_verdicts"))
+            self.bar.write(NO_SIGNAL.format(known))
         append_jsonl(self.out / "metrics.jsonl", line)
         if described and step % settings.rollouts_every == 0:
             for rollout in groups_to_show(described, settings.group_size):
@@ -260,6 +247,6 @@ class Run:
             save_policy(policy, tokenizer, self.out, self.state.get("best") or weights)
             describe(self.out, tokenizer, self.config)
             draw(self.out / "metrics.jsonl", self.out / "curves.png")
-            drop_progress(self.out)
+            (self.out / PROGRESS).unlink(missing_ok=True)  # from now on it is a checkpoint like any other
         self.say(f"wrote {self.out}. Next: {following(self.settings, self.stages)}")
         self.stop()

@@ -17,20 +17,18 @@ from lib import UserError
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """auto: a CUDA GPU (number `local_rank`), else mps, else cpu. UserError if the named one is not there."""
+    """auto: a CUDA GPU (number `local_rank`), else mps, else cpu. UserError if there is no such GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        if local_rank >= (found := torch.cuda.device_count()):
-            instead = "use --device cpu, or start no more processes than GPUs"
-            raise UserError(f"--device cuda: {found} GPUs found, process {local_rank} has none: {instead}")
-        # cuDNN's attention makes a plan for each new length, tens of ms a token, and may be wrong (pytorch
-        # #193893, #196678).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return torch.device("cuda", local_rank)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available here; use --device cpu")
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= (found := torch.cuda.device_count()):
+        instead = "use --device cpu, or start no more processes than GPUs"
+        raise UserError(f"--device cuda: {found} GPUs found, process {local_rank} has none: {instead}")
+    # cuDNN's attention makes a plan for each new length, tens of ms a token, and may be wrong (pytorch
+    # #193893, #196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", local_rank)
 
 
 def start_processes(settings: Any, waits: bool = False) -> tuple[int, int, int]:
@@ -46,13 +44,11 @@ def start_processes(settings: Any, waits: bool = False) -> tuple[int, int, int]:
     size = max(1, size)
     _check_settings(settings, size)
     if size > 1:
-        kind = pick_device(settings.device, local_rank).type
-        if kind == "mps":
-            raise UserError("--device mps: one process only; use --device cpu with torchrun")
-        if kind == "cuda":
+        backend = "gloo"
+        if pick_device(settings.device, local_rank).type == "cuda":
             torch.cuda.set_device(local_rank)
-        with lost_process(any_error=True):
-            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl"
+        with lost_process():
             dist.init_process_group(backend, timeout=timedelta(hours=7 * 24 if waits else 2))
         atexit.register(_leave_on_error)
     return rank, size, local_rank
@@ -86,31 +82,23 @@ def _leave_on_error() -> None:
     stop_processes()  # gloo's threads abort an interpreter that exits while they run
 
 
-def gather_texts(text: str, size: int) -> list[str]:
-    """Every process's text, in the order of ranks, on every process (no pickle)."""
-    if size == 1:
-        return [text]
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)  # (bytes,), on the CPU, for gloo
-    with lost_process(any_error=True):
-        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]))
-        longest = max(int(length) for length in lengths)
-        rows = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
-        dist.all_gather(rows, torch.nn.functional.pad(data, (0, longest - len(data))))
-    return [bytes(row[: int(length)].numpy()).decode() for row, length in zip(rows, lengths, strict=True)]
+def gather(obj: Any, size: int) -> list[Any]:
+    """Every process's `obj`, in the order of ranks, on every process."""
+    everyone = [obj] * size
+    if size > 1:
+        with lost_process():
+            dist.all_gather_object(everyone, obj)
+    return everyone
 
 
 @contextlib.contextmanager
-def lost_process(any_error: bool = False) -> Iterator[None]:
-    """Turns the many errors of a group with a dead member into one that says so: those whose text has a sign
-    of it, or all, where nothing else can go wrong."""
+def lost_process() -> Iterator[None]:
+    """Turns the many errors of a group with a dead member into one that says so."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        if not any_error and not any(sign in reason for sign in ("gloo", "NCCL", "Connection")):
+        if not isinstance(error, dist.DistError) and "gloo" not in reason and "Connection" not in reason:
             raise
         lost = f"lost another process of this run, killed or silent for too long ({reason[:160]})"
         raise UserError(f"{lost}: see its message, then run the same command again to resume") from error

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from lib import UserError
 from lib.policy import token_logprobs
 from lib.run.hub import load_policy
 from lib.run.processes import lost_process
@@ -24,10 +25,12 @@ def load_model(run: Any, path: str, *, frozen: bool = False) -> PreTrainedModel:
     """
     settings, device = run.settings, run.device
     half, shard = settings.dtype == "bfloat16", settings.shard
-    dtype = settings.dtype if shard and frozen else "float32"
-    checkpointing = settings.gradient_checkpointing and not frozen
-    at_first = "cpu" if shard else device
-    model = load_policy(path, device=at_first, dtype=dtype, gradient_checkpointing=checkpointing)
+    model = load_policy(
+        path,
+        device="cpu" if shard else device,
+        dtype=settings.dtype if shard and frozen else "float32",
+        gradient_checkpointing=settings.gradient_checkpointing and not frozen,
+    )
     model.requires_grad_(not frozen)
     if shard:
         shard_model(model, device, run.size, settings.dtype, settings.offload)
@@ -42,8 +45,7 @@ def load_model(run: Any, path: str, *, frozen: bool = False) -> PreTrainedModel:
 
 def halve_linear_layers(model: torch.nn.Module) -> None:
     """Keep in bfloat16 what autocast would cast anyway: a frozen reference takes half as much, and computes
-    to the bit what the policy of equal weights does, so KL begins at 0. (All in bfloat16, the sums between
-    layers are rounded, too.)"""
+    to the bit what the policy of equal weights does, so KL begins at 0."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:  # a tied head stays
@@ -92,13 +94,17 @@ def rehearse(
     run: Any, policy: PreTrainedModel, reference: PreTrainedModel | None, rows: int, longest: int, prompt: int
 ) -> None:
     """Compute the largest micro-batch there may be, with room taken for the optimizer and the key-value
-    cache, and forget it: what does not fit memory ends here, before step 1.
+    cache, and forget it: what does not fit memory, or a budget of tokens, ends here, before step 1.
 
     Call it before the optimizer has its state. rows: sequences of an update, on this process; longest: tokens
     of the longest, `prompt` of them of its prompt. The longest sequences might leave some of the budget
     unused, so the batch that fills it is computed.
     """
     settings = run.settings
+    for name in ("max_batch_tokens", "max_sample_tokens"):
+        if longest > (most := getattr(settings, name, longest)):
+            flag = f"--{name.replace('_', '-')} {most}"
+            raise UserError(f"{flag}: a sequence may have {longest} tokens, and must fit: raise it")
     tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
     run.say(f"rehearsing the largest batch: {tokens} tokens")
     own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())

@@ -28,7 +28,7 @@ from lib.metrics import bootstrap, wilson
 from lib.run.checks import check_tokenizer
 from lib.run.command import Flags, number, run_main
 from lib.run.files import append_jsonl, resume_log, write_json
-from lib.run.folder import checksums, claim_folder, date_of_run, reasons
+from lib.run.folder import checksums, claim_folder, date_of_run, reasons, take_folder
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import named
 from lib.sampler import sample
@@ -166,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     reasoning = {name: reasons(name, folder, given.direct) for name, folder in models.items()}
     inputs = [given.file, *models.values()]
     config = {**vars(given), "reasoning_by_model": reasoning, **checksums(*inputs)}
-    claim_folder(given.out, config, overwrite=given.overwrite, inputs=inputs)
+    if not claim_folder(given.out, config, overwrite=given.overwrite, inputs=inputs):
+        take_folder(given.out, config)
     answers = {name: ask(name, models[name], reasoning[name], questions, given) for name in models}
     write_json(Path(given.out) / "results.json", measure(answers) | {"config": config})
 
