@@ -161,7 +161,7 @@ FOR_EVALUATION = ["seed", "device", "dtype", "judge"]
 
 
 def following(settings: Any, stages: Sequence[str]) -> str:
-    """The next stage's command, to be pasted into a shell. After SFT: RL, but on RL's traces the evaluation."""
+    """The next stage's command, to paste into a shell. After SFT: RL, but on RL's traces the evaluation."""
     out, stage, flags, kept = settings.out, stages[0], dict[str, Any](), FOR_TRAINING
     name = re.sub(r"[^\w.-]+", "-", Path(out).resolve().name) or "model"  # as far as --models allows
     if stage == "mixture" and settings.sft_prompts:
