@@ -56,12 +56,12 @@ def evaluation(tmp_path) -> Path:
 # ---- flags: a stage, its words, what the line says ----
 
 WORDS = [
-    (RL, "--preset sandbx", "--preset: given sandbx; allowed"),
+    (RL, "--preset sandbx", "--preset: invalid choice: 'sandbx'"),
     (RL, "--group-size 1", "--group-size: given 1; allowed a whole number from 2 to"),
     (RL, "--temperature 0", "--temperature: given 0; allowed a number from 0.01"),
     (RL, "--learning-rate nan", "--learning-rate: given nan"),
-    (RL, "--normalisation tokens", "--normalisation: given tokens; allowed token | sequence | constant"),
-    (RL, "--kl-estimator k4", "--kl-estimator: given k4; allowed k1 | k2 | k3"),
+    (RL, "--normalisation tokens", "--normalisation: invalid choice: 'tokens'"),
+    (RL, "--kl-estimator k4", "--kl-estimator: invalid choice: 'k4'"),
     (RL, "--group-sise 4", "unrecognized arguments: --group-sise"),
     (RL, "--data", "--data: expected one argument"),
     (RL, "--shard", "--shard: there is one process; start several with torchrun"),
@@ -75,7 +75,7 @@ WORDS = [
     (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
     (MIXTURE, "--trace-files none.jsonl", "none.jsonl"),
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
-    (EVAL, f"{BASE} --attacks gcg magic", "--attacks: given"),
+    (EVAL, f"{BASE} --attacks gcg magic", "--attacks: invalid choice: 'magic'"),
     (EVAL, f"{BASE} --direct other", "--direct: given other; allowed the names in --models: it"),
     (EVAL, f"{BASE} --temperature -1", "--temperature: given -1"),
     (EVAL, f"{BASE} --data none", "eval_harmful.jsonl: no such file"),
@@ -86,7 +86,7 @@ WORDS = [
 def test_flag(stage, words, fragment, fails, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     fails(stage, words.split(), fragment)
-    assert not list(tmp_path.iterdir())
+    assert not contents(tmp_path)
 
 
 # ---- data: a stage, a line behind two good ones or a list of them behind one, what the error says ----
@@ -100,15 +100,15 @@ LINES = [
     (RL, '{"id": 1, "prompt": "how', "rl.jsonl:3: not a JSON object"),
     (RL, {"id": "x", "prompt": "how ?"}, "rl.jsonl:3: has no key 'kind'; its keys are id, prompt"),
     (RL, {"id": "x", "prompt": "how ?", "kind": "evil"}, "x: kind is 'evil'; allowed: harmful, harmless"),
-    (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl: x: prompt is None; allowed: some text"),
+    (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl:3: x: prompt is None; allowed: some"),
     (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "id 'rl-1' stands in lines 2 and 3: give"),
-    (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: id is None"),
+    (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: None: id is None"),
     (SFT, [], "sft.jsonl: is empty"),
     (SFT, "}", "sft.jsonl:3: not a JSON object"),
     (SFT, {"id": "x", "prompt": "how ?", "answer": "so ."}, "sft.jsonl:3: has no key 'reasoning'"),
-    (SFT, TRACE | {"reasoning": None}, "sft.jsonl: x: reasoning is None"),
+    (SFT, TRACE | {"reasoning": None}, "sft.jsonl:3: x: reasoning is None"),
     (SFT, TRACE | {"id": "sft-0-0"}, "id 'sft-0-0' stands in lines 1"),
-    (SFT, TRACE | {"id": 5, "reasoning": 6}, "sft.jsonl: 5: reasoning is 6"),
+    (SFT, TRACE | {"id": 5, "reasoning": 6}, "sft.jsonl:3: 5: reasoning is 6"),
 ]
 
 
@@ -121,7 +121,7 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
     (tmp_path / FILE[stage]).write_text("\n".join(lines))
     before = contents(tmp_path)
     fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment)
-    assert contents(tmp_path) == before  # nor was the folder made
+    assert contents(tmp_path) == before
     fails(stage, FLAGS[stage](tmp_path / "absent", tmp_path / "out"), tmp_path / "absent", "no such file")
 
 
@@ -129,10 +129,10 @@ REQUESTS = [
     ([{"id": "a"}] * 4, "eval_harmful.jsonl: id 'a' stands in lines 1 and 2: give each"),
     ([{"id": 1}, {"id": "1"}], "eval_harmful.jsonl: id '1' stands in lines 1 and 2"),
     ([{"id": "a", "kind": "evil"}], "a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
-    ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl: a: prompt is ' '; allowed: some text"),
-    ([{"id": "a", "target": 7}], "eval_harmful.jsonl: a: target is 7; allowed: some text"),
-    ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl: a: twin is ['how ?']"),
-    ([{"id": "a", "category": None}], "eval_harmful.jsonl: a: category is None"),
+    ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl:1: a: prompt is ' '; allowed: some text"),
+    ([{"id": "a", "target": 7}], "eval_harmful.jsonl:1: a: target is 7; allowed"),
+    ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl:1: a: twin is ['how ?']"),
+    ([{"id": "a", "category": None}], "eval_harmful.jsonl:1: a: category is None"),
 ]
 
 
@@ -168,6 +168,7 @@ LIMITS = [(RL, "max_batch_tokens", 30), (RL, "max_sample_tokens", 30), (RL, "max
 def test_limits_too_tight_for_the_data(stage, name, most, data, tmp_path, fails):
     words = FLAGS[stage](data, tmp_path / "out", **{name: most})
     fails(stage, words, f"--{name.replace('_', '-')}", "tokens", "fit")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
@@ -202,11 +203,10 @@ MODELS = [
 
 @pytest.mark.parametrize("stage, spoil, fragment", MODELS)
 def test_model_that_cannot_be_used(stage, spoil, fragment, data, tmp_path, fails, monkeypatch):
-    class NoHub:
-        def model_info(self, *args, **keywords):
-            raise OSError("no network")
+    def no_network(*args, **keywords):
+        raise OSError("no network")
 
-    monkeypatch.setattr("lib.run.hub.HfApi", NoHub)
+    monkeypatch.setattr("lib.run.hub.HfApi.model_info", no_network)
     shutil.copytree(world.BASE, tmp_path / "model")
     (tmp_path / "model" / spoil).unlink() if isinstance(spoil, str) else spoil(tmp_path / "model")
     fails(stage, FLAGS[stage](data, tmp_path / "out", model=tmp_path / "model"), tmp_path / "model", fragment)
@@ -282,14 +282,6 @@ def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatc
         assert contents(tmp_path / "data") == before
 
 
-OUTS = [  # and what the error says of it
-    ("FILE", "File exists"),
-    ("FILE/below/it", "Not a directory"),
-    ("x" * 300, "File name too long"),
-    ("READONLY/out", "Read-only file system"),
-]
-
-
 def words_of(stage: str, out: object, data: Path, evaluation: Path) -> list[str]:
     """A command that is right but for OUT."""
     more = {MIXTURE: "", SFT: f"--model {world.BASE} --data {data}"}
@@ -298,21 +290,15 @@ def words_of(stage: str, out: object, data: Path, evaluation: Path) -> list[str]
     return [*more[stage].split(), f"--out={out}"]
 
 
+OUTS = [("file", "File exists"), ("file/below/it", "Not a directory"), ("x" * 300, "File name too long")]
+
+
 @pytest.mark.parametrize("out, fragment", OUTS)
 @pytest.mark.parametrize("stage", [MIXTURE, SFT, RL, EVAL])
 def test_a_folder_that_cannot_be_written(stage, out, fragment, data, evaluation, fails, monkeypatch):
     (evaluation / "file").write_text("mine")
-    mkdir = Path.mkdir
-
-    def read_only(path, *args, **keywords):
-        if "readonly" in str(path):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-        mkdir(path, *args, **keywords)
-
-    monkeypatch.setattr(Path, "mkdir", read_only)
     monkeypatch.chdir(evaluation)
     before = contents(evaluation)
-    out = out.replace("FILE", "file").replace("READONLY", "readonly")
     fails(stage, words_of(stage, out, data, evaluation), "--out", fragment)
     assert contents(evaluation) == before
 
@@ -343,7 +329,7 @@ def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> d
     """A run that fails on its way: what it leaves, which has a resume point and no half-written file."""
     fails(stage, words, *fragments)
     left = contents(out)
-    assert not any(name.endswith(".tmp") for name in left) and "state/progress.pt" in left
+    assert not any(name.endswith(".tmp") for name in left) and "progress.pt" in left
     return left
 
 
@@ -415,25 +401,24 @@ def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, mo
 HOLD = """
 import sys
 from lib.run.folder import lock_folder
-from lib.run.command import run_main
 
-def main():
-    lock_folder(sys.argv[1])
-    print("held", flush=True)
-    sys.stdin.read()
-
-run_main(main)
+lock_folder(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
 """
+
+
+def started(script: str, folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", script, folder], env=environment, **pipes)
 
 
 @pytest.fixture
 def held(tmp_path):
     """A folder in which another process writes; it has one file of that run's."""
-    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    command = [sys.executable, "-c", HOLD, tmp_path / "held"]
-    with subprocess.Popen(command, env=environment, **pipes) as holder:
-        assert holder.stdout.readline() == b"held\n"
+    with started(HOLD, tmp_path / "held") as holder:
+        assert holder.stdout.readline() == "held\n"
         (tmp_path / "held" / "log").write_text("work")
         yield tmp_path / "held"
         holder.kill()
@@ -494,9 +479,7 @@ while time.monotonic() < end:
 
 def test_two_at_once_leave_one(tmp_path):
     """One folder, again and again."""
-    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
-    command = [sys.executable, "-c", RACE, tmp_path / "out"]
-    group = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    group = [started(RACE, tmp_path / "out") for _ in range(3)]
     came_in = [process.communicate(timeout=120)[0].count("in") for process in group]
     assert [process.returncode for process in group] == [0, 0, 0] and all(came_in), came_in
 
@@ -512,7 +495,7 @@ def test_the_script_itself_prints_one_line_and_exits_with_2(tmp_path):
     assert run.stderr == f"error: {tmp_path / 'rl.jsonl'}: no such file\n"
 
 
-@pytest.mark.parametrize("times, gap", [(1, 0.0), (3, 0.0), (3, 0.02)])
+@pytest.mark.parametrize("times, gap", [(1, 0.0), (3, 0.02)])
 def test_ctrl_c_says_that_the_run_can_go_on_and_a_second_one_changes_nothing(times, gap, data, tmp_path):
     log = tmp_path / "log"
     process = launch(RL, rl_flags(data, tmp_path / "rl", epochs=9.0), log)
