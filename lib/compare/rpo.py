@@ -70,7 +70,7 @@ class Settings(Training):
 
 @dataclass
 class Response:
-    """What `lib.run.logs.describe` shows of a completion."""
+    """What `lib.run.data.rollout_line` shows of a completion."""
 
     record: dict
     prompt_ids: list[int]

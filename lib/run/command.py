@@ -29,10 +29,14 @@ def run_main(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not break off the end
             _exit("stopped; finished work is kept, run the same command again to resume", 130)
         except RuntimeError as error:  # of torch's, which this module does without
-            on_cpu = str(error).partition("DefaultCPUAllocator: ")[2]
-            if not on_cpu and type(error).__name__ != "OutOfMemoryError":
+            reason, kind = " ".join(str(error).split()), type(error).__name__
+            if kind.startswith("Dist") or "gloo" in reason or "Connection" in reason:
+                lost = f"lost another process of this run, killed or silent for too long ({reason[:160]})"
+                _exit(f"error: {lost}: see its message, then run the same command again to resume")
+            on_cpu = reason.partition("DefaultCPUAllocator: ")[2]
+            if not on_cpu and kind != "OutOfMemoryError":
                 raise
-            reason = (on_cpu or str(error)).split(". ")[0]
+            reason = (on_cpu or reason).split(". ")[0]
             _exit(f"error: {reason}: lower the tokens of a batch, or train with --gradient-checkpointing")
         except OSError as error:  # disk full, read-only, not ours, a closed pipe
             if isinstance(error, FileNotFoundError) or not error.strerror:

@@ -107,8 +107,8 @@ def claim_folder(out: str | Path, settings: dict, *, overwrite: bool, inputs: It
     differing = [name for name in names if before.get(name) != now.get(name)]
     if not differing:
         return True
-    if read := _within(out, inputs):
-        raise UserError(f"--out: {out} holds {read}, which this run reads: give another --out")
+    if read := [path for path in inputs if Path(path).resolve().is_relative_to(out.resolve())]:
+        raise UserError(f"--out: {out} holds {read[0]}, which this run reads: give another --out")
     if not overwrite:
         name = differing[0]
         flag = name if " " in name else f"--{name.replace('_', '-')}"
@@ -134,13 +134,3 @@ def take_folder(out: str | Path, settings: dict) -> None:
 def _plain(settings: dict) -> dict:
     """As they are read back: tuples as lists. And the slash behind a folder makes no difference."""
     return json.loads(json.dumps(settings).replace('/"', '"'))
-
-
-def _within(out: Path, inputs: Iterable[str]) -> str | None:
-    """The first of `inputs` that is `out` or lies below it, by its name or behind links."""
-    folders = {Path(os.path.abspath(out)), out.resolve()}
-    for path in map(str, inputs):
-        for place in (Path(os.path.abspath(path)), Path(path).resolve()):
-            if place.exists() and folders & {place, *place.parents}:
-                return path
-    return None

@@ -19,10 +19,10 @@ from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
 from lib.run.card import describe
 from lib.run.checkpoint import PROGRESS, load_progress, save_policy, save_progress
+from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
 from lib.run.files import append_jsonl
 from lib.run.folder import checksums, claim_folder, date_of_run, stated_reasoning, take_folder
-from lib.run.logs import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
-from lib.run.processes import gather, lost_process, pick_device, start_processes, stop_processes
+from lib.run.processes import pick_device, start_processes, stop_processes
 from lib.run.settings import following
 from lib.run.shards import full_weights, gathered
 from lib.run.training import load_model, precision, rehearse, set_learning_rate, sum_and_clip
@@ -98,7 +98,10 @@ class Run:
 
     def gather(self, obj: Any) -> list[Any]:
         """Every process's `obj`, in the order of ranks."""
-        return gather(obj, self.size)
+        everyone = [obj] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(everyone, obj)
+        return everyone
 
     def gather_lists(self, items: Sequence[Any]) -> list[Any]:
         """The lists of all processes, one after the other: what `share` took apart."""
@@ -177,8 +180,7 @@ class Run:
 
     def backward(self, loss: Any) -> None:
         """Add the gradient of a loss whose sum over all processes is meant."""
-        with lost_process():
-            (loss * self.size if self.shard else loss).backward()  # shards get the mean of all processes
+        (loss * self.size if self.shard else loss).backward()  # shards get the mean of all processes
 
     def clip_and_step(self, optimizer: Any, loss: float) -> float:
         """Sum gradients over processes, clip their L2 norm, take the step. Returns the norm before clipping.

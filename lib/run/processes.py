@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -37,33 +35,25 @@ def start_processes(settings: Any, waits: bool = False) -> tuple[int, int, int]:
     gloo on cpu, nccl on cuda (and gloo for what lies in the CPU's memory there). A process that waits for
     another for hours gives up (ranks first meet when all have sampled, and lengths differ; with `waits`, as
     in stage 4, where one may search alone, for a week). So does one that notices that another has died: gloo
-    with one line, nccl by its watchdog, which aborts the process with a message of its own. Raises UserError
-    for settings that do not fit the number of processes.
+    by an error (`run_main` makes it one line), nccl by its watchdog, which aborts the process.
     """
     rank, size, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     size = max(1, size)
-    _check_settings(settings, size)
+    if getattr(settings, "shard", False) and size == 1:
+        several = "start several with torchrun --nproc-per-node N, or leave it out"
+        raise UserError(f"--shard: there is one process; {several}")
+    if getattr(settings, "offload", False) and not settings.shard:
+        raise UserError("--offload: moves shards, so it needs --shard")
+    if size > (prompts := getattr(settings, "prompts_per_step", size)):
+        raise UserError(f"--prompts-per-step {prompts}: fewer than the {size} processes")
     if size > 1:
         backend = "gloo"
         if pick_device(settings.device, local_rank).type == "cuda":
             torch.cuda.set_device(local_rank)
             backend = "cpu:gloo,cuda:nccl"
-        with lost_process():
-            dist.init_process_group(backend, timeout=timedelta(hours=7 * 24 if waits else 2))
+        dist.init_process_group(backend, timeout=timedelta(hours=7 * 24 if waits else 2))
         atexit.register(_leave_on_error)
     return rank, size, local_rank
-
-
-def _check_settings(settings: Any, size: int) -> None:
-    shard = getattr(settings, "shard", False)
-    if shard and size == 1:
-        several = "start several with torchrun --nproc-per-node N, or leave it out"
-        raise UserError(f"--shard: there is one process; {several}")
-    if getattr(settings, "offload", False) and not shard:
-        raise UserError("--offload: moves shards, so it needs --shard")
-    prompts = getattr(settings, "prompts_per_step", size)
-    if size > prompts:
-        raise UserError(f"--prompts-per-step {prompts}: fewer than the {size} processes")
 
 
 def stop_processes() -> None:
@@ -80,25 +70,3 @@ def _leave_on_error() -> None:
         sys.stderr.flush()
         os._exit(1)  # destroy_process_group would wait for the others, which wait for this process
     stop_processes()  # gloo's threads abort an interpreter that exits while they run
-
-
-def gather(obj: Any, size: int) -> list[Any]:
-    """Every process's `obj`, in the order of ranks, on every process."""
-    everyone = [obj] * size
-    if size > 1:
-        with lost_process():
-            dist.all_gather_object(everyone, obj)
-    return everyone
-
-
-@contextlib.contextmanager
-def lost_process() -> Iterator[None]:
-    """Turns the many errors of a group with a dead member into one that says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        if not isinstance(error, dist.DistError) and "gloo" not in reason and "Connection" not in reason:
-            raise
-        lost = f"lost another process of this run, killed or silent for too long ({reason[:160]})"
-        raise UserError(f"{lost}: see its message, then run the same command again to resume") from error

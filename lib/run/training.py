@@ -13,7 +13,6 @@ from transformers.cache_utils import DynamicCache
 from lib import UserError
 from lib.policy import token_logprobs
 from lib.run.hub import load_policy
-from lib.run.processes import lost_process
 from lib.run.shards import shard_model
 
 
@@ -76,18 +75,17 @@ def sum_and_clip(optimizer: torch.optim.Optimizer, limit: float, size: int, shar
     """Sum the gradients of all `size` processes, and clip them together to the L2 norm `limit` (0: not).
 
     What DistributedDataParallel does, by hand: that sums in every backward pass, so all processes would need
-    equally many micro-batches, and takes the mean, which is not that of completions of different lengths.
-    Here it is one sum an update, in place. If each process scales its loss by the count over all of them, the
-    sum is the gradient of the mean. Shards have summed theirs. Returns the norm before clipping.
+    equally many micro-batches, and takes the mean. Here it is one sum an update: if each process scales its
+    loss by the count over all of them, the sum is the gradient of the mean. Shards have summed theirs.
+    Returns the norm before clipping.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    with lost_process():
-        for parameter in parameters if size > 1 and not sharded else ():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
-        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    for parameter in parameters if size > 1 and not sharded else ():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+    norm: Any = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 def rehearse(
