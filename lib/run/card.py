@@ -45,8 +45,7 @@ answer = text.rpartition("</think>")[2]
 def describe(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: dict) -> None:
     """Write what others need into a checkpoint's folder: template, generation_config.json, README.md.
 
-    `settings` are the run's, as in settings.json. Of folders only the last name is told, of judges no
-    checkpoint.
+    `settings` are the run's. Of folders only the last name is told, of judges no checkpoint.
     """
     write_text(folder / "chat_template.jinja", serving_template(tokenizer, settings["reasoning"]))
     eos = eos_token_ids(GenerationConfig.from_pretrained(folder), tokenizer)

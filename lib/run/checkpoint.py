@@ -25,10 +25,7 @@ PROGRESS = "progress.pt"  # in OUT, until the run is finished
 
 
 def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One atomic file, by rank 0; all ranks have to call it. `step` is the number of finished steps.
-
-    UserError if the disk is full.
-    """
+    """One atomic file, by rank 0; all ranks have to call it. `step` is the number of finished steps."""
     state = {"model": full_weights(model), "optimizer": full_optimizer(model, optimizer)}
     if run.leader:
         try:
@@ -67,8 +64,7 @@ def save_policy(
 ) -> None:
     """Write it into `folder`, beside what else is there. `weights`: those gathered from a model in shards.
 
-    It is written to a temporary folder, then moved file by file, config.json last: where there is a
-    config.json, there is a whole checkpoint. Raises UserError where the disk is full.
+    First to a temporary folder, then moved file by file, config.json last: where that is, all is.
     """
     temporary = Path(folder) / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -66,15 +66,12 @@ def _parse(line: bytes) -> dict | None:
 
 
 def read_jsonl(path: str | Path, required: Sequence[str] = (), maybe_empty: Sequence[str] = ()) -> list[dict]:
-    """All records of a jsonl file; empty lines are skipped.
+    """All records of a jsonl file; empty lines are skipped. UserError for what breaks a rule.
 
     With `required` these are the records that stages hand on, and it names their keys, "id" among them. Each
     must be there and hold text. Those of `maybe_empty` may hold an empty one, and be missing or null unless
     they are required. An id becomes text (7 is "7"), and two records never share one: all that is counted
     later is counted by id. In every text U+FFFD stands for what tokenizers do not take, see `readable`.
-
-    Raises UserError for a missing or empty file, a line that is not a JSON object, and a record that breaks a
-    rule above.
     """
     path = Path(path)
     if not path.is_file():

@@ -46,14 +46,9 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def stated_reasoning(model: str | Path) -> bool | None:
-    """Whether a checkpoint of stage 2 or 3 reasons, as its settings.json says; None for other models."""
-    return read_settings(model).get("reasoning")
-
-
 def reasons(name: str, model: str, direct: Iterable[str]) -> bool:
-    """Whether `model`, called `name` on the command line, reasons: as it states, else unless in --direct."""
-    stated = stated_reasoning(model)
+    """Whether `model`, called `name`, reasons: as its settings.json says, else unless it is in --direct."""
+    stated = read_settings(model).get("reasoning")
     if stated and name in direct:
         where = f"{model}/settings.json"
         raise UserError(f"--direct: given {name}, which reasons ({where}); take it off the list")
@@ -92,9 +87,9 @@ def _leave(out: Path, lock: Any) -> None:
 def claim_folder(out: str | Path, settings: dict, *, overwrite: bool, inputs: Iterable[str] = ()) -> bool:
     """Lock `out` for the run with these settings; whether it holds that very run, which may resume.
 
-    UserError if `out` holds a run in which a setting not in MACHINERY differs. With `overwrite` that may be
-    emptied instead (`take_folder`), unless it holds what the run reads (`inputs`; names on the hub are none),
-    or is no folder to empty. One with files but no settings.json is not ours: neither used nor emptied.
+    UserError if a setting not in MACHINERY differs from those of the run in it. With `overwrite` that may be
+    emptied (`take_folder`), unless it holds what the run reads (`inputs`) or is no folder to empty. One with
+    files but no settings.json is not ours: neither used nor emptied.
     """
     lock_folder(out)
     out, before = Path(out), _plain(read_settings(out))

@@ -63,8 +63,7 @@ def stop_processes() -> None:
 
 
 def _leave_on_error() -> None:
-    """At the exit of a process that is still in the group: an error, of which its message tells. The others
-    must hear of it. On GPUs the exit code is 1, whatever the error."""
+    """At the exit of a process that is still in the group, by an error: the others must hear of it."""
     if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -84,8 +84,7 @@ MACHINERY |= {"max_batch_tokens", "max_sample_tokens", "rainbow_archives"}
 def parse_settings(cls: type[T], *stages: str, argv: Sequence[str] | None = None) -> T:
     """Defaults of the class, then those of the preset, then the flags in `argv` (none: the command line's).
 
-    `stages`: names of dicts in lib/run/presets/NAME.py, such as "rl"; a later one goes before an earlier one.
-    Raises UserError for a mistake.
+    `stages`: names of dicts in the preset's module, such as "rl"; a later one goes before an earlier one.
     """
     first = Flags(add_help=False)
     first.add_argument("--preset", default=cls.preset, choices=presets_found())  # type: ignore[attr-defined]
@@ -122,21 +121,15 @@ def presets_found() -> list[str]:
 
 
 def preset_values(cls: type, preset: str, *stages: str) -> dict[str, Any]:
-    """All settings of the class as the preset has them. UserError for a name or a number that is none."""
-    types, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    """All settings of the class as the preset has them. UserError for one that the stage has not."""
     values = dataclasses.asdict(cls()) | {"preset": preset}
     module = importlib.import_module(f"lib.run.presets.{preset}")
     for stage in stages:
-        where = f"lib/run/presets/{preset}.py: {stage.upper()}"
         for name, value in getattr(module, stage.upper(), {}).items():
-            if name in fields:
-                try:
-                    limits, kind = fields[name].metadata["limits"], types[name]
-                    values[name] = number(kind, *limits)(value) if kind in (int, float) else value
-                except argparse.ArgumentTypeError as error:
-                    raise UserError(f"{where}: {name}: {error}") from None
+            if name in values:
+                values[name] = value
             elif stage == stages[-1]:
-                raise UserError(f"{where} sets {name!r}, no setting of that stage")
+                raise UserError(f"lib/run/presets/{preset}.py: {stage.upper()} sets {name!r}: no setting")
     return values
 
 

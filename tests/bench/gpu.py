@@ -44,10 +44,9 @@ from lib.attacks.core import Cost
 from lib.judges import load_judge
 from lib.policy import token_logprobs
 from lib.run.hub import load_tokenizer
-from lib.run.plumbing import Run
+from lib.run.plumbing import Run, halve_linear_layers, precision, sum_and_clip
 from lib.run.processes import pick_device
 from lib.run.shards import full_optimizer, full_weights, gathered, set_full, shard_model
-from lib.run.training import halve_linear_layers, precision, sum_and_clip
 from lib.sampler import Completion, draw, sample, uniform
 from tests.bench.graphs import DECODERS, sampling_by
 
@@ -357,7 +356,7 @@ class Checks:
         return found
 
     def within(self, model, function: Callable, *args: Any) -> Any:
-        """What lib.run.training puts around the passes of a model in bfloat16."""
+        """What lib.run.plumbing puts around the passes of a model in bfloat16."""
         with precision(self.device, self.half):
             return function(model, *args)
 
