@@ -19,11 +19,7 @@ import stages
 from safetensors.torch import load_file, save_file
 from stages import RL, SFT, contents, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
-from lib.chat import encode_example, encode_prompt
-from lib.run.data import load_prompts
 from lib.run.files import append_jsonl, write_jsonl
-from lib.run.hub import load_policy, load_tokenizer
-from lib.run.plumbing import Run
 from lib.sandbox import world
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
@@ -42,15 +38,6 @@ def fails(monkeypatch, capsys):
         return line
 
     return check
-
-
-@pytest.fixture
-def evaluation(tmp_path) -> Path:
-    """Two prompts of each evaluation set, as stage 1 writes them."""
-    for name in ("harmful", "jailbreak", "harmless", "ambiguous"):
-        pool = world.build_pool("eval", name, 2, 0)
-        write_jsonl(tmp_path / f"eval_{name}.jsonl", [{"id": f"{name}-{i}", **r} for i, r in enumerate(pool)])
-    return tmp_path
 
 
 # ---- flags: a stage, its words, what the line says ----
@@ -145,22 +132,6 @@ def test_requests_to_evaluate(lines, fragment, tmp_path, fails):
     assert not (tmp_path / "eval").exists()
 
 
-def test_text_that_is_none_reaches_no_tokenizer(tmp_path):
-    """A lone surrogate, which ended stages 2 to 4 in a TypeError, and a null byte: each is one U+FFFD."""
-    broken, mended = "how \ud800 do\x00 i ?", "how \ufffd do\ufffd i ?"
-    write_jsonl(tmp_path / "rl.jsonl", [{"id": "x", "prompt": broken, "kind": "harmless"}])
-    write_jsonl(tmp_path / "sft.jsonl", [TRACE | dict.fromkeys(("prompt", "reasoning", "answer"), broken)])
-    tokenizer, model = load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu")
-    rl, sft = (importlib.import_module(stage) for stage in (RL, SFT))
-    settings = rl.Settings(data=str(tmp_path), max_new_tokens=8)
-    [prompt] = load_prompts(Run(settings), tokenizer, model)
-    assert prompt.record["prompt"] == mended
-    assert prompt.ids == encode_prompt(tokenizer, mended, reasoning=True)
-    settings = sft.Settings(data=str(tmp_path))
-    [example] = sft.load_examples(settings, tokenizer, model, Run(settings))
-    assert example.ids == encode_example(tokenizer, mended, mended, mended)[0]
-
-
 LIMITS = [(RL, "max_batch_tokens", 30), (RL, "max_sample_tokens", 30), (RL, "max_new_tokens", 500)]
 
 
@@ -171,15 +142,7 @@ def test_limits_too_tight_for_the_data(stage, name, most, data, tmp_path, fails)
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
-    harmless = world.build_pool("train", "harmless", 20, 0)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"id": str(i), **r} for i, r in enumerate(harmless)])
-    words = f"--source files --files harmless={tmp_path}/prompts.jsonl --sft-prompts 0 --rl-prompts 10"
-    line = fails(MIXTURE, [*words.split(), "--out", str(tmp_path / "data")], "harmful")
-    assert "lambda" in line and not (tmp_path / "data" / "rl.jsonl").exists()
-
-
-# ---- models and judges ----
+# ---- models ----
 
 
 def not_numbers(folder: Path) -> None:
@@ -213,68 +176,35 @@ def test_model_that_cannot_be_used(stage, spoil, fragment, data, tmp_path, fails
     assert not (tmp_path / "out").exists()
 
 
-JUDGES = [("gaurd", "gaurd"), ("json", "no function harm"), ("", "given none"), ("sandbox", "not a prompt")]
-
-
-@pytest.mark.parametrize("judge, fragment", JUDGES)
-def test_judge_that_cannot_be_used(judge, fragment, data, tmp_path, fails):
-    cakes = [{"id": str(i), "prompt": f"a cake {i} ?", "kind": "harmless"} for i in range(8)]
-    write_jsonl(tmp_path / "rl.jsonl", cakes)
-    fails(RL, rl_flags(tmp_path, tmp_path / "out", judge=judge), "--judge", fragment)
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
 # ---- output folders ----
 
 
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> dict[str, Path]:
-    """A finished run of each stage; tests must leave them as they are."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        run_here(RL, rl_flags(data, folder / RL, epochs=0.25), patch)
-        run_here(SFT, sft_flags(data, folder / SFT, epochs=1), patch)
-    return {RL: folder / RL, SFT: folder / SFT}
-
-
-USUAL = [(RL, {"epochs": 0.25}), (SFT, {"epochs": 1})]
-
-
-@pytest.mark.parametrize("stage, usual", USUAL)
-def test_another_run_is_refused_before_anything_is_loaded(stage, usual, finished, data, fails, monkeypatch):
-    loaded = lambda *args, **keywords: pytest.fail("something was loaded")  # noqa: E731
-    monkeypatch.setattr(importlib.import_module(stage), "load_tokenizer", loaded)
-    out, before = finished[stage], contents(finished[stage])
-    words = FLAGS[stage](data, out, **usual, learning_rate=0.5)
-    fails(stage, words, out, "--learning-rate 0.001, now 0.5", "--overwrite")
-    with pytest.raises(SystemExit) as end:  # the very same run is finished, and says so
-        run_here(stage, FLAGS[stage](data, out, **usual), monkeypatch)
-    assert not end.value.code and contents(out) == before
-
-
-def test_overwrite_with_a_mistake_elsewhere_costs_nothing(finished, data, tmp_path, fails):
-    before, changed = contents(finished[RL]), {"epochs": 0.25, "overwrite": True, "learning_rate": 0.5}
-    for mistake in ({"model": tmp_path}, {"judge": "absent"}, {"max_new_tokens": 512}):
-        fails(RL, rl_flags(data, finished[RL], **changed, **mistake))
-        assert contents(finished[RL]) == before
-    fails(RL, rl_flags(tmp_path, finished[RL], **changed), "no such file")
-    assert contents(finished[RL]) == before
-
-
-@pytest.mark.parametrize("stage, usual", USUAL)
-def test_inputs_that_changed_since(stage, usual, data, tmp_path, fails, monkeypatch):
-    copy = shutil.copytree(data, tmp_path / "data")
-    words = FLAGS[stage](copy, tmp_path / "out", **usual)
+@pytest.mark.parametrize("stage, usual", [(RL, {"epochs": 0.25}), (SFT, {"epochs": 1})])
+def test_a_finished_run_is_kept_whatever_is_wrong_next(stage, usual, data, tmp_path, fails, monkeypatch):
+    copy, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    words = FLAGS[stage](copy, out, **usual)
     run_here(stage, words, monkeypatch)
-    before = contents(tmp_path / "out")
-    lines = (copy / FILE[stage]).read_text().splitlines(keepends=True)
-    (copy / FILE[stage]).write_text("".join(lines[::-1]))
-    fails(stage, words, f"sha256 of {copy / FILE[stage]}", "--overwrite")
-    assert contents(tmp_path / "out") == before
+    before, anew = contents(out), FLAGS[stage](copy, out, **usual, learning_rate=0.5)
+    for mistake in ("--model absent/absent/absent", "--max-batch-tokens 16", "--data absent"):
+        fails(stage, [*anew, "--overwrite", *mistake.split()])
+    with monkeypatch.context() as patch:
+        loaded = lambda *args, **keywords: pytest.fail("something was loaded")  # noqa: E731
+        patch.setattr(importlib.import_module(stage), "load_tokenizer", loaded)
+        fails(stage, anew, out, "--learning-rate 0.001, now 0.5", "--overwrite")
+        with pytest.raises(SystemExit) as end:  # the very same run is finished, and says so
+            run_here(stage, words, monkeypatch)
+        assert not end.value.code
+        lines = (copy / FILE[stage]).read_text().splitlines(keepends=True)
+        (copy / FILE[stage]).write_text("".join(lines[::-1]))
+        fails(stage, words, f"sha256 of {copy / FILE[stage]}", "--overwrite")  # other inputs
+    assert contents(out) == before
+
+
+SMALL = "--sft-prompts 4 --rl-prompts 8 --eval-prompts 4 --overwrite"
 
 
 def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatch):
-    words = f"--out {tmp_path}/data --sft-prompts 4 --rl-prompts 8 --eval-prompts 4 --overwrite".split()
+    words = [*SMALL.split(), "--out", f"{tmp_path}/data"]
     run_here(MIXTURE, words, monkeypatch)
     before = contents(tmp_path / "data")
     for mistake in ("--source files --files harmful=none.csv", "--trace-files none.jsonl"):
@@ -282,25 +212,16 @@ def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatc
         assert contents(tmp_path / "data") == before
 
 
-def words_of(stage: str, out: object, data: Path, evaluation: Path) -> list[str]:
-    """A command that is right but for OUT."""
-    more = {MIXTURE: "", SFT: f"--model {world.BASE} --data {data}"}
-    more[RL] = f"--model {world.BASE} --no-reasoning --data {data}"
-    more[EVAL] = f"{BASE} --data {evaluation}"
-    return [*more[stage].split(), f"--out={out}"]
-
-
 OUTS = [("file", "File exists"), ("file/below/it", "Not a directory"), ("x" * 300, "File name too long")]
 
 
 @pytest.mark.parametrize("out, fragment", OUTS)
-@pytest.mark.parametrize("stage", [MIXTURE, SFT, RL, EVAL])
-def test_a_folder_that_cannot_be_written(stage, out, fragment, data, evaluation, fails, monkeypatch):
-    (evaluation / "file").write_text("mine")
-    monkeypatch.chdir(evaluation)
-    before = contents(evaluation)
-    fails(stage, words_of(stage, out, data, evaluation), "--out", fragment)
-    assert contents(evaluation) == before
+@pytest.mark.parametrize("stage, words", [(MIXTURE, SMALL), (EVAL, BASE)])
+def test_a_folder_that_cannot_be_written(stage, words, out, fragment, tmp_path, fails, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    fails(stage, [*words.split(), "--out", out], "--out", fragment)
+    assert contents(tmp_path) == {"file": b"mine"}
 
 
 # ---- disks, and broken numbers on the way ----
@@ -316,13 +237,6 @@ def break_writes(monkeypatch, number: int, names: str) -> None:
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", broken)
-
-
-@pytest.mark.parametrize("stage, number", [(SFT, errno.ENOSPC), (RL, errno.EROFS), (RL, errno.EACCES)])
-def test_disk_that_is_full_or_read_only(stage, number, data, tmp_path, fails, monkeypatch):
-    break_writes(monkeypatch, number, "settings.json")
-    fails(stage, FLAGS[stage](data, tmp_path / "out"), os.strerror(number), "settings.json")
-    assert not contents(tmp_path / "out")
 
 
 def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> dict[str, bytes]:
@@ -424,11 +338,11 @@ def held(tmp_path):
         holder.kill()
 
 
-@pytest.mark.parametrize("stage", [MIXTURE, SFT, RL, EVAL])
-def test_a_folder_in_which_another_process_writes_is_refused(stage, held, data, evaluation, fails):
-    folder, before = held, contents(held)
-    fails(stage, words_of(stage, folder, data, evaluation), folder, "a run is writing there")
-    assert contents(folder) == before and before["log"] == b"work"
+@pytest.mark.parametrize("stage, words", [(MIXTURE, SMALL), (EVAL, BASE)])
+def test_a_folder_in_which_another_process_writes_is_refused(stage, words, held, fails):
+    before = contents(held)
+    fails(stage, [*words.split(), "--out", str(held)], held, "a run is writing there")
+    assert contents(held) == before and before["log"] == b"work"
 
 
 def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refused(data, tmp_path):
@@ -484,15 +398,7 @@ def test_two_at_once_leave_one(tmp_path):
     assert [process.returncode for process in group] == [0, 0, 0] and all(came_in), came_in
 
 
-# ---- as a user starts it ----
-
-
-def test_the_script_itself_prints_one_line_and_exits_with_2(tmp_path):
-    words = ["--data", tmp_path, "--model", world.BASE, "--out", tmp_path / "rl", "--device", "cpu"]
-    command = [sys.executable, stages.ROOT / f"{RL}.py", *words]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == f"error: {tmp_path / 'rl.jsonl'}: no such file\n"
+# ---- as a user sees it ----
 
 
 @pytest.mark.parametrize("times, gap", [(1, 0.0), (3, 0.02)])

@@ -25,7 +25,7 @@ from lib.run.checkpoint import read_state
 from lib.run.command import at_end
 from lib.run.files import append_jsonl, git_revision, read_jsonl, resume_log, write_json, write_jsonl
 from lib.run.folder import claim_folder, date_of_run, take_folder
-from lib.run.plumbing import Run, precision, set_learning_rate
+from lib.run.plumbing import Run, set_learning_rate
 from lib.run.processes import pick_device, start_processes
 from lib.run.settings import Training, following, parse_settings, presets_found, setting
 
@@ -124,20 +124,6 @@ def test_every_preset_fits_its_stage_and_every_number_has_a_range(stage):
             for absurd in ABSURD:
                 with pytest.raises(UserError, match=f"{flag}: given .* from .* to "):
                     parse_settings(module.Settings, stage, argv=[f"{flag}={absurd}"])
-
-
-@pytest.mark.parametrize("command", ["lib.tools.capability", "lib.tools.chat", "lib.compare.study"])
-def test_every_number_of_the_other_commands_has_a_range(command, monkeypatch):
-    parsers = []
-    keep = lambda self, *args: parsers.append(self) or sys.exit()  # noqa: E731
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(f"lib.run.command.Flags.{name}", keep)
-    with pytest.raises(SystemExit):
-        importlib.import_module(command).main()
-    for action in parsers[0]._actions:
-        for absurd in ABSURD if action.type not in (None, str) else ():
-            with pytest.raises(Exception, match="given .*; allowed a .*number from .* to "):
-                action.type(absurd)
 
 
 def test_the_next_command_leaves_out_what_the_preset_has(tmp_path, monkeypatch):
@@ -333,7 +319,7 @@ def test_a_run_never_deletes_what_it_reads(out, tmp_path, monkeypatch, overwrite
     (tmp_path / "link").symlink_to(out)
     (out / "far.jsonl").symlink_to(far)
     monkeypatch.chdir(tmp_path)
-    for read in (log, "x/deep/log", tmp_path / "link/deep/log", out, out / "far.jsonl"):
+    for read in (log, "x/deep/log", tmp_path / "link/deep/log", out):
         with pytest.raises(UserError, match=r"--out: .*x holds .*, which this run reads: give another"):
             claim_folder(out, {"n": 2}, overwrite=overwrite, inputs=[read])
     assert log.read_text() == "work"
@@ -377,6 +363,7 @@ from lib.run.settings import Common
 
 def main():
     start_processes(Common(device="cpu"))
+    dist.barrier()
     dist.get_backend_config = lambda: "cpu:gloo,cuda:nccl"
     dist.destroy_process_group = lambda: time.sleep(600)  # as nccl's does, which waits for the others
     raise UserError("told before it leaves")
@@ -395,15 +382,6 @@ def test_a_failing_process_on_gpus_leaves_without_waiting_for_the_others():
 
 
 # ---- an update ----
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bfloat16_computes_in_it_and_leaves_weights_in_single_precision(dtype):
-    layer = torch.nn.Linear(4, 4)
-    with precision(torch.device("cpu"), dtype):
-        out = layer(torch.ones(1, 4))
-    out.sum().backward()
-    assert out.dtype == getattr(torch, dtype) and layer.weight.grad.dtype == torch.float32
 
 
 RATES = [

@@ -31,7 +31,7 @@ def check_model(model: PreTrainedModel, name: str | Path) -> None:
     A plain pass reads one row, without cache and padding. Architectures differ in how they pad, cache, scale
     and count positions, so each way is tried on two short random rows.
     """
-    with_ = " with --gradient-checkpointing" if model.is_gradient_checkpointing else ""
+    with_ = " with --gradient-checkpointing" if model.is_activation_checkpointing else ""
     refused, how = f"{name}: {type(model).__name__} cannot be used here{with_}", "in a plain pass"
     if strange := sorted({*layer_types(model)} - {"full_attention", "sliding_attention"}):
         raise UserError(f"{refused}: it has layers of {', '.join(strange)}, not of key-value attention alone")

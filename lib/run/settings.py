@@ -94,25 +94,21 @@ def parse_settings(cls: type[T], *stages: str, argv: Sequence[str] | None = None
     usage, doc = "%(prog)s [--flag value ...]", sys.modules[cls.__module__].__doc__
     flags = Flags(description=doc, usage=usage, epilog=about)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.metadata["flag"]:
-            _add_flag(flags, field, types[field.name], values[field.name])
+        meta, kind, default = field.metadata, types[field.name], values[field.name]
+        if not meta["flag"]:
+            continue
+        text = meta["help"] + (f" ({' | '.join(meta['choices'])})" if meta["choices"] else "")
+        options = {"default": default, "help": f"{text} (default: {default})".replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind in (int, float):
+            options |= {"type": number(kind, *meta["limits"]), "metavar": "N"}
+        else:
+            options |= {"choices": meta["choices"] or None, "metavar": "TEXT"}
+        if kind == list[str]:
+            options["nargs"] = "+"
+        flags.add_argument(f"--{field.name.replace('_', '-')}", **options)
     return cls(**values | vars(flags.parse_args(argv)))
-
-
-def _add_flag(flags: Flags, field: dataclasses.Field, kind: Any, default: Any) -> None:
-    text, choices = field.metadata["help"], field.metadata["choices"]
-    if choices:
-        text += f" ({' | '.join(choices)})"
-    options = {"default": default, "help": f"{text} (default: {default})".replace("%", "%%")}
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif kind in (int, float):
-        options |= {"type": number(kind, *field.metadata["limits"]), "metavar": "N"}
-    else:
-        options |= {"choices": choices or None, "metavar": "TEXT"}
-    if kind == list[str]:
-        options["nargs"] = "+"
-    flags.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
 def presets_found() -> list[str]:
