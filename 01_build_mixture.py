@@ -8,19 +8,22 @@ A model that is rewarded for safety alone learns to refuse everything. What keep
     3. RL: a share lambda of harmful prompts, the rest harmless and ambiguous, 1:1    -> prompts_needed, mix
        Prompts only: what to answer, the policy has to find out.
     4. If asked for, a share of RL's harmful ones comes from a search against pi_SFT    -> with_rainbow
+       (pi_SFT is chapter 2's: run this chapter once more behind it, with --rainbow)
 
-In this order, so that nothing leaks: see `main` and `Taken`. The seed decides every choice. A larger lambda
-takes more of the same harmful prompts, so one SFT model serves several mixtures.
+In this order, so that nothing leaks: first every set takes its prompts, and no two take the same (`Taken`).
+Then a set that has none of its own is filled from the training pool, and the pool loses them. The seed
+decides every choice. A larger lambda takes more of the same harmful prompts, so one SFT model serves several
+mixtures.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
     python 01_build_mixture.py --source files --out runs/mine/data --trace-files star1 --files \
         harmful=mine.csv harmful=wildjailbreak:800 harmless=hub:me/chat:train ambiguous=or-bench
 
 A file of yours (jsonl, json, csv, tsv, parquet) has `prompt`, a text or a conversation (its first user turn
-is taken), and `kind`, unless the word says it. It may have `id`, `category`, `context` (what the prompt is
-about), for stage 4 `target` (how a compliant answer begins; GCG needs it), `prefill` (the same, for prefill),
-`twin` (a request like it that deserves an answer), `hops` (how deep it is disguised), for traces `reasoning`
-and `answer`. Other columns: five lines in lib/sources/known.py.
+is taken), and `kind`, unless KIND= stands before it. It may have `id`, `category`, `context` (what the prompt
+is about), for stage 4 `target` (how a compliant answer begins; GCG needs it), `prefill` (the same, for
+prefill), `twin` (a request like it that deserves an answer), `hops` (how deep it is disguised), for traces
+`reasoning` and `answer`. Other columns: five lines in lib/sources/known.py.
 
 **What you should see** (sandbox, 3 seconds): sft.jsonl, 4000 traces of 1000 prompts; rl.jsonl, 640 harmful,
 320 harmless and 320 ambiguous prompts; four eval_SET.jsonl of 150; manifest.json, what was made of what. With
@@ -59,10 +62,10 @@ class Settings(Common):
     trace_files: list[str] = setting([], "SOURCEs with reasoning and answer: star1. Paper: by DeepSeek-R1")
     trace_model: str = setting("", "a model that writes the traces itself: a folder or a hub name")
     rainbow: str = setting("", "pi_SFT, a folder or hub name: find prompts that it answers harmfully")
+    ambiguous_share: float = setting(0.5, "of the RL prompts that are not harmful. Paper: 0.5", low=0, high=1)
     # Few people change these, and presets only:
     traces_per_prompt: int = setting(4, "at most. Paper: 4", low=1, high=1000, flag=False)
-    ambiguous_share: float = setting(0.5, "of the RL prompts that are not harmful. Paper: 0.5", low=0, high=1)
-    max_chars: int = setting(1000, "SFT and RL prompts of files are shorter", low=1, high=10**9, flag=False)
+    max_chars: int = setting(1000, "longer SFT and RL prompts are dropped", low=1, high=10**9, flag=False)
     max_batch_tokens: int = setting(16384, "in the cache of a model", low=16, high=TOKENS, flag=False)
     trace_temperature: float = setting(0.8, "of --trace-model", low=0.01, high=10, flag=False)
     trace_max_new_tokens: int = setting(256, "of its reasoning, and of its answer", low=1, flag=False)
@@ -153,6 +156,7 @@ def with_rainbow(rl: list[dict], settings: Settings, taken: Taken) -> list[dict]
     set_date(settings.date)
     harmful = [record for record in rl if record["kind"] == "harmful"]
     new = taken.take(search(settings, harmful, load_judge(settings.rainbow_judge)), "RL")
+    # From the end: the first harmful prompts stay, which a smaller lambda has, too.
     instead = {old["id"]: record for old, record in zip(harmful[::-1], new[::-1], strict=False)}
     return [instead.get(record["id"], record) for record in rl]
 
@@ -184,7 +188,8 @@ def write_traces(
     if not records or not count:
         return []
     if settings.trace_files:
-        pairs = [traced.get(same_prompt(record["prompt"]), (record, []))[1][:count] for record in records]
+        known = {key: pairs for key, (_, pairs) in traced.items()}
+        pairs = [known.get(same_prompt(record["prompt"]), [])[:count] for record in records]
     elif settings.trace_model:
         pairs = sources.write_traces(records, count, settings, use)
     else:
@@ -226,7 +231,7 @@ def main() -> None:
     evaluation = {name: taken.take(records, "evaluation") for name, records in evaluation.items()}
     sft = taken.take([record for record, _ in traced.values()], "SFT", most=settings.sft_prompts)
     pool = {kind: taken.take(records, "RL") for kind, records in pool.items()}
-    # From here on a prompt is moved, not copied: to evaluation sets without files, to SFT without traces.
+    # "RL" is the training pool. Where a set has no files, or SFT no traces, prompts move out of it.
     sources.hold_out(pool, evaluation, settings)
     from_pool = sources.take_sft(pool, train, settings)
     sft = sft or from_pool

@@ -10,11 +10,10 @@ y` from about a thousand harmful prompts with a few traces each. For every updat
 
 Two things matter more than the loss:
 
-- **Light**: a low rate, few epochs, an early stop. RL chooses among samples, so samples must stay diverse
-  (finding F5:
-  `--learning-rate` x 3, twice the `--epochs` and `--held-out-share 0`, no early stop, is "heavy", and ends in
-  a worse frontier). The sandbox's preset is light by its one short epoch; the stop would come with the
-  second.
+- **Light**: a low rate, few epochs, an early stop. RL chooses among samples, so samples must stay diverse.
+  *Heavy* is `--learning-rate` x 3, twice the `--epochs`, and no early stop (`--held-out-share 0`). By finding
+  F5 of the paper (docs/results.md) it ends in a worse frontier, DSR against compliance. The sandbox's preset
+  is light by its one short epoch; the stop would come with the second.
 - **Imperfect traces are fine**: some comply where they should not. RL sorts that out; variety is what it
   needs.
 
@@ -103,7 +102,8 @@ def split_by_prompt(examples: list[Example], settings: Settings) -> tuple[list[E
         names.setdefault(same_prompt(example.record["prompt"]), example.record["prompt"])
     prompts = sorted(names.values())
     count = round(settings.held_out_share * len(prompts))
-    held_out_prompts = {prompts[i] for i in epoch_order(len(prompts), settings.seed, -1)[:count]}
+    order = epoch_order(len(prompts), settings.seed, -1)  # an order that no epoch of training uses
+    held_out_prompts = {prompts[i] for i in order[:count]}
     train: list[Example] = []
     held_out: list[Example] = []
     for example in examples:
@@ -114,13 +114,14 @@ def split_by_prompt(examples: list[Example], settings: Settings) -> tuple[list[E
     return train, held_out
 
 
-def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Settings, run) -> dict:
-    """One update on `batch`, the same on every process: the mean loss per token, and the gradient's norm."""
+def train_step(model, optimizer, batch: list[Example], pad_id: int, most: int, run) -> dict:
+    """One update on `batch`, the same on every process: the mean loss per token, and the gradient's norm.
+
+    With share=True each process computes its part of it, in micro-batches of at most `most` tokens.
+    """
     tokens = sum(sum(example.mask) for example in batch)  # of all processes: their shares add up to the mean
     total = 0.0
-    for _, ids, attention_mask, mask in run.micro_batches(
-        batch, pad_id, settings.max_batch_tokens, share=True
-    ):
+    for _, ids, attention_mask, mask in run.micro_batches(batch, pad_id, most, share=True):
         loss = -token_logprobs(model, ids, attention_mask, mask).sum()  # log p: (B, T), 0 outside the mask
         run.backward(loss / tokens)
         total += loss.item()
@@ -129,12 +130,10 @@ def train_step(model, optimizer, batch: list[Example], pad_id: int, settings: Se
 
 
 @torch.no_grad()
-def held_out_loss(model, examples: list[Example], pad_id: int, settings: Settings, run) -> float:
+def held_out_loss(model, examples: list[Example], pad_id: int, most: int, run) -> float:
     """The mean loss per token."""
     total = 0.0
-    for _, ids, attention_mask, mask in run.micro_batches(
-        examples, pad_id, settings.max_batch_tokens, share=True
-    ):
+    for _, ids, attention_mask, mask in run.micro_batches(examples, pad_id, most, share=True):
         total -= token_logprobs(model, ids, attention_mask, mask).sum().item()
     return run.total(total) / sum(sum(example.mask) for example in examples)
 
@@ -142,37 +141,31 @@ def held_out_loss(model, examples: list[Example], pad_id: int, settings: Setting
 def main() -> None:
     settings, run = start(Settings, "sft")
     tokenizer, model = load_tokenizer(settings.model), run.model(settings.model)
-    pad_id = tokenizer.pad_token_id
+    pad_id, most = tokenizer.pad_token_id, settings.max_batch_tokens
     train, held_out = split_by_prompt(load_examples(settings, tokenizer, model, run), settings)
-    run.say(
-        f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}; start {settings.model}"
-    )
+    read = f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}"
+    run.say(f"{read}; start {settings.model}")
     longest = max(train + held_out, key=lambda example: len(example.ids))
     rows = max(settings.batch_size, len(held_out))
-    run.rehearse(model, None, rows, len(longest.ids), longest.mask.index(True))
+    run.rehearse(model, None, rows=rows, longest=len(longest.ids), prompt=longest.mask.index(True))
 
     optimizer = torch.optim.AdamW(model.parameters(), **run.adamw)
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)
-    run.state |= {"best_loss": math.inf, "bad_epochs": 0}
-    for step in run.steps(settings.epochs * steps_per_epoch, model, optimizer, "SFT"):
+    run.state |= {"best_loss": math.inf, "bad_epochs": 0}  # at first: a resumed run has its own back
+    for step in run.steps(settings.epochs * steps_per_epoch, model, optimizer, "SFT"):  # sets the rate, too
         if run.state["bad_epochs"] >= settings.patience:  # light means no longer than it helps
             break
         epoch, place = divmod(step, steps_per_epoch)
         order = epoch_order(len(train), settings.seed, epoch)[place * settings.batch_size :]
         batch = [train[i] for i in order[: settings.batch_size]]
-        stats = {"epoch": epoch, **train_step(model, optimizer, batch, pad_id, settings, run)}
+        stats = {"epoch": epoch, **train_step(model, optimizer, batch, pad_id, most, run)}
         if held_out and place == steps_per_epoch - 1:
-            stats["held_out_loss"] = held_out_loss(model, held_out, pad_id, settings, run)
-            if stats["held_out_loss"] < run.state["best_loss"]:
-                run.state |= {
-                    "best_loss": stats["held_out_loss"],
-                    "bad_epochs": 0,
-                    "best": run.weights(model),
-                }
-            else:
-                run.state["bad_epochs"] += 1
+            loss = stats["held_out_loss"] = held_out_loss(model, held_out, pad_id, most, run)
+            run.state["bad_epochs"] += 1
+            if loss < run.state["best_loss"]:
+                run.state |= {"best_loss": loss, "bad_epochs": 0, "best": run.weights(model)}
         run.log(step, stats)
-    run.finish(model, tokenizer, draw_curves)
+    run.finish(model, tokenizer, draw_curves)  # saves state["best"], the weights of the best epoch
 
 
 if __name__ == "__main__":

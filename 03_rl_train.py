@@ -12,9 +12,9 @@ help, so it pays to find out first which of the two a prompt is. This is GRPO by
     6. log, with whole groups to read, and save                            -> run.log, run.steps
 
 What is *not* here: no value network (the group's mean is the baseline); no old-policy pass (rollouts are used
-once, so the ratio is 1; `--updates-per-batch` 2 brings the clipped ratio to life); no KL in the reward (it is
-a term of the loss); no advantage of a single token (a completion has one). DPO in the place of steps 4 and 5
-is `python -m lib.compare.rpo`.
+once, so the ratio is 1; `--updates-per-batch 2` repeats the whole batch, without mini-batches, and brings the
+clipped ratio to life); no KL in the reward (it is a term of the loss); no advantage of a single token (a
+completion has one). DPO in the place of steps 4 and 5 is `python -m lib.compare.rpo`.
 
     python 03_rl_train.py --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rl
     torchrun --nproc-per-node 4 03_rl_train.py --preset paper
@@ -72,7 +72,7 @@ class Settings(Training):
     epochs: float = setting(3.0, "passes over the prompts; may be a fraction. Paper: 3", low=0.01)
     updates_per_batch: int = setting(1, "updates on each batch of rollouts. Paper: 1 (on-policy)", low=1)
     rollouts_every: int = setting(5, "steps between groups in rollouts.jsonl", low=1, flag=False)
-    # what people vary: see the end of this file
+    # what people vary
     normalisation: str = setting("token", "of the loss", choices=("token", "sequence", "constant"))
     std_normalisation: bool = setting(True, "divide advantages by the group's std (paper); no: Dr. GRPO")
     kl_estimator: str = setting("k3", "of KL(policy || reference). Paper: k3", choices=("k1", "k2", "k3"))
@@ -107,8 +107,8 @@ class Rollout:
 def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, run) -> list[Rollout]:
     """This process's share of the prompts, G completions each; those of one prompt stand together.
 
-    Every completion has a seed of its own, drawn by all processes alike: it is the same whichever process
-    samples it. Dynamic sampling (DAPO) would go on here until every group has two different rewards.
+    Every completion has a seed of its own, drawn by all processes alike. So up to rounding it is the same
+    whichever process samples it.
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     seeds = torch.randint(2**62, (len(prompts), settings.group_size), generator=generator)
@@ -162,14 +162,14 @@ def group_advantages(rewards: Tensor, std_normalisation: bool, eps: float = 1e-6
     4.1).
 
     The std is the sample's (n - 1); where all of a group are rewarded alike, all advantages are 0. A reward
-    of NaN is unknown: it is left out of its group's mean and std, and its advantage is 0, so it moves the
-    policy neither way.
+    of NaN is unknown: it is left out of its group's mean and std, and its advantage is 0. Then only the
+    loss's KL and entropy terms count.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, torch.nan], [1.0, 1.0, 1.0]]), std_normalisation=False)
     tensor([[ 0.5000, -0.5000,  0.0000],
             [ 0.0000,  0.0000,  0.0000]])
     """
-    rewards = rewards.double()  # in fp32 the mean of eight times 1/3 is not 1/3, and eps would magnify that
+    rewards = rewards.double()  # in fp32 eight times 1/3 has a std near 0, but not 0, to divide by
     known = ~rewards.isnan()
     centred = (rewards - rewards.nanmean(dim=1, keepdim=True)).where(known, 0.0)
     if not std_normalisation:
@@ -179,7 +179,9 @@ def group_advantages(rewards: Tensor, std_normalisation: bool, eps: float = 1e-6
 
 
 def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
-    """One advantage a completion. Those of tokens (a value network, a process reward) would begin here."""
+    """One advantage a completion. Those of tokens (a value network, a process reward) change four places:
+    this, `Rollout.advantage`, its tensor in `update_policy` (by `scatter`), `[:, None]` in `grpo_loss`.
+    """
     rewards = [math.nan if r.reward is None else r.reward for r in rollouts]
     groups = torch.tensor(rewards, dtype=torch.float64).view(-1, settings.group_size)
     advantages = group_advantages(groups, settings.std_normalisation).flatten().tolist()
@@ -187,10 +189,10 @@ def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
         rollout.advantage = advantage
 
 
-# ---- step 5: the update ----
+# ---- step 5: the update (`sequence_weights` and `kl_estimate`, which people vary, end this file) ----
 def grpo_loss(
     logprobs: Tensor,  # (B, T) of the policy, with gradient
-    old_logprobs: Tensor,  # (B, T) when the rollouts were sampled
+    old_logprobs: Tensor,  # (B, T) before the first update on these rollouts
     reference_logprobs: Tensor,  # (B, T) of the frozen reference
     advantages: Tensor,  # (B,)
     completion_mask: Tensor,  # (B, T) bool
@@ -199,7 +201,8 @@ def grpo_loss(
 ) -> Tensor:
     """DeepSeekMath eq. 3 with its sign turned, a scalar to minimise. Another objective begins here.
 
-    All log-probabilities are of the distribution that was sampled, at --temperature.
+    All log-probabilities are of the distribution that was sampled, at --temperature. The KL is not weighed by
+    the ratio: from the second update on a batch it is an estimate from slightly older samples.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
@@ -218,13 +221,14 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id,
     total_tokens = run.total(sum(len(r.completion.token_ids) for r in rollouts))
     total_rollouts = run.total(len(rollouts))
     sums = dict.fromkeys(("loss", "kl", "entropy", "sampler_gap"), 0.0)
-    at, bonus = {"temperature": settings.temperature}, settings.entropy_coef
+    bonus = settings.entropy_coef
+    options = {"temperature": settings.temperature}
     for batch, ids, attention_mask, mask in run.micro_batches(rollouts, pad_id, settings.max_batch_tokens):
         logprobs, entropy = token_logprobs(
-            policy, ids, attention_mask, mask, **at, with_entropy=True, entropy_gradient=bonus > 0
+            policy, ids, attention_mask, mask, **options, with_entropy=True, entropy_gradient=bonus > 0
         )  # (B, T) each, and so is all that comes of them, 0 outside the mask
         with torch.no_grad():
-            reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, **at)
+            reference_logprobs = token_logprobs(reference, ids, attention_mask, mask, **options)
         for rollout, row, where in zip(batch, logprobs.detach(), mask, strict=True):
             if rollout.old_logprobs is None:
                 rollout.old_logprobs = row[where]  # first update: on-policy, the ratio is exactly 1
@@ -244,31 +248,31 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id,
         sums["sampler_gap"] += (found - sampled_logprobs)[mask].abs().sum().item()
     sums = run.total(sums)
     means = {name: value if name == "loss" else value / total_tokens for name, value in sums.items()}
-    return means | {"grad_norm": run.clip_and_step(optimizer, sums["loss"])}
+    return means | {"grad_norm": run.clip_and_step(optimizer, sums["loss"])}  # stops if either is not finite
 
 
 # ---- the algorithm ----
-
-
 def main() -> None:
     settings, run = start(Settings, "rl")
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
     prompts, pad_id = load_prompts(run, tokenizer, policy), tokenizer.pad_token_id
     run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
-    for score in (judge.harm_score, judge.task_score):  # loads its models: they take memory, too
+    # What does not fit into memory fails now: the judge (it loads at its first answer), the largest batch.
+    for score in (judge.harm_score, judge.task_score):
         score([prompts[0].record["prompt"]], ["No."])
     longest = max(len(prompt.ids) for prompt in prompts)
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
-    run.rehearse(policy, reference, rows, longest + settings.max_new_tokens, longest)
+    run.rehearse(policy, reference, rows=rows, longest=longest + settings.max_new_tokens, prompt=longest)
 
     optimizer = torch.optim.AdamW(policy.parameters(), **run.adamw)
     total = max(1, round(settings.epochs * len(prompts) / settings.prompts_per_step))
-    for step in run.steps(total, policy, optimizer, "RL"):
+    for step in run.steps(total, policy, optimizer, "RL"):  # resumes, sets the rate, saves
         chosen = items_of_step(prompts, step, settings.prompts_per_step, settings.seed)
         rollouts = collect_rollouts(policy, tokenizer, chosen, step, settings, run)
         run.lap("sample")
         score_rollouts(rollouts, judge, settings.one_reward)
+        # Dynamic sampling (DAPO): as long as groups have no two different rewards, sample others, new seeds.
         assign_advantages(rollouts, settings)
         run.lap("reward")
         for _ in range(settings.updates_per_batch):
@@ -285,8 +289,9 @@ def sequence_weights(lengths: Tensor, total_tokens: int, total_rollouts: int, se
     """What each completion's sum over tokens is multiplied by: lengths (B,) -> (B,) fp32.
 
     Totals are over all processes, so that micro-batches and processes add up to the loss of the whole batch.
-    token: all tokens of the batch (verl, DAPO; paper). sequence: each completion's length, then completions
-    (GRPO, DeepSeekMath eq. 3): a token of a long one weighs less. constant: max_new_tokens (Dr. GRPO).
+    token: 1 over all tokens of the batch (verl, DAPO; paper). sequence: 1 over the completion's length and
+    the number of completions (GRPO, DeepSeekMath eq. 3), so a token of a long one weighs less. constant: 1
+    over max_new_tokens and that number (Dr. GRPO).
     """
     if settings.normalisation == "token":
         return torch.full_like(lengths, 1.0 / total_tokens, dtype=torch.float32)

@@ -75,7 +75,7 @@ def _place(pieces: list[Tensor], indices: list[Tensor], columns: int, capacity: 
 
 
 def repeat_row(cache: Cache, rows: int) -> Cache:
-    """`rows` times the one row of `cache`, which stays as it is: views, not copied until a model appends."""
+    """For attacks: `rows` times the one row of `cache`, which stays as it is. Views, copied at an append."""
     layers: list[Any] = [DynamicLayer() for _ in cache.layers]
     old: list[Any] = cache.layers
     for layer, one in zip(layers, old, strict=True):
@@ -88,9 +88,9 @@ def attention_mask(model: PreTrainedModel, padding: Tensor, queries: int, column
     """The mask for the last `queries` of `columns` columns; rows begin with `padding` (rows,) columns of it.
 
     None where nothing is padded. With SDPA the finished mask (rows, 1, queries, columns) bool, which saves
-    the model from building it in each step; padding may see itself there, since a query that sees nothing
-    gives NaN on some devices. With other attention, or sliding windows, (rows, columns) bool, from which the
-    model builds its own.
+    the model from building it in each step. There each column may see itself, padding too: a query that sees
+    nothing gives NaN on some devices. With other attention, or sliding windows, (rows, columns) bool, from
+    which the model builds its own.
     """
     if not padding.any():
         return None

@@ -4,8 +4,8 @@ The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y 
 
     chat template of the prompt | <think>\\n | z \\n</think>\\n\\n y | end-of-turn token
 
-Both markers are read and written as plain text, also where a tokenizer has special tokens for them. The bars
-are seams: what lies between two of them is tokenised on its own. So a training example begins with exactly
+The bars are seams: what lies between two of them is tokenised on its own. Both markers are plain text to this
+library, whether a tokenizer cuts them up or has one token for each. So a training example begins with exactly
 the token ids of the generation prompt. A template that opens the reasoning by itself (DeepSeek-R1) has its
 marker cut off: only the caller's counts. One that can be told whether to reason (Qwen3's `enable_thinking`)
 is told, and without reasoning closes an empty one.
@@ -84,7 +84,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], *, rea
     `messages` are {"role", "content"}: maybe a system prompt, then user and assistant in turn, a user's last.
     With `reasoning` the ids end in "<think>\\n", once. The template writes the beginning-of-sequence token,
     the tokenizer adds none. Raises UserError if the template refuses, as some do to a system prompt, or
-    leaves that out.
+    leaves a system prompt out.
     """
     ids = _encode_turn(tokenizer, messages, reasoning)
     return ids + encode_text(tokenizer, THINK_OPEN) if reasoning else ids
@@ -96,7 +96,9 @@ def encode_example(
     """(ids, completion_mask), both of length T; the mask is True on all that the model must learn to write.
 
     With reasoning that is "<think>\\n" z "\\n</think>\\n\\n" y and the end-of-turn token, markers included
-    (paper, appendix F); with None it is the answer and the end-of-turn token. Each begins as its prompt.
+    (paper, appendix F); with None it is the answer and the end-of-turn token. Each begins as its prompt. (At
+    sampling the prompt has "<think>\\n" already. It is learned all the same, for whoever runs the model
+    without this library.)
     """
     ids = _encode_turn(tokenizer, [{"role": "user", "content": prompt}], reasoning is not None)
     if reasoning is None:

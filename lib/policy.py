@@ -38,9 +38,9 @@ def token_logprobs(
     `temperature` too, comes with it, (B, T) fp32. It has a gradient only if `entropy_gradient`: that costs
     two more tensors of a chunk's logits.
 
-    No more than (chunk_size, vocab) logits ever exist: of several chunks none is kept for the backward pass,
-    which computes each again. Raises ValueError if the mask holds a token that has nothing before it: such a
-    token has no conditional probability.
+    The logits of no more than chunk_size tokens ever exist: of several chunks none is kept for the backward
+    pass, which computes each again. Raises ValueError if the mask holds a token that has nothing before it:
+    such a token has no conditional probability.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature} must be > 0")
@@ -59,7 +59,9 @@ def token_logprobs(
         logprobs, entropy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return logprobs, entropy
 
-    within_forward = getattr(model, "within_forward", None)  # a model in shards gathers them around a pass
+    within_forward = getattr(
+        model, "within_forward", None
+    )  # shards (FSDP) are gathered for a pass
     logprobs, entropy = within_forward(of_masked) if within_forward else of_masked(model)  # (N,) each
     zeros = torch.zeros(input_ids.shape, dtype=torch.float32, device=logprobs.device)
     logprobs, entropy = (zeros.index_put((row, column), part) for part in (logprobs, entropy))
@@ -132,11 +134,8 @@ def context_of(config: PreTrainedConfig) -> int:
     config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or sys.maxsize
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        rope,
-        *(part for part in rope.values() if isinstance(part, dict)),
-    ]  # or one for each kind of layer
-    for kind in kinds:
+    by_layer = [part for part in rope.values() if isinstance(part, dict)]  # one for each kind of layer
+    for kind in [rope, *by_layer]:
         if kind.get("rope_type") in ("longrope", "dynamic"):
             context = min(context, kind.get("original_max_position_embeddings") or context)
     return context

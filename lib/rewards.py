@@ -15,15 +15,13 @@ from typing import Protocol
 
 KINDS = ("harmful", "harmless", "ambiguous")
 
-Score = Callable[
-    ..., Sequence[float | None]
-]  # (prompts, answers) -> a number in [0, 1] each; None: no verdict
+# (prompts, answers) -> a number in [0, 1] each; None: no verdict
+Score = Callable[..., Sequence[float | None]]
 Labels = Callable[[list[str], list[str]], Sequence[str | None]]  # likewise "full", "partial" or "none"
 
 
 class Judge(Protocol):
-    """Who scores answers: two functions on lists of equal length. The judges to choose from are in
-    lib/judges.
+    """Who scores answers: two functions on lists of equal length. Those to choose from are in lib/judges.
 
     They see prompts and answers, never the reasoning, which is free to consider what an answer must not say.
     None is *unknown*, no verdict that can be read: it counts neither as harmless nor as useless.

@@ -68,7 +68,7 @@ def sample_simple(
     """One completion of one prompt for each seed; the model is in eval mode. All else as in `sample`."""
     given = ([prompt], seeds, eos_token_ids)
     ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
-    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()
+    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()  # `cache=`: transformers >= 5.24
     ended = torch.zeros_like(seed, dtype=torch.bool)
     # Prefill: logits (1, vocab). Then repeat: (rows, vocab).
     logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -181,6 +181,7 @@ class _Batch:
         """Each row's newest token goes through the model and into the cache, and the next one is drawn."""
         rows, columns = self.rows, self.cache.get_seq_length() + 1
         newest = self.drawn[rows] - 1  # (rows,)
+        # The mask was made for all columns that the cache has room for: what is not filled yet is cut off.
         mask = None if self.mask is None else self.mask[..., :columns]
         ids, positions = self.tokens[rows, newest], self.lengths[rows] + newest
         self._draw(rows, self._logits(ids[:, None], positions[:, None], mask, self.cache))
@@ -196,11 +197,12 @@ class _Batch:
         slot, ended = self.drawn[rows], self.ended[rows]  # (rows,) each
         token, logprob = self.choose(logits, uniform(self.seeds[rows], slot))
         self.tokens[rows, slot], self.logprobs[rows, slot] = token, logprob
-        self.drawn[rows] = slot + ~ended
+        self.drawn[rows] = slot + ~ended  # those that had ended before this draw do not count it
         self.ended[rows] = ended | torch.isin(token, self.eos) | (slot + 1 >= self.limit)
 
     def refill(self, bar: tqdm) -> bool:
         """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""
+        # Without rows, as at first, that holds: 4 * 0 >= 0.
         while 4 * self.rows_ended >= len(self.rows) or self.cache.get_seq_length() == self.capacity:
             bar.update(self.rows_ended)
             stay = (~self.ended[self.rows]).nonzero()[:, 0]
@@ -216,11 +218,12 @@ class _Batch:
     def _admit(self) -> list[tuple[Cache, Tensor]]:
         """Waiting completions become rows, as many as the budget has room for: what they add to the cache.
 
-        That is the cache of some prompts each, and indices (r,) that repeat a prompt once a completion.
+        That is the cache of some prompts each, and indices (r,) that repeat a prompt once a completion. A
+        group that does not fit at once is read again for its next completions.
         """
         group = self.group_size
         longest = max([len(self.prompts[self.waiting[0] // group]), *self.lengths[self.rows].tolist()])
-        room = self.budget // (longest + self.limit) - len(self.rows)
+        room = self.budget // (longest + self.limit) - len(self.rows)  # >= 0: longest prompts came first
         taken, self.waiting = self.waiting[:room], self.waiting[room:]
         count = Counter(i // group for i in taken)  # completions of each prompt, in that order
         unread, parts, logits = list(count), [], []

@@ -38,7 +38,9 @@ def step(
     run = Run(settings)
     run.rank, run.size = rank, size
     run.gather = lambda obj: [obj]  # of one of several, whose sums the test takes
-    return stages.step_of(model, lambda sgd: stage.train_step(model, sgd, examples, pad_id, settings, run))
+    return stages.step_of(
+        model, lambda sgd: stage.train_step(model, sgd, examples, pad_id, settings.max_batch_tokens, run)
+    )
 
 
 # ---- what is learned ----
@@ -143,7 +145,7 @@ def test_the_early_stop_keeps_the_best_weights_and_a_light_start_learns(data, tm
     assert lines[-1]["loss"] < lines[0]["loss"]
     settings = stage.Settings(max_batch_tokens=1024)
     model = load_policy(out, device="cpu")
-    found = stage.held_out_loss(model, loaded(data)[1], 0, settings, Run(settings))
+    found = stage.held_out_loss(model, loaded(data)[1], 0, settings.max_batch_tokens, Run(settings))
     assert found == pytest.approx(min(losses), abs=1e-4)
 
 

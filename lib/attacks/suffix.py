@@ -86,7 +86,7 @@ class Slot:
             hook.remove()
 
     @torch.no_grad()
-    def times_table(self, slope: Tensor) -> Tensor:
+    def by_token(self, slope: Tensor) -> Tensor:
         """slope (S, width) -> its product with the embedding of every token, (S, vocab) fp32, on the CPU."""
         tokens = torch.arange(table_rows(self.model), device=slope.device).split(VOCABULARY_PART)
         products = [slope @ self.model.get_input_embeddings()(part).T for part in tokens]
