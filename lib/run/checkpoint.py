@@ -14,23 +14,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import state_dict as states
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lib import UserError
 from lib.run.files import atomic, resume_log
-from lib.run.shards import full_optimizer, full_weights, set_full
+from lib.run.shards import FULL, full_weights
 
 PROGRESS = "progress.pt"  # in OUT, until the run is finished
 
 
 def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """One atomic file, by rank 0; all ranks have to call it. `step` is the number of finished steps."""
-    state = {"model": full_weights(model), "optimizer": full_optimizer(model, optimizer)}
+    weights = full_weights(model)
+    moments = states.get_optimizer_state_dict(model, optimizer, options=FULL)
     if run.leader:
         try:
             with atomic(run.out / PROGRESS) as path, path.open("wb") as file:
-                torch.save({**state, "step": step, "extra": run.state}, file)
+                torch.save({"model": weights, "optimizer": moments, "step": step, "extra": run.state}, file)
         except RuntimeError as error:  # torch's own, when it cannot go on writing
             raise UserError(f"cannot write {run.out / PROGRESS}: {error}") from error
 
@@ -41,7 +43,10 @@ def load_progress(run: Any, model: torch.nn.Module, optimizer: torch.optim.Optim
     state: dict[str, Any] = read_state(path) if run.leader and path.exists() else {"step": 0}
     step = run.gather(state["step"])[0]
     if step:
-        set_full(model, state.get("model", {}), optimizer, state.get("optimizer", {}), run.size)
+        whole = {"full_state_dict": True, "broadcast_from_rank0": run.size > 1, "strict": False}
+        options = states.StateDictOptions(**whole)  # from rank 0; the others bring nothing
+        states.set_model_state_dict(model, state.get("model", {}), options=options)
+        states.set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
         run.state |= state.get("extra", {})
         plain = {key: value for key, value in run.state.items() if isinstance(value, int | float)}
         run.state |= run.gather(plain)[0]  # tensors stay with the leader

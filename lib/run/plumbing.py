@@ -248,9 +248,17 @@ class Run:
     def clip_and_step(self, optimizer: Any, loss: float) -> float:
         """Sum gradients over processes, clip their L2 norm, take the step. Returns the norm before clipping.
 
-        Raises UserError instead of a step if `loss` or the norm is not finite: the weights would be ruined.
+        What DistributedDataParallel does, by hand: that sums in every backward pass, so all processes would
+        need equally many micro-batches, and takes the mean. Here each scales its loss by the count over all
+        of them. Raises UserError instead of a step if `loss` or the norm is not finite.
         """
-        norm = sum_and_clip(optimizer, self.settings.max_grad_norm, self.size, self.shard)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters if self.size > 1 and not self.shard else ():  # shards have summed theirs
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+        found: Any = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
+        norm = (found.full_tensor() if hasattr(found, "full_tensor") else found).item()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 kept = f"stopped before the update; the last checkpoint in {self.out} is kept"
@@ -342,23 +350,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Any, step: int
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-def sum_and_clip(optimizer: torch.optim.Optimizer, limit: float, size: int, sharded: bool) -> float:
-    """Sum the gradients of all `size` processes, and clip them together to the L2 norm `limit` (0: not).
-
-    What DistributedDataParallel does, by hand: that sums in every backward pass, so all processes would need
-    equally many micro-batches, and takes the mean. Here it is one sum an update: if each process scales its
-    loss by the count over all of them, the sum is the gradient of the mean. Shards have summed theirs.
-    Returns the norm before clipping.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters if size > 1 and not sharded else ():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
-    norm: Any = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 @torch.no_grad()

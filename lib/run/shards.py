@@ -86,17 +86,3 @@ def full_weights(model: torch.nn.Module) -> dict[str, Any]:
     weights = states.get_model_state_dict(model, options=FULL)
     tied = getattr(model, "all_tied_weights_keys", {})  # name -> the name under which it is kept
     return {name: value for name, value in weights.items() if name not in tied}
-
-
-def full_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Likewise the optimizer's state, by the names of the weights."""
-    return states.get_optimizer_state_dict(model, optimizer, options=FULL)
-
-
-def set_full(
-    model: torch.nn.Module, weights: dict, optimizer: torch.optim.Optimizer, state: dict, size: int
-) -> None:
-    """Put back what `full_weights` and `full_optimizer` gave, from rank 0; the others bring nothing."""
-    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=size > 1, strict=False)
-    states.set_model_state_dict(model, weights, options=options)
-    states.set_optimizer_state_dict(model, optimizer, state, options=options)
