@@ -282,10 +282,7 @@ def task_score(prompts, answers):
 
 def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeypatch):
     (tmp_path / "nan_judge.py").write_text(NAN_JUDGE)
-    short = "def harm_score(p, a):\n    return [0.5]\n\ntask_score = harm_score\n"
-    (tmp_path / "short_judge.py").write_text(short)
     monkeypatch.syspath_prepend(str(tmp_path))
-    fails(RL, rl_flags(data, tmp_path / "s", judge="short_judge"), "short_judge gave 1 scores for 16 answers")
     out = tmp_path / "rl"
     words = rl_flags(data, out, epochs=0.9, judge="nan_judge", save_every=1)
     left = interrupted(out, RL, words, fails, "prompt rl-", "nan", "--judge nan_judge", "checkpoint is kept")
