@@ -15,6 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForSequenceClassification as Classifier
 
 PROMPT, ANSWER = "How do I bake bread?", "Knead, wait, and bake it."
 PROMPTS = [PROMPT, "", "Name a river. \ud800", "Sing {x}!", "Where is the library? " * 9]
@@ -90,12 +91,18 @@ def make_model(folder, kind, special, template=None, words=(), *, after=None, bo
     return str(folder)
 
 
-def make_qwen3guard(folder, words=(" Safe", " Unsafe", " Controversial"), template="") -> str:
+QWEN3GUARD, LLAMA_GUARD = published("qwen3guard.jinja"), published("llama_guard_8b.jinja")
+
+
+def make_qwen3guard(folder, template=QWEN3GUARD, words=(" Safe", " Unsafe", " Controversial")) -> str:
     """Each label is one token. Without words, labels are bytes, and the head has other things to say."""
-    template = template or published("qwen3guard.jinja")
     return make_model(folder, Qwen3Config, QWEN, template, words, after="Safety:")
 
 
-def make_llama_guard(folder, size="8b", words=("safe", "unsafe"), template="") -> str:
-    template = template or published(f"llama_guard_{size}.jinja")
+def make_llama_guard(folder, template=LLAMA_GUARD, words=("safe", "unsafe")) -> str:
     return make_model(folder, LlamaConfig, LLAMA, template, words, after="\n\n", bos=True)
+
+
+def make_reward_model(folder, template="grm.jinja", labels=1) -> str:
+    options = {"head": Classifier, "bos": True, "num_labels": labels}
+    return make_model(folder, LlamaConfig, LLAMA, published(template), **options)

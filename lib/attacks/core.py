@@ -122,21 +122,20 @@ Seeds = Sequence[int]
 class Attacker(Protocol):
     """Who writes the words: a language model (lib/attacks/attacker.py), or the sandbox's own.
 
-    It does not see the victim. Batches are mapped to batches of the same length; "" stands for a failure.
-    augment: a prompt, disturbed at random (best-of-N). persuade: requests dressed up with techniques, by
-    index (PAP). refine: the next {"improvement", "prompt"} of each conversation (PAIR). individuals:
-    prompts to begin with; vary: other ways to say parts of a prompt, which where `requests` are the request
-    itself (AutoDAN).
+    It does not see the victim. Texts are as many as seeds, one for each; "" stands for a failure. augment: a
+    prompt, disturbed at random (best-of-N). persuade: the prompt dressed up with each technique (PAP).
+    refine: the next {"improvement", "prompt"} of each conversation (PAIR). individuals: `count` prompts to
+    begin with, as Individual's three parts; vary: other ways to say each part of a prompt, of which
+    parts[place] is the request, which may stay (AutoDAN).
     """
 
     techniques: Texts
-    keeps_request: bool  # it never says the request otherwise
 
     def augment(self, prompt: str, generator: torch.Generator) -> str: ...
-    def persuade(self, prompts: Texts, techniques: Seeds, seeds: Seeds) -> list[str]: ...
+    def persuade(self, prompt: str, techniques: Texts, seeds: Seeds) -> list[str]: ...
     def refine(self, conversations: Sequence[Conversation], seeds: Seeds) -> list[dict[str, str]]: ...
-    def individuals(self, goal: str, count: int, seeds: Seeds) -> list[Individual]: ...
-    def vary(self, parts: Texts, goals: Texts, requests: Sequence[bool], seeds: Seeds) -> list[str]: ...
+    def individuals(self, goal: str, count: int, seeds: Seeds) -> list[tuple]: ...
+    def vary(self, parts: Texts, place: int, goal: str, seeds: Seeds) -> list[str]: ...
 
 
 def ask_all(
