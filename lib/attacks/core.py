@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,8 +12,6 @@ import torch
 from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim, encode_each
 from lib.run.settings import TOKENS, setting
 from lib.sampler import draw_seeds
-
-Step = Callable[[], object]  # called after each step of an attack: a progress bar
 
 
 @dataclass
@@ -72,11 +70,6 @@ class Cost:
     empty: int = 0  # times that it wrote nothing that the victim can read
     did_not_survive: int = 0  # candidates whose text came back as other tokens
     started: float = field(default_factory=time.perf_counter)
-
-    def asked(self, victim: Victim, sent: str, opening: str, answer: dict) -> None:
-        if answer["finish_reason"] != NOT_ASKED:
-            self.queries += 1
-            self.forward_tokens += len(victim.encode(sent, opening)) + answer["tokens"]
 
     def written(self, victim: Victim, texts: Sequence[str]) -> None:
         """By the attacker. Measured in the victim's tokens; what it cannot read is a failed try."""
@@ -148,7 +141,9 @@ def ask_all(
     answers = victim.ask([b for b, *_ in flat], sent, openings, [seed for _, _, seed, _ in flat])
     for (_, attempt, _, cost), answer in zip(flat, answers, strict=True):
         attempt["completion"] = answer
-        cost.asked(victim, attempt["sent"], attempt["opening"], answer)
+        if answer["finish_reason"] != NOT_ASKED:
+            cost.queries += 1
+            cost.forward_tokens += len(victim.encode(attempt["sent"], attempt["opening"])) + answer["tokens"]
 
 
 def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) -> dict[str, Any]:

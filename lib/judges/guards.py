@@ -28,7 +28,8 @@ one token is read, the likeliest. Stage 1 leaves out copyright behaviours, which
 a Llama with one number for a head. `grm-8b` is that of TARS's authors, `grm` a smaller one. It reads one
 <|begin_of_text|>, as in the authors' script; the example on the models' cards puts a second one before it.
 Two things are ours: an empty answer scores 0, and the date in Llama 3.2's template stays the template's own,
-as a reward must not change overnight.
+as a reward must not change overnight. **skywork** is read the same way: Skywork-Reward-V2 (Liu et al. 2025,
+arXiv 2507.01352; Apache-2.0), a Qwen3 of 0.6 B, not gated. The sigmoid of its reward is ours.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def exchange_encoder(judge: LanguageModel, says: str = "", **options: Any) -> Ca
     """
 
     def fill(prompt: str, answer: str, parts: bool) -> str:
-        texts: list[Any] = [as_material(text, judge.special) for text in (prompt, answer)]
+        # Qwen3's template would drop what stands before a </think>: an answer must hide nothing.
+        texts: list[Any] = [as_material(text, judge.special, ["think"]) for text in (prompt, answer)]
         user, assistant = [[{"type": "text", "text": text}] for text in texts] if parts else texts
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         return render(judge.tokenizer, messages, **options)
@@ -138,7 +140,7 @@ class RewardModel(LanguageModel):
         return load_weights(load, self.name, "reward model", dtype).to(self.device).eval()
 
 
-def grm(model: str, device: str) -> Score:
+def reward_model(model: str, device: str) -> Score:
     """task_score, sigmoid(reward); None for what its context cannot hold. UserError for another model."""
     judge = RewardModel(model, device)
     if (labels := judge.config.num_labels) != 1:
