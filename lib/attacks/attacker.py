@@ -155,7 +155,7 @@ class LanguageModelAttacker:
 def load_attacker(name: str, **options):
     """The attacker "sandbox", or a chat model: a folder or hub name, options as LanguageModelAttacker's."""
     if name == "sandbox":  # by name: nothing else of this room knows that world
-        return importlib.import_module("lib.sandbox").SandboxAttacker()
+        return importlib.import_module("lib.sandbox.attacker").SandboxAttacker()
     return LanguageModelAttacker(name, **options)
 
 
