@@ -20,7 +20,6 @@ import torch
 from stages import RL, kill_9, launch, metrics_of, rl_flags, run_group, run_here, run_process, same_run
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lib import UserError
 from lib.batches import masked_batch
 from lib.chat import Parsed
 from lib.policy import token_logprobs
