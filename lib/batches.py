@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -59,7 +58,7 @@ def micro_batches(
 
     >>> micro_batches([3, 9, 4, 8], max_tokens=18)
     [[1, 3], [2, 0]]
-    >>> micro_batches([3, 9, 4, 8], max_tokens=20, prompts=[[5, 6], [7, 7, 7], [5, 6], [7, 7, 7]])
+    >>> micro_batches([3, 9, 4, 8], max_tokens=18, prompts=[[5, 6], [7, 7, 7], [5, 6], [7, 7, 7]])
     [[1, 3, 2], [0]]
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -67,27 +66,25 @@ def micro_batches(
         found = f"a sequence of {longest} tokens does not fit --max-batch-tokens {max_tokens}"
         raise UserError(f"{found}: raise it")
     if prompts:
-        groups: dict[tuple[int, ...], list[int]] = {}  # those of the longest rows first
+        groups: dict[tuple[int, ...], list[int]] = {}
         for i in order:
             groups.setdefault(tuple(prompts[i]), []).append(i)
         order = [i for group in groups.values() for i in group]
     batches: list[list[int]] = []
+    computed = 0  # tokens of the last batch
     for i in order:
-        if batches and tokens_computed([*batches[-1], i], lengths, prompts) <= max_tokens:
-            batches[-1].append(i)
+        last = batches[-1] if batches else []
+        if prompts and last:
+            more = lengths[i] - len(prompts[i]) * (prompts[i] == prompts[last[-1]])
+        else:
+            more = lengths[(last or [i])[0]]  # as long as the longest, the first
+        if last and computed + more <= max_tokens:
+            last.append(i)
+            computed += more
         else:
             batches.append([i])
+            computed = lengths[i]
     return batches
-
-
-def tokens_computed(
-    batch: Sequence[int], lengths: Sequence[int], prompts: Sequence[Sequence[int]] | None
-) -> int:
-    """Of rows in this order, as in `micro_batches`."""
-    if prompts is None:
-        return len(batch) * max(lengths[i] for i in batch)
-    again = sum(len(prompts[i]) for before, i in pairwise(batch) if prompts[i] == prompts[before])
-    return sum(lengths[i] for i in batch) - again
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -100,10 +100,7 @@ def _head_logprobs(
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (B, T, H). Every row counts its positions from its own first token.
-
-    Raises UserError for rows that are longer than the model's context.
-    """
+    """Last hidden states (B, T, H): `states_once` in rows."""
     states, number = states_once(model, input_ids, attention_mask)
     return F.embedding(number, states)
 
@@ -111,8 +108,9 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states (N, H), each computed once, and the number (B, T) int64 of each token's among them.
 
-    Plain rows, where every token has a state of its own, are those padded on the left, and all rows of a
-    model that cannot do otherwise (`shares_prompts`).
+    Every row counts its positions from its own first token. Plain rows, where each token has a state of its
+    own, are those padded on the left, and all of a model that cannot do otherwise (`shares_prompts`). Raises
+    UserError for rows that are longer than the model's context.
     """
     if input_ids.shape[1] > (context := context_of(model.config)):
         found = f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context} tokens"
@@ -134,10 +132,7 @@ def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether rows that begin alike can be computed once: attention must be ours to lay out, without windows.
-
-    Else each row is computed whole, with its padding.
-    """
+    """Whether `attention_over_rows` is what the model attends with. If not, each row is computed whole."""
     ours = model._supports_attention_backend and model.config._attn_implementation == "sdpa"
     return ours and set(layer_types(model)) == {"full_attention"}
 
@@ -145,10 +140,6 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 def number_tokens(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of the tokens of rows (B, T), one for all that stand behind the same tokens in neighbouring
     rows; and the N places, row by row, where they stand first. int64 both.
-
-    >>> ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
-    >>> [x.tolist() for x in number_tokens(ids, ids > 0)]
-    [[[0, 1, 2], [0, 1, 3]], [0, 1, 2, 5]]
     """
     new = attention_mask.clone()
     alike = (input_ids[1:] == input_ids[:-1]) & attention_mask[:-1]
