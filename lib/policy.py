@@ -164,8 +164,8 @@ def attention_over_rows(
 
     def attend(*line: Tensor) -> Tensor:
         rows = [F.embedding(number, x[0].transpose(0, 1).flatten(1)) for x in line]
-        heads = [x.unflatten(2, (y.shape[1], -1)).transpose(1, 2) for x, y in zip(rows, line, strict=True)]
-        output, _ = sdpa_attention_forward(module, *heads, None, **options)  # (B, T, heads, head_dim)
+        q, k, v = (x.unflatten(2, (y.shape[1], -1)).transpose(1, 2) for x, y in zip(rows, line, strict=True))
+        output, _ = sdpa_attention_forward(module, q, k, v, None, **options)  # (B, T, heads, head_dim)
         return output.flatten(0, 1).index_select(0, place)[None]
 
     if torch.is_grad_enabled() and number.numel() > 3 * query.shape[2]:
