@@ -172,7 +172,7 @@ def update_on_preferences(policy, reference, optimizer, responses, pad_id, setti
         unknown = dict.fromkeys(("kl", "entropy", "pair_accuracy", "margin"))
         return {"loss": 0.0, **unknown, **counts, "grad_norm": 0.0}
     sums = dict.fromkeys(("loss", "kl", "entropy", "pair_accuracy", "margin", "tokens"), 0.0)
-    prompts = [responses[chosen].prompt_ids for chosen, _ in pairs]
+    prompts = [responses[i].ids[: responses[i].mask.index(True)] for i, _ in pairs]
     sizes = [2 * max(len(responses[i].ids) for i in pair) for pair in pairs]
     for indices in run.rounds(sizes, settings.max_batch_tokens, prompts):
         batch = [pairs[i] for i in indices] or [(0, 0)]
