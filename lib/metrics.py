@@ -15,8 +15,6 @@ import numpy as np
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 RESAMPLES = 2000
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond 10 the last one, a little too wide.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Interval = dict[str, Any]
 Lines = Sequence[dict[str, Any]]  # of completions.jsonl
 SETS = ("direct", "jailbreak", "harmless", "ambiguous")  # asked as they are
@@ -50,20 +48,6 @@ def bootstrap(values: Sequence[float], seed: int) -> Interval:
     means = data[generator.integers(n, size=(RESAMPLES, n))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return _interval(data.mean(), low, high, n)
-
-
-def student_t(values: Sequence[float]) -> Interval:
-    """Mean over a handful of independent runs (seeds), with Student's t interval.
-
-    >>> student_t([0.9, 1.0, 1.0])
-    {'mean': 0.9667, 'low': 0.8232, 'high': 1.1101, 'n': 3}
-    """
-    n = len(values)
-    if n < 2:
-        raise ValueError(f"{n} run: an interval over runs needs at least 2")
-    mean = float(np.mean(values))
-    half = T[min(n - 1, len(T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return _interval(mean, mean - half, mean + half, n)
 
 
 def average(shares: Sequence[Interval]) -> Interval:

@@ -37,13 +37,6 @@ def test_bootstrap_is_reproducible_and_close_to_the_normal_interval():
     assert metrics.bootstrap([3.0], seed=0) == {"mean": 3.0, "low": 3.0, "high": 3.0, "n": 1}
 
 
-def test_student_t_by_the_table():
-    ci = metrics.student_t([1.0, 2.0, 3.0, 4.0])  # 3.182 * 1.291 / 2 = 2.054
-    assert ci == {"mean": 2.5, "low": 0.446, "high": 4.554, "n": 4}
-    with pytest.raises(ValueError, match="at least 2"):
-        metrics.student_t([1.0])
-
-
 def test_average_of_shares_is_tighter_than_each_and_keeps_its_bounds():
     one, other = metrics.wilson([True] * 30), metrics.wilson([True] * 20 + [False] * 10)
     both = metrics.average([one, other])

@@ -176,6 +176,11 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
     assert "(frontier.png)" in text and (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_student_t_by_the_table():
+    ci = study.over_seeds([1.0, 2.0, 3.0, 4.0])  # 3.182 * 1.291 / 2 = 2.054
+    assert (ci["mean"], ci["low"], ci["high"], ci["n"]) == (2.5, 0.446, 4.554, 4)
+
+
 def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_path):
     tokens = {"ambiguous/decoy/3 hops": 12.0, "ambiguous/decoy/4 hops": 13.0}
     tokens |= {"harmful/3 hops": 8.5, "harmful/4 hops": 9.5}
