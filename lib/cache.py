@@ -8,53 +8,48 @@ A layer's keys and values have the shape (rows, kv_heads, columns, head_dim). Ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer's cache with spare columns on its right: a step writes one column and copies none.
+class FixedLayer(StaticLayer):
+    """A layer's cache whose shape and address stay: a step writes one column in place, and attends to all.
 
-    key_room, value_room: (rows, kv_heads, capacity, head_dim), of which the first `columns` are in use.
-    (DynamicLayer grows by torch.cat, which copies the whole cache in every step.)
+    keys, values: (rows, kv_heads, capacity, head_dim); column: () int64 on the device, where the next one
+    goes. A mask hides the columns behind it. (DynamicLayer copies the whole cache in every step to append.)
     """
 
-    def __init__(self, key_room: Tensor, value_room: Tensor, columns: int) -> None:
-        super().__init__()
-        self.keys: Tensor
-        self.values: Tensor
-        self.key_room, self.value_room, self.is_initialized = key_room, value_room, True
-        self._show(columns)
-
-    def _show(self, columns: int) -> None:
-        self.keys = self.key_room[:, :, :columns]  # a view, not a copy
-        self.values = self.value_room[:, :, :columns]
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__(max_cache_len=keys.shape[2])
+        self.keys, self.values, self.cumulative_length = keys, values, column  # the column is all layers' own
+        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        self.key_room[:, :, begin:end] = key_states
-        self.value_room[:, :, begin:end] = value_states
-        self._show(end)
+        self.keys.index_copy_(2, self.cumulative_length, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.cumulative_length, value_states.to(self.values.dtype))
         return self.keys, self.values
 
 
-def pack_rows(parts: Sequence[tuple[Cache, Tensor]], columns: int, capacity: int) -> Cache:
-    """One roomy cache from rows of several: parts are (cache, row indices (r,) int64, which may repeat).
+def pack_rows(parts: Sequence[tuple[Cache, int, Tensor]], columns: Tensor, capacity: int) -> Cache:
+    """One cache of fixed shape from rows of several.
 
-    All rows end at `columns`. What is cut off on the left must be padding. The old caches are emptied layer
-    by layer, so that a second whole cache never exists.
+    parts: (cache, its columns in use, indices (r,) int64 of its rows, which may repeat). All rows end at
+    `columns`, () int64. What is cut off on the left must be padding. The old caches are emptied layer by
+    layer, so that a second whole cache never exists.
     """
-    indices, layers = [index for _, index in parts], list[Any]()
+    indices, layers = [index for _, _, index in parts], list[Any]()
+    end = int(columns)
     for _ in range(len(parts[0][0].layers)):
-        old: list[Any] = [cache.layers.pop(0) for cache, _ in parts]
-        keys = _place([layer.keys for layer in old], indices, columns, capacity)
-        values = _place([layer.values for layer in old], indices, columns, capacity)
-        layers.append(RoomyLayer(keys, values, columns))
+        old: list[Any] = [(cache.layers.pop(0), used) for cache, used, _ in parts]
+        keys = _place([layer.keys[:, :, :used] for layer, used in old], indices, end, capacity)
+        values = _place([layer.values[:, :, :used] for layer, used in old], indices, end, capacity)
+        layers.append(FixedLayer(keys, values, columns))
     return Cache(layers=layers)
 
 
@@ -84,22 +79,40 @@ def repeat_row(cache: Cache, rows: int) -> Cache:
     return Cache(layers=layers)
 
 
-def attention_mask(model: PreTrainedModel, padding: Tensor, queries: int, columns: int) -> Tensor | None:
-    """The mask for the last `queries` of `columns` columns; rows begin with `padding` (rows,) columns of it.
+def attention_mask(model: PreTrainedModel, padding: Tensor, columns: int) -> Tensor | None:
+    """The mask of a pass over whole prompts of `columns`; rows begin with `padding` (rows,) columns of it.
 
-    None where nothing is padded. With SDPA the finished mask (rows, 1, queries, columns) bool, which saves
-    the model from building it in each step. There each column may see itself, padding too: a query that sees
-    nothing gives NaN on some devices. With other attention, or sliding windows, (rows, columns) bool, from
-    which the model builds its own.
+    None where nothing is padded. With SDPA the finished mask (rows, 1, columns, columns) bool. There each
+    column may see itself, padding too: a query that sees nothing gives NaN on some devices. With other
+    attention, or sliding windows, (rows, columns) bool, from which the model builds its own.
     """
     if not padding.any():
         return None
     column = torch.arange(columns, device=padding.device)
-    visible = column >= padding[:, None]  # (rows, columns)
-    if model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(model):
-        return visible
-    query = column[columns - queries :, None]  # (queries, 1)
-    return (visible[:, None, None] & (column <= query)) | (column == query)
+    real = column >= padding[:, None]  # (rows, columns)
+    if _builds_its_own(model):
+        return real
+    query = column[:, None]
+    return (real[:, None, None] & (column <= query)) | (column == query)
+
+
+def step_mask(model: PreTrainedModel, padding: Tensor, cache: Cache) -> Tensor:
+    """The mask of the steps after `pack_rows`: it is as fixed as the cache, and a step opens its column in it.
+
+    (rows, 1, 1, capacity), added to attention's scores: 0 on what a row has written, -inf elsewhere. Or the
+    (rows, capacity) bool of above: a model that builds its own hides the columns behind the newest one.
+    """
+    layer: Any = cache.layers[0]
+    column = torch.arange(layer.max_cache_len, device=padding.device)
+    real = column >= padding[:, None]
+    if _builds_its_own(model):
+        return real
+    hidden = ~real | (column >= layer.cumulative_length)
+    return layer.keys.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None, None]
+
+
+def _builds_its_own(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(model)
 
 
 def layer_types(model: PreTrainedModel) -> Sequence[str]:

@@ -41,9 +41,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lib.batches import pad_batch
-from lib.cache import attention_mask, pack_rows
+from lib.cache import attention_mask, pack_rows, step_mask
 from lib.policy import context_of, table_rows
 
+LOOK = 16  # steps
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
 
@@ -131,7 +132,7 @@ def sample(
         model.eval()
         with bar:
             while batch.refill(bar):
-                batch.step()
+                batch.steps()
     finally:
         for module in in_training:
             module.training = True
@@ -171,21 +172,29 @@ class _Batch:
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.waiting = [i * group_size + member for i in longest_first for member in range(group_size)]
         self.rows, self.rows_ended = self._long([]), 0  # (rows,) numbers of completions
-        self.cache, self.capacity = Cache(layers=[]), 0
-        self.mask: Tensor | None = None  # for all `capacity` columns
+        self.cache, self.mask = Cache(layers=[]), self._long([])
+        self.columns, self.capacity = 0, 0  # of the cache: filled, and there
+        self.column = self._long(0)  # the columns again, on the device
 
-    def _long(self, values: Sequence[int]) -> Tensor:
+    def _long(self, values: Sequence[int] | int) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
+
+    def steps(self) -> None:
+        """As many steps as may be taken before the host looks at what they did, and then the look."""
+        count = 1 if self.column.device.type == "cpu" else LOOK
+        for _ in range(min(count, self.capacity - self.columns)):
+            self.step()
+            self.columns += 1
+        self.rows_ended = int(self.ended[self.rows].sum())  # the one moment that waits for the device
 
     def step(self) -> None:
         """Each row's newest token goes through the model and into the cache, and the next one is drawn."""
-        rows, columns = self.rows, self.cache.get_seq_length() + 1
-        newest = self.drawn[rows] - 1  # (rows,)
-        # The mask was made for all columns that the cache has room for: what is not filled yet is cut off.
-        mask = None if self.mask is None else self.mask[..., :columns]
+        rows, newest = self.rows, self.drawn[self.rows] - 1  # (rows,)
+        if self.mask.is_floating_point():
+            self.mask.index_fill_(3, self.column, 0.0)
         ids, positions = self.tokens[rows, newest], self.lengths[rows] + newest
-        self._draw(rows, self._logits(ids[:, None], positions[:, None], mask, self.cache))
-        self.rows_ended = int(self.ended[rows].sum())  # the one moment in a step that waits for the device
+        self._draw(rows, self._logits(ids[:, None], positions[:, None], self.mask, self.cache))
+        self.column += 1
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """ids, positions (rows, T) -> logits (rows, vocab) after the last of them. Extends the cache."""
@@ -203,10 +212,10 @@ class _Batch:
     def refill(self, bar: tqdm) -> bool:
         """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""
         # Without rows, as at first, that holds: 4 * 0 >= 0.
-        while 4 * self.rows_ended >= len(self.rows) or self.cache.get_seq_length() == self.capacity:
+        while 4 * self.rows_ended >= len(self.rows) or self.columns == self.capacity:
             bar.update(self.rows_ended)
             stay = (~self.ended[self.rows]).nonzero()[:, 0]
-            parts = [(self.cache, stay)] if len(stay) else []
+            parts = [(self.cache, self.columns, stay)] if len(stay) else []
             self.rows = self.rows[stay]
             if self.waiting:
                 parts += self._admit()
@@ -215,7 +224,7 @@ class _Batch:
             self._repack(parts)
         return True
 
-    def _admit(self) -> list[tuple[Cache, Tensor]]:
+    def _admit(self) -> list[tuple[Cache, int, Tensor]]:
         """Waiting completions become rows, as many as the budget has room for: what they add to the cache.
 
         That is the cache of some prompts each, and indices (r,) that repeat a prompt once a completion. A
@@ -232,7 +241,7 @@ class _Batch:
             numbers, unread = unread[:n], unread[n:]
             cache, last = self._prefill([self.prompts[i] for i in numbers])
             index = self._long([place for place, i in enumerate(numbers) for _ in range(count[i])])
-            parts.append((cache, index))
+            parts.append((cache, cache.get_seq_length(), index))
             logits.append(last[index])
         if taken:
             self._draw(self._long(taken), torch.cat(logits))
@@ -243,16 +252,17 @@ class _Batch:
         """Read prompts in one pass: their cache, and the logits (n, vocab) of the token behind each."""
         ids, real = (x.to(self.model.device) for x in pad_batch(prompts, 0, side="left"))  # (n, width) each
         width = ids.shape[1]
-        mask, cache = attention_mask(self.model, (~real).sum(1), width, width), DynamicCache()
+        mask, cache = attention_mask(self.model, (~real).sum(1), width), DynamicCache()
         return cache, self._logits(ids, (real.cumsum(1) - 1).clamp(min=0), mask, cache)
 
-    def _repack(self, parts: list[tuple[Cache, Tensor]]) -> None:
+    def _repack(self, parts: list[tuple[Cache, int, Tensor]]) -> None:
         """A cache of the rows' own size, from the rows that stayed and those that came."""
         used = self.lengths[self.rows] + self.drawn[self.rows] - 1  # (rows,) columns that a row fills
-        columns, most = int(used.max()), int(self.lengths[self.rows].max()) + self.limit
-        self.capacity = min(most, columns + max(64, columns // 4))
-        self.cache = pack_rows(parts, columns, self.capacity)
-        self.mask = attention_mask(self.model, columns - used, 1, self.capacity)
+        self.column, most = used.max(), int(self.lengths[self.rows].max()) + self.limit
+        self.columns = int(self.column)
+        self.capacity = min(most, -(-(self.columns + max(64, self.columns // 4)) // 8) * 8)
+        self.cache = pack_rows(parts, self.column, self.capacity)
+        self.mask = step_mask(self.model, self.columns - used, self.cache)
         self.rows_ended = int(self.ended[self.rows].sum())
 
 

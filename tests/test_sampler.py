@@ -173,7 +173,7 @@ def recorded(model):
     reads, steps, heads = [], [], []
 
     def note(module, args, kwargs) -> None:
-        ids, before = kwargs["input_ids"], kwargs["cache"].get_seq_length()
+        ids, before = kwargs["input_ids"], int(kwargs["cache"].get_seq_length())
         steps.append((*ids.shape, before)) if before else reads.append(ids.tolist())
 
     hooks = [model.register_forward_pre_hook(note, with_kwargs=True)]
