@@ -1,0 +1,293 @@
+"""How fast, beside what else there is: the sampler, a GRPO step, a training pass, and how they grow.
+
+    python -m tests.bench.speed --model FOLDER --out OUT          (a chat model; a table, and OUT/speed.json)
+    python -m tests.bench.speed --model FOLDER --out OUT --only grpo --runs 5 --trl-python VENV/bin/python
+
+Rivals: `generate` of transformers, TRL's GRPOTrainer (`pip install trl==1.16.0`, in an environment of its own
+or this one; left out where there is none), a plain forward and backward pass, and a large product of
+matrices. Each pair has the same prompts (this file's own text) and alternates, so a machine that slows
+down slows both. A GRPO step runs in a process of its own, with no setting that a user's run has not, so its
+peak memory is that of a whole run. Medians, with the least and the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib.batches import pad_batch
+from lib.chat import encode_prompt, encode_text, eos_token_ids
+from lib.policy import token_logprobs
+from lib.run.data import Prompt
+from lib.run.hub import load_policy, load_tokenizer
+from lib.run.plumbing import Run
+from lib.sampler import sample
+
+GROUP, PROMPTS, NEW, BUDGET = 8, 2, 64, 1024  # of a GRPO step; the budget is that of --preset smollm
+STEPS = 3  # of a process; the first warms up
+TRL = {"trl": {"gradient_checkpointing": True}, "trl, no checkpointing": {"gradient_checkpointing": False}}
+
+
+def texts(tokenizer, lengths: list[int]) -> list[str]:
+    """Pieces of this file, of so many tokens."""
+    ids = encode_text(tokenizer, Path(__file__).read_text(encoding="utf-8"))
+    return [tokenizer.decode(ids[37 * i : 37 * i + length]) for i, length in enumerate(lengths)]
+
+
+def score(completions: list[str]) -> list[float]:
+    """A reward that tells completions apart."""
+    return [text.count("e") % 7 / 7 for text in completions]
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def alternate(rivals: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each rival, in turn; a first run of each is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in rivals}
+    for run in range(runs + 1):
+        for name, rival in rivals.items():
+            spent = seconds(rival)
+            found[name] += [spent] if run else []
+    return found
+
+
+def in_words(values: list[float], unit: str = "s") -> str:
+    return f"{statistics.median(values):.2f} {unit} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def ratio(slow: list[float], fast: list[float]) -> str:
+    """Of runs side by side: median, least, largest."""
+    return in_words([a / b for a, b in zip(slow, fast, strict=True)], "times")
+
+
+# ---- a GRPO step, in a process of its own ----
+
+
+def ours(model: str, length: int) -> list[float]:
+    """Chapter 3's step."""
+    rl, tokenizer = importlib.import_module("03_rl_train"), load_tokenizer(model)
+    settings = rl.Settings(model=model, group_size=GROUP, max_new_tokens=NEW, temperature=1.0)
+    settings.max_batch_tokens = BUDGET
+    run = Run(settings, ["rl"])
+    policy, reference = run.model(model), run.model(model, frozen=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), **run.adamw)
+    pieces = enumerate(texts(tokenizer, [length] * PROMPTS))
+    prompts = [Prompt({"id": i, "prompt": text}, encode_text(tokenizer, text), i) for i, text in pieces]
+
+    def step(number: int) -> float:
+        begin = time.perf_counter()
+        rollouts = rl.collect_rollouts(policy, tokenizer, prompts, number, settings, run)
+        for rollout, reward in zip(rollouts, score([r.text for r in rollouts]), strict=True):
+            rollout.reward = reward
+        rl.assign_advantages(rollouts, settings)
+        rl.update_policy(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, run)
+        return time.perf_counter() - begin
+
+    return [step(number) for number in range(STEPS)][1:]
+
+
+def trl(model: str, length: int, options: dict[str, Any]) -> list[float]:
+    """TRL's, with its own defaults but for what is compared: KL in the loss, as many completions, fp32."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer, ends = load_tokenizer(model), list[float]()
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+    config = GRPOConfig(
+        output_dir=f"/tmp/speed-{time.time_ns()}",
+        per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=PROMPTS,
+        num_generations=GROUP,
+        max_completion_length=NEW,
+        beta=1e-3,
+        max_steps=STEPS,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    data = Dataset.from_list([{"prompt": text} for text in texts(tokenizer, [length] * PROMPTS)])
+    reward = lambda completions, **columns: score(completions)  # noqa: E731
+    policy = load_policy(model, device="cpu", dtype="float32")
+    trainer = GRPOTrainer(
+        policy, reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
+    )
+    trainer.train()
+    return [end - begin for begin, end in zip(ends[::2], ends[1::2], strict=True)][1:]
+
+
+def worker(name: str, model: str, length: int) -> None:
+    """One line of JSON: seconds of each step, peak memory of this process in GB."""
+    found = ours(model, length) if name == "ours" else trl(model, length, TRL[name])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    print(json.dumps({"seconds": statistics.mean(found), "GB": peak / 1e9}))
+
+
+def grpo(options: argparse.Namespace) -> dict[str, Any]:
+    """Ours beside TRL's: short prompts, and prompts of 400 tokens."""
+    found: dict[str, Any] = {}
+    trl_python = options.trl_python or sys.executable
+    there = subprocess.run([trl_python, "-c", "import trl"], capture_output=True).returncode == 0
+    names = ["ours", *(TRL if there else [])]
+    for length in (32, 400):
+        lines: dict[str, list[dict]] = {name: [] for name in names}
+        for _ in range(options.runs):
+            for name in names:
+                python = sys.executable if name == "ours" else trl_python
+                command = [python, "-m", "tests.bench.speed", "--model", options.model, "--out", options.out]
+                command += ["--worker", name, "--length", str(length)]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                lines[name].append(json.loads(output.strip().splitlines()[-1]))
+        for name, measured in lines.items():
+            spent, memory = [line["seconds"] for line in measured], [line["GB"] for line in measured]
+            row = {"a step": in_words(spent), "peak memory": in_words(memory, "GB")}
+            if name != "ours":
+                row["TRL / ours"] = ratio(spent, [line["seconds"] for line in lines["ours"]])
+            found[f"{name}, {length}-token prompts"] = row
+    return found
+
+
+# ---- here ----
+
+
+def sampler(options: argparse.Namespace) -> dict[str, Any]:
+    """Groups of eight completions for prompts of mixed length, beside `generate`; greedy, the same tokens?"""
+    model, tokenizer = load_policy(options.model, device=options.device), load_tokenizer(options.model)
+    pieces = texts(tokenizer, [8, 20, 40, 80, 120, 200])
+    prompts = [encode_prompt(tokenizer, f"Explain: {text}", reasoning=False) for text in pieces]
+    eos = eos_token_ids(model, tokenizer)
+    ids, mask = pad_batch(prompts, tokenizer.pad_token_id, side="left")
+    batch = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+    usual = {"max_new_tokens": 2 * NEW, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+    usual |= {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+
+    def generate() -> None:
+        model.generate(**batch, **usual, do_sample=True, temperature=1.0, num_return_sequences=GROUP)
+
+    def groups() -> None:
+        sample(model, prompts, group_size=GROUP, max_new_tokens=2 * NEW, eos_token_ids=eos)
+
+    spent = alternate({"sample": groups, "generate": generate}, options.runs)
+    greedy = sample(model, prompts, max_new_tokens=NEW, temperature=0.0, eos_token_ids=eos)
+    same = 0
+    for prompt, completion in zip(prompts, greedy, strict=True):
+        alone = torch.tensor([prompt], device=model.device)
+        theirs = model.generate(alone, **usual | {"max_new_tokens": NEW}, do_sample=False)
+        same += theirs[0, len(prompt) :].tolist() == completion.token_ids
+    both = {name: in_words(values) for name, values in spent.items()}
+    both["generate / sample"] = ratio(spent["generate"], spent["sample"])
+    return {"48 completions": both | {"greedy, the same tokens": f"{same} of {len(prompts)}"}}
+
+
+def training(options: argparse.Namespace) -> dict[str, Any]:
+    """`token_logprobs` and its gradient beside a plain pass with all logits, and the machine's own limit."""
+    model = load_policy(options.model, device=options.device)
+    ids = torch.randint(1, model.config.vocab_size, (8, 256), device=model.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    learned = mask.clone()
+    learned[:, 0] = False
+
+    def by_hand() -> None:
+        (-token_logprobs(model, ids, mask, learned).sum()).backward()
+
+    def plain() -> None:
+        logits = model(input_ids=ids).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+
+    size = 2048
+    a, b = torch.randn(size, size, device=model.device), torch.randn(size, size, device=model.device)
+    spent = alternate(
+        {"ours": by_hand, "plain": plain, "product": lambda: (a @ b).sum().item()}, options.runs
+    )
+    flops = 6 * model.num_parameters() * ids.numel()  # a multiplication and an addition, forward, twice back
+    peak = [2 * size**3 / s for s in spent["product"]]
+    share = [flops / s / p for s, p in zip(spent["ours"], peak, strict=True)]
+    row = {name: in_words(spent[name]) for name in ("ours", "plain")}
+    row |= {
+        "plain / ours": ratio(spent["plain"], spent["ours"]),
+        "of the largest product": in_words(share, ""),
+    }
+    return {"2048 tokens": row}
+
+
+def growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Exponents of `sample`'s seconds in prompts, group size, new tokens and prompt length: 1 is linear."""
+    model, tokenizer = load_policy(options.model, device=options.device), load_tokenizer(options.model)
+
+    def spent(prompts: int = 4, group: int = 4, new: int = 32, length: int = 32) -> float:
+        ids = [encode_text(tokenizer, text) for text in texts(tokenizer, [length] * prompts)]
+        kept = {"group_size": group, "max_new_tokens": new, "eos_token_ids": [], "max_batch_tokens": 16384}
+        return statistics.median(seconds(lambda: sample(model, ids, **kept)) for _ in range(options.runs))
+
+    spent()
+    found = {}
+    grown = {"prompts": [16, 32, 64], "group": [4, 16, 64], "new": [64, 128, 256], "length": [64, 256, 512]}
+    for name, values in grown.items():
+        times = [spent(**{name: value}) for value in values]
+        slope = np.polyfit([math.log(v) for v in values], [math.log(t) for t in times], 1)[0]
+        row = {f"{value}": f"{s:.2f} s" for value, s in zip(values, times, strict=True)}
+        found[name] = {"exponent": f"{slope:.2f}", **row}
+    return found
+
+
+PARTS = {"sampler": sampler, "grpo": grpo, "training": training, "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a chat model: a folder or a hub name")
+    parser.add_argument("--out", required=True, help="folder for speed.json")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--runs", type=int, default=3, help="counted runs of each rival")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trl-python", default="", help="the Python of an environment with trl")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return worker(options.worker, options.model, options.length)
+    threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.runs} runs"
+    found: dict[str, Any] = {"versions": threads}
+    for name in options.only:
+        found[name] = PARTS[name](options)
+        for row, columns in found[name].items():
+            print(
+                f"{name}: {row}: " + "; ".join(f"{key} {value}" for key, value in columns.items()), flush=True
+            )
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    (Path(options.out) / "speed.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
