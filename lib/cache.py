@@ -8,7 +8,6 @@ A layer's keys and values have the shape (rows, kv_heads, columns, head_dim). Ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,21 +18,27 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
 class FixedLayer(StaticLayer):
-    """A layer's cache whose shape and address stay: a step writes one column in place, and attends to all.
+    """A layer's cache that stays where it is: a step writes one column in place.
 
-    keys, values: (rows, kv_heads, capacity, head_dim); column: () int64 on the device, where the next one
-    goes. A mask hides the columns behind it. (DynamicLayer copies the whole cache in every step to append.)
+    keys, values: (rows, kv_heads, capacity, head_dim)
+
+        column 0 1 2 3 4 5 6 7 8 9        "." is padding, "_" not written yet
+        row 0  a b c d e x _ _ _ _
+        row 1  . . . f g z _ _ _ _        the next token goes to column 6: a number on the device, () int64,
+               `---- window ---'          which all layers share
+
+    A step attends to the first `window` columns; the mask hides what is not written. (DynamicLayer would copy
+    the whole cache in every step to append.)
     """
 
     def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
-        super().__init__(max_cache_len=keys.shape[2])
-        self.keys, self.values, self.cumulative_length = keys, values, column  # the column is all layers' own
-        self.is_initialized = True
+        super().__init__(max_cache_len=keys.shape[2])  # the window: all there is
+        self.keys, self.values, self.cumulative_length, self.is_initialized = keys, values, column, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.cumulative_length, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.cumulative_length, value_states.to(self.values.dtype))
-        return self.keys, self.values
+        return self.keys[:, :, : self.max_cache_len], self.values[:, :, : self.max_cache_len]
 
 
 def pack_rows(parts: Sequence[tuple[Cache, int, Tensor]], columns: Tensor, capacity: int) -> Cache:
@@ -64,7 +69,8 @@ def _place(pieces: list[Tensor], indices: list[Tensor], columns: int, capacity: 
     room, row = pieces[0].new_zeros(sum(map(len, indices)), heads, capacity, head_dim, dtype=dtype), 0
     for piece, index in zip(pieces, indices, strict=True):
         width = min(columns, piece.shape[2])
-        room[row : row + len(index), :, columns - width : columns] = piece[:, :, -width:][index]
+        target = room[row : row + len(index), :, columns - width : columns]
+        torch.index_select(piece[:, :, -width:].to(dtype), 0, index, out=target)  # `[index]` copies twice
         row += len(index)
     return room
 
@@ -79,39 +85,28 @@ def repeat_row(cache: Cache, rows: int) -> Cache:
     return Cache(layers=layers)
 
 
-def attention_mask(model: PreTrainedModel, padding: Tensor, columns: int) -> Tensor | None:
-    """The mask of a pass over whole prompts of `columns`; rows begin with `padding` (rows,) columns of it.
+def prompt_mask(model: PreTrainedModel, real: Tensor) -> Tensor | None:
+    """The mask of a pass over whole prompts, of which `real` (rows, columns) bool marks the tokens.
 
     None where nothing is padded. With SDPA the finished mask (rows, 1, columns, columns) bool. There each
-    column may see itself, padding too: a query that sees nothing gives NaN on some devices. With other
-    attention, or sliding windows, (rows, columns) bool, from which the model builds its own.
+    column may see itself, padding too: a query that sees nothing gives NaN on some devices.
     """
-    if not padding.any():
-        return None
-    column = torch.arange(columns, device=padding.device)
-    real = column >= padding[:, None]  # (rows, columns)
-    if _builds_its_own(model):
-        return real
+    if real.all() or _builds_masks(model):
+        return None if real.all() else real
+    column = torch.arange(real.shape[1], device=real.device)
     query = column[:, None]
     return (real[:, None, None] & (column <= query)) | (column == query)
 
 
-def step_mask(model: PreTrainedModel, padding: Tensor, cache: Cache) -> Tensor:
-    """The mask of the steps after `pack_rows`: it is as fixed as the cache, and a step opens its column in it.
-
-    (rows, 1, 1, capacity), added to attention's scores: 0 on what a row has written, -inf elsewhere. Or the
-    (rows, capacity) bool of above: a model that builds its own hides the columns behind the newest one.
-    """
-    layer: Any = cache.layers[0]
-    column = torch.arange(layer.max_cache_len, device=padding.device)
-    real = column >= padding[:, None]
-    if _builds_its_own(model):
-        return real
-    hidden = ~real | (column >= layer.cumulative_length)
-    return layer.keys.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None, None]
+def step_mask(model: PreTrainedModel, padding: Tensor, columns: int, capacity: int) -> Tensor:
+    """The mask of a step, (rows, 1, 1, capacity) bool: of `columns` each row sees all but its `padding` (rows,)."""
+    column = torch.arange(capacity, device=padding.device)
+    seen = (column >= padding[:, None]) & (column < columns)
+    return seen if _builds_masks(model) else seen[:, None, None]
 
 
-def _builds_its_own(model: PreTrainedModel) -> bool:
+def _builds_masks(model: PreTrainedModel) -> bool:
+    """With attention other than SDPA, or sliding windows, it builds its own from (rows, columns) bool."""
     return model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(model)
 
 

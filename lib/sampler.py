@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lib.batches import pad_batch
-from lib.cache import attention_mask, pack_rows, step_mask
+from lib.cache import pack_rows, prompt_mask, step_mask
 from lib.policy import context_of, table_rows
 
 LOOK = 16  # steps
@@ -175,25 +176,29 @@ class _Batch:
         self.cache, self.mask = Cache(layers=[]), self._long([])
         self.columns, self.capacity = 0, 0  # of the cache: filled, and there
         self.column = self._long(0)  # the columns again, on the device
+        self.fixed_shapes = model.device.type != "cpu"
 
     def _long(self, values: Sequence[int] | int) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
 
     def steps(self) -> None:
-        """As many steps as may be taken before the host looks at what they did, and then the look."""
-        count = 1 if self.column.device.type == "cpu" else LOOK
+        """The steps between two looks of the host at what they did."""
+        fixed = self.fixed_shapes  # on a CPU looking is free, and attending costs: a step, its own columns
+        count, window = (LOOK, self.capacity) if fixed else (1, self.columns + 1)
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            layer.max_cache_len = window
         for _ in range(min(count, self.capacity - self.columns)):
-            self.step()
+            self.step(self.mask[..., :window])
             self.columns += 1
-        self.rows_ended = int(self.ended[self.rows].sum())  # the one moment that waits for the device
+        self.rows_ended = int(self.ended[self.rows].sum())  # here it waits for the device
 
-    def step(self) -> None:
+    def step(self, mask: Tensor) -> None:
         """Each row's newest token goes through the model and into the cache, and the next one is drawn."""
         rows, newest = self.rows, self.drawn[self.rows] - 1  # (rows,)
-        if self.mask.is_floating_point():
-            self.mask.index_fill_(3, self.column, 0.0)
         ids, positions = self.tokens[rows, newest], self.lengths[rows] + newest
-        self._draw(rows, self._logits(ids[:, None], positions[:, None], self.mask, self.cache))
+        mask.index_fill_(-1, self.column, True)  # from now on it is seen
+        self._draw(rows, self._logits(ids[:, None], positions[:, None], mask, self.cache))
         self.column += 1
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
@@ -251,8 +256,7 @@ class _Batch:
     def _prefill(self, prompts: list[Sequence[int]]) -> tuple[Cache, Tensor]:
         """Read prompts in one pass: their cache, and the logits (n, vocab) of the token behind each."""
         ids, real = (x.to(self.model.device) for x in pad_batch(prompts, 0, side="left"))  # (n, width) each
-        width = ids.shape[1]
-        mask, cache = attention_mask(self.model, (~real).sum(1), width), DynamicCache()
+        mask, cache = prompt_mask(self.model, real), DynamicCache()
         return cache, self._logits(ids, (real.cumsum(1) - 1).clamp(min=0), mask, cache)
 
     def _repack(self, parts: list[tuple[Cache, int, Tensor]]) -> None:
@@ -262,7 +266,7 @@ class _Batch:
         self.columns = int(self.column)
         self.capacity = min(most, -(-(self.columns + max(64, self.columns // 4)) // 8) * 8)
         self.cache = pack_rows(parts, self.column, self.capacity)
-        self.mask = step_mask(self.model, self.columns - used, self.cache)
+        self.mask = step_mask(self.model, self.columns - used, self.columns, self.capacity)
         self.rows_ended = int(self.ended[self.rows].sum())
 
 
