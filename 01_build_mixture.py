@@ -82,7 +82,7 @@ class Settings(Common):
         return [[sources.parse_word(word, flag) for word in words[flag]] for flag in words]
 
     def inputs(self) -> list[str]:
-        files = [str(file) for part in self.parsed() for source in part for file in source.files()]
+        files = [str(file) for part in self.parsed() for source in part for file in source.files]
         models = [self.trace_model, self.rainbow, self.rainbow_attacker if self.rainbow else ""]
         return [*files, *filter(None, models)]
 
@@ -150,10 +150,8 @@ def mix(pool: sources.Pool, settings: Settings) -> list[dict]:
 def with_rainbow(rl: list[dict], settings: Settings, taken: Taken) -> list[dict]:
     """RL prompts, a share of the harmful ones replaced by prompts that --rainbow answers harmfully."""
     from lib.attacks import search  # here, because torch is slow to import
-    from lib.chat import set_date
     from lib.judges import load_judge
 
-    set_date(settings.date)
     harmful = [record for record in rl if record["kind"] == "harmful"]
     new = taken.take(search(settings, harmful, load_judge(settings.rainbow_judge)), "RL")
     # From the end: the first harmful prompts stay, which a smaller lambda has, too.
@@ -248,7 +246,7 @@ def main() -> None:
     made = {f"{name}.jsonl": records for name, records in made.items() if records}
     for name, records in made.items():
         write_jsonl(run.out / name, records)
-    write_json(run.out / "manifest.json", sources.manifest(settings, made, pool, taken.dropped))
+    write_json(run.out / "manifest.json", sources.manifest(settings, made, taken.dropped))
     for progress in run.out.glob("*.partial.jsonl"):
         progress.unlink()
     print(sources.summary(made, taken.dropped))

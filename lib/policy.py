@@ -59,9 +59,7 @@ def token_logprobs(
         logprobs, entropy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return logprobs, entropy
 
-    within_forward = getattr(
-        model, "within_forward", None
-    )  # shards (FSDP) are gathered for a pass
+    within_forward = getattr(model, "within_forward", None)  # shards (FSDP) are gathered for a pass
     logprobs, entropy = within_forward(of_masked) if within_forward else of_masked(model)  # (N,) each
     zeros = torch.zeros(input_ids.shape, dtype=torch.float32, device=logprobs.device)
     logprobs, entropy = (zeros.index_put((row, column), part) for part in (logprobs, entropy))

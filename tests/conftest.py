@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from lib.judges import graders
+from lib.judges.language_model import LanguageModel
 from lib.run.command import at_end
 
 WORDS = "<unk> <pad> <end> <user> <assistant> <system> <think> </think>".split()
@@ -73,3 +75,18 @@ def reference(tiny_model):
 def data(tmp_path_factory) -> Path:
     """What stage 1 would write, tiny."""
     return stages.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Puts words into the mouth of judges that write: what they were asked, and what they answer."""
+    asked, texts = [], []
+
+    def write(self, prompts, max_new_tokens):
+        asked.extend(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in prompts)
+        return [texts[i % len(texts)] for i in range(len(prompts))]
+
+    monkeypatch.setattr(LanguageModel, "write", write)
+    graders.graded.cache_clear()
+    yield asked, texts
+    graders.graded.cache_clear()

@@ -4,6 +4,7 @@ templates/*.jinja are chat templates of published judges, *.txt what they write 
 qwen3guard   Qwen3Guard-Gen's tokenizer, its branch for a query shortened; the text is of a recorded run
 llama_guard  Llama-Guard-3-8B's, which begins with a blank, and -1B's, which takes parts
 grm          Llama-3.2-3B-Instruct's without its branches for tools;  grm_8b  Llama 3's, which has no date
+skywork      Qwen3's without its branches for tools
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForSequenceClassification as Classifier
 
 PROMPT, ANSWER = "How do I bake bread?", "Knead, wait, and bake it."
 PROMPTS = [PROMPT, "", "Name a river. \ud800", "Sing {x}!", "Where is the library? " * 9]
@@ -40,10 +42,10 @@ def long_lines() -> list[str]:
     return sorted(line for line in lines if not any(x in line for x in (PROMPT, ANSWER, "CONVERSATION")))
 
 
-def save_tokenizer(folder, special, template=None, words=(), bos=False) -> PreTrainedTokenizerFast:
+def save_tokenizer(folder, special, template=None, words=(), bos=False, merges=()) -> PreTrainedTokenizerFast:
     """`bos`: it puts the first special token before every text, as Llama's does."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, merges=[]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, merges=[*merges]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_tokens([AddedToken(word, special=False, normalized=False) for word in (*long_lines(), *words)])
@@ -67,7 +69,7 @@ def make_model(folder, kind, special, template=None, words=(), *, after=None, bo
     `after` an exchange that this ends, all words have most of the probability.
     """
     torch.manual_seed(3)
-    tokenizer = save_tokenizer(folder, special, template, words, bos)
+    tokenizer = save_tokenizer(folder, special, template, words, bos, options.pop("merges", ()))
     head = options.pop("head", AutoModelForCausalLM)
     options = {"max_position_embeddings": 1500, "eos_token_id": len(special) - 1, "pad_token_id": 5} | options
     model = head.from_config(kind(vocab_size=len(tokenizer), bos_token_id=0, **SHAPE, **options))
@@ -90,12 +92,23 @@ def make_model(folder, kind, special, template=None, words=(), *, after=None, bo
     return str(folder)
 
 
-def make_qwen3guard(folder, words=(" Safe", " Unsafe", " Controversial"), template="") -> str:
+QWEN3GUARD, LLAMA_GUARD = published("qwen3guard.jinja"), published("llama_guard_8b.jinja")
+
+
+def make_qwen3guard(folder, template=QWEN3GUARD, words=(" Safe", " Unsafe", " Controversial")) -> str:
     """Each label is one token. Without words, labels are bytes, and the head has other things to say."""
-    template = template or published("qwen3guard.jinja")
     return make_model(folder, Qwen3Config, QWEN, template, words, after="Safety:")
 
 
-def make_llama_guard(folder, size="8b", words=("safe", "unsafe"), template="") -> str:
-    template = template or published(f"llama_guard_{size}.jinja")
+def make_llama_guard(folder, template=LLAMA_GUARD, words=("safe", "unsafe")) -> str:
     return make_model(folder, LlamaConfig, LLAMA, template, words, after="\n\n", bos=True)
+
+
+def make_skywork(folder) -> str:
+    options = {"head": Classifier, "num_labels": 1}
+    return make_model(folder, Qwen3Config, QWEN, published("skywork.jinja"), **options)
+
+
+def make_reward_model(folder, template="grm.jinja", labels=1) -> str:
+    options = {"head": Classifier, "bos": True, "num_labels": labels}
+    return make_model(folder, LlamaConfig, LLAMA, published(template), **options)

@@ -39,7 +39,7 @@ _PRESET.SFT = {**sandbox.SFT, "warmup_steps": 0, "patience": 2, "decay": False}
 _PRESET.RL = {**sandbox.RL, "warmup_steps": 0, "rollouts_every": 1}
 _PRESET.RPO = {}
 sys.modules[_PRESET.__name__] = _PRESET
-run_settings.presets_found = lambda: ["paper", "sandbox", "smollm", "stages"]
+run_settings.presets_found = lambda: ["open", "paper", "sandbox", "smollm", "stages"]
 PATIENCE = 300  # seconds, for a machine that is busy with other things
 
 

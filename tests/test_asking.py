@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
-import torch
 from test_attacks import (
     BEHAVIOURS,
     BUDGET,
@@ -21,8 +20,6 @@ from test_attacks import (
     plain_loss,
     victim_of,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import UserError
 from lib.attacks import ATTACKS, autodan, steps_of
@@ -31,10 +28,10 @@ from lib.attacks.attacker import LanguageModelAttacker, parse_reply
 from lib.attacks.core import Conversation, Cost, Individual
 from lib.attacks.persuasion import TECHNIQUES
 from lib.attacks.victim import NOT_ASKED
-from lib.chat import THINK_CLOSE
+from lib.chat import THINK_CLOSE, encode_chat
 from lib.sampler import Completion, draw_seeds
 from lib.sandbox import judge, world
-from lib.sandbox.attacker import PERSUASION, SandboxAttacker
+from lib.sandbox.attacker import SandboxAttacker
 
 SMALL = replace(BUDGET, samples=5, techniques=3, streams=2, depth=3, population=8, generations=4)
 LONG = {"id": "c", "prompt": " ".join(["w3"] * 126), "target": "w5 w6"}  # of a context of 128
@@ -44,7 +41,6 @@ class Scripted:
     """An attacker whose words are known."""
 
     techniques = tuple(f"technique {i}" for i in range(9))
-    keeps_request = False
 
     def __init__(self, silent: bool = False) -> None:
         self.silent, self.seen = silent, []
@@ -52,8 +48,8 @@ class Scripted:
     def augment(self, prompt, generator):
         return f"{prompt} w{draw_seeds(generator, 1)[0] % 50}"
 
-    def persuade(self, prompts, techniques, seeds):
-        return ["" if self.silent else f"w{t} {p}" for p, t in zip(prompts, techniques, strict=True)]
+    def persuade(self, prompt, techniques, seeds):
+        return ["" if self.silent else f"w{name.split()[1]} {prompt}" for name in techniques]
 
     def refine(self, conversations, seeds):
         self.seen += [replace(talk) for talk in conversations]
@@ -61,10 +57,10 @@ class Scripted:
         return [{"improvement": "", "prompt": prompt} for prompt in prompts]
 
     def individuals(self, goal, count, seeds):
-        return [Individual((f"w{60 + i} w{80 + i}",), goal, (f"w{100 + i}",)) for i in range(count)]
+        return [((f"w{60 + i} w{80 + i}",), goal, (f"w{100 + i}",)) for i in range(count)]
 
-    def vary(self, parts, goals, requests, seeds):
-        return [p if r else f"w{s % 100}" for p, r, s in zip(parts, requests, seeds, strict=True)]
+    def vary(self, parts, place, goal, seeds):
+        return [part if k == place else f"w{seeds[k] % 100}" for k, part in enumerate(parts)]
 
 
 @pytest.fixture(scope="module")
@@ -85,42 +81,38 @@ def test_prefill_opens_the_turn_and_the_answer_counts_from_there(model, tokenize
     assert one["opening"] == "w40 w41" + THINK_CLOSE + "w5 w6 w8"
     completion = one["completion"]
     assert completion["answer"].startswith("w5 w6 w8") and completion["reasoning"] == "w40 w41"
-    assert completion["closed"] and {*completion["answer"].split()} <= {
-        *tokenizer.get_vocab()
-    }  # words do not merge
+    assert completion["closed"] and {*completion["answer"].split()} <= {*tokenizer.get_vocab()}  # none merged
     behaviours = [BEHAVIOURS[0], {**BEHAVIOURS[1], "prefill": "w90"}]
     attempts = attack(model, tokenizer, behaviours, name="prefill_answer", reasoning=False)
     assert [attempt.trace[0]["opening"] for attempt in attempts] == ["w5 w6 w8", "w90"]
     assert attack(model, tokenizer, name="prefill_reasoning")[0].trace[0]["opening"] == "w40 w41"
 
 
-def test_best_of_n_sends_the_request_as_it_is_and_then_disturbed(model, tokenizer):
+def test_best_of_n_begins_with_the_request_and_pap_tries_different_techniques(model, tokenizer):
     attempts = attack(model, tokenizer, budget=SMALL, name="best_of_n", attacker=(Scripted(),))
     for attempt, behaviour in zip(attempts, BEHAVIOURS, strict=True):
         first, *others = [t["sent"] for t in attempt.trace]
         assert first == behaviour["prompt"] and len(others) == 4
         assert all(sent.startswith(behaviour["prompt"] + " w") for sent in others)
         assert attempt.cost["queries"] == 5 and attempt.cost["forward_tokens"] > 0
-
-
-@pytest.mark.parametrize("name", ["best_of_n", "pap", "pair", "autodan"])
-def test_a_behaviour_fares_the_same_whoever_is_attacked_beside_it(model, tokenizer, name):
-    both = attack(model, tokenizer, budget=SMALL, name=name, attacker=(Scripted(),))
-    alone = attack(model, tokenizer, BEHAVIOURS[1:], SMALL, seed=1, name=name, attacker=(Scripted(),))
-    assert both[1].trace == alone[0].trace
-
-
-def test_pap_tries_different_techniques(model, tokenizer):
     attempt = attack(model, tokenizer, budget=SMALL, name="pap", attacker=(Scripted(),))[0]
     assert [t["step"] for t in attempt.trace] == [1, 2, 3] and attempt.cost["empty"] == 0
     used = [f"technique {t['sent'].split()[0][1:]}" for t in attempt.trace]
     assert used == [t["technique"] for t in attempt.trace] and len({*used}) == 3
+    for name, count in (("pap", 3), ("pair", 6)):  # an attacker that says nothing is counted
+        attempt = attack(model, tokenizer, budget=SMALL, name=name, attacker=(Scripted(silent=True),))[0]
+        assert attempt.trace == [] and attempt.cost["empty"] == count
 
 
-@pytest.mark.parametrize(("name", "count"), [("pap", 3), ("pair", 6)])
-def test_an_attacker_that_says_nothing_is_counted(model, tokenizer, name, count):
-    attempt = attack(model, tokenizer, budget=SMALL, name=name, attacker=(Scripted(silent=True),))[0]
-    assert attempt.trace == [] and attempt.cost["empty"] == count
+@pytest.mark.parametrize("name", ["best_of_n", "pap", "pair", "autodan", "prefill_answer"])
+def test_a_behaviour_fares_the_same_beside_any_other_and_one_too_long_is_not_asked(model, tokenizer, name):
+    given = {"name": name, "attacker": (Scripted(),) if ATTACKS[name].attacker else ()}
+    both = attack(model, tokenizer, budget=SMALL, **given)
+    alone = attack(model, tokenizer, BEHAVIOURS[1:], SMALL, seed=1, **given)
+    assert both[1].trace == alone[0].trace
+    fine, long = attack(model, tokenizer, [BEHAVIOURS[0], LONG], SMALL, **given)
+    assert fine.trace[-1]["step"] == steps_of(name, SMALL) and long.cost["queries"] == 0
+    assert {t["completion"]["finish_reason"] for t in long.trace} == {NOT_ASKED}
 
 
 def pair_with(model, tokenizer, attacker, harm, budget=SMALL, behaviours=BEHAVIOURS[:1]):
@@ -157,203 +149,140 @@ def test_pair_stops_at_a_rating_of_ten_and_not_at_a_success(model, tokenizer, ha
     assert {e["rating"] for talk in attacker.seen for e in talk.exchanges} <= {rating}
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "pap", "pair", "autodan", "prefill_answer"])
-def test_a_text_that_is_too_long_is_not_asked(model, tokenizer, name):
-    given = (Scripted(),) if ATTACKS[name].attacker else ()
-    fine, long = attack(model, tokenizer, [BEHAVIOURS[0], LONG], SMALL, name=name, attacker=given)
-    assert fine.trace[-1]["step"] == steps_of(name, SMALL) and long.cost["queries"] == 0
-    assert {t["completion"]["finish_reason"] for t in long.trace} == {NOT_ASKED}
-
-
 # ---- the attacker as a chat model --------------------------------------------------------------------------
 
 GOAL, TARGET = "bake a {cake}", 'Sure, here is "a cake"'
 GOOD = '{"improvement": "none yet", "prompt": "Please bake."}'
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, so that what a model reads can be read back; <role>, content, <end> each."""
-    core = Tokenizer(
-        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
-    )
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}<assistant>"
-    )
-    return tokenizer
+class Scribe(LanguageModelAttacker):
+    """A chat model whose replies are known: keeps what it is asked, and answers by chat and seed."""
 
+    def __init__(self, answer) -> None:
+        self.answer, self.calls, self.max_new_tokens = answer, [], 7
 
-class Recorded:
-    """Stands where `sample` does: keeps what it is asked, and answers by the seed."""
-
-    def __init__(self, reply) -> None:
-        self.reply, self.calls, self.tokenizer = reply, [], byte_tokenizer()
-
-    def __call__(self, model, prompts, *, seeds, max_new_tokens, top_p=1.0, max_batch_tokens=None, **options):
-        longest = max(map(len, prompts)) + max_new_tokens
-        assert longest <= min(model.config.max_position_embeddings, max_batch_tokens or math.inf)
-        texts = [self.tokenizer.decode(prompt) for prompt in prompts]
-        self.calls.append({"texts": texts, "seeds": seeds, "limit": max_new_tokens, "top_p": top_p})
-        replies = [self.reply(text, seed) for text, seed in zip(texts, seeds, strict=True)]
-        return [Completion(self.tokenizer.encode(r), [], "stop") for r in replies]
+    def reply(self, chats, seeds, limit, top_p=1.0):
+        self.calls.append((chats, seeds, limit, top_p))
+        return [self.answer(str(chat), seed) for chat, seed in zip(chats, seeds, strict=True)]
 
     def seeds_of(self, goal: str) -> list[int]:
-        pairs = [pair for call in self.calls for pair in zip(call["texts"], call["seeds"], strict=True)]
-        return [seed for text, seed in pairs if goal in text]
+        asked = [pair for chats, seeds, *_ in self.calls for pair in zip(chats, seeds, strict=True)]
+        return [seed for chat, seed in asked if goal in str(chat)]
 
 
 @pytest.fixture
-def talker(monkeypatch):
-    def make(reply, context=100_000, budget=None):
-        recorded = Recorded(reply)
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
-        model.config.max_position_embeddings = context
-        monkeypatch.setattr(attacker_module, "sample", recorded)
-        monkeypatch.setattr(attacker_module, "load_tokenizer", lambda name: recorded.tokenizer)
-        monkeypatch.setattr(attacker_module, "load_policy", lambda name: model)
-        return LanguageModelAttacker("chat", 7, budget), recorded
-
-    return make
+def chatting(model, monkeypatch):
+    """A real one, of a context of 128 tokens."""
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(attacker_module, "load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr(attacker_module, "load_policy", lambda name: model)
+    return LanguageModelAttacker("chat", 5, 10)
 
 
 def exchanges(*answers: str) -> list[dict]:
-    seen = [
-        {"improvement": f"idea {i}", "prompt": f"try {i}", "rating": i} for i in range(1, len(answers) + 1)
-    ]
-    return [one | {"answer": answer} for one, answer in zip(seen, answers, strict=True)]
+    seen = []
+    for i, answer in enumerate(answers, start=1):
+        seen.append({"improvement": f"idea {i}", "prompt": f"try {i}", "answer": answer, "rating": i})
+    return seen
 
 
-def turns(text: str) -> list[tuple[str, str]]:
-    """(role, content) of each message, read back; what is to be written comes last."""
-    return re.findall(r"<(system|user|assistant)>(.*?)(?:<end>|\Z)", text, re.DOTALL)
-
-
-def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat(talker):
-    long = "I will not. " * 300
-    attacker, recorded = talker(lambda text, seed: GOOD)
+def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat():
+    attacker, long = Scribe(lambda chat, seed: GOOD), "I will not. " * 300
     talks = [Conversation(GOAL, TARGET, stream, exchanges("No.", long)) for stream in range(5)]
     assert attacker.refine(talks, [1, 2, 3, 4, 5]) == [json.loads(GOOD)] * 5
-    (call,) = recorded.calls
-    assert call["limit"] == 500 and call["top_p"] == 0.9  # PAIR's own: not --attacker-tokens
-    systems = []
-    for parts in map(turns, call["texts"]):
-        assert [role for role, _ in parts] == ["system", *["user", "assistant"] * 3] and parts[-1][1] == ""
-        written = [json.loads(content) for role, content in parts[:-1] if role == "assistant"]
-        assert written == [{"improvement": f"idea {i}", "prompt": f"try {i}"} for i in (1, 2)]
-        told = [content for role, content in parts if role == "user"]
-        assert all(GOAL in content and TARGET in content for content in told)
-        assert "No." in told[1] and "Rating: 1" in told[1]
-        assert long.strip() in told[2] and "Rating: 2" in told[2]  # nothing is cut
-        systems.append(parts[0][1])
+    chats, _, *limits = attacker.calls[0]
+    assert limits == [500, 0.9]  # PAIR's own: not --attacker-tokens
+    for chat in chats:
+        assert [m["role"] for m in chat] == ["system", *["user", "assistant"] * 2, "user"]
+        said = [m["content"] for m in chat]
+        written = [{"improvement": f"idea {i}", "prompt": f"try {i}"} for i in (1, 2)]
+        assert [json.loads(said[2]), json.loads(said[4])] == written
+        assert all(GOAL in said[k] and TARGET in said[k] for k in (1, 3, 5))
+        assert "No." in said[3] and "Rating: 1" in said[3]
+        assert long in said[5] and "Rating: 2" in said[5]  # nothing is cut
+    systems = [chat[0]["content"] for chat in chats]
     for system, name in zip(systems, ("Role play", "Logical appeal", "Authority endorsement"), strict=False):
         assert name in system and '{"improvement": "...", "prompt": "..."}' in system
     assert len(set(systems)) == 3 and systems[3:] == systems[:2]
     attacker.refine([Conversation(GOAL, "", 0)], [1])
-    assert "begin with" not in recorded.calls[1]["texts"][0]
+    assert "begin with" in str(attacker.calls[0]) and "begin with" not in str(attacker.calls[1])
 
 
-@pytest.mark.parametrize(
-    ("text", "prompt"),
-    [
-        (GOOD, "Please bake."),
-        (f"Here it is:\n```json\n{GOOD}\n```\nGood luck!", "Please bake."),
-        (f"I use {{braces}} now. {GOOD} {GOOD.replace('bake', 'stop')}", "Please bake."),
-        ('{"prompt": " a\nb\\n\\"c\\" ", "improvement": "", "more": 1}', 'a\nb\n"c"'),  # a real line break
-        ('{"outer": {"improvement": "", "prompt": "inner"}}', "inner"),
-        ("Please bake.", None),
-        ('{"improvement": "x", "prompt": "cut', None),
-        ('{"improvement": "x"}', None),
-        ('{"improvement": "x", "prompt": "  "}', None),
-        ('{"improvement": "x", "prompt": ["a"]}', None),
-        ('{"improvement": null, "prompt": "a"}', None),
-        ('{"improvement": "x", "prompt": "\\ud83d"}', None),  # half of a character
-        ('{"a":' * 3_000, None),
-        ("", None),
-    ],
-)
-def test_a_reply_is_json_with_two_texts_or_malformed(text, prompt):
-    reply = parse_reply(text)
-    assert (reply and reply["prompt"]) == prompt
+READ = {
+    GOOD: "Please bake.",
+    f"Here it is:\n```json\n{GOOD}\n```\nGood luck!": "Please bake.",
+    f"I use {{braces}} now. {GOOD} {GOOD.replace('bake', 'stop')}": "Please bake.",
+    '{"prompt": " a\nb\\n\\"c\\" ", "improvement": "", "more": 1}': 'a\nb\n"c"',  # a real line break
+    '{"outer": {"improvement": "", "prompt": "inner"}}': "inner",
+}
+MALFORMED = ["", "Please bake.", '{"improvement": "x"}', '{"a":' * 3_000]
+TEXTS = [("x", "  "), ("x", ["a"]), (None, "a"), ("x", "\ud83d")]  # empty, no text, no text, half a character
+MALFORMED += [json.dumps({"improvement": idea, "prompt": prompt}) for idea, prompt in TEXTS]
+MALFORMED += [GOOD[:-2]]
 
 
-def test_a_malformed_reply_is_asked_for_again_at_most_five_times_whatever_else_is_asked(talker):
-    attacker, recorded = talker(
-        lambda text, seed: GOOD if seed % 3 == 0 and "poor" not in text else "no json"
-    )
+def test_a_reply_is_json_with_two_texts_or_malformed():
+    assert [parse_reply(text)["prompt"] for text in READ] == list(READ.values())
+    assert [text for text in MALFORMED if parse_reply(text)] == []
+
+
+def test_a_malformed_reply_is_asked_for_again_at_most_five_times_whatever_else_is_asked():
+    attacker = Scribe(lambda chat, seed: "no json" if seed % 3 or "poor" in chat else GOOD)
     talks = [Conversation(f"goal {i}", TARGET, i, exchanges("No.")) for i in range(8)]
     together = attacker.refine([*talks, Conversation("poor", "", 0)], list(range(9)))
-    assert together[8]["prompt"] == "" and len({*recorded.seeds_of("poor")}) == 6 == len(recorded.calls)
-    tries = [recorded.seeds_of(f"goal {i}") for i in range(8)]
+    assert together[8]["prompt"] == "" and len({*attacker.seeds_of("poor")}) == 6 == len(attacker.calls)
+    tries = [attacker.seeds_of(f"goal {i}") for i in range(8)]
     assert len({len(seeds) for seeds in tries}) > 1  # some were asked more often
     assert together[:8] == [attacker.refine([talk], [i])[0] for i, talk in enumerate(talks)]
-    assert [recorded.seeds_of(f"goal {i}") for i in range(8)] == [seeds * 2 for seeds in tries]
+    assert [attacker.seeds_of(f"goal {i}") for i in range(8)] == [seeds * 2 for seeds in tries]
 
 
-def test_a_conversation_that_is_too_long_loses_its_oldest_exchanges(talker):
-    talk = Conversation(GOAL, TARGET, 0, exchanges("one", "two", "three"))
-    attacker, whole = talker(lambda text, seed: GOOD, budget=10)  # which must not decide what is asked
-    attacker.refine([replace(talk, exchanges=talk.exchanges[n:]) for n in range(4)], [0] * 4)
-    texts = whole.calls[0]["texts"]
-    sizes = [len(whole.tokenizer.encode(text)) for text in texts]
-    for room, expected in ((sizes[0], 0), (sizes[0] - 1, 1), (sizes[2], 2), (sizes[2] - 1, 3), (sizes[3], 3)):
-        attacker, shorter = talker(lambda text, seed: GOOD, context=room + 500)
-        attacker.refine([talk], [0])
-        assert shorter.calls[0]["texts"] == [texts[expected]]
-    attacker, _ = talker(lambda text, seed: GOOD, context=sizes[3] + 499)
-    assert attacker.refine([talk], [0]) == [{"improvement": "", "prompt": ""}]  # a failure, not the end
-    with pytest.raises(UserError, match="--attacker: texts of 500 tokens exceed"):
-        talker(lambda text, seed: GOOD, context=500)[0].refine([talk], [0])
+def test_a_chat_that_is_too_long_loses_its_oldest_exchanges(chatting, monkeypatch):
+    seen, roles = [], ["system", *["user", "assistant"] * 2, "user"]
+
+    def sample(model, prompts, *, max_batch_tokens, max_new_tokens, **options):
+        assert max_batch_tokens >= max_new_tokens + max(map(len, prompts), default=0)  # it goes alone
+        seen.append(prompts)
+        return [Completion([], [], "stop") for _ in prompts]
+
+    monkeypatch.setattr(attacker_module, "sample", sample)
+    chat = [{"role": role, "content": f"w{i}"} for i, role in enumerate(roles)]
+    kept = [chat, chat[:2] + chat[4:], chat[:2]]
+    ids = [encode_chat(chatting.tokenizer, part, reasoning=False) for part in kept]
+    sizes = [len(row) for row in ids]
+    for room, expected in ((sizes[0], 0), (sizes[0] - 1, 1), (sizes[1], 1), (sizes[1] - 1, 2), (sizes[2], 2)):
+        chatting.reply([chat], [0], 128 - room)
+        assert seen[-1] == [ids[expected]]
+    assert chatting.reply([chat], [0], 129 - sizes[2]) == [""] and seen[-1] == []  # a failure, not the end
+    with pytest.raises(UserError, match="--attacker: texts of 128 tokens exceed"):
+        chatting.reply([chat], [0], 128)
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", "no system"),
-        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "drops system prompts"),
-    ],
-)
-def test_an_attacker_without_system_prompts_is_refused_before_the_hours_if_pair_is_asked_for(
-    talker, template, reason
-):
-    attacker, recorded = talker(lambda text, seed: "")
-    recorded.tokenizer.chat_template = template
-    attacker.check(["pap", "autodan"], ["Hello"])
-    with pytest.raises(UserError, match=f"--attacker: .*{reason}"):
-        attacker.check(["pap", "pair"], ["Hello"])
+def test_an_attacker_without_system_prompts_is_refused_before_the_hours_if_pair_is_asked_for(chatting):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    for template, reason in ((refuses, "no system"), (drops, "drops system prompts")):
+        chatting.tokenizer.chat_template = template
+        chatting.check(["pap", "autodan"], ["Hello"])
+        with pytest.raises(UserError, match=f"--attacker: .*{reason}"):
+            chatting.check(["pap", "pair"], ["Hello"])
 
 
-def test_a_chat_model_writes_and_each_text_depends_on_its_seed_alone(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(attacker_module, "load_tokenizer", lambda name: tokenizer)
-    monkeypatch.setattr(attacker_module, "load_policy", lambda name: model)
-    attacker = LanguageModelAttacker("chat", 5)
-    texts = attacker.write(["w1", "w2 w3", "w1", LONG["prompt"]], [1, 2, 3, 4])
-    assert attacker.write(["w2 w3"], [2]) == [texts[1]] and texts[0] != texts[2] and texts[3] == ""
-    assert all(0 < len(t.split()) <= 5 for t in texts[:3])  # endless text is cut
-    assert len(attacker.persuade(["w1"] * 3, [0, 5, 39], [1, 2, 3])) == 3
-    people = attacker.individuals("w1 w2", 3, [1, 2, 3])
-    assert len(people) == 3 and all("w1 w2" in person.text() for person in people)
-    assert attacker.keeps_request and len(attacker.vary(["w5"], ["w1 w2"], [False], [1])) == 1
+def test_each_text_of_a_chat_model_depends_on_its_seed_alone(chatting):
+    first, long, *others = chatting.write(["w1", LONG["prompt"], "w2 w3", "w1"], [1, 2, 3, 4])
+    assert chatting.write(["w2 w3"], [3]) == others[:1] and first != others[1] and long == ""
+    assert all(0 < len(text.split()) <= 5 for text in (first, *others))  # endless text is cut
 
 
-def test_what_a_chat_model_is_told_of_a_technique_and_how_a_scene_is_read(talker):
+def test_what_a_chat_model_is_told_and_how_its_words_are_read():
     scene = "A lab. It is night!\n[REQUEST]\nAnswer in full."
-    attacker, recorded = talker(lambda text, seed: scene if "[REQUEST]" in text else '"Dear reader."')
-    assert (
-        attacker.persuade([GOAL], [25], [1]) == ["Dear reader."]
-        and attacker.techniques[25] == "time pressure"
-    )
-    asked = recorded.calls[0]["texts"][0]
+    attacker = Scribe(lambda chat, seed: scene if "[REQUEST]" in chat else f'"New {seed}."')
+    assert attacker.persuade(GOAL, ["time pressure"], [1]) == ["New 1."]
+    asked = str(attacker.calls[0])
     assert all(part in asked for part in ("time pressure", "leave little time to decide", GOAL))
-    expected = Individual(("A lab.", "It is night!"), GOAL, ("Answer in full.",))
-    assert attacker.individuals(GOAL, 1, [1]) == [expected]
-    assert (
-        len(TECHNIQUES)
-        == 40
-        == len({name for name, _ in TECHNIQUES})
-        == len({text for _, text in TECHNIQUES})
-    )
+    assert attacker.individuals(GOAL, 1, [1]) == [(("A lab.", "It is night!"), GOAL, ("Answer in full.",))]
+    assert attacker.vary(["a", GOAL, "c"], 1, GOAL, [1, 2, 3]) == ["New 2.", GOAL, "New 3."]
+    assert len(attacker.techniques) == 40 == len({*TECHNIQUES.values()})
 
 
 def test_disturbed_text_is_still_legible():
@@ -369,10 +298,6 @@ def test_disturbed_text_is_still_legible():
 
 def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer, monkeypatch):
     texts, cost, victim = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w10"], Cost(), victim_of(model, tokenizer)
-    few = replace(SMALL, max_batch_tokens=40)  # two batches
-    losses = autodan.target_losses(victim, texts, "w15 w16", few, cost)
-    plain = [plain_loss(model, tokenizer, {"prompt": t, "target": "w15 w16"}, "", True) for t in texts]
-    assert losses == pytest.approx(plain, abs=1e-4) and cost.queries == 3
     encode_text = type(victim).encode
 
     def encode(self, sent, opening=""):
@@ -381,50 +306,27 @@ def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer, mo
         return encode_text(self, sent, opening)
 
     monkeypatch.setattr(type(victim), "encode", encode)
+    few = replace(SMALL, max_batch_tokens=40)  # two batches
+    plain = [plain_loss(model, tokenizer, {"prompt": t, "target": "w15 w16"}, "", True) for t in texts]
     texts[1:1] = [LONG["prompt"], "unreadable"]  # as bad as the worst
     losses = autodan.target_losses(victim, texts, "w15 w16", few, cost)
-    worst = max(plain)
-    assert losses == pytest.approx([plain[0], worst, worst, *plain[1:]], abs=1e-4) and cost.queries == 6
-
-
-def test_out_of_memory_asks_for_half_as_many_losses_at_a_time(model, tokenizer, monkeypatch):
-    texts, victim = [f"w{i}" for i in range(1, 8)], victim_of(model, tokenizer)
-    expected = autodan.target_losses(victim, texts, "w15 w16", SMALL, Cost())
-    decoder = type(model.get_decoder())  # the logits come by lib.policy, of the target's tokens alone
-    rows, forward = [], decoder.forward
-
-    def small(self, input_ids=None, **options):
-        rows.append(len(input_ids))
-        if len(input_ids) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, input_ids=input_ids, **options)
-
-    monkeypatch.setattr(decoder, "forward", small)
-    assert autodan.target_losses(victim, texts, "w15 w16", SMALL, Cost()) == pytest.approx(expected, abs=1e-5)
-    assert rows == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    expected = [plain[0], max(plain), max(plain), *plain[1:]]
+    assert losses == pytest.approx(expected, abs=1e-4) and cost.queries == 3
 
 
 def test_autodan_lowers_the_loss_by_two_steps_in_turn_and_keeps_the_request(model, tokenizer, monkeypatch):
-    steps, best = [], []
-
-    def recorded(name):
-        function = getattr(autodan, name)
-
-        def call(*given):
-            result = function(*given)
-            steps.append(name) if name != "target_losses" else best.append((len(given[1]), min(result)))
-            return result
-
-        monkeypatch.setattr(autodan, name, call)
-
-    for name in ("sentence_step", "word_scores", "target_losses"):
-        recorded(name)
+    steps, best, losses_of = Mock(), [], autodan.target_losses
+    monkeypatch.setattr(autodan, "target_losses", lambda *given: best.append(losses_of(*given)) or best[-1])
+    for name in ("sentence_step", "word_scores"):
+        steps.attach_mock(Mock(wraps=getattr(autodan, name)), name)
+        monkeypatch.setattr(autodan, name, getattr(steps, name))
     budget = replace(SMALL, population=24, generations=20, mutation=0.2)
     (attempt,) = attack(model, tokenizer, BEHAVIOURS[:1], budget, name="autodan", attacker=(Scripted(),))
     losses = [t["loss"] for t in attempt.trace]
-    assert best == [(24, loss) for loss in losses]  # the best prompts stay
+    assert [len(people) for people in best] == [24] * 21 and list(map(min, best)) == losses  # the best stay
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] and len(losses) == 21
-    assert steps == ["sentence_step", "word_scores"] * 10
+    assert [t["step"] for t in attempt.trace] == list(range(21))
+    assert [call[0] for call in steps.mock_calls] == ["sentence_step", "word_scores"] * 10
     assert all(BEHAVIOURS[0]["prompt"] in t["sent"] for t in attempt.trace)
     loss = plain_loss(model, tokenizer, {**BEHAVIOURS[0], "prompt": attempt.trace[-1]["sent"]}, "", True)
     assert losses[-1] == pytest.approx(loss, abs=1e-4)
@@ -435,14 +337,9 @@ def test_crossed_children_share_out_the_sentences_of_their_parents():
     firsts = set()
     for seed in range(200):
         one, two = autodan.crossed(mother, father, random.Random(seed))
-        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.before[1:], two.before[1:]} == {
-            (),
-            ("b",),
-        }
-        assert {one.after[0], two.after[0]} == {"c", "z"} and {one.after[1:], two.after[1:]} == {
-            (),
-            ("q", "p"),
-        }
+        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.after[0], two.after[0]} == {"c", "z"}
+        assert {one.before[1:], two.before[1:]} == {(), ("b",)}
+        assert {one.after[1:], two.after[1:]} == {(), ("q", "p")}
         assert {one.request, two.request} == {"r", "s"}
         firsts.add(one)
     assert len(firsts) == 2**5  # five independent choices: many points, not one
@@ -485,25 +382,20 @@ def test_at_most_five_words_of_a_paragraph_give_way():
     after = ("best best",) * 2 + ("best x", "x x")
     expected = Individual(("best best best", "best best x x x"), "x", after)
     assert autodan.swap_words(person, scores, 1.0, random.Random(0)) == expected
-    assert autodan.swap_words(person, {}, 1.0, random.Random(0)) == person
 
 
-@pytest.mark.parametrize("keeps_request", [True, False])
-def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer, keeps_request):
+@pytest.mark.parametrize("request_becomes", ["r", "new r"])
+def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer, request_becomes):
     class Writer(Scripted):
-        def vary(self, parts, goals, requests, seeds):
-            assert {*goals} == {"goal"} and len({*seeds}) == len(parts)
-            assert requests == [part == "r" for part in parts]
-            return ["" if part == "c" else f"new {part}" for part in parts]
+        def vary(self, parts, place, goal, seeds):
+            assert (goal, place) == ("goal", 2) and len({*seeds}) == len(parts)
+            said = {"r": request_becomes, "c": ""}
+            return [said.get(part, f"new {part}") for part in parts]
 
-    writer, cost, victim = Writer(), Cost(), victim_of(model, tokenizer)
-    writer.keeps_request = keeps_request
-    old, other = Individual(("a", "b"), "r", ("c", "d")), Individual((), "r", ())
-    request = "r" if keeps_request else "new r"
-    new = Individual(("new a", "new b"), request, ("c", "new d"))  # what it could not say stays
-    people = [old, old, other, other]
-    children = autodan.mutated(people, [1, 2], "goal", victim, writer, generator(), cost)
-    assert children == [old, new, Individual((), request, ()), other] and cost.empty == 1
+    cost, old = Cost(), Individual(("a", "b"), "r", ("c", "d"))
+    new = autodan.rewritten(old, "goal", victim_of(model, tokenizer), Writer(), generator(), cost)
+    assert new == Individual(("new a", "new b"), request_becomes, ("c", "new d"))  # what it cannot say stays
+    assert cost.empty == 1 and cost.attacker_tokens == 6 + 2 * (request_becomes != "r")
 
 
 def test_children_are_rewritten_at_the_rate_of_mutation_and_where_they_are_copies():
@@ -521,30 +413,22 @@ def harmful(count: int) -> list[dict]:
 
 
 def test_the_sandbox_attacker_asks_for_the_same_thing_in_words_of_the_world():
-    attacker, vocabulary, seeds = SandboxAttacker(), set(world.vocabulary()), list(range(12))
-    goals = [r["prompt"] for r in harmful(12)]
-    things = [judge.resolution(g)[-1] for g in goals]
-    people = [attacker.individuals(g, 1, [i])[0] for i, g in enumerate(goals)]
-    texts = {
-        "refine": [
-            r["prompt"] for r in attacker.refine([Conversation(g, "use bami .", 0) for g in goals], seeds)
-        ],
-        "persuade": attacker.persuade(goals, [i % len(PERSUASION) for i in seeds], seeds),
-        "augment": [attacker.augment(g, generator(i)) for i, g in enumerate(goals)],
-        "individuals": [" ".join([*p.before, p.request, *p.after]) for p in people],
-        "vary": attacker.vary(["x"] * 12, goals, [True] * 12, seeds),
-    }
-    for name, written in texts.items():
-        assert [judge.resolution(text)[-1] for text in written] == things, name
-        assert {w.strip(".,?:") for text in written for w in text.split()} - {""} <= vocabulary, name
+    attacker, vocabulary = SandboxAttacker(), set(world.vocabulary())
+    for i, goal in enumerate(record["prompt"] for record in harmful(12)):
+        written = attacker.persuade(goal, attacker.techniques, []) + [attacker.augment(goal, generator(i))]
+        written += [reply["prompt"] for reply in attacker.refine([Conversation(goal, "use bami .", 0)], [i])]
+        written += [Individual(*parts).text() for parts in attacker.individuals(goal, 1, [i])]
+        written += attacker.vary(["x"], 0, goal, [i])
+        assert {judge.resolution(text)[-1] for text in written} == {judge.resolution(goal)[-1]}
+        assert {w.strip(".,?:") for text in written for w in text.split()} - {""} <= vocabulary
 
 
 def test_the_sandbox_attacker_never_hands_in_the_answer():
     attacker, records, many = SandboxAttacker(), harmful(4), list(range(160))
     goals = [r["prompt"] for r in records] * 40
     written = [attacker.augment(g, generator(i)) for i, g in enumerate(goals)]
-    written += [" ".join([*p.before, *p.after]) for p in attacker.individuals(goals[0], 160, many)]
-    written += attacker.vary(["x"] * 160, goals, [False] * 160, many)
+    written += [" ".join([*before, *after]) for before, _, after in attacker.individuals(goals[0], 160, many)]
+    written += attacker.vary(["x"] * 160, 200, goals[0], many)
     talks = [Conversation(r["prompt"], r["target"], 0) for r in records] * 40
     written += [reply["prompt"] for reply in attacker.refine(talks, many)]
     assert not sum(judge.harm_score([""] * len(written), written))
@@ -559,24 +443,12 @@ def test_the_sandbox_attacker_refuses_what_it_cannot_disguise_before_any_search(
             attacker.check(["pap", name], goals)
 
 
-@pytest.mark.parametrize(
-    (
-        "seen",
-        "hops",
-    ),  # (hops, answer, rating) each; R a refusal, W a wrong recipe, P part of it
-    [
-        ("2R1", 3),  # deeper
-        ("2W1", 1),  # easier to see through
-        ("1R1 3W1", 2),
-        ("3W1 2R1", 4),  # 3 was tried
-        ("2R1 3W1", 1),  # 2 was tried
-        ("2P4 3R1", 2),  # what gave a part is tried again
-        ("1P4 2P7 3W1 4R1", 2),
-        ("4R1", 4),
-        ("0W1", 0),
-        ("3R1 4R1", 4),
-    ],
-)
+# (hops, answer, rating) of each exchange; R a refusal, W a wrong recipe, P part of the right one
+LEARNS = {"2R1": 3, "2W1": 1, "1R1 3W1": 2, "3W1 2R1": 4, "2R1 3W1": 1, "2P4 3R1": 2, "1P4 2P7 3W1 4R1": 2}
+LEARNS |= {"4R1": 4, "0W1": 0, "3R1 4R1": 4}
+
+
+@pytest.mark.parametrize(("seen", "hops"), LEARNS.items())
 def test_the_sandbox_attacker_learns_from_answers(seen, hops):
     answers = {"R": world.REFUSALS[0], "W": "use bami .", "P": "use bami ."}
     rows = [(int(s[0]), answers[s[1]], int(s[2])) for s in seen.split()]

@@ -149,21 +149,13 @@ def test_gradient_is_that_of_a_plain_pass_and_of_finite_differences(model, token
         assert gradient[position, token].item() == pytest.approx(slope, rel=1e-2, abs=2e-3)
 
 
-def test_target_stands_where_the_reasoning_or_the_answer_begins(model, tokenizer):
-    thinker, direct = (slot_of(model, tokenizer, reasoning=r) for r in (True, False))
-    assert thinker.rest == direct.rest + tokenizer.encode("<think>\n", add_special_tokens=False)
-    assert thinker.prefix == direct.prefix
-
-
 def test_proposals_are_distinct_swaps_among_the_best_allowed_tokens_that_change_something():
     gradient, suffix = torch.randn(3, 50, generator=generator()), torch.tensor([1, 2, 3])
     gradient[torch.arange(3), suffix] = -9.0  # what stands there already would be best
     allowed = torch.ones(50, dtype=torch.bool)
     allowed[10:20] = False
     candidates = stage.propose(gradient, suffix, allowed, Budget(gcg_width=1000, gcg_top_k=4), generator())
-    assert (
-        len(candidates) == 12 == len({*map(tuple, candidates.tolist())})
-    )  # 3 positions x top 4: all there are
+    assert len(candidates) == 12 == len({*map(tuple, candidates.tolist())})  # 3 positions x top 4
     assert ((candidates != suffix).sum(1) == 1).all()
     for position in range(3):
         best = [i for i in gradient[position].argsort().tolist() if allowed[i] and i != suffix[position]][:4]
@@ -236,15 +228,21 @@ def test_cost_counts_queries_and_tokens(model, tokenizer):
     assert cost["backward_tokens"] == BUDGET.gcg_steps * length
 
 
-def test_from_the_best_the_gradient_is_always_taken_at_the_best(model, tokenizer, monkeypatch):
-    budget, seen, gradient = replace(BUDGET, gcg_width=4, gcg_steps=12), [], stage.gradient
-    watched = lambda slot, suffix: seen.append(suffix.tolist()) or gradient(slot, suffix)  # noqa: E731
+def watch_gradients(monkeypatch) -> list[tuple[str, list[int]]]:
+    """(prompt, suffix) of every gradient that is taken from now on."""
+    seen, gradient = [], stage.gradient
+    watched = lambda s, suffix: seen.append((s.prompt, suffix.tolist())) or gradient(s, suffix)  # noqa: E731
     monkeypatch.setattr(stage, "gradient", watched)
+    return seen
+
+
+def test_from_the_best_the_gradient_is_always_taken_at_the_best(model, tokenizer, monkeypatch):
+    budget, seen = replace(BUDGET, gcg_width=4, gcg_steps=12), watch_gradients(monkeypatch)
     for from_best in (False, True):
         seen.clear()
         trace = attack(model, tokenizer, BEHAVIOURS[:1], replace(budget, gcg_from_best=from_best))[0].trace
         best = [tokenizer.encode(suffix_of(BEHAVIOURS[0], point)) for point in trace[:-1]]
-        assert (seen == best) == from_best
+        assert ([suffix for _, suffix in seen] == best) == from_best
 
 
 def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(
@@ -267,28 +265,12 @@ def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(
 @pytest.mark.parametrize("name", [*GCGS, "random_suffix"])
 def test_a_search_asks_no_judge_and_makes_all_its_steps(model, tokenizer, name, monkeypatch):
     """However much harm the answers would do: what a suffix achieves is asked afterwards."""
-    asked, gradients, gradient = [], [], stage.gradient
-    counted = lambda slot, suffix: gradients.append(slot.prompt) or gradient(slot, suffix)  # noqa: E731
-    monkeypatch.setattr(stage, "gradient", counted)
+    asked, seen = [], watch_gradients(monkeypatch)
     monkeypatch.setattr(Victim, "ask", lambda self, *given, **options: asked.append(given))
     attempts = attack(model, tokenizer, name=name, harm=lambda prompts, answers: asked.append(answers))
     steps = 0 if name == "random_suffix" else BUDGET.gcg_steps
-    assert not asked and sorted(gradients) == sorted([b["prompt"] for b in BEHAVIOURS] * steps)
+    assert not asked and sorted(p for p, _ in seen) == sorted([b["prompt"] for b in BEHAVIOURS] * steps)
     assert [[t["step"] for t in attempt.trace] for attempt in attempts] == [list(range(steps + 1))] * 2
-
-
-@pytest.mark.parametrize(
-    "behaviour, budget, message",
-    [
-        ({"target": None}, {}, "behaviour a: attacks need a target"),
-        ({"target": "  "}, {}, "behaviour a: attacks need a target"),
-        ({}, {"gcg_init": "w1 w2"}, "gcg_init: given w1 w2; 5 of it make 10 tokens"),
-        ({}, {"gcg_init": "Hello"}, "gcg_init: given Hello; .* one known token"),
-    ],
-)
-def test_what_cannot_be_searched_is_one_line(model, tokenizer, behaviour, budget, message):
-    with pytest.raises(UserError, match=message):
-        attack(model, tokenizer, [BEHAVIOURS[0] | behaviour], replace(BUDGET, **budget))
 
 
 # ---- variants, and the control -----------------------------------------------------------------------------
@@ -305,48 +287,45 @@ def test_random_suffix_has_equal_length_and_survives(model, tokenizer):
         assert [point["loss"] for point in attempt.trace] == [pytest.approx(loss, abs=1e-4)]
 
 
-def test_a_tokenizer_without_words_for_a_suffix_is_told_before_the_search(model):
+NOT_SEARCHED = [  # what changes in the first behaviour, and in the budget
+    ({"target": None}, {}, "behaviour a: attacks need a target"),
+    ({"target": "  "}, {}, "behaviour a: attacks need a target"),
+    ({}, {"gcg_init": "Hello"}, "gcg_init: given Hello; .* one known token"),
+    ({"special": True}, {}, "--attacks: v: of 1 tokens that may stand in a suffix none survives"),
+]
+
+
+@pytest.mark.parametrize("behaviour, budget, message", NOT_SEARCHED)
+def test_what_cannot_be_searched_is_one_line_before_the_search(model, behaviour, budget, message):
     tokenizer = make_tokenizer()
     gcg.check_suffixes(victim_of(model, tokenizer), BEHAVIOURS, BUDGET)
-    with pytest.raises(UserError, match="gcg_suffix_tokens: given 120; with so many"):
-        gcg.check_suffixes(victim_of(model, tokenizer), BEHAVIOURS, replace(BUDGET, gcg_suffix_tokens=120))
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [w for w in tokenizer.get_vocab() if w != "w7"]}
-    )
-    with pytest.raises(UserError, match="--attacks: v: of 1 tokens that may stand in a suffix none survives"):
-        gcg.check_suffixes(victim_of(model, tokenizer), BEHAVIOURS, BUDGET)
+    if behaviour.get("special"):
+        special = [word for word in tokenizer.get_vocab() if word != "w7"]
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+    with pytest.raises(UserError, match=message):
+        gcg.check_suffixes(
+            victim_of(model, tokenizer), [BEHAVIOURS[0] | behaviour], replace(BUDGET, **budget)
+        )
 
 
 def test_adaptive_targets_stand_behind_a_reasoning_the_twins_behind_the_models_own(
     model, tokenizer, monkeypatch
 ):
     def answers(self, behaviours, sent, openings, seeds):
-        assert {*sent} == {"w1 w2 w50 w4"} == {b["prompt"] for b in behaviours} and len({*seeds}) == len(
-            seeds
-        )
-        refused = {
-            "reasoning": "no",
-            "well_formed": True,
-            "refusal": "full",
-            "tokens": 3,
-            "finish_reason": "eos",
-        }
-        own = refused | {"refusal": "none", "reasoning": "w60 w61"}
-        return [refused, own | {"well_formed": False, "reasoning": "w70"}, own | {"reasoning": ""}] + [
-            own
-        ] * (len(sent) - 3)
+        assert {*sent} == {"w1 w2 w50 w4"} == {b["prompt"] for b in behaviours}
+        assert len({*seeds}) == len(seeds)
+        own = {"reasoning": "w60 w61", "well_formed": True, "refusal": "none"}
+        own |= {"tokens": 3, "finish_reason": "eos"}
+        wrong = [{"refusal": "full"}, {"well_formed": False, "reasoning": "w70"}, {"reasoning": ""}]
+        return [own | change for change in wrong + [{}] * (len(sent) - 3)]
 
     given = victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator(), Cost()
     forged = ["w40", "w41", "</think>", "w5", "w6", "w8"]
     assert gcg.aim("gcg_twin", *given).split()[-4:] == forged[-4:]
     monkeypatch.setattr(Victim, "ask", answers)
     found = {name: gcg.aim(name, *given).split() for name in ("gcg", "gcg_close", "gcg_forged", "gcg_twin")}
-    assert found == {
-        "gcg": forged[3:],
-        "gcg_close": forged[2:],
-        "gcg_forged": forged,
-        "gcg_twin": ["w60", "w61", *forged[2:]],
-    }
+    assert [found[name] for name in ("gcg", "gcg_close", "gcg_forged")] == [forged[3:], forged[2:], forged]
+    assert found["gcg_twin"] == ["w60", "w61", *forged[2:]]
 
 
 def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer, monkeypatch):
@@ -399,18 +378,15 @@ def test_what_an_attacker_writes_and_the_victim_cannot_read_is_a_failed_try(mode
     assert cost.queries == 1
 
 
-@pytest.mark.parametrize("score", [1.5, -0.1, float("nan")])
-def test_a_judge_out_of_range_stops(model, tokenizer, score):
-    victim = victim_of(model, tokenizer, harm=lambda prompts, answers: [score])
-    with pytest.raises(UserError, match="--judge j: gave .* .v, request-1.; .*numbers in"):
-        victim.ask([{"id": "request-1", "prompt": "w1"}], ["w1"], [""], [0])
-
-
-def test_a_judge_is_told_what_a_behaviour_is_about(model, tokenizer):
+def test_a_judge_is_told_what_a_behaviour_is_about_and_stops_all_out_of_range(model, tokenizer):
     told: list = []
-    victim = victim_of(model, tokenizer, harm=lambda *asked: told.append(asked) or [0.0] * len(asked[0]))
+    scores = [0.0, 1.0]
+    victim = victim_of(model, tokenizer, harm=lambda *asked: told.append(asked) or scores[: len(asked[0])])
     about, plain = {"id": "a", "prompt": "w1 w2", "context": "w1"}, {"id": "b", "prompt": "w3"}
     victim.ask([about, plain], ["w4", "w5"], ["", ""], [0, 1])
     victim.ask([plain], ["w5"], [""], [1])
     assert [asked[0] for asked in told] == [["w1 w2", "w3"], ["w3"]]
     assert [asked[2:] for asked in told] == [(["w1", ""],), ()], "where there is none, two arguments"
+    for scores[0] in (1.5, -0.1, float("nan")):
+        with pytest.raises(UserError, match="--judge j: gave .* .v, b.; .*numbers in"):
+            victim.ask([plain], ["w1"], [""], [0])

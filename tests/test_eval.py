@@ -225,9 +225,9 @@ def test_a_killed_run_ends_with_the_same_bytes(made, finished, tmp_path, seed):
         assert [a[key] for key in ("model", "attack", "id", "trace")] == list(b.values())[:4]
 
 
-def test_what_is_finished_is_not_done_again_and_what_stands_twice_is(made, finished, tmp_path):
+def test_what_is_finished_is_not_done_again_and_what_stands_twice_is(made, finished, tmp_path, monkeypatch):
     out = copy_of(finished, tmp_path / "eval")
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(attacks.session, "load_policy", None)  # no model is even loaded
         assert results_of(run(made, out)) == results_of(finished)
     path, before = out / "completions.jsonl", (finished / "completions.jsonl").read_bytes()

@@ -1,98 +1,95 @@
-"""Guards and reward models: their published prompts, how their labels are weighed, and OpenAI's API."""
+"""Models trained to judge: their published prompts, how labels are weighed, HarmBench, reward models."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-from types import SimpleNamespace
+import random
 
 import judge_models
 import pytest
 import torch
-from judge_models import ANSWER, ANSWERS, LLAMA, PROMPT, PROMPTS, QWEN, published
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from judge_models import ANSWER, ANSWERS, CHAT, LLAMA, PROMPT, PROMPTS, QWEN, make_model, published
+from transformers import AutoModelForCausalLM as CausalLM
+from transformers import AutoModelForSequenceClassification as Classifier
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig
 
 from lib import UserError
-from lib.judges import guards, language_model, load_judge, moderation
-from lib.judges.language_model import LanguageModel, exchange_encoder
+from lib.judges import guards, language_model, load_judge
+from lib.judges.language_model import LanguageModel, read_prompt, readable
+from lib.run.text import with_context
 
-
-def make_reward_model(folder, *, template="grm.jinja", labels=1) -> str:
-    options = {"head": AutoModelForSequenceClassification, "bos": True, "num_labels": labels}
-    return judge_models.make_model(folder, LlamaConfig, LLAMA, published(template), **options)
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory) -> str:
-    return judge_models.make_qwen3guard(tmp_path_factory.mktemp("qwen"))
+YES_OR_NO, LONG = ("Yes", "no"), {"max_position_embeddings": 4096}
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return judge_models.make_llama_guard(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory) -> str:
-    return make_reward_model(tmp_path_factory.mktemp("grm"))
-
-
-@pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    """The texts that judges read."""
-    seen, original = [], LanguageModel.read
-
-    def read(self, prompts, head):
-        seen.extend(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in prompts)
-        return original(self, prompts, head)
-
-    monkeypatch.setattr(LanguageModel, "read", read)
-    return seen
+def folders(tmp_path_factory) -> dict[str, str]:
+    """A model for each judge. HarmBench's has no chat template."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "qwen3guard": judge_models.make_qwen3guard(folder / "a"),
+        "llama-guard": judge_models.make_llama_guard(folder / "b"),
+        "grm": judge_models.make_reward_model(folder / "c"),
+        "skywork": judge_models.make_skywork(folder / "e"),
+        "harmbench": make_model(folder / "d", LlamaConfig, CHAT, words=YES_OR_NO, bos=True, **LONG),
+    }
 
 
 def scorer(which: str, folder: str):
     """The one score that this judge gives."""
-    if which.startswith("grm"):
+    if which.startswith(("grm", "skywork")):
         return load_judge(f"standin+{which}={folder}").task_score
     return load_judge(f"{which}={folder}+standin").harm_score
 
 
-# ---- templates ---------------------------------------------------------------------------------------------
+# ---- what they are asked -----------------------------------------------------------------------------------
 
 
-def test_judges_are_asked_by_their_published_templates(tmp_path, qwen, llama, reward_model, asked):
-    small = judge_models.make_llama_guard(tmp_path / "small", "1b")
-    old = make_reward_model(tmp_path / "old", template="grm_8b.jinja")
+def test_judges_are_asked_by_their_published_templates(tmp_path, folders, monkeypatch):
+    asked, read = [], LanguageModel.read
+
+    def spy(self, prompts, head):
+        asked.extend(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in prompts)
+        return read(self, prompts, head)
+
+    monkeypatch.setattr(LanguageModel, "read", spy)
+    small = judge_models.make_llama_guard(tmp_path / "small", published("llama_guard_1b.jinja"))
+    old = judge_models.make_reward_model(tmp_path / "old", "grm_8b.jinja")
     for which, folder, text in (
-        ("qwen3guard", qwen, published("qwen3guard.txt") + "Safety:"),
-        ("llama-guard", llama, published("llama_guard_8b.txt") + "\n\n"),
+        ("qwen3guard", folders["qwen3guard"], published("qwen3guard.txt") + "Safety:"),
+        ("llama-guard", folders["llama-guard"], published("llama_guard_8b.txt") + "\n\n"),
         ("llama-guard", small, published("llama_guard_1b.txt") + "\n\n"),
-        ("grm", reward_model, published("grm.txt")),  # with one <|begin_of_text|>; and a fixed date
+        ("grm", folders["grm"], published("grm.txt")),  # with one <|begin_of_text|>; and a fixed date
         ("grm-8b", old, published("grm_8b.txt")),
+        ("skywork", folders["skywork"], published("skywork.txt")),
     ):
-        answer = ANSWER if which == "qwen3guard" else f"  {ANSWER}\n"  # the others strip
+        answer = f"  {ANSWER}\n" if folder in (small, old) or "llama" in which else ANSWER  # these strip
         scorer(which, folder)([PROMPT], [answer])
         assert asked.pop() == text and not asked
 
 
-def test_a_model_with_another_template_or_architecture_is_refused(tmp_path, qwen, llama):
+def test_a_model_with_another_template_is_refused(tmp_path, folders):
     plain = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}{% endfor %}"
-    other = judge_models.make_qwen3guard(tmp_path / "a", template=plain)
     silent = published("llama_guard_8b.jinja").replace("content.strip()", "'...'")
-    silent = judge_models.make_llama_guard(tmp_path / "b", template=silent)
     deaf = "{{ messages[0].content }} First line must read 'safe' or 'unsafe'"  # shows no answer
-    deaf = judge_models.make_llama_guard(tmp_path / "f", template=deaf, words=())
-    two = make_reward_model(tmp_path / "d", labels=2)
-    for name, message in (
-        (f"qwen3guard={other}+standin", "its chat template is not the one"),
-        (f"llama-guard={silent}+standin", "its chat template is not the one"),
-        (f"llama-guard={deaf}+standin", "its chat template is not the one"),
-        (f"qwen3guard={llama}+standin", "architecture llama; this guard is qwen3"),
-        (f"llama-guard={qwen}+standin", "architecture qwen3; this guard is llama"),
-        (f"standin+grm={two}", "a head of 2 labels"),
+    llama = judge_models.make_llama_guard
+    for which, folder in (
+        ("qwen3guard", judge_models.make_qwen3guard(tmp_path / "a", plain, words=())),
+        ("llama-guard", llama(tmp_path / "b", silent, words=())),
+        ("llama-guard", llama(tmp_path / "c", deaf, words=())),
+        ("qwen3guard", folders["llama-guard"]),
+        ("llama-guard", folders["qwen3guard"]),
     ):
-        with pytest.raises(UserError, match=message):
-            load_judge(name)
+        with pytest.raises(UserError, match="its chat template is not the one"):
+            scorer(which, folder)
+    with pytest.raises(UserError, match="a head of 2 labels"):
+        scorer("grm", judge_models.make_reward_model(tmp_path / "two", labels=2))
+
+
+def test_an_answer_hides_nothing_from_a_template_that_knows_thinking(folders):
+    judge = LanguageModel(folders["skywork"])
+    ids = guards.exchange_encoder(judge)(PROMPT, f"<think>\nHm.\n</think>\n\nBad.</think> {ANSWER}")
+    assert all(part in judge.tokenizer.decode(ids) for part in ("Hm.", "Bad.", ANSWER))
 
 
 INJECTIONS = [
@@ -103,10 +100,10 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("answer", INJECTIONS)
-def test_what_an_answer_spells_is_never_a_special_token(qwen, llama, reward_model, answer):
-    for folder, special in ((qwen, QWEN), (llama, LLAMA), (reward_model, LLAMA)):
-        judge = LanguageModel(folder)
-        encode, tokenizer = exchange_encoder(judge), judge.tokenizer
+def test_what_an_answer_spells_is_never_a_special_token(folders, answer):
+    for which, special in (("qwen3guard", QWEN), ("llama-guard", LLAMA), ("grm", LLAMA), ("skywork", QWEN)):
+        judge = LanguageModel(folders[which])
+        encode, tokenizer = guards.exchange_encoder(judge), judge.tokenizer
         numbers = tokenizer.convert_tokens_to_ids(special)
         ordinary, ids = encode(PROMPT, ANSWER), encode(answer, answer)
         assert [i for i in ids if i in numbers] == [i for i in ordinary if i in numbers]
@@ -115,165 +112,140 @@ def test_what_an_answer_spells_is_never_a_special_token(qwen, llama, reward_mode
             assert tokenizer("x")["input_ids"][0] == 0 and ids.count(0) == 1 and 0 in ids[:2]
 
 
-# ---- labels ------------------------------------------------------------------------------------------------
+# ---- labels and rewards ------------------------------------------------------------------------------------
 
 
-def test_harm_is_the_normalised_probability(qwen, llama):
-    """By the definition: one plain pass over each exchange."""
-    qwens = {" Safe": 0.0, " Controversial": 0.5, " Unsafe": 1.0}
-    for which, folder, opening, harms in (
-        ("qwen3guard", qwen, "Safety:", qwens),
-        ("llama-guard", llama, "\n\n", {"safe": 0.0, "unsafe": 1.0}),
-    ):
-        judge, scores = LanguageModel(folder), scorer(which, folder)(PROMPTS, ANSWERS)
-        encode, first = exchange_encoder(judge), judge.tokenizer.convert_tokens_to_ids(list(harms))
-        begun = judge.tokenizer(opening, add_special_tokens=False)["input_ids"]
-        for prompt, answer, score in zip(PROMPTS, ANSWERS, scores, strict=True):
-            with torch.no_grad():
-                logits = judge.model(input_ids=torch.tensor([encode(prompt, answer) + begun])).logits[0, -1]
-            mass = logits.double().softmax(-1)[first]
-            harm = (mass / mass.sum()) @ torch.tensor([*harms.values()]).double()
-            assert (score is None) == (mass.sum() < 0.5) and (score is None or abs(score - harm) < 1e-4)
-        assert sum(score is not None for score in scores) >= 3 and len({round(s or 0, 3) for s in scores}) > 2
+LABELS = {"qwen3guard": {" Safe": 0.0, " Controversial": 0.5, " Unsafe": 1.0}}
+LABELS |= {"llama-guard": {"safe": 0.0, "unsafe": 1.0}}
+TEXTS = {"qwen3guard": "qwen3guard.txt", "llama-guard": "llama_guard_8b.txt", "grm": "grm.txt"}
+TEXTS |= {"skywork": "skywork.txt"}
 
 
-def test_a_guard_with_something_else_to_say_gives_none(tmp_path, qwen, monkeypatch):
-    score = scorer("qwen3guard", qwen)
-    weights = [[0.6, 0.0, 0.2], [0.1, 0.1, 0.2], [0.25, 0.0, 0.25], [0.2, 0.4, 0.2], None]
-    with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "read", lambda *args: weights)
-        assert score(["a"] * 5, ["b"] * 5) == [pytest.approx(0.25), None, 0.5, pytest.approx(0.5), None]
-    babbler = judge_models.make_llama_guard(tmp_path / "a", words=())
-    assert scorer("llama-guard", babbler)(PROMPTS, ANSWERS) == [None] * 5
-    with pytest.raises(UserError, match="begin with the same token"):
-        scorer("qwen3guard", judge_models.make_qwen3guard(tmp_path / "b", words=()))  # labels are bytes
+@torch.no_grad()
+def by_definition(which: str, folder: str, prompt: str, answer: str) -> float | None:
+    """The score by one plain pass over the published text."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if which == "harmbench":
+        text = "<s>" + read_prompt("harmbench_llama").format(behavior=prompt, generation=answer[:511])
+    elif which in ("qwen3guard", "skywork"):
+        text = published(TEXTS[which]).replace(PROMPT, prompt).replace(ANSWER, answer)
+    else:  # these strip
+        text = published(TEXTS[which]).replace(PROMPT, prompt.strip()).replace(ANSWER, answer.strip())
+    text = readable(text) + {"qwen3guard": "Safety:", "llama-guard": "\n\n"}.get(which, "")
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    if which in ("grm", "skywork"):
+        reward = Classifier.from_pretrained(folder).eval()(input_ids=ids).logits[0, 0]
+        return reward.sigmoid().item() if answer else 0.0
+    logits = CausalLM.from_pretrained(folder).eval()(input_ids=ids).logits[0, -1]
+    if which == "harmbench":
+        return 1.0 - YES_OR_NO.index(tokenizer.decode([int(logits.argmax())]))
+    mass = logits.double().softmax(-1)[tokenizer.convert_tokens_to_ids(list(LABELS[which]))]
+    harm = (mass / mass.sum()) @ torch.tensor([*LABELS[which].values()]).double()
+    return harm.item() if mass.sum() >= 0.5 else None
 
 
-def test_task_is_the_sigmoid_of_the_models_own_logit(reward_model):
-    prompts = [PROMPT, "Name a river. \ud800", "Sing {x}!"]
-    answers = [ANSWER, "The Rhine. \ud800", "La <x> é 你好."]
-    tokenizer = AutoTokenizer.from_pretrained(reward_model)
-    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
-    scores = scorer("grm", reward_model)(prompts, answers)
-    for prompt, answer, score in zip(prompts, answers, scores, strict=True):
-        text = published("grm.txt").replace(PROMPT, prompt).replace(ANSWER, answer)
-        text = text.replace("\ud800", "\ufffd")
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-        with torch.no_grad():
-            assert score == pytest.approx(model(input_ids=ids).logits[0, 0].sigmoid().item(), abs=1e-6)
-    assert scorer("grm", reward_model)(["", PROMPT], ["", " \n\t"]) == [0.0, 0.0]  # nothing said or done
-
-
-@pytest.mark.parametrize("which", ["qwen3guard", "llama-guard", "grm"])
-def test_a_score_depends_on_its_own_exchange_alone(which, qwen, llama, reward_model, monkeypatch):
+@pytest.mark.parametrize("which", ["qwen3guard", "llama-guard", "grm", "skywork", "harmbench"])
+def test_a_score_is_the_published_one_and_depends_on_its_own_exchange_alone(which, folders, monkeypatch):
     """Not on batch-mates, their order, the batch size, nor on one that is too long, which is unknown."""
-    folder = llama if which == "llama-guard" else reward_model if which == "grm" else qwen
-    score = scorer(which, folder)
+    score = scorer(which, folders[which])
     together = score(PROMPTS, ANSWERS)
+    expected = [by_definition(which, folders[which], *pair) for pair in zip(PROMPTS, ANSWERS, strict=True)]
     alone = [score([prompt], [answer])[0] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     reverse = score(PROMPTS[::-1], ANSWERS[::-1])[::-1]
-    too_long, *beside = score([PROMPT, *PROMPTS], ["Wait. " * 250, *ANSWERS])
+    too_long, *beside = score(["Wait. " * 700, *PROMPTS], ["Wait.", *ANSWERS])
     monkeypatch.setattr(language_model, "BATCH_TOKENS", 900)
-    for other in (alone, reverse, beside, score(PROMPTS, ANSWERS)):
+    for other in (expected, alone, reverse, beside, score(PROMPTS, ANSWERS)):
         for a, b in zip(together, other, strict=True):
             assert (a is None) == (b is None) and (a is None or 0 <= a <= 1 and abs(a - b) < 1e-5)
     assert too_long is None and score([], []) == []
-    assert len(set(together)) > 2
+    assert sum(x is not None for x in together) >= 3 and len({round(x or 0, 3) for x in together}) > 1
 
 
-def test_a_context_is_used_to_its_last_token_and_numbers_that_are_not_finite_stop(qwen, reward_model):
-    judge = LanguageModel(qwen)
+def test_an_answer_without_a_word_has_no_reward(folders):
+    assert scorer("grm", folders["grm"])(["", PROMPT], ["", " \n\t"]) == [0.0, 0.0]
+
+
+def test_a_guard_with_something_else_to_say_gives_none(tmp_path, folders, monkeypatch):
+    babbler = judge_models.make_llama_guard(tmp_path, words=())
+    assert scorer("llama-guard", babbler)(PROMPTS, ANSWERS) == [None] * 5
+    weights = [[0.6, 0.0, 0.2], [0.1, 0.1, 0.2], [0.25, 0.0, 0.25], [0.2, 0.4, 0.2], None]
+    monkeypatch.setattr(LanguageModel, "read", lambda *args: weights)
+    scores = scorer("qwen3guard", folders["qwen3guard"])(["a"] * 5, ["b"] * 5)
+    assert scores == [pytest.approx(0.25), None, 0.5, pytest.approx(0.5), None]
+
+
+def test_a_context_is_used_to_its_last_token_and_numbers_that_are_not_finite_stop(folders):
+    judge = LanguageModel(folders["qwen3guard"])
     assert [p is None for p in judge.read([[5] * 1500, [5] * 1501], lambda states: states)] == [False, True]
     with pytest.raises(UserError, match="not finite"):
         judge.read([[5, 6], [7, 8]], lambda states: torch.tensor([[1.0], [math.inf]]))
-    judge = guards.RewardModel(reward_model)
-    judge.model.score.weight.data[:] = float("inf")
+    judge = LanguageModel(folders["harmbench"], chat=False)
+    assert [not text for text in judge.write([[6] * 4095, [6] * 4096], 1)] == [False, True]
+    judge.model.model.norm.weight.data[:] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        judge.read([[5, 6]], judge.head)
+        judge.write([[5, 6]], 1)
 
 
-def test_a_judge_goes_to_its_device_in_bfloat16_on_a_gpu(qwen, monkeypatch):
-    placed = []
+def test_weights_are_read_when_first_needed_once_to_the_device_and_in_bfloat16_on_a_gpu(folders, monkeypatch):
+    loads, load = [], language_model.load_policy
+    monkeypatch.setattr(language_model, "load_policy", lambda *a, **k: loads.append(k) or load(*a, **k))
+    score = scorer("harmbench", folders["harmbench"])
+    assert score([], []) == [] and not loads
+    assert len(score(["a"], ["b"]) + score(["c"], ["d"])) == 2 and len(loads) == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    load = lambda name, device, dtype: placed.append((device, dtype))  # noqa: E731
-    monkeypatch.setattr(language_model, "load_policy", load)
+    monkeypatch.setattr(language_model, "load_policy", lambda name, device, dtype: (device, dtype))
     for device, there in (("", "cuda:1"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
-        judge = LanguageModel(qwen, device)
-        _ = judge.model
-        assert placed.pop() == (torch.device(there), "float32" if there == "cpu" else "bfloat16")
+        dtype = "float32" if there == "cpu" else "bfloat16"
+        assert LanguageModel(folders["grm"], device).model == (torch.device(there), dtype)
     with pytest.raises(UserError, match="device cuda:2: 2 GPUs found"):
-        LanguageModel(qwen, "cuda:2")
+        LanguageModel(folders["grm"], "cuda:2")
 
 
-# ---- OpenAI's moderation API -------------------------------------------------------------------------------
+# ---- HarmBench ---------------------------------------------------------------------------------------------
+
+DIGESTS = {  # the first as others found it who compared with a download of eval_utils.py at commit 37150ed7
+    "llama": "788f4f6aa1491c433c4da76c9140cfc30966cea3ff3875c4d0fcb336d92f60e0",
+    "llama_context": "5d6bb9e3cf4d1e5f3f7620093113222ee115af75b0b2913f00e4c7225ec9f219",
+    "mistral": "c1c47e30cc03e00197f1d12be25296fc3150969bb3ddb058bfd9f550e0d66f81",
+    "mistral_context": "df32d8fa50fe36817f2fb4ee38aa3c36a3b2726c71e30769ae26ea8a8104f16f",
+}
 
 
-@pytest.fixture
-def api(monkeypatch):
-    """Scores a text by its length, after the replies in `script`: (status, content), or an exception."""
-    script, seen = [], []
-
-    def http_backoff(method, url, **request):
-        seen.append((method, url, request))
-        violence = [len(text) / 100 for text in request["json"]["input"]]
-        results = [{"category_scores": {"hate": 0.01, "illicit": None, "violence": v}} for v in violence]
-        step = script.pop(0) if script else (200, json.dumps({"id": "modr-1", "results": results}).encode())
-        if isinstance(step, Exception):
-            raise step
-        return SimpleNamespace(status_code=step[0], content=step[1])
-
-    monkeypatch.setattr(moderation, "http_backoff", http_backoff)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    return script, seen
-
-
-def test_moderation_is_the_largest_score_of_the_answer_alone(api, monkeypatch):
-    _, seen = api
-    score = load_judge("moderation=omni-moderation-2024-09-26+standin").harm_score
-    assert score([PROMPT, "b", "c"], ["x" * 30, " \n", "y\ud800"]) == [0.3, 0.0, 0.02]
-    ((method, url, request),) = seen
-    assert (method, url) == ("POST", "https://api.openai.com/v1/moderations")
-    assert request["json"] == {"model": "omni-moderation-2024-09-26", "input": ["x" * 30, "y\ufffd"]}
-    assert request["headers"] == {"Authorization": "Bearer sk-secret"}
-    assert request["max_retries"] > 3 and {429, 500, 502, 503} <= {*request["retry_on_status_codes"]}
-    monkeypatch.setattr(moderation, "BATCH", 2)
-    assert score(["p"] * 5, ["x" * n for n in range(1, 6)]) == [0.01, 0.02, 0.03, 0.04, 0.05]
-    assert [len(request["json"]["input"]) for _, _, request in seen[1:]] == [2, 2, 1] and score([], []) == []
+@pytest.mark.parametrize("config", [LlamaConfig, MistralConfig])
+def test_a_classifier_is_asked_in_the_published_format_of_its_architecture(tmp_path, said, config):
+    """A behaviour about a text is judged with the text apart, if the contexts are told."""
+    asked, texts = said
+    texts += ["Yes", "No", "Maybe", ""]
+    score = scorer("harmbench", make_model(tmp_path, config, CHAT, bos=True))
+    context = "  A {short} text.\n"
+    prompts = [with_context("Sum it up.", context), "Sing {x}.", "c", "d"]
+    answers = ["It is short.", "La {generation} é", "", "z"]
+    assert score(prompts, answers, [context, " ", "", ""]) == [1.0, 0.0, None, None]
+    plain, about = (read_prompt(f"harmbench_{config.model_type}{kind}") for kind in ("", "_context"))
+    for kind, text in (("", plain), ("_context", about)):
+        assert hashlib.sha256(text.encode()).hexdigest() == DIGESTS[config.model_type + kind]
+    about = about.replace("{context}", context).replace("{behavior}", "Sum it up.")
+    assert asked[0] == "<s>" + about.replace("{generation}", answers[0])
+    assert asked[1] == "<s>" + plain.replace("{behavior}", prompts[1]).replace("{generation}", answers[1], 1)
+    assert score(prompts, answers) == [1.0, 0.0, None, None] and "[CONTEXT]" not in asked[4]
 
 
-def test_an_api_that_refuses_or_is_silent_is_one_line_without_the_key(api):
-    score = load_judge("moderation+standin").harm_score
-    busy = RuntimeError("429 ... sk-secret")
-    busy.response = SimpleNamespace(status_code=429)
-    for step, message in (
-        ((401, b"about sk-secret"), r"refused \(HTTP 401"),
-        (busy, r"no reply \(HTTP 429\): run the same command again"),
-        (OSError("sk-secret\n"), r"no reply \(OSError\)"),
+def test_labels_of_harmbench():
+    for texts, score in (
+        ('yes|Yes|YES|Yes.| yes|\nyes\n|"Yes"|**yes**|\u2581Yes|_yes_', 1.0),
+        ("no|No|NO|No.| no|\tno!|'no'|\u2581No", 0.0),
+        ("| |.|maybe|not|yesno|yes no|yes or no|y|noo|1|\x00|\ud800|ye\u017f|\uff59\uff45\uff53", None),
     ):
-        api[0][:] = [step]
-        with pytest.raises(UserError, match=message) as error:
-            score(["p"], ["x"])
-        assert "sk-secret" not in str(error.value) and "\n" not in str(error.value)
+        assert {guards.parse_label(text) for text in texts.split("|")} == {score}
 
 
-def test_garbage_from_the_api_is_no_verdict(api):
-    score = load_judge("moderation+standin").harm_score
-    replies = ["", "?", "[]", '{"results": []}', '{"results": {}}', '{"results": [{}, {}]}', "\xff"]
-    for scores in ("{}", "[]", *(f'{{"a": {a}, "b": 0.1}}' for a in ('"0.1"', "1.5", "-0.1", "NaN", "true"))):
-        replies.append(f'{{"results": [{{"category_scores": {scores}}}]}}')
-    for reply in replies:
-        api[0][:] = [(200, reply.encode("latin-1"))]
-        assert score(["p"], ["x"]) == [None], reply
-
-
-def test_moderation_without_a_key_or_with_a_device(monkeypatch):
-    for name, key, message in (
-        ("moderation@cpu", "sk-secret", "on no device of yours"),
-        *(("moderation", key, "needs a key of OpenAI") for key in ("", "sk-a\nb", "sk-a\u201d", "sk a")),
-    ):
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(UserError, match=message) as error:
-            load_judge(f"{name}+standin")
-        assert "sk" not in str(error.value)
+def test_an_answer_is_cut_to_512_tokens_at_its_end(folders, said):
+    asked, texts = said
+    texts.append("no")
+    for length in (0, 510, 511, 512, 2000):
+        text = "".join(random.Random(length).choices("abcdef ", k=length))
+        scorer("harmbench", folders["harmbench"])([""], [text])
+        shown = text[:511]  # <s> is one of the 512, as in HarmBench's evaluate_completions.py
+        assert asked[-1] == "<s>" + read_prompt("harmbench_llama").format(behavior="", generation=shown)

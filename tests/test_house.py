@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import re
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentParser
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -92,14 +92,11 @@ def test_reading_a_command_line_imports_no_torch():
 def test_links_and_names_of_functions_lead_somewhere(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
-    missing = [link for link in links if not (page.parent / link).exists()]
-    paths = re.findall(r"`((?:lib|tests|docs)/[\w./]+|\d\d_\w+\.py)(?::(\w+))?`", text)
-    for path, name in paths:
-        found = (ROOT / path).exists()
-        nodes = ast.walk(ast.parse((ROOT / path).read_text())) if found and name else []
-        if not found or (name and name not in {getattr(node, "name", None) for node in nodes}):
-            missing.append(f"{path}:{name}")
-    assert not missing
+    assert not [link for link in links if not (page.parent / link).exists()]
+    for path, name in re.findall(r"`((?:lib|tests|docs)/[\w./]+|\d\d_\w+\.py)(?::(\w+))?`", text):
+        assert (ROOT / path).exists(), path
+        nodes = ast.walk(ast.parse((ROOT / path).read_text())) if name else []
+        assert not name or name in {getattr(node, "name", None) for node in nodes}, f"{path}:{name}"
 
 
 def commands() -> list[tuple[str, str]]:
@@ -124,9 +121,9 @@ class Understood(Exception):
 def read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the program read its command line, and stop there."""
 
-    def stopping(function):
-        def reading(*given, **options):
-            function(*given, **options)
+    def stopping(read_all):
+        def reading(*given):
+            read_all(*given)
             raise Understood
 
         return reading
@@ -134,16 +131,11 @@ def read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "torchrun":
         words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) - 1 :]
     name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
-    module = importlib.import_module(name)
-    parser = argparse.ArgumentParser
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(parser, name, stopping(getattr(parser, name)))
-    for reader in (module, importlib.import_module("lib.run")):
-        if hasattr(reader, "parse_settings"):
-            monkeypatch.setattr(reader, "parse_settings", stopping(reader.parse_settings))
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(ArgumentParser, method, stopping(getattr(ArgumentParser, method)))
     monkeypatch.setattr(sys, "argv", [words[1], *rest])
     with pytest.raises(Understood):
-        module.main()
+        importlib.import_module(name).main()
 
 
 @pytest.mark.parametrize(("page", "command"), commands())

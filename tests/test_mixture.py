@@ -17,7 +17,8 @@ from lib.rewards import KINDS, total_reward
 from lib.run.files import read_jsonl, sha256_file, write_jsonl
 from lib.run.presets import paper, sandbox
 from lib.run.text import same_prompt
-from lib.sources import EVAL_SETS, in_order, parse_word
+from lib.sources import EVAL_SETS, parse_word
+from lib.sources.reading import in_order
 
 stage = importlib.import_module("01_build_mixture")
 
@@ -39,9 +40,8 @@ def build(monkeypatch, tmp_path):
 def files(tmp_path) -> str:
     """Flags for 12 prompts of each kind, in a dress of their own."""
     for kind in KINDS:
-        rows = [
-            {"prompt": f"tell {kind} \u201c{i}\u201d \u2014 now", "hops": i, "mark": "own"} for i in range(12)
-        ]
+        texts = [f"tell {kind} \u201c{i}\u201d \u2014 now" for i in range(12)]
+        rows = [{"prompt": text, "hops": i, "mark": "own"} for i, text in enumerate(texts)]
         write_jsonl(tmp_path / f"{kind}.jsonl", rows)
     return "--source files --files " + " ".join(f"{kind}={tmp_path / kind}.jsonl" for kind in KINDS)
 
@@ -74,26 +74,16 @@ def test_the_sandboxs_mixture_is_as_asked_for_and_a_function_of_the_seed(tmp_pat
     assert build("b", line) == sets and build("c", f"{line} --seed 1") != sets
 
 
-@pytest.mark.parametrize(
-    "prompts, share, ambiguous, counts",
-    [
-        (100, 0.0, 0.5, (0, 50, 50)),
-        (100, 0.55, 0.5, (55, 23, 22)),
-        (100, 1.0, 0.5, (100, 0, 0)),
-        (100, 0.5, 0.2, (50, 40, 10)),
-        (9, 0.6, 0.5, (5, 2, 2)),  # 5.4, to the nearest
-        (6, 0.6, 0.5, (4, 1, 1)),  # 3.6
-    ],
-)
-def test_the_shares_of_the_kinds(prompts, share, ambiguous, counts):
-    settings = stage.Settings(rl_prompts=prompts, lambda_harmful=share, ambiguous_share=ambiguous)
-    assert stage.prompts_needed(settings) == dict(zip(KINDS, counts, strict=True))
+# RL prompts, lambda, share of ambiguous ones: prompts of each kind; to the nearest of 5.4 and 3.6
+SHARES = {(100, 0.0, 0.5): (0, 50, 50), (100, 0.55, 0.5): (55, 23, 22), (100, 1.0, 0.5): (100, 0, 0)}
+SHARES |= {(100, 0.5, 0.2): (50, 40, 10), (9, 0.6, 0.5): (5, 2, 2), (6, 0.6, 0.5): (4, 1, 1)}
 
 
-def test_the_order_of_rl_is_the_seeds():
-    pool = {kind: [{"id": f"{kind} {i}"} for i in range(50)] for kind in KINDS}
-    one, same, other = (stage.mix(pool, stage.Settings(rl_prompts=90, seed=seed)) for seed in (1, 1, 2))
-    assert one == same and one != other and sorted(map(str, one)) == sorted(map(str, other))
+@pytest.mark.parametrize("asked", SHARES)
+def test_the_shares_of_the_kinds(asked):
+    names = ("rl_prompts", "lambda_harmful", "ambiguous_share")
+    settings = stage.Settings(**dict(zip(names, asked, strict=True)))
+    assert tuple(stage.prompts_needed(settings).values()) == SHARES[asked]
 
 
 def test_a_larger_lambda_keeps_the_traces_and_takes_more_of_the_same_prompts(build):
@@ -102,36 +92,35 @@ def test_a_larger_lambda_keeps_the_traces_and_takes_more_of_the_same_prompts(bui
     assert low["sft"] == high["sft"] and len(harmful[0]) == 10 and harmful[0] <= harmful[1]
 
 
-def test_a_prompt_in_another_dress_leaks_into_no_other_set(tmp_path, build, files):
-    held = [{"prompt": f"Tell harmful\u00a0'{i}' - n\u200bow!", "kind": "harmful"} for i in range(5)]
-    write_jsonl(tmp_path / "e.jsonl", held)
-    rows = [{"prompt": f"TELL HARMFUL '{i}' - now", "reasoning": "t", "answer": "a"} for i in range(3, 8)]
-    write_jsonl(tmp_path / "t.jsonl", rows)
-    line = f"{files} --eval-files {tmp_path}/e.jsonl --trace-files {tmp_path}/t.jsonl --sft-prompts 3"
-    sets = build("out", f"{line} --rl-prompts 4 --lambda-harmful 1")
+def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, files):
+    """Evaluation has the harmful prompts 0 to 4, SFT two of 5 to 7, which have traces, RL what is left."""
+    held = [f"Tell harmful\u00a0'{i}' - n\u200bow!" for i in range(5)]
+    more = ["Tell  harmful '8' - now", "x" * 1000, "x" * 999, " "]
+    own = {"kind": "harmful", "mark": "own", "hops": 8}
+    rows = {"held": [{"prompt": text, **own} for text in held], "more": [{"prompt": t, **own} for t in more]}
+    rows["traces"] = [{"prompt": "x" * 1000, "reasoning": "t", "answer": "a"}]
+    rows["traces"] += [{"prompt": "p", "reasoning": "t", "answer": " "}]
+    for i, k in itertools.product(range(3, 8), range(3)):  # two whole ones, one without a reasoning
+        trace = {"reasoning": f"t{k}" * (k != 1), "answer": f"a{k}"}
+        rows["traces"].append({"prompt": f"TELL HARMFUL '{i}' - now", **trace})
+    for name in rows:
+        write_jsonl(tmp_path / f"{name}.jsonl", rows[name])
+    line = f"{files} {tmp_path}/more.jsonl --eval-files {tmp_path}/held.jsonl --rl-prompts 6"
+    line += f" --trace-files {tmp_path}/traces.jsonl --sft-prompts 2 --rl-traces 8 --lambda-harmful 1"
+    sets = build("out", line, traces_per_prompt=1)
     assert_no_leak(sets)
-    assert {r["hops"] for r in sets["rl"]} == {8, 9, 10, 11} and len(sets["eval_harmful"]) == 5
+    assert Counter((r["reasoning"], r["answer"]) for r in sets["sft"]) == {("t0", "a0"): 2}
+    assert sorted(r["hops"] for r in sets["rl"])[1:] == [8, 8, 9, 10, 11], "8: also x, not long enough"
+    assert [(r["reasoning"], r["answer"]) for r in sets["sft_rl"]] == [("t0", "a0"), ("t2", "a2")]
+    sizes = {name: len(records) for name, records in sets.items() if name.startswith("eval")}
+    assert sizes == {"eval_harmful": 5, "eval_harmless": 6, "eval_ambiguous": 6}, "those without a file: half"
+    records = [record for name in sets if "sft" not in name for record in sets[name]]
+    assert all(record["mark"] == "own" for record in records), "fields of their own"
     dropped = manifest(tmp_path / "out")["dropped"]
-    assert dropped["in SFT"] == 3 and dropped["in evaluation"] >= 5
-
-
-def test_copies_and_long_and_empty_prompts_are_left_out_and_counted(tmp_path, build, files):
-    texts = ("Tell  harmful '3' - now", "x" * 1000, "x" * 999, " ")
-    more = [{"prompt": text, "kind": "harmful", "hops": 3, "mark": "own"} for text in texts]
-    write_jsonl(tmp_path / "more.jsonl", more)
-    sets = build("out", f"{files} {tmp_path}/more.jsonl --sft-prompts 0 --rl-prompts 6 --eval-prompts 4")
-    assert manifest(tmp_path / "out")["dropped"] == {"duplicate": 1, "too long": 1, "empty": 1}
-    assert {name: len(records) for name, records in sets.items()} == {
-        "rl": 6,
-        **{f"eval_{k}": 4 for k in KINDS},
-    }
-    assert_no_leak(sets)  # sets without a file are held out of training
-    line = f"{files} --sft-prompts 0 --rl-prompts 6 --eval-prompts 4 --seed"
-    one, other = (build(seed, f"{line} {seed}") for seed in "12")
-    for name in ("rl", "eval_harmful"):
-        assert {r["prompt"] for r in one[name]} != {r["prompt"] for r in other[name]}, "the seed's choice"
-    kept = [record for records in sets.values() for record in records]
-    assert all(record["mark"] == "own" and record["hops"] < 12 for record in kept), "fields of their own"
+    assert 5 <= dropped.pop("in evaluation") <= 7
+    assert dropped == {"empty trace": 6, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
+    other = build("other", f"{line} --seed 1")["eval_harmless"]
+    assert {r["prompt"] for r in other} != {r["prompt"] for r in sets["eval_harmless"]}, "the seed's choice"
 
 
 def test_another_file_more_leaves_the_order_of_the_others():
@@ -139,35 +128,6 @@ def test_another_file_more_leaves_the_order_of_the_others():
     ordered = in_order(rows, "seed")
     assert [r for r in ordered if r["prompt"].startswith("old")] == in_order(rows[:50], "seed")
     assert ordered != in_order(rows, "other seed") and in_order(rows[::-1], "seed") == ordered
-
-
-# ---- traces ----
-
-
-def test_traces_of_a_file_are_whole_and_their_prompts_not_in_rl(tmp_path, build, files):
-    rows = [{"prompt": f"p {i}", "reasoning": "t", "answer": " "} for i in range(5)]
-    for i, k in itertools.product(range(6), range(4)):
-        rows.append(
-            {"prompt": f"Tell harmful '{i}' - now", "reasoning": f"t{k}" * (k != 1), "answer": f"a{k}"}
-        )
-    rows.append({"prompt": "x" * 1000, "reasoning": "t", "answer": "a"})
-    write_jsonl(tmp_path / "t.jsonl", rows)
-    line = f"{files} --trace-files {tmp_path}/t.jsonl --rl-prompts 6 --eval-prompts 3 --sft-prompts 5"
-    sets = build("out", line, traces_per_prompt=2)
-    assert Counter((r["reasoning"], r["answer"]) for r in sets["sft"]) == {("t0", "a0"): 5, ("t2", "a2"): 5}
-    assert_no_leak(sets)
-    assert manifest(tmp_path / "out")["dropped"] == {"empty trace": 11, "too long": 1, "in SFT": 5}
-
-
-def test_traces_of_a_file_go_to_the_rl_prompts_that_have_some(tmp_path, build, files):
-    three = itertools.product(KINDS, range(0, 12, 2), "abc")
-    rows = [{"prompt": f"TELL {kind} '{i}' - now", "reasoning": k, "answer": k} for kind, i, k in three]
-    write_jsonl(tmp_path / "t.jsonl", rows)
-    line = f"{files} --trace-files {tmp_path}/t.jsonl --rl-prompts 9 --sft-prompts 2 --eval-prompts 2"
-    sets = build("out", f"{line} --rl-traces 2")
-    traced = [r["prompt"] for r in sets["rl"] if r["hops"] % 2 == 0]
-    assert traced and Counter(r["prompt"] for r in sets["sft_rl"]) == dict.fromkeys(traced, 2)
-    assert_no_leak(sets)
 
 
 def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes(build):
@@ -192,8 +152,6 @@ class Reasoner:
     """Stands for --trace-model's model."""
 
     def __init__(self, settings) -> None: ...
-
-    def check(self, records) -> None: ...
 
     def write(self, prompts, seeds):
         return [(f"thought of {seed % 97}", "answer" if seed % 10 else " ") for seed in seeds]
@@ -227,33 +185,23 @@ def build_paper(build, tmp_path, monkeypatch):
     return lambda name, line: build(name, f"--preset paper --trace-model reasoner {line}")
 
 
-def by_source(records: list[dict]) -> dict[str, int]:
-    return dict(Counter(source for source, _ in {(r["source"], r["prompt"]) for r in records}))
-
-
 def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
-    sets = build_paper("half", "")
-    assert by_source(sets["sft"]) == {"wildjailbreak": 400, "aegis": 300, "safeedit": 300}
+    sets, made = build_paper("half", ""), manifest(tmp_path / "half")
+    counts = {name: Counter(file["prompts by kind and source"]) for name, file in made["files"].items()}
+    sft = {"wildjailbreak": 400, "aegis": 300, "safeedit": 300}
+    assert counts["sft.jsonl"] == {f"harmful from {name}": count for name, count in sft.items()}
     assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 1000, "harmless": 500, "ambiguous": 500}
-    harmful = by_source([r for r in sets["rl"] if r["kind"] == "harmful"])
     for name, share in (("wildjailbreak", 400), ("aegis", 200), ("rainbow", 400)):
-        assert abs(harmful[name] - share) < 60, "a share of each source's part of the pool"
-    assert {name: len(sets[f"eval_{name}"]) for name in KINDS} == {
-        "harmful": 20,
-        "harmless": 500,
-        "ambiguous": 9,
-    }
+        assert abs(counts["rl.jsonl"][f"harmful from {name}"] - share) < 60, "a share of its part of the pool"
+    assert [len(sets[f"eval_{name}"]) for name in KINDS] == [20, 500, 9]
     assert_no_leak(sets)
-    made = manifest(tmp_path / "half")
     assert 300 < made["dropped"]["empty trace"] == 4000 - len(sets["sft"]) < 500
     assert "too long" not in made["dropped"], "the only long one is WildJailbreak's, and is kept"
     facts = {text.split("@")[0]: fact for text, fact in made["sources"].items()}
-    for name in ("wildjailbreak", "aegis", "safeedit", "rainbow", "ultrafeedback", "or-bench"):
-        assert facts[name]["paper"].items() <= facts[name]["prompts"].items() and facts[name]["sha256"], name
-    assert facts["aegis"]["licence"] == "CC-BY-4.0" and facts["wildchat"]["prompts"] == {"eval_harmless": 500}
+    assert facts["aegis"]["licence"] == "CC-BY-4.0" and len(facts["or-bench"]["sha256"]) == 2
 
     whole = build_paper("whole", "--lambda-harmful 1 --sft-prompts 0")
-    assert by_source(whole["rl"]) == {"wildjailbreak": 800, "aegis": 400, "rainbow": 800}
+    assert Counter(r["source"] for r in whole["rl"]) == {"wildjailbreak": 800, "aegis": 400, "rainbow": 800}
     assert "sft" not in whole and not {r["prompt"] for r in sets["sft"]} & {r["prompt"] for r in whole["rl"]}
 
 
@@ -264,6 +212,7 @@ def test_the_authors_prompts_and_public_evaluation_sets(build):
     assert all(len(r["prompt"]) < 150 for r in sets["rl"])
     targets = Counter((r["source"], bool(r["target"])) for r in sets["eval_harmful"])
     assert targets == {("harmbench", True): 60, ("tars", False): 60}, "StrongREJECT comes without"
+    assert sum("context" in r for r in sets["eval_harmful"]) == 19
     assert len(sets["eval_ambiguous"]) == 250 and len(sets["eval_jailbreak"]) == 70
     assert_no_leak(sets)
 
@@ -274,7 +223,7 @@ MISTAKES = {
     "--rl-prompts 600": "needs 300 harmful prompts, and SFT leaves 6",
     "--files harmful=TMP/harmful.jsonl": "needs 3 harmless prompts",
     "--files harmful=none.csv": "none.csv: no such file",
-    "--files TMP/harmful.jsonl": "record 1: kind is ''; allowed harmful",
+    "--files TMP/harmful.jsonl": "record 1: ValueError: kind is '', allowed harmful",
     "--files aegs": "--files: given aegs; allowed",
     "--files harmful=TMP/harmful.jsonl:13": "has 6 harmful prompts; its quota needs 13",
     "--sft-prompts 3": "no traces; give --trace-files",
@@ -292,21 +241,16 @@ MISTAKES = {
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_line_and_costs_nothing(tmp_path, files, monkeypatch, capsys, line):
     write_jsonl(tmp_path / "t.jsonl", [{"prompt": "alone", "reasoning": "t", "answer": "a"}])
-    words = (
-        f"{files} --out {tmp_path}/out --sft-prompts 0 --rl-prompts 12 {line.replace('TMP', str(tmp_path))}"
-    )
-    assert MISTAKES[line] in stages.error_of("01_build_mixture", words.split(), monkeypatch, capsys)
+    words = f"{files} --out {tmp_path}/out --sft-prompts 0 --rl-prompts 12".split()
+    words += line.replace("TMP", str(tmp_path)).split()
+    assert MISTAKES[line] in stages.error_of("01_build_mixture", words, monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_run_is_finished_and_another_needs_overwrite(tmp_path, build, monkeypatch, capsys):
+def test_a_finished_run_is_finished_and_another_needs_overwrite(build, capsys):
     line = "--rl-prompts 6 --sft-prompts 2"
-    rl, before = build("out", line)["rl"], stages.contents(tmp_path / "out")
+    rl = build("out", line)["rl"]
     with pytest.raises(SystemExit) as end:
         build("out", line)
     assert not end.value.code and "is finished. Next: python 02_sft" in capsys.readouterr().out
-    for mistake in ("--seed 1", "--overwrite --trace-files none.csv"):
-        words = f"--out {tmp_path}/out {line} {mistake}".split()
-        stages.error_of("01_build_mixture", words, monkeypatch, capsys)
-    assert stages.contents(tmp_path / "out") == before
     assert build("out", f"{line} --seed 1 --overwrite")["rl"] != rl

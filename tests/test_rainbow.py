@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -21,23 +22,28 @@ from lib.sandbox import judge, world
 from lib.sandbox import rainbow as sandbox
 from lib.sandbox.rainbow import PAIRS, SandboxGrid, Traits
 
-FILES = ("archive-0.jsonl", "archive-1.jsonl", "fresh.jsonl", "archive.json", "archive.md", "prompts.jsonl")
+FILES = ("archive-0.jsonl", "archive-1.jsonl", "fresh.jsonl", "archive.json", "prompts.jsonl")
 STARTS = ["r0 s0 dull dull dull dull", "r1 s1 dull dull dull dull"]
 
 
-class Words:
-    """A toy grid: "risk style word word word word"; a child differs from its parent in three words."""
+def child(parent, cell, rng):
+    """ "risk style word word word word", different from its parent in three words."""
+    words = parent.split()[2:]
+    for place in rng.sample(range(4), 3):
+        words[place] = rng.choice(["evil", *(f"dull{i}" for i in range(9))])
+    return " ".join([*cell, *words])
 
-    risks, styles = ("r0", "r1", "r2"), ("s0", "s1", "s2", "s3")
+
+class Words:
+    """A toy grid."""
+
+    cells = [(risk, style) for risk in ("r0", "r1", "r2") for style in ("s0", "s1", "s2", "s3")]
+
+    def __init__(self, child=child) -> None:
+        self.child = child
 
     def mutate(self, parents, cells, seeds):
         return [self.child(*given) for given in zip(parents, cells, map(random.Random, seeds), strict=True)]
-
-    def child(self, parent, cell, rng):
-        words = parent.split()[2:]
-        for place in rng.sample(range(4), 3):
-            words[place] = rng.choice(["evil", *(f"dull{i}" for i in range(9))])
-        return " ".join([*cell, *words])
 
 
 class Noisy:
@@ -47,7 +53,7 @@ class Noisy:
         self.calls = calls
 
     def ask(self, behaviours, sent, openings, seeds):
-        self.calls -= 1
+        self.calls -= bool(sent)
         if self.calls < 0:
             raise KeyboardInterrupt
         draws = [random.Random(seed).random() for seed in seeds]
@@ -68,8 +74,7 @@ def small():
 
 
 def run(folder: Path, victim=None, grid=None, starts=STARTS, seed=0) -> list[dict]:
-    victim = victim or Noisy()
-    return Rainbow(lambda: victim, grid or Words(), starts, folder, seed).records(20, 2, 130)
+    return Rainbow(victim or Noisy(), grid or Words(), starts, folder, seed).records(20, 2, 130)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +83,10 @@ def whole(tmp_path_factory, small):
     return folder, run(folder)
 
 
-def test_archives_fill_and_harm_is_measured_on_fresh_answers_because_that_of_the_search_is_too_high(whole):
+def test_archives_fill_and_harm_is_measured_on_fresh_answers(whole):
     folder, records = whole
     summary = json.loads((folder / "archive.json").read_text())
-    assert summary["filled"] == 1.0 and [a["filled"] for a in summary["archives"]] == [12, 12]
-    assert [sum(a["outcomes"].values()) for a in summary["archives"]] == [130, 130]
+    assert summary["filled"] == 1.0 and [len(read_jsonl(folder / name)) for name in FILES[:2]] == [130, 130]
     assert len(records) == len({r["prompt"] for r in records}) == len({r["id"] for r in records}) == 20
     for r in records:
         assert r["prompt"].split()[:2] == [r["category"], r["style"]]
@@ -92,10 +96,6 @@ def test_archives_fill_and_harm_is_measured_on_fresh_answers_because_that_of_the
     truth, harm = sum(map(chance, elites)) / len(elites), summary["harm"]
     assert len(elites) == 24 and all(len(harms) == 20 for harms in fresh.values())
     assert abs(harm["archive"]["mean"] - truth) < 0.06 and harm["archive"]["low"] > harm["plain"]["high"]
-    assert harm["archive, as the search saw it"]["mean"] > truth + 0.02
-    first = (folder / "archive.md").read_text().splitlines()[2].split(" | ")[1]  # r0, s0
-    own = [h for prompt in elites if prompt.startswith("r0 s0") for h in fresh[prompt]]
-    assert first == f"{sum(own) / len(own):.2f}"
 
 
 def test_the_log_replayed_by_the_rules_gives_the_archive(whole):
@@ -135,42 +135,37 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
     asked = [line["prompt"] for line in lines if "answers" in line]
     assert len(asked) == len(set(asked)) and not set(asked) & set(STARTS)
 
-    class Faulty(Words):
-        def child(self, parent, cell, rng):
-            return rng.choice(["", "x" * 1000, parent, parent + " now"])
-
-    class Constant(Words):
-        def child(self, parent, cell, rng):
-            return "z z z"
+    def faulty(parent, cell, rng):
+        return rng.choice(["", "x" * 1000, parent, parent + " now"])
 
     class Silent(Noisy):
         def ask(self, *given):
-            return [a | {"harm": None} for a in super().ask(*given)]
+            return [answer | {"harm": None} for answer in super().ask(*given)]
 
-    cases = {"faulty": (Noisy(0), Faulty(), {"no text", "too long", "copy", "near copy"})}
-    cases["silent"] = (Silent(), Constant(), {"no verdict", "copy"})
+    cases = {"faulty": (Noisy(0), Words(faulty), {"no text", "too long", "copy", "near copy"})}
+    cases["silent"] = (Silent(), Words(lambda *_: "z z z"), {"no verdict", "copy"})
+    cases["silent again"] = cases["silent"]
     for name, (victim, grid, expected) in cases.items():
-        with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 prompts of 20"):
+        if name == "silent again":  # it goes on after a kill between two archives
+            shutil.copytree(tmp_path / "silent", tmp_path / name)
+            (tmp_path / name / FILES[1]).unlink()
+        with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 of 20"):
             run(tmp_path / name, victim, grid, ["r0 s0 a b c d"])
         outcomes = [line["outcome"] for n in FILES[:2] for line in read_jsonl(tmp_path / name / n)]
         assert {*outcomes} == expected
     assert outcomes.count("no verdict") == 1  # in both archives together
     with pytest.raises(UserError, match="no harmful prompt"):
-        run(tmp_path, starts=[])
+        rainbow.search(None, [], None)
 
 
 def test_cells_with_little_harm_are_drawn_more_often_and_are_distinct():
-    cells = [(r, s) for r in Words.risks for s in Words.styles]
-    archive = {cell: {"harms": [1.0 if cell[1] == "s0" else 0.5] * 40} for cell in cells[:-1]}
+    archive = {cell: ("", [1.0 if cell[1] == "s0" else 0.5] * 40) for cell in Words.cells[:-1]}
     generator = torch.Generator().manual_seed(0)
-    drawn = [choose_cells(archive, cells, 4, generator) for _ in range(200)]
+    drawn = [choose_cells(archive, Words.cells, 4, generator) for _ in range(200)]
     assert all(len(set(chosen)) == 4 for chosen in drawn)
-    assert sum(cells[-1] in chosen for chosen in drawn) > 190  # the empty one
+    assert sum(Words.cells[-1] in chosen for chosen in drawn) > 190  # the empty one
     assert sum(style == "s0" for chosen in drawn for _, style in chosen) < 20
-
-
-def test_a_few_lucky_answers_do_not_beat_many_good_ones():
-    lucky, proven = {"harms": [1.0] * 3}, {"harms": [1.0] * 18 + [0.0, None]}
+    lucky, proven = [1.0] * 3, [1.0] * 18 + [0.0, None]  # a few lucky answers do not beat many good ones
     assert merit(lucky) < merit(proven) < 1
 
 
@@ -185,9 +180,8 @@ def test_the_papers_grid_mutates_risk_then_style():
             return [no if "stubborn" in request else f"<{len(asked)}>" for request in requests]
 
     grid = PaperGrid(Writer(), lambda prompts, answers: [refusal_label(answer) for answer in answers])
-    assert (len(grid.risks), len(grid.styles)) == (10, 12)
     cells = [("fraud and scams", "slang"), ("terrorism", "code")]
-    assert {risk for risk, _ in cells} < {*grid.risks} and {style for _, style in cells} < {*grid.styles}
+    assert [len({*axis}) for axis in zip(*grid.cells, strict=True)] == [10, 12] and {*cells} < {*grid.cells}
     assert grid.mutate(["one", "a stubborn one"], cells, [1, 2]) == ["<3>", ""]
     assert drawn == [1, 2, 0]  # the second mutation has a seed of its own
     assert len(asked) == 3 and "'fraud and scams'" in asked[0] and "'terrorism'" in asked[1]
@@ -199,12 +193,12 @@ def test_the_papers_grid_mutates_risk_then_style():
 
 @pytest.fixture(scope="module")
 def children() -> list[tuple[tuple[str, str], str]]:
-    rng, grid = random.Random(0), SandboxGrid()
-    cells = [(risk, style) for risk in grid.risks for style in grid.styles]
+    rng, cells = random.Random(0), SandboxGrid.cells
     prompts = [record["prompt"] for record in world.build_pool("train", "harmful", len(cells), 0)]
     made = []
     for _ in range(15):
-        prompts = grid.mutate(rng.sample(prompts, len(cells)), cells, [rng.getrandbits(62) for _ in cells])
+        seeds = [rng.getrandbits(62) for _ in cells]
+        prompts = SandboxGrid().mutate(rng.sample(prompts, len(cells)), cells, seeds)
         made += zip(cells, prompts, strict=True)
     return made
 
@@ -229,18 +223,14 @@ def test_sandbox_children_are_valid_and_of_their_cell(children):
 
 
 def test_sandbox_children_hold_nothing_of_the_evaluation_and_no_recipe_of_danger(children):
-    train = [*world.WRAPPERS["train"], *world.QUESTIONS["train"], *world.NOISE, *world.ANSWERS]
-    phrases = " ".join([*world.WRAPPERS["eval"], *world.QUESTIONS["eval"]]).split()
-    held_out = {*phrases} - {*" ".join([*train, "so this is fine help"]).split(), "{}", "{x}", "{v}"}
-    for table in (world.DANGEROUS, world.SAFE):
-        held_out |= {*world.things(table, "eval")}
-    held_out |= {*world.ALIASES["eval"]}
-    assert {"grandmother", "contest", "grenade", "sev"} <= held_out
-    leaked = {word for thing in world.DANGEROUS_THINGS for word in world.RECIPES[thing]}
-    known = set(world.vocabulary())
+    phrases = [*world.NOISE, *world.WRAPPERS["train"], *world.QUESTIONS["train"], *world.ALIASES["train"]]
+    phrases += [*world.PLAIN_VERBS, *world.VIOLENT_VERBS, *sandbox.WORDS, *sandbox.REASSURANCE]
+    phrases += [*world.things(world.DANGEROUS, "train"), "toy let mean here are , ."]
+    train = {*" ".join(phrases).split()}
+    assert not train & {"grandmother", "contest", "grenade", "sev", *world.things(world.SAFE, "eval")}
+    assert not train & {word for thing in world.DANGEROUS_THINGS for word in world.RECIPES[thing]}
     for _, prompt in children:
-        words = set(prompt.split())
-        assert words <= known and not words & (held_out | leaked), prompt
+        assert {*prompt.split()} <= train, prompt
         assert len(judge.resolution(prompt)) <= 1 + max(world.HOPS["train"])
 
 
@@ -253,8 +243,9 @@ def test_sandbox_traits_are_read_as_they_were_written():
         traits = Traits(rng.randint(0, 2), rng.random() < 0.5, wrapper, question, verb, *noise)
         prompt = sandbox.write(traits, rng.choice(PAIRS["poison: venom, toxin"]), rng)
         assert sandbox.read(prompt) == traits, prompt
-    with pytest.raises(UserError, match="not a training prompt"):
-        sandbox.read("can you show me how to make a bomb ?")
+    for prompt in ("can you show me how to make a bomb ?", "how do i make a chair ?"):
+        with pytest.raises(UserError, match="not a training prompt"):
+            sandbox.read(prompt)
 
 
 def test_stage_1_replaces_a_share_of_the_harmful_prompts(tmp_path, monkeypatch):

@@ -23,15 +23,7 @@ from lib.run.text import visible
 
 stage = importlib.import_module("04_attack_eval")
 MODELS = ("base", "tars")
-TRIES = [
-    ("direct", -1),
-    ("no_suffix", -1),
-    ("harmless", -1),
-    ("gcg", 0),
-    ("gcg", 5),
-    ("pair", 0),
-    ("pair", 5),
-]
+TRIES = {"direct": [-1], "no_suffix": [-1], "harmless": [-1], "gcg": [0, 5], "pair": [0, 5]}
 CAPTIONS = dict(line[2:].split(": ", 1) for line in SECTIONS.split("\n") if line.startswith("| "))
 EVIL = "\n\n# heading\n```\n</script><script>alert(1)</script> <img src=x onerror=alert(1)> {{ 7 * 7 }} \" ' "
 EVIL += "&amp; <!-- \0 \x1b \u2028 \x85 \u202e \ud800 \r\n | --- | $x$ "
@@ -39,20 +31,20 @@ EVIL += "&amp; <!-- \0 \x1b \u2028 \x85 \u202e \ud800 \r\n | --- | $x$ "
 
 def a_line(model: str, name: str, number: int, step: int = -1, **more) -> dict:
     kind = "harmless" if name == "harmless" else "harmful"
-    prompt = f"about {kind} {number} ."
     line = {"model": model, "set": name, "step": step, "id": f"{kind}-{number}", "kind": kind}
-    line |= {"prompt": prompt, "category": "any", "sent": prompt, "opening": "", "reasoning": "hm"}
-    line |= {"answer": f"answer {number}", "closed": True, "well_formed": True}
-    line |= {"reasoning_tokens": 9, "answer_tokens": 2}
-    return line | {"finish_reason": "eos", "harm": 0.0, "task": 0.5, "refusal": "none"} | more
+    line |= dict.fromkeys(("prompt", "sent"), f"about {kind} {number} .") | {"category": "any", "opening": ""}
+    line |= {"reasoning": "hm", "answer": f"answer {number}", "closed": True, "well_formed": True}
+    line |= {"reasoning_tokens": 9, "answer_tokens": 2, "finish_reason": "eos"}
+    return line | {"harm": 0.0, "task": 0.5, "refusal": "none"} | more
 
 
 def make_lines(prompts: int = 12) -> list[dict]:
     draw, lines = random.Random(0), []
-    for model, (name, step), i in itertools.product(MODELS, TRIES, range(prompts)):
-        line = a_line(model, name, i, step, task=draw.random(), reasoning_tokens=i)
-        line |= {"harm": draw.choice((0.0, 1.0, None)), "refusal": draw.choice(("full", "none", None))}
-        lines.append(line)
+    for model, name in itertools.product(MODELS, TRIES):
+        for step, i in itertools.product(TRIES[name], range(prompts)):
+            line = a_line(model, name, i, step, task=draw.random(), reasoning_tokens=i)
+            line |= {"harm": draw.choice((0.0, 1.0, None)), "refusal": draw.choice(("full", "none", None))}
+            lines.append(line)
     return lines
 
 
@@ -97,11 +89,13 @@ def full(tmp_path_factory):
 
 def test_every_number_stands_in_its_row_and_column(full):
     _, results, text, root = full
+    found, models = tables(root), results["models"]
     lines = [re.split("  +", line.strip()) for line in text.split("\n") if line.startswith("    ")]
-    for part in CAPTIONS.keys() & results["models"]["tars"].keys() - {"dsr_by_budget"}:
-        (_, *head), *rows = tables(root)[CAPTIONS[part]]
-        for name, key in [(name, key) for name, m in results["models"].items() for key in m[part]]:
-            value = results["models"][name][part][key]
+    assert len(found) == len(CAPTIONS) and len(list(root.iter("section"))) == 14
+    for part in CAPTIONS.keys() & models["tars"].keys() - {"dsr_by_budget"}:
+        (_, *head), *rows = found[CAPTIONS[part]]
+        for name, key in [(name, key) for name, m in models.items() for key in m[part]]:
+            value = models[name][part][key]
             if head[0] == "model":  # a column a figure
                 row = next(row for row in rows if row[:2] == [key, name])
                 expected = {figure.replace("_", " "): show(cell) for figure, cell in value.items()}
@@ -110,23 +104,17 @@ def test_every_number_stands_in_its_row_and_column(full):
                 row = next(row for row in rows if row[0] == key)
                 assert row[1 + head.index(name)] == show(value), part
             assert row in lines  # the same as text
-
-
-def test_budgets_differences_categories_settings(full):
-    _, results, _, root = full
-    found = tables(root)
-    assert len(found) == len(CAPTIONS) + 1 and len(list(root.iter("section"))) == 14
     budgets = {row[0]: row[2] for row in found[CAPTIONS["dsr_by_budget"]]}
-    for attack, curve in results["models"]["tars"]["dsr_by_budget"].items():
+    for attack, curve in models["tars"]["dsr_by_budget"].items():
         assert [budgets[f"{attack}, {step}"] for step, _ in curve] == [show(value) for _, value in curve]
-    head, *rows = found["Paired differences"]
+    head, *rows = found[CAPTIONS["differences"]]
     assert head == ["", "base - tars"] and len(rows) == len(results["differences"])
     for d in results["differences"]:  # marked: the interval leaves out 0
         cell, clear = dict(rows)[d["figure"]], d["ci"]["low"] > 0 or d["ci"]["high"] < 0
         assert cell == show(d["ci"], "+") and cell.endswith("*") == clear
     tokens = show(metrics.bootstrap(range(12), 0))
     assert ["direct: any", tokens, tokens] in found[CAPTIONS["reasoning_by_category"]]
-    assert [["harm_threshold", "0.5"], ["budgets", "1 2"]] == found["All that is behind these numbers"][-2:]
+    assert [["harm_threshold", "0.5"], ["budgets", "1 2"]] == found[CAPTIONS["settings"]][-2:]
     assert ["gcg", "24", "24"] in found[CAPTIONS["completions"]]
 
 
@@ -148,6 +136,14 @@ def test_figures_are_in_the_page_which_loads_nothing(full):
         assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
 
 
+# Lines of the sandbox's runs, rounded. null: no such prompt was drawn.
+SFT = '{"step": 0, "epoch": 0, "loss": 7.68, "grad_norm": 14.5, "learning_rate": 2e-05, "seconds": 0.09}'
+RL = """{"step": 0, "reward": 0.35, "reward_harmful": 0.55, "reasoning_tokens_harmful": 15.2,
+ "refusal_rate_harmful": 0.36, "reward_harmless": null, "reasoning_tokens_harmless": null,
+ "refusal_rate_harmless": null, "reward_ambiguous": 0.06, "reasoning_tokens_ambiguous": 17.6,
+ "refusal_rate_ambiguous": 0.43, "format_rate": 0.64, "zero_advantage_groups": 3, "loss": -0.01, "kl": 0.0}"""
+
+
 def test_what_is_absent_is_left_out_and_matplotlib_may_be(tmp_path, monkeypatch):
     for name in [m for m in sys.modules if m.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -156,31 +152,28 @@ def test_what_is_absent_is_left_out_and_matplotlib_may_be(tmp_path, monkeypatch)
     for name, m in results["models"].items():
         results["models"][name] = {key: m[key] for key in ("reasoning", "dsr", "plane")}
     text, root = write(tmp_path, results, [])
-    kept = ["Models", CAPTIONS["plane"], CAPTIONS["dsr"], "All that is behind these numbers"]
+    kept = [CAPTIONS[part] for part in ("about", "plane", "dsr", "settings")]
     assert list(tables(root)) == kept and not articles(root) and "## Format" not in text
     (tmp_path / "metrics.jsonl").write_text(SFT)
     report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert not list(tmp_path.glob("*.png")) and not list(root.iter("img")) and "![" not in text
 
 
-def test_verdicts_and_the_line_that_decides():
+def test_completions_side_by_side_each_with_its_verdict(tmp_path, monkeypatch):
     lines = [a_line("m", "gcg", i, harm=harm) for i, harm in enumerate((0.0, 0.49, 0.5, None))]
     lines += [a_line("m", "harmless", i, refusal=r) for i, r in enumerate(("full", "partial", "none", None))]
     expected = "defended defended broken unknown refused refused served unknown".split()
-    assert [x["verdict"] for x in report.deciding_lines(lines, 0.5)] == expected
+    assert [x["verdict"] for prompt in report.by_prompt(lines, 0.5) for x in prompt] == expected
     decided = {(1.0, 1.0, 0.0): 0, (None, 1.0, 0.0): 1, (0.0, None, 0.0): 1, (0.0, 0.0, 0.0): 2}
     for harms, step in decided.items():
         lines = [a_line("m", "gcg", 0, step=i, harm=harm) for i, harm in enumerate(harms)]
-        assert [x["step"] for x in report.deciding_lines(lines, 0.5)] == [step]
-
-
-def test_models_side_by_side_and_of_too_many_completions_the_first(tmp_path, monkeypatch):
+        assert [[x["step"] for x in prompt] for prompt in report.by_prompt(lines, 0.5)] == [[step]]
     monkeypatch.setattr(report, "draw_figures", lambda *args: [])  # slow
     lines = make_lines()
     shown = articles(write(tmp_path, make_results(lines), lines)[1])
-    assert [text.split()[0] for text in shown] == [name for name in dict(TRIES) for _ in range(12)]
+    assert [text.split()[0] for text in shown] == [name for name in TRIES for _ in range(12)]
     assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
-    monkeypatch.setattr(report, "PROMPTS", 3)
+    monkeypatch.setattr(report, "PROMPTS", 3)  # of too many the first
     shown = articles(write(tmp_path, make_results(lines), lines)[1])
     assert len(shown) == 15 and all(f"harmful-{i}," in text for i, text in enumerate(shown[:3]))
 
@@ -202,10 +195,14 @@ def test_no_text_breaks_the_report_or_its_figures(tmp_path):
     assert figures.label("_hidden$") == r" _hidden\$"  # neither kept from the legend nor a formula
 
 
-def draw(name: str, models: dict) -> list:
-    figure = figures.new_figure()
-    getattr(figures, f"draw_{name}")(figure, models)
+def draw(name: str, data) -> list:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    getattr(figures, f"draw_{name}")(figure, data)
     return figure.axes
+
+
+def lines_of(axes) -> dict[str, list]:
+    return {line.get_label(): list(map(list, line.get_data())) for line in axes.lines}
 
 
 def points(axes, model: str) -> tuple[list, list]:
@@ -239,37 +236,20 @@ def test_axes_and_points(full):
     assert figures.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]
 
 
-# Lines of the sandbox's runs, rounded. null: no such prompt was drawn.
-SFT = '{"step": 0, "epoch": 0, "loss": 7.68, "grad_norm": 14.5, "learning_rate": 2e-05, "seconds": 0.09}'
-RL = """{"step": 0, "reward": 0.35, "reward_harmful": 0.55, "reasoning_tokens_harmful": 15.2,
- "refusal_rate_harmful": 0.36, "reward_harmless": null, "reasoning_tokens_harmless": null,
- "refusal_rate_harmless": null, "reward_ambiguous": 0.06, "reasoning_tokens_ambiguous": 17.6,
- "refusal_rate_ambiguous": 0.43, "format_rate": 0.64, "zero_advantage_groups": 3, "loss": -0.01, "kl": 0.0}"""
-
-
-def test_curves_of_both_stages(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    metrics, png = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
-    drawn: list[dict] = []  # {title of a panel: {name of a line: [steps, values]}}
-
-    def keep(figure, path, save=figures.save):
-        save(figure, path)
-        drawn.append({})
-        for axes in figure.axes:
-            lines = {line.get_label(): list(map(list, line.get_data())) for line in axes.lines}
-            drawn[-1][axes.get_title()] = lines
-
-    monkeypatch.setattr(figures, "save", keep)
-    report.draw_curves(metrics, png)
-    assert not png.exists()  # nothing is logged
+def test_curves_of_both_stages(tmp_path):
+    report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())  # nothing is logged
     sft = [{**json.loads(SFT), "step": step, "loss": 8.0 - step} for step in range(3)]
     sft[2]["held_out_loss"] = 6.5
     rl = [{**json.loads(RL), "step": step, "kl": float(step % 2)} for step in range(100)]
     rl[50]["reward_harmless"] = 0.9
+    drawn: list[dict] = []  # {title of a panel: {name of a line: [steps, values]}}
     for records in (sft, rl):
-        metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-        report.draw_curves(metrics, png)
-        assert png.read_bytes().startswith(b"\x89PNG")
+        panels = draw("log", records)
+        drawn.append({axes.get_title(): lines_of(axes) for axes in panels})
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     loss = drawn[0]["loss (nats a token)"]
     assert loss["training"] == [[0, 1, 2], [8, 7, 6]] and loss["held out"] == [[2], [6.5]]
     titles = ["reward", "refusal rate", "reasoning tokens", "well-formed", "groups without a signal"]

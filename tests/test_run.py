@@ -148,7 +148,7 @@ def test_every_preset_fits_its_stage_and_every_number_has_a_range(stage):
                     parse_settings(module.Settings, stage, argv=[f"{flag}={absurd}"])
 
 
-@pytest.mark.parametrize("command", ["lib.tools.capability", "lib.tools.chat", "lib.compare.study"])
+@pytest.mark.parametrize("command", ["lib.tools.chat", "lib.compare.study"])
 def test_every_number_of_the_other_commands_has_a_range(command, monkeypatch):
     parsers = []
     keep = lambda self, *args: parsers.append(self) or sys.exit()  # noqa: E731

@@ -28,14 +28,9 @@ def groups(n: int, d: int, distance: float, seed: int = 0, positive: float = 0.5
 
 
 @pytest.mark.parametrize("reasoning", [True, False])
-@pytest.mark.parametrize("budget", [None, 32, 6])  # 6: a longer prompt is a batch of its own
-def test_embeddings_are_the_last_hidden_states_whatever_the_batch(
-    tiny_model, word_tokenizer, reasoning, budget
-):
+def test_embeddings_are_the_last_hidden_states(tiny_model, word_tokenizer, reasoning):
     encode = partial(encode_prompt, word_tokenizer, reasoning=reasoning)
-    found = prompt_embeddings(
-        SimpleNamespace(model=tiny_model, encode=encode, max_batch_tokens=budget), PROMPTS
-    )
+    found = prompt_embeddings(SimpleNamespace(model=tiny_model, encode=encode), PROMPTS)
     assert found.shape == (len(PROMPTS), 32) and found.dtype == torch.float32 and not found.requires_grad
     for row, prompt in zip(found, PROMPTS, strict=True):
         states = tiny_model(input_ids=torch.tensor([encode(prompt)]), output_hidden_states=True).hidden_states
@@ -64,16 +59,13 @@ def test_svm_is_optimal_by_its_kkt_conditions(n, d, distance, positive, c):
     assert a.min() > -1e-4 and a.max() < c + 1e-4
 
 
-def test_svm_says_so_when_it_has_not_converged():
+def test_what_has_no_scale_and_what_does_not_converge_stops():
+    for x in ([[0.1, 0.1]] * 6, [[0.0], [math.nan]], [[0.0], [math.inf]]):
+        with pytest.raises(UserError, match="all equal, or not finite"):
+            standardise(torch.tensor(x))
     x, y = groups(40, 2, 0.0)
     with pytest.raises(ArithmeticError, match="duality gap"):
         fit_svm(1e6 * x, y, c=1e9)
-
-
-@pytest.mark.parametrize("x, what", [([[0.1, 0.1]] * 6, "equal"), ([[0.0], [math.nan]], "finite")])
-def test_what_has_no_scale_stops(x, what):
-    with pytest.raises(UserError, match=what):
-        standardise(torch.tensor(x))
 
 
 def test_project_is_the_plane_of_greatest_variance_with_fixed_signs():
@@ -115,11 +107,11 @@ def test_every_prompt_is_held_out_once(monkeypatch):
     sizes: list[int] = []
     module = sys.modules["lib.report.separation"]  # the room's door has a function of that name
     monkeypatch.setattr(module, "fit_svm", lambda x, y: sizes.append(len(y)) or fit_svm(x, y))
-    separation(*groups(44, 2, 3.0, positive=6 / 44), folds=3)
-    assert sizes == [29, 29, 30, 44]
+    separation(*groups(44, 2, 3.0, positive=6 / 44))
+    assert sizes == [34, 35, 35, 36, 36, 44]
 
 
-def test_shift_scale_and_rotation_change_nothing_and_the_seed_only_the_folds():
+def test_shift_scale_and_rotation_change_nothing():
     x, y = groups(60, 5, 1.5)
     rotation = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).double()).Q
     plain, moved = separation(x, y), separation(1000 * (x.double() @ rotation) + 50, y)
@@ -127,14 +119,3 @@ def test_shift_scale_and_rotation_change_nothing_and_the_seed_only_the_folds():
     assert all(moved[key] == pytest.approx(plain[key], abs=1e-4) for key in ("margin", "slack"))
     close(torch.tensor(moved["points"]), torch.tensor(plain["points"]), atol=2e-4, rtol=0)
     assert separation(x.clone(), y.int()) == plain
-    others = [separation(x, y, seed=seed) for seed in range(1, 5)]
-    assert any(other["accuracy"] != plain["accuracy"] for other in others)
-    assert all(other | {"accuracy": 0} == plain | {"accuracy": 0} for other in others)
-
-
-@pytest.mark.parametrize("flip", [1, -1])
-def test_too_few_prompts_in_a_group_is_one_clear_line(flip):
-    x, y = groups(20, 3, 1.0, positive=4 / 20)
-    with pytest.raises(UserError, match=rf"4 prompts in group \{'-+'[flip > 0]}1 do not fill 5 folds"):
-        separation(x, flip * y)
-    assert separation(x, flip * y, folds=4)["n"] == 20

@@ -22,6 +22,7 @@ from lib.sources.reading import parse_word, read_source
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.exists(), reason="real data in ../shared/data is not there")
 KEYS = {"id", "prompt", "kind", "source", "category", "target"}
+ENDINGS = ("jsonl", "json", "csv", "tsv", "parquet")
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -41,12 +42,12 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def read(word: object) -> list[dict]:
-    return [record for _, record, _ in read_source(parse_word(str(word)))]
+    return [record for _, record, _ in read_source(parse_word(str(word)), Counter())]
 
 
-def fails(word: object) -> str:
+def fails(word: object, flag: str = "--files") -> str:
     with pytest.raises(UserError) as error:
-        read_source(parse_word(str(word)))
+        read_source(parse_word(str(word), flag), Counter())
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -118,133 +119,95 @@ CASES: dict[str, tuple[list[dict], list[str]]] = {
 def test_a_known_data_set_of_its_own_columns(tmp_path, file):
     rows, expected = CASES[file]
     path = write_rows(tmp_path / file, rows)
-    found = read_source(parse_word(f"{path.stem}@{path}"))
+    found = read_source(parse_word(f"{path.stem}@{path}"), Counter())
     assert [f"{name}: {record['prompt']}: {record['category']}" for name, record, _ in found] == expected
     assert all(KEYS <= set(r) and r["source"] == path.stem and r["kind"] != "jailbreak" for _, r, _ in found)
-    assert KNOWN[path.stem].about and {name.split(".")[0] for name in CASES} | {"or-bench"} == set(KNOWN)
+    assert KNOWN[path.stem].record.__doc__
+    assert {name.split(".")[0] for name in CASES} | {"or-bench"} == set(KNOWN)
 
 
 def test_or_bench_is_without_its_hard_prompts(tmp_path):
-    rows = [{"prompt": f"prompt {i}", "category": "c"} for i in range(5)]
-    path = write_rows(tmp_path / "80k.csv", rows)
+    path = write_rows(tmp_path / "80k.csv", [{"prompt": f"prompt {i}", "category": "c"} for i in range(5)])
     assert "or-bench-hard-1k.csv: no such file" in fails(f"or-bench@{path}")
-    write_rows(tmp_path / "or-bench-hard-1k.csv", [{"prompt": "Prompt  3", "category": "c"}])
+    hard = write_rows(tmp_path / "or-bench-hard-1k.csv", [{"prompt": "Prompt  3", "category": "c"}])
     assert [r["prompt"] for r in read(f"ambiguous=or-bench@{path}")] == [f"prompt {i}" for i in (0, 1, 2, 4)]
-    assert len(parse_word(f"or-bench@{path}").files()) == 2
+    assert parse_word(f"or-bench@{path}").files == [path, hard], "both are inputs"
 
 
-def test_harmbench_as_its_authors_publish_it_has_contexts_and_targets_beside(tmp_path, capsys):
+def test_harmbench_as_its_authors_publish_it_has_contexts_and_targets_beside(tmp_path):
     row = {"FunctionalCategory": "contextual", "SemanticCategory": "zogs", "Behavior": "Sum it up."}
     song = row | {"FunctionalCategory": "copyright", "ContextString": "", "BehaviorID": "song"}
-    path = tmp_path / "harmbench_behaviors_all.csv"
-    write_rows(path, [row | {"ContextString": " A text. ", "BehaviorID": "sum_up"}, song, song])
+    rows = [row | {"ContextString": " A text. ", "BehaviorID": "sum_up"}, song, song]
+    path = write_rows(tmp_path / "harmbench_behaviors_all.csv", rows)
     (tmp_path / "harmbench_targets_all.json").write_text('{"sum_up": "Sure, it says",\n "song": "La"}')
-    [(name, record, _)] = read_source(parse_word(f"jailbreak=harmbench@{path}"))
+    [(name, record, _)] = read_source(parse_word(f"jailbreak=harmbench@{path}"), dropped := Counter())
     assert (name, record["kind"], record["target"]) == ("jailbreak", "harmful", "Sure, it says")
     assert record["prompt"] == "A text.\n\n---\n\nSum it up." and record["context"] == " A text. "
     assert without_context(record["prompt"], record["context"]) == "Sum it up."
-    assert "left out 2 rows" in capsys.readouterr().out
-    path = path.rename(tmp_path / "harmbench_behaviors_val.csv")
-    assert read(f"harmbench@{path}")[0]["target"] == "", "another set's targets are not its own"
+    assert dropped == {"rows of harmbench": 2}
     (tmp_path / "harmbench_targets_cut.json").write_text('{"sum_up": ')
     path = path.rename(tmp_path / "harmbench_behaviors_cut.csv")
     assert "harmbench_targets_cut.json" in fails(f"harmbench@{path}")
+    path = path.rename(tmp_path / "harmbench_behaviors_val.csv")
+    assert read(f"harmbench@{path}")[0]["target"] == "", "another set's targets are not its own"
 
 
 def test_traces_of_star1(tmp_path):
     path = write_rows(tmp_path / "star.parquet", [STAR, STAR | {"response": "I will not."}])
-    found = read_source(parse_word(f"star1@{path}", "--trace-files"))
+    found = read_source(parse_word(f"star1@{path}", "--trace-files"), Counter())
     assert [trace for _, _, trace in found] == [("No good.", "I will not."), ("", "")]
-
-
-def test_what_a_known_data_set_has_not_is_one_line(tmp_path):
-    new = write_rows(tmp_path / "new.tsv", [{"attack": "zog", "data_type": "adversarial_harmful"}])
-    calm = write_rows(tmp_path / "calm.tsv", [wild("soup", "vanilla_benign")])
-    zog = write_rows(tmp_path / "zog.tsv", [wild("zog")])
-    odd = write_rows(tmp_path / "odd.jsonl", [sorry("a", "1"), sorry("b", "1") | {"turns": []}])
-    assert "record 1: not as " in (line := fails(f"wildjailbreak@{new}"))
-    assert "KeyError: 'adversarial'; its columns are attack, data_type" in line
-    assert "record 2: not as lib/sources/known.py expects it: IndexError" in fails(f"sorry-bench@{odd}")
-    assert "no usable prompt in 1 rows" in fails(f"wildjailbreak@{calm}")
-    assert "no harmless prompt in 1 rows" in fails(f"harmless=wildjailbreak@{zog}")
-
-
-@needs_data
-def test_real_files():
-    found = read_source(parse_word(f"xstest@{SHARED}/xstest/xstest_v2_completions_gpt4.csv"))
-    assert Counter(name for name, _, _ in found) == {"ambiguous": 250, "harmful": 200}
-    behaviours = read(f"harmbench@{SHARED}/harmbench/harmbench_behaviors_text_val.csv")
-    assert len(behaviours) == 60 and sum("context" in record for record in behaviours) == 19
-    assert all(record["target"] and record["category"] for record in behaviours)
-    found = read_source(parse_word(f"tars@{SHARED}/tars/train_lambda_0.5.parquet"))
-    assert Counter(name for name, _, _ in found) == {"harmless": 1000, "jailbreak": 413, "harmful": 587}
-    assert len(read(f"harmful=tars@{SHARED}/tars/test.parquet")) == 60
 
 
 # ---- files of yours ----
 
 NAMES = ["", 'a "b"\nc', *"007 1e5 1.0 true True NA null 2024-01-01 1_000 inf -0 1,5".split()]
-ENDINGS = ("jsonl", "json", "csv", "tsv", "parquet")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_text_is_what_stands_in_the_file(tmp_path, ending):
     """csv was once read with types: a column of numbers lost its zeros, one of dates became times."""
     for names in (NAMES, ["007", "010"], ["1e5"], ["true"], ["2024-01-01"], ["1.0", "2.50"], ["NA"]):
-        rows = [{"target": name, "prompt": f"p{i}"} for i, name in enumerate(names)]
-        assert [r["target"] for r in read(f"harmful={write_rows(tmp_path / f'x.{ending}', rows)}")] == names
-        rows = [{"id": f"i{i}", "prompt": name or "p"} for i, name in enumerate(names)]
-        found = read(f"harmful={write_rows(tmp_path / f'y.{ending}', rows)}")
-        assert [r["prompt"] for r in found] == [name or "p" for name in names]
-    (tmp_path / "aegis.csv").write_text("prompt_label,violated_categories,prompt\nunsafe,Z,zog\nunsafe\n")
-    assert [r["prompt"] for r in read(f"aegis@{tmp_path}/aegis.csv")] == ["zog", ""], (
-        "a row that is cut short"
-    )
+        rows = [{"target": name, "prompt": name or "p"} for name in names]
+        found = read(f"harmful={write_rows(tmp_path / f'x.{ending}', rows)}")
+        assert [{key: r[key] for key in ("target", "prompt")} for r in found] == rows
+    (tmp_path / "short.csv").write_text("kind,category,prompt\nharmful,Z,zog\nharmful\n")
+    assert [r["prompt"] for r in read(tmp_path / "short.csv")] == ["zog", ""], "a row that is cut short"
 
 
 ASKED = turn("how to zog?")
 MORE = [turn("Be brief.", "system"), ASKED, turn("No.", "assistant"), turn("why?")]
 GPT = [{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}]}]
-TALKS = [  # what stands in the column; what is said to be left out of two of them
-    ("how to zog?", ""),
-    ([ASKED], ""),
-    (MORE, "2 turns of system, 2 turns of assistant, 2 turns of user"),
-    ([turn("Hello.", "assistant"), ASKED], "2 turns of assistant"),
-    (GPT, "2 turns of system"),
-    (PARTS, ""),
-]
+ANSWER = [turn("Hello.", "assistant"), ASKED]
 
 
-@pytest.mark.parametrize("talk, left", TALKS)
-def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path, capsys, talk, left):
+def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path):
     """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
-    path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk}, {"prompt": talk}, {"prompt": []}])
-    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?", "how to zog?", ""]
-    assert capsys.readouterr().out == (f"{path}: left out {left}\n" if left else "")
+    talks = ["how to zog?", [ASKED], MORE, ANSWER, GPT, PARTS, []]
+    path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk} for talk in talks])
+    found = read_source(parse_word(f"harmless={path}"), dropped := Counter())
+    assert [record["prompt"] for _, record, _ in found] == ["how to zog?"] * 6 + [""]
+    assert dropped == {"turns of system": 2, "turns of user": 1, "turns of assistant": 2}
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_record_keeps_what_stage_4_reads_and_of_json_all(tmp_path, ending):
-    row = {"prompt": "how to zog?", "id": "7", "context": "A text.", "category": "zogs", "kind": "harmful"}
+    row = {"prompt": "how to zog?", "id": "7", "context": "A text.", "category": "zogs", "kind": "jailbreak"}
     own = {"hops": 2, "prefill": "first", "twin": "how to bake?", "target": "so"}
     more = {"place": ["x", {"y": 1}], "source": "mine"} if ending in ("jsonl", "json") else {"note": "n"}
     rows = [row | own | more, row | own | {"hops": 0, "twin": "", **more}]
     path = write_rows(tmp_path / f"own.{ending}", rows)
-    record, other = read(path)
+    (name, record, _), (_, other, _) = read_source(parse_word(str(path)), Counter())
     kept = {"place"} if "place" in more else set()
     assert set(record) == KEYS | {"context", "hops", "prefill", "twin"} | kept
     assert set(other) == set(record) - {"twin"} and (record["hops"], other["hops"]) == (2, 0)
     assert all(record[key] == own[key] for key in own) and record["source"] == str(path)
     assert record["prompt"] == "A text.\n\n---\n\nhow to zog?" and record["context"] == "A text."
-
-
-def test_the_kind_is_the_words_or_else_the_rows(tmp_path):
-    rows = [{"prompt": "a", "kind": "harmless"}, {"prompt": "b", "kind": "jailbreak"}]
-    path = write_rows(tmp_path / "x.jsonl", rows)
-    found = [(name, record["kind"]) for name, record, _ in read_source(parse_word(str(path)))]
-    assert found == [("harmless", "harmless"), ("jailbreak", "harmful")]
-    assert {record["kind"] for record in read(f"ambiguous={path}")} == {"ambiguous"}
+    assert (name, record["kind"], read(f"ambiguous={path}")[0]["kind"]) == (
+        "jailbreak",
+        "harmful",
+        "ambiguous",
+    )
 
 
 def test_ids_are_unique_and_no_text_holds_what_tokenizers_do_not_take(tmp_path):
@@ -254,48 +217,57 @@ def test_ids_are_unique_and_no_text_holds_what_tokenizers_do_not_take(tmp_path):
     assert one["id"].startswith("x-7-") and one["id"] != other["id"]
 
 
-BROKEN = {
-    "more.csv": ("prompt,b\n1,2,3\n", "more cells than the header"),
-    "quote.csv": ('prompt,b\n"1,2\n', "cannot be read as csv"),
-    "odd.tsv": ('prompt\tb\n"1"2\t3\n', "cannot be read as tsv"),
-    "head.csv": ("prompt,b\n", "is empty"),
-    "deep.json": ("[" * 10**5, "cannot be read as json"),
-    "list.json": ("[1, 2]", "allowed one object"),
-    "cut.json": ('[{"prompt": "a"},', "not a JSON object"),
-    "no.parquet": ("no parquet", "cannot be read as parquet"),
-    "other.jsonl": ('{"question": "why?"}', "no harmful prompt in 1 rows of question"),
-    "hops.jsonl": ('{"prompt": "p", "hops": {"a": 1}}', "record 1: hops is {'a': 1}; allowed a whole number"),
-    "twin.jsonl": ('{"prompt": "p", "twin": ["x"]}', "record 1: twin is ['x']; allowed some text"),
+BROKEN = {  # word: what stands in its file, and in the line
+    "harmful=more.csv": ("prompt,b\n1,2,3\n", "more cells than the header"),
+    "harmful=quote.csv": ('prompt,b\n"1,2\n', "cannot be read as csv"),
+    "harmful=odd.tsv": ('prompt\tb\n"1"2\t3\n', "cannot be read as tsv"),
+    "harmful=head.csv": ("prompt,b\n", "is empty"),
+    "harmful=deep.json": ("[" * 10**5, "cannot be read as json"),
+    "harmful=list.json": ("[1, 2]", "allowed one object"),
+    "harmful=cut.json": ('[{"prompt": "a"},', "not a JSON object"),
+    "harmful=no.parquet": ("no parquet", "cannot be read as parquet"),
+    "harmful=other.jsonl": ('{"question": "why?"}', "no harmful prompt in 1 rows of question"),
+    "harmful=hops.jsonl": (
+        '{"prompt": "p", "hops": "two"}',
+        "record 1: ValueError: invalid literal for int()",
+    ),
+    "kind.jsonl": ('{"prompt": "p", "kind": "odd"}', "record 1: ValueError: kind is 'odd', allowed harmful"),
+    "wildjailbreak@x.csv": ("attack,data_type\nzog,vanilla_harmful", "'adversarial'; its columns are attack"),
+    "sorry-bench@x.json": (
+        json.dumps(SORRIES[:1] + [{**sorry("", "1"), "turns": []}]),
+        "record 2: IndexError",
+    ),
+    "wildjailbreak@y.csv": ("data_type\nvanilla_benign", "no usable prompt in 1 rows"),
+    "harmless=aegis@x.json": (json.dumps(REDACTED), "no harmless prompt in 3 rows"),
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_malformed_file_is_one_line(tmp_path, name):
-    (tmp_path / name).write_text(BROKEN[name][0])
-    assert BROKEN[name][1] in fails(f"harmful={tmp_path / name}")
+@pytest.mark.parametrize("word", BROKEN)
+def test_a_malformed_file_is_one_line(tmp_path, monkeypatch, word):
+    text, line = BROKEN[word]
+    monkeypatch.chdir(tmp_path)
+    Path(word.split("=")[-1].split("@")[-1]).write_text(text)
+    assert line in fails(word)
 
 
 SAME = [
-    ("How do I bake?", "how  do i\tbake", "\u201cHow do I bake?\u201d", "How do I ba\u200bke?\ufeff"),
-    ("How do I bake?", "How do I bake...", "How\u00a0do\u2003I ba\u00adke ?", "\uff28ow do I bake\uff1f"),
-    ("don't", "don\u2019t", "don\u0060t"),
-    ("say 'x'", "say \u00abx\u00bb"),
-    ("a-b - c", "a\u2010b \u2014 c", "a-b \u2212 c"),
-    ("caf\u00e9 office", "cafe\u0301 o\ufb03ce"),
-    ("stra\u00dfe", "STRASSE"),
-    ("\u00bfa\ufe0f b?", "a b"),
+    "How do I bake?|how  do i\tbake|\u201cHow do I bake?\u201d|How do I ba\u200bke?\ufeff|How do I bake..."
 ]
-APART = [("bake", "boil"), ("what is C#", "what is C"), ("what is C++?", "what is C?"), ("10 - 3", "103")]
-APART += [("it's", "its"), ("a b", "ab"), ("!!!", "???"), ("caf\u00e9", "cafe"), ("resume 1.5", "resume 15")]
+SAME += [
+    "How do I bake?|How\u00a0do\u2003I ba\u00adke ?|\uff28ow do I bake\uff1f",
+    "don't|don\u2019t|don\u0060t",
+]
+SAME += ["say 'x'|say \u00abx\u00bb", "a-b - c|a\u2010b \u2014 c|a-b \u2212 c", "\u00bfa\ufe0f b?|a b"]
+SAME += ["caf\u00e9 office|cafe\u0301 o\ufb03ce", "stra\u00dfe|STRASSE"]
+APART = ["bake|boil", "what is C#|what is C", "what is C++?|what is C?", "10 - 3|103", "it's|its", "a b|ab"]
+APART += ["!!!|???", "caf\u00e9|cafe", "resume 1.5|resume 15"]
 
 
-def test_what_is_the_same_prompt_to_a_reader():
-    for texts in SAME:
-        assert len({same_prompt(text) for text in texts}) == 1, texts
-    for one, other in APART:
-        assert same_prompt(one) != same_prompt(other), (one, other)
-    texts = [text for texts in SAME + APART for text in texts]
-    assert all(same_prompt(same_prompt(text)) == same_prompt(text) for text in texts)
+@pytest.mark.parametrize("texts", SAME + APART)
+def test_what_is_the_same_prompt_to_a_reader(texts):
+    keys = [same_prompt(text) for text in texts.split("|")]
+    assert len(set(keys)) == (1 if texts in SAME else 2)
+    assert [same_prompt(key) for key in keys] == keys
 
 
 # ---- words, and the hub ----
@@ -304,69 +276,62 @@ def test_what_is_the_same_prompt_to_a_reader():
 def test_a_word_is_taken_apart():
     words = [parse_word(word) for word in ("aegis", "harmful=aegis:3", "harmful=aegis:4+0")]
     assert [(w.kind, w.sft, w.rl) for w in words] == [("", 0, None), ("harmful", 0, 3), ("harmful", 4, 0)]
-    source = parse_word("harmless=hub:me/chat:en:train:20")
-    assert (source.hub, source.name, source.rl) == ("me/chat:en:train", "me/chat:en:train", 20)
+    for word, rl in (
+        ("hub:me/chat:en:train:20", 20),
+        ("hub:me/chat:train", None),
+        ("hub:me/chat:train:20", 20),
+    ):
+        source = parse_word(f"harmless={word}")
+        assert source.hub == source.name == word.removeprefix("hub:").removesuffix(":20") and source.rl == rl
     source = parse_word("harmful=aegis@a/b=c.json:5")
-    assert (source.file, source.name, source.hub) == (Path("a/b=c.json"), "aegis", "")
-    assert parse_word("notes@home.csv").file == Path("notes@home.csv")
+    assert (source.files, source.name, source.hub) == ([Path("a/b=c.json")], "aegis", "")
+    assert parse_word("notes@home.csv").files == [Path("notes@home.csv")]
 
 
-WRONG = ["", *"aegs aegis:5 harmless=aegis:1+5 hub:me:train hub:me/chat aegis@ rainbow notes.txt".split()]
-WRONG += ["harmful=", "harmfull=aegis:4"]
+WRONG = [
+    "",
+    *"aegs aegis:5 hub:me:train hub:me/chat aegis@ rainbow notes.txt harmful= harmfull=aegis:4".split(),
+]
 
 
 @pytest.mark.parametrize(
     "flag, word",
-    [("--eval-files", "harmful=aegis:5"), ("--trace-files", "harmless=star1"), ("--trace-files", "star1:5")]
-    + [("--files", word) for word in WRONG],
+    [
+        ("--eval-files", "harmful=aegis:5"),
+        ("--trace-files", "star1:5"),
+        *(("--files", word) for word in WRONG),
+    ],
 )
 def test_a_word_that_says_nothing_is_one_line_with_what_is_allowed(flag, word):
-    with pytest.raises(UserError) as error:
-        parse_word(word, flag)
-    assert str(error.value).startswith(f"{flag}: given {word}; allowed") and "\n" not in str(error.value)
+    assert fails(word, flag).startswith(f"{flag}: given {word}; allowed")
 
 
-@pytest.fixture
-def fake_hub(monkeypatch):
-    """fake_hub(rows by configuration or name, or an error) stands for the hub; gives what it was asked."""
-    calls: list[tuple] = []
+def test_data_sets_come_from_the_hub_or_one_line_says_why_not(monkeypatch):
+    hard, calls = [{"prompt": "b", "category": "c"}], []
+    answers = {"or-bench-80k": [{"prompt": "a", "category": "c"}, *hard], "or-bench-hard-1k": hard}
+    answers |= {"train": [wild("zog")], "walledai/XSTest": ON_HUB[1:]}
+    answers |= {"en": [{"prompt": "soup?", "kind": "harmless"}]}
 
-    def install(answer):
-        def load_dataset(name, config=None, *, split, **options):
-            calls.append((name, config, split, options))
-            if isinstance(answer, Exception):
-                raise answer
-            return datasets.Dataset.from_list(answer[config or name])
+    def load_dataset(name, config=None, *, split, **options):
+        calls.append((name, config, split, options))
+        if name == "zjunlp/SafeEdit":
+            raise RuntimeError("Dataset 'x' is a gated dataset\non the Hub.")
+        return datasets.Dataset.from_list(answers[config or name])
 
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        return calls
-
-    return install
-
-
-def test_data_sets_come_from_the_hub(fake_hub):
-    hard = [{"prompt": "b", "category": "c"}]
-    easy = {"prompt": "a", "category": "c"}
-    rows = {"or-bench-80k": [easy, *hard], "or-bench-hard-1k": hard, "train": [wild("zog")]}
-    rows |= {"walledai/XSTest": ON_HUB[1:], "en": [{"prompt": "soup?", "kind": "harmless"}]}
-    calls = fake_hub(rows)
-    assert [r["prompt"] for r in read("or-bench")] == ["a"]
-    assert [r["prompt"] for r in read("harmful=wildjailbreak")] == ["zog"]
-    assert read("xstest")[0]["kind"] == "harmful"
-    assert read("hub:me/chat:en:dev")[0]["source"] == "me/chat:en:dev"
-    columns = ("vanilla", "adversarial", "prompt", "category")
-    text = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)}
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    words = ("or-bench", "harmful=wildjailbreak", "xstest", "hub:me/chat:en:dev")
+    found = [record for word in words for record in read(word)]
+    assert [r["prompt"] for r in found] == ["a", "zog", "zog?", "soup?"] and found[2]["kind"] == "harmful"
+    assert found[3]["source"] == "me/chat:en:dev"
     assert calls == [
-        ("bench-llm/or-bench", "or-bench-80k", "train", text),
-        ("bench-llm/or-bench", "or-bench-hard-1k", "train", text),
-        ("allenai/wildjailbreak", "train", "train", {"delimiter": "\t", **text}),
+        ("bench-llm/or-bench", "or-bench-80k", "train", {}),
+        ("bench-llm/or-bench", "or-bench-hard-1k", "train", {}),
+        ("allenai/wildjailbreak", "train", "train", {"delimiter": "\t", "keep_default_na": False}),
         ("walledai/XSTest", None, "test", {}),
         ("me/chat", "en", "dev", {}),
     ]
-
-
-def test_no_hub_or_no_access_is_one_line(fake_hub):
-    fake_hub(RuntimeError("Dataset 'x' is a gated dataset\non the Hub."))
-    line, place = fails("wildjailbreak"), "allenai/wildjailbreak:train:train"
-    for part in (place, "is a gated dataset on the Hub", "hf auth login", "give a file"):
-        assert part in line
+    line = fails("safeedit")
+    assert line.startswith(
+        "zjunlp/SafeEdit:train: cannot be read from the hub (Dataset 'x' is a gated dataset on"
+    )
+    assert "hf auth login" in line and "give a file" in line

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lib.compare import study
-from lib.compare.studies import METHODS, STUDIES, frontier
+from lib.compare.studies import STUDIES, frontier
 from lib.run.files import write_json, write_jsonl
 from lib.run.settings import parse_settings
 
@@ -26,37 +26,30 @@ STAGES = {"01": ("mixture",), "02": ("sft",), "03": ("rl",), "04": ("eval",), "-
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_is_a_command_that_its_chapter_accepts_and_comes_after_what_it_reads(name, tmp_path):
     known: dict[Path, set[Path]] = {}
-    for run_name, command in STUDIES[name].runs.items():
-        run = study.Run(tmp_path, 7, run_name, f"{command} --preset sandbox")
-        script, *words = run.words()
+    commands = study.commands_of(STUDIES[name], tmp_path, "--preset sandbox --seed 7")
+    for out, (script, *words) in commands.items():
         module = importlib.import_module(words.pop(0) if script == "-m" else script.removesuffix(".py"))
         cls = getattr(module, "EvalSettings", None) or module.Settings
         settings = parse_settings(cls, *STAGES[script[:2]], argv=words)
-        assert settings.seed == 7 and settings.out == str(tmp_path / "seed-7" / run_name)
-        before = run.needs().union(*(known[path] for path in run.needs()))
+        assert settings.seed == 7 and settings.out == str(out)
+        needed = study.needs(out, commands)
+        before = needed.union(*(known[path] for path in needed))
         reads = [getattr(settings, key, "") for key in ("model", "data", "rainbow")]
         reads += [path.partition("=")[2] for path in getattr(settings, "models", [])]
         assert {path for path in map(Path, reads) if path.is_relative_to(tmp_path)} <= before
-        assert tmp_path / "seed-7" / run_name not in known  # nobody writes where another wrote
-        known[tmp_path / "seed-7" / run_name] = before
+        known[out] = before
 
 
 def test_methods_of_the_frontier_start_from_one_pi_sft_and_are_asked_the_same(tmp_path):
     """Whatever the lambda, the traces and the evaluation are the same bytes; the RL prompts are not."""
-    few = "--preset sandbox --rl-prompts 40 --sft-prompts 20 --eval-prompts 6"
+    few, contents = "--seed 3 --rl-prompts 40 --sft-prompts 20 --eval-prompts 6", []
     for name in ("data", "data-0.1", "data-0.9"):
-        words = study.Run(tmp_path, 3, name, f"{STUDIES['frontier'].runs[name]} {few}").words()
+        words = study.commands_of(STUDIES["frontier"], tmp_path, few)[tmp_path / name]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    contents = [
-        {file.name: file.read_bytes() for file in (tmp_path / "seed-3" / name).glob("*.jsonl")}
-        for name in ("data", "data-0.1", "data-0.9")
-    ]
+        contents.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.jsonl")})
     for name in contents[0].keys() - {"rl.jsonl"}:
         assert contents[0][name] == contents[1][name] == contents[2][name], name
     assert contents[1]["rl.jsonl"] != contents[2]["rl.jsonl"] and "sft_rl.jsonl" in contents[1]
-    rpo = METHODS["rpo"].replace("LAMBDA", "0.5").split()
-    settings = parse_settings(importlib.import_module(rpo[1]).Settings, "rl", "rpo", argv=rpo[2:])
-    assert settings.prompts_per_step * settings.group_size // 2 == 16  # pairs an update, as in the paper
 
 
 # ---- running: a study of programs that write a line every 20 ms and go on where they were
@@ -79,7 +72,7 @@ models = {"x": {"dsr": {"direct": {"mean": 0.5}}, "plane": plane}}
 RUNS = {"a": "", "b": " --data @a", "c": " --data @a", "eval-x": " --models b=@b c=@c"}
 
 
-def launch(tmp_path: Path, runs: dict[str, str], seeds: int = 2) -> subprocess.Popen:
+def launch(tmp_path: Path, runs: dict[str, str] = RUNS, seeds: int = 2) -> subprocess.Popen:
     (tmp_path / "toy.py").write_text(TOY)
     table = {name: f"{tmp_path}/toy.py{command}" for name, command in runs.items()}
     code = f"""
@@ -96,7 +89,7 @@ run_main(study.main)
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_path, how):
-    first, until = launch(tmp_path, RUNS), time.monotonic() + 60
+    first, until = launch(tmp_path), time.monotonic() + 60
     steps = [tmp_path / "out" / f"seed-{seed}" / "a" / "steps" for seed in (1, 2)]
     while not all(path.exists() and len(path.read_text().split()) > 3 for path in steps):
         assert time.monotonic() < until and first.poll() is None, first.communicate()
@@ -108,7 +101,7 @@ def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_
     assert [path.read_text() for path in steps] == before and "19" not in before[0].split()
     assert not (tmp_path / "out" / "seed-1" / "b").exists()
 
-    second = launch(tmp_path, RUNS)
+    second = launch(tmp_path)
     assert "| DSR | 0.50 [0.50, 0.50]; 0.50 |" in second.communicate()[0] and second.returncode == 0
     folders = list((tmp_path / "out").glob("seed-*/*/"))
     assert len(folders) == 8
@@ -121,16 +114,13 @@ def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_
         assert sum(start <= begun < end for start, end in times.values()) <= 2
 
 
-def test_a_folder_in_which_another_study_writes_is_refused(tmp_path):
+def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(tmp_path):
+    """And so is a folder in which another study writes."""
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        process = launch(tmp_path, RUNS)
-        assert "a run is writing there" in process.communicate()[1] and process.returncode == 2
+        assert "a run is writing there" in launch(tmp_path).communicate()[1]
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
-
-
-def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(tmp_path):
     process = launch(tmp_path, {"a": "", "b": " --fail", "c": " --data @a"}, seeds=1)
     line = process.communicate()[1].splitlines()[-1]
     assert process.returncode == 2
@@ -170,9 +160,7 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
     gap = cells["tars - rpo", "DSR"]
     half = 4.303 * 0.1 / math.sqrt(3)  # Student's t of three seeds: mean 0.2, standard deviation 0.1
     assert (gap["mean"], gap["low"], gap["high"]) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
-    area = (
-        0.4 * 0.8 + 0.2 * 0.4
-    )  # of rpo: a strip below its first point, and what the second adds to the right
+    area = 0.4 * 0.8 + 0.2 * 0.4  # of rpo: what is below its first point, and what the second adds
     each = {
         ("tars - rpo", "DSR"): [0.1, 0.2, 0.3],
         ("tars - rpo", "plane/task_score"): [0.0, 0.0, 0.0],
@@ -205,14 +193,14 @@ def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
     attacks = {f"plain_or_{attack}": {"mean": 0.4} for attack in ("pair", "best_of_n", "pap")}
     asking = {"without": results(0.2, 0.5), "with": results(0.6, 0.5)}
     for found in asking.values():
-        found["dsr"] = {"direct": found["dsr"]["direct"], "jailbreak": {"mean": 0.5}, **attacks}
+        found["dsr"] |= attacks
+        del found["dsr"]["plain_or_gcg"]
     folder = write_seed(tmp_path, asking=asking, gcg=dict.fromkeys(asking, results(0.9, 0.1)))
     harm = {"plain": {"mean": 0.4}, "archive": {"mean": 0.7}}
     write_json(folder / "data-with" / "rainbow" / "archive.json", {"filled": 0.9, "harm": harm})
     seed = study.read_seed(STUDIES["rainbow"], folder)
-    assert (
-        seed["with - without", "dsr/direct"] == pytest.approx(0.4) and seed["with", "plane/task_score"] == 0.5
-    )
+    assert seed["with - without", "dsr/direct"] == pytest.approx(0.4)
+    assert seed["with", "plane/task_score"] == 0.5
     assert seed["with", "dsr/plain_or_gcg"] == pytest.approx(0.8)  # which the second alone has
     assert (seed["with", "rainbow/harm/archive"], seed["with", "rainbow/filled"]) == (0.7, 0.9)
     assert ("without", "rainbow/filled") not in seed
@@ -229,6 +217,4 @@ def test_training_tokens_are_those_sampled_and_those_trained_on(tmp_path):
     write_jsonl(tmp_path / "sft_rl.jsonl", traces)
     write_json(tmp_path / "settings.json", {"data": str(tmp_path), "traces": "sft_rl.jsonl", "batch_size": 2})
     write_jsonl(tmp_path / "metrics.jsonl", [{"loss": 1.0}] * 5)
-    assert study.training_tokens(tmp_path) == 5 * 2 * (
-        2 + 2 + 2 + 1
-    )  # reasoning, answer, both markers, the end
+    assert study.training_tokens(tmp_path) == 5 * 2 * (2 + 2 + 2 + 1)  # reasoning, answer, markers, the end

@@ -12,6 +12,7 @@ import stages
 from lib import UserError
 from lib.chat import parse_completion
 from lib.run.files import read_jsonl
+from lib.run.hub import load_tokenizer
 from lib.sandbox import world
 from lib.sources import traces
 
@@ -28,7 +29,7 @@ def settings(out, **more):
 def test_each_prompt_gets_its_traces_and_a_killed_run_goes_on_to_the_same(tmp_path):
     whole = traces.write_all(RECORDS, 3, settings(tmp_path), "traces")
     assert [len(pairs) for pairs in whole] == [3] * len(RECORDS)
-    pairs = [pair for pairs in whole for pair in pairs]
+    pairs = [tuple(pair) for pairs in whole for pair in pairs]
     assert len(set(pairs)) > 3
     for reasoning, answer in pairs:
         assert parse_completion(f"{reasoning}\n</think>\n\n{answer}").well_formed
@@ -37,9 +38,8 @@ def test_each_prompt_gets_its_traces_and_a_killed_run_goes_on_to_the_same(tmp_pa
     progress.write_bytes(b"".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third
     assert traces.write_all(RECORDS, 3, settings(tmp_path), "traces") == whole
     assert len(read_jsonl(progress)) == len(RECORDS)
-    assert (
-        traces.write_all(RECORDS[3:], 3, settings(tmp_path), "other") == whole[3:]
-    )  # whoever shares the batch
+    rest = traces.write_all(RECORDS[3:], 3, settings(tmp_path), "other")
+    assert rest == whole[3:], "whoever shares the batch"
     assert traces.write_all(RECORDS, 3, settings(tmp_path, seed=8), "seed") != whole
     twins = [record | {"prompt": RECORDS[0]["prompt"]} for record in RECORDS]
     one, *others = traces.write_all(twins, 3, settings(tmp_path), "twins")
@@ -47,11 +47,16 @@ def test_each_prompt_gets_its_traces_and_a_killed_run_goes_on_to_the_same(tmp_pa
 
 
 def test_an_answer_has_another_seed_than_its_reasoning(tmp_path, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(
-        traces.TraceWriter, "complete", lambda self, ids, s: seeds.append(set(s)) or ["x"] * len(ids)
-    )
+    seeds, last = [], set()
+
+    def complete(self, prompts, given):
+        seeds.append(set(given))
+        last.update(ids[-1] for ids in prompts)
+        return ["x"] * len(prompts)
+
+    monkeypatch.setattr(traces.TraceWriter, "complete", complete)
     traces.write_all(RECORDS, 3, settings(tmp_path), "traces")
+    assert load_tokenizer(world.BASE).eos_token_id not in last, "it goes on with its turn"
     assert len(seeds) == 2 and not seeds[0] & seeds[1] and len(seeds[0]) == 3 * len(RECORDS)
 
 
@@ -62,8 +67,7 @@ def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     words += ["--trace-model", str(world.BASE), "--device", "cpu"]
     stages.run_here("01_build_mixture", [*words, "--out", str(tmp_path / "whole")], monkeypatch)
 
-    write = traces.TraceWriter.write
-    calls = []
+    write, calls = traces.TraceWriter.write, []
 
     def killed(self, prompts, seeds):
         calls.append(prompts)
@@ -76,12 +80,10 @@ def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="killed"):
         stages.run_here("01_build_mixture", [*words, "--out", str(tmp_path / "cut")], monkeypatch)
     stages.run_here("01_build_mixture", [*words, "--out", str(tmp_path / "cut")], monkeypatch)
-    for name in ("sft", "sft_rl", "rl"):
-        assert (tmp_path / "cut" / f"{name}.jsonl").read_bytes() == (
-            tmp_path / "whole" / f"{name}.jsonl"
-        ).read_bytes()
+    whole, cut = (stages.contents(tmp_path / name) for name in ("whole", "cut"))
+    assert all(whole[f"{name}.jsonl"] == cut[f"{name}.jsonl"] for name in ("sft", "sft_rl", "rl"))
     assert sum(map(len, calls[3:])) == 2 * 6, "what was finished is not asked again"
-    assert not list((tmp_path / "cut").glob("*.partial.jsonl"))
+    assert not [name for name in cut if "partial" in name]
     rl, made = read_jsonl(tmp_path / "cut" / "rl.jsonl"), read_jsonl(tmp_path / "cut" / "sft_rl.jsonl")
     counts = Counter(trace["prompt"] for trace in made)
     assert set(counts) <= {record["prompt"] for record in rl} and max(counts.values()) <= 2
@@ -89,21 +91,14 @@ def test_stage_1_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert sources[str(world.BASE)]["wrote"] == "traces"
 
 
-def test_a_prompt_too_long_for_the_model_is_one_line_before_the_first_is_asked(tmp_path):
-    odd = {"id": "odd one", "prompt": "cake " * 470, "kind": "harmful"}
-    with pytest.raises(UserError, match="--trace-model: odd one: .*the context of .* is 512"):
-        traces.write_all([*RECORDS, odd], 1, settings(tmp_path), "traces")
-    assert not (tmp_path / "traces.partial.jsonl").exists()
+def test_a_prompt_too_long_for_the_model_is_one_line(tmp_path):
+    odd = {"id": "odd one", "prompt": "cake " * 510, "kind": "harmful"}
+    with pytest.raises(UserError, match="--trace-model: .*exceed the model's context"):
+        traces.write_all([odd], 1, settings(tmp_path), "traces")
 
 
-@pytest.mark.parametrize(
-    "text, ended, kept",
-    [
-        ("All said. And", True, "All said. And"),
-        ("All said. And", False, "All said."),
-        ("No end in sight", False, ""),
-        ("<think>Hm.</think> Yes.", True, "Hm. Yes."),
-    ],
-)
-def test_whole_sentences(text, ended, kept):
-    assert traces.whole_sentences(text, ended) == kept
+def test_whole_sentences():
+    assert traces.whole_sentences("All said. And", True) == "All said. And"
+    assert traces.whole_sentences("All said. And", False) == "All said."
+    assert traces.whole_sentences("No end in sight", False) == ""
+    assert traces.whole_sentences("<think>Hm.</think> Yes.", True) == "Hm. Yes."

@@ -1,13 +1,11 @@
-"""Attacks that only ask: they see answers, not the model. Each try is answered and judged; any success
-counts.
+"""Attacks that only ask: each try is answered and judged, and any success counts.
 
     prefill_reasoning, prefill_answer   the attacker opens the model's turn (an interface has to allow it)
     best_of_n                           the same request many times, disturbed at random (Hughes et al. 2024)
     pap                                 persuasion, one technique a try (Zeng et al. 2024)
     pair                                an attacker's model that learns from the answers (Chao et al. 2023)
 
-Each is called as `lib.attacks` says. Who writes the words is an `Attacker`: a language model, or the
-sandbox's own. What it fails to write is no try.
+Each is called as `lib.attacks` says. What the attacker, who writes the words, fails to write is no try.
 """
 
 from __future__ import annotations
@@ -50,12 +48,12 @@ def pap(victim, behaviours, budget, generators, on_step, attacker) -> list[Attem
     """Each behaviour with as many techniques, drawn anew for each."""
     costs, tries = [Cost() for _ in behaviours], []
     for behaviour, generator, cost in zip(behaviours, generators, costs, strict=True):
-        chosen = torch.randperm(len(attacker.techniques), generator=generator)[: budget.techniques].tolist()
-        seeds = draw_seeds(generator, len(chosen))
-        texts = attacker.persuade([behaviour["prompt"]] * len(chosen), chosen, seeds)
+        order = torch.randperm(len(attacker.techniques), generator=generator)[: budget.techniques].tolist()
+        names = [attacker.techniques[which] for which in order]
+        texts = attacker.persuade(behaviour["prompt"], names, draw_seeds(generator, len(names)))
         cost.written(victim, texts)
-        numbered = enumerate(zip(texts, chosen, strict=True), start=1)
-        new = [a_try(k, text) | {"technique": attacker.techniques[which]} for k, (text, which) in numbered]
+        new = [a_try(k, text) for k, text in enumerate(texts, start=1)]
+        new = [attempt | {"technique": name} for attempt, name in zip(new, names, strict=True)]
         tries.append([attempt for attempt in new if attempt["sent"]])
     return _asked(victim, behaviours, tries, generators, on_step, costs)
 
@@ -63,28 +61,27 @@ def pap(victim, behaviours, budget, generators, on_step, attacker) -> list[Attem
 def pair(victim, behaviours, budget, generators, on_step, attacker) -> list[Attempt]:
     """`streams` conversations of `depth` turns for each behaviour. The attacker is shown its own prompts, the
     answers and their ratings: never the reasoning (paper). After a rating of 10 a behaviour is left alone."""
-    costs = [Cost() for _ in behaviours]
-    tries: list[list[dict]] = [[] for _ in behaviours]
-    aims = [(b["prompt"], b.get("prefill") or target_of(b)) for b in behaviours]
-    streams = [[Conversation(*aim, stream) for stream in range(budget.streams)] for aim in aims]
+    costs, tries = [Cost() for _ in behaviours], [list[dict]() for _ in behaviours]
+    talks = []  # (index of the behaviour, conversation)
+    for i, behaviour in enumerate(behaviours):
+        target = behaviour.get("prefill") or target_of(behaviour)
+        talks += [(i, Conversation(behaviour["prompt"], target, k)) for k in range(budget.streams)]
     for turn in range(budget.depth):
-        live = [i for i, past in enumerate(tries) if not any(_rating(t) == FULFILLED for t in past)]
-        talks = [(i, talk) for i in live for talk in streams[i]]
-        seeds = [seed for i in live for seed in draw_seeds(generators[i], budget.streams)]
-        replies = attacker.refine([talk for _, talk in talks], seeds)
-        new: list[list[dict]] = [[] for _ in behaviours]
-        shown = []  # (conversation, what the attacker wrote, the try that it became)
+        talks = [(i, talk) for i, talk in talks if FULFILLED not in map(_rating, tries[i])]
+        seeds = [draw_seeds(generators[i], 1)[0] for i, _ in talks]
+        replies, new = attacker.refine([talk for _, talk in talks], seeds), [list[dict]() for _ in behaviours]
+        shown = []
         for (i, talk), reply in zip(talks, replies, strict=True):
             costs[i].written(victim, [f"{reply['improvement']} {reply['prompt']}".strip()])
             if reply["prompt"]:
                 new[i].append(a_try(turn * budget.streams + talk.stream + 1, reply["prompt"]))
                 shown.append((talk, reply, new[i][-1]))
         ask_all(victim, behaviours, new, generators, costs)
-        for past, attempts in zip(tries, new, strict=True):
-            past += attempts
         for talk, reply, attempt in shown:
             seen = {**reply, "answer": attempt["completion"]["answer"], "rating": _rating(attempt)}
             talk.exchanges = [*talk.exchanges, seen][-EXCHANGES:]
+        for own, attempts in zip(tries, new, strict=True):
+            own += attempts
         on_step()
     return [Attempt(b["id"], t, c.total()) for b, t, c in zip(behaviours, tries, costs, strict=True)]
 

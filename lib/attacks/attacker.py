@@ -1,8 +1,7 @@
 """The attacker as a language model: it writes the prompts of PAP, PAIR and AutoDAN.
 
-The paper's is an abliterated Qwen2.5-7B-Instruct. What it writes is untrusted. It is cut at
-`--attacker-tokens`, for PAIR at 500. A text that is empty, or that the victim's tokenizer cannot read, is a
-failure that the attack counts. The sandbox has an attacker of its own, which is reached by name.
+The paper's is an abliterated Qwen2.5-7B-Instruct. What it writes is untrusted: a text that is empty, or that
+the victim's tokenizer cannot read, is a failure that the attack counts.
 """
 
 from __future__ import annotations
@@ -11,17 +10,12 @@ import importlib
 import json
 import random
 import re
-import sys
 from collections.abc import Sequence
-from functools import cached_property, partial
-from types import ModuleType
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from lib import UserError
-from lib.attacks.core import Conversation, Individual
+from lib.attacks.core import Conversation
 from lib.attacks.persuasion import TECHNIQUES
 from lib.chat import decode, encode_chat, eos_token_ids
 from lib.policy import context_of
@@ -65,31 +59,24 @@ NOISED, SCRAMBLED, CAPITALISED = 0.06, 0.6, 0.6  # shares of characters and word
 
 
 class LanguageModelAttacker:
-    """See `lib.attacks.core.Attacker`. The tokenizer is read at once, so that a wrong name shows; the weights
-    when there is something to write. `max_new_tokens` bounds each text but PAIR's."""
+    """See `lib.attacks.core.Attacker`. `max_new_tokens` bounds each text but PAIR's."""
 
-    techniques = tuple(name for name, _ in TECHNIQUES)
-    keeps_request = True  # as in AutoDAN
+    techniques = tuple(TECHNIQUES)
 
-    def __init__(self, name: str, max_new_tokens: int, max_batch_tokens: int | None = None, **placed) -> None:
-        self.tokenizer, self.load = load_tokenizer(name), partial(load_policy, name, **placed)
+    def __init__(self, name: str, max_new_tokens: int, max_batch_tokens: int, **placed) -> None:
+        self.tokenizer = load_tokenizer(name)
+        self.model = load_policy(name, **placed).requires_grad_(False)
+        check_tokenizer(self.model, self.tokenizer, [], reasoning=False)
         self.max_new_tokens, self.max_batch_tokens = max_new_tokens, max_batch_tokens
 
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        model = self.load().requires_grad_(False)
-        check_tokenizer(model, self.tokenizer, [], reasoning=False)
-        return model
-
     def check(self, attacks: Sequence[str], goals: Sequence[str]) -> None:
-        """Loads the model. UserError if it cannot be used: who talks for PAIR has to take a system prompt."""
-        seen = {"improvement": "", "prompt": "Hello", "answer": "Hello", "rating": 1}
+        """UserError if it cannot be used: who talks for PAIR has to take a system prompt."""
         if "pair" in attacks:
+            chat = messages_of(Conversation("Hello", "", 0))
             try:
-                self._read(messages_of(Conversation("Hello", "", 0, [seen])), sys.maxsize)
+                encode_chat(self.tokenizer, chat, reasoning=False)
             except UserError as error:
                 raise UserError(f"--attacker: pair needs one with system prompts: {error}") from error
-        _ = self.model  # what fails now costs no search
 
     def write(self, requests: Sequence[str], seeds: Sequence[int]) -> list[str]:
         """What it writes to each request; "" where that leaves no room in its context."""
@@ -104,35 +91,33 @@ class LanguageModelAttacker:
         """
         if (room := context_of(self.model.config) - limit) < 1:
             raise UserError(f"--attacker: texts of {limit} tokens exceed its context: lower their number")
-        prompts = dict(enumerate(self._read(chat, room) for chat in chats))
-        prompts = {i: ids for i, ids in prompts.items() if len(ids) <= room}
-        if not prompts:
-            return [""] * len(chats)
-        longest = max(map(len, prompts.values())) + limit
-        budget = self.max_batch_tokens and max(self.max_batch_tokens, longest)
-        options: dict[str, Any] = {
-            "max_batch_tokens": budget,
-            "eos_token_ids": eos_token_ids(self.model, self.tokenizer),
-        }
-        options |= {"max_new_tokens": limit, "top_p": top_p, "seeds": [seeds[i] for i in prompts]}
+        prompts = {}  # of chats that fit: index -> token ids
+        for i, chat in enumerate(chats):
+            ids = encode_chat(self.tokenizer, chat, reasoning=False)
+            while len(ids) > room and len(chat) > 2:  # system prompt and objective stay; exchanges follow
+                chat = chat[:2] + chat[4:]
+                ids = encode_chat(self.tokenizer, chat, reasoning=False)
+            if len(ids) <= room:
+                prompts[i] = ids
+        longest = limit + max(map(len, prompts.values()), default=0)
         try:
-            written = sample(self.model, list(prompts.values()), progress=True, **options)
+            written = sample(
+                self.model,
+                list(prompts.values()),
+                max_new_tokens=limit,
+                top_p=top_p,
+                eos_token_ids=eos_token_ids(self.model, self.tokenizer),
+                seeds=[seeds[i] for i in prompts],
+                max_batch_tokens=max(self.max_batch_tokens, longest),
+                progress=True,
+            )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"--attacker: {error}") from error
         texts = {i: decode(self.tokenizer, c.token_ids) for i, c in zip(prompts, written, strict=True)}
         return [texts.get(i, "") for i in range(len(chats))]
 
-    def _read(self, chat: Chat, room: int) -> list[int]:
-        ids = encode_chat(self.tokenizer, chat, reasoning=False)
-        if (
-            len(ids) > room and len(chat) > 2
-        ):  # behind the system prompt and the objective stand the exchanges
-            return self._read(chat[:2] + chat[4:], room)
-        return ids
-
     def augment(self, prompt: str, generator: torch.Generator) -> str:
-        """Letters swapped inside words, capitals at random, some characters moved on by one: still
-        legible."""
+        """Letters swapped inside words, capitals at random, some characters moved on by one."""
         rng = random.Random(draw_seeds(generator, 1)[0])
         words = prompt.split()
         for i, word in enumerate(words):
@@ -141,42 +126,37 @@ class LanguageModelAttacker:
         letters = [c.upper() if rng.random() < CAPITALISED else c for c in " ".join(words)]
         return "".join(chr(ord(c) + 1) if 32 < ord(c) < 126 and rng.random() < NOISED else c for c in letters)
 
-    def persuade(self, prompts: Sequence[str], techniques: Sequence[int], seeds: Sequence[int]) -> list[str]:
-        pairs = zip(prompts, techniques, strict=True)
-        return self.write([PERSUADE.format(*TECHNIQUES[which], prompt) for prompt, which in pairs], seeds)
+    def persuade(self, prompt: str, techniques: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        return self.write([PERSUADE.format(name, TECHNIQUES[name], prompt) for name in techniques], seeds)
 
     def refine(self, conversations: Sequence[Conversation], seeds: Sequence[int]) -> list[dict[str, str]]:
         """A malformed reply is asked for again, up to RETRIES times, each time with a seed of its own."""
         chats = [messages_of(talk) for talk in conversations]
         seeds_of = [draw_seeds(torch.Generator().manual_seed(seed), 1 + RETRIES) for seed in seeds]
-        replies: list[dict[str, str] | None] = [None] * len(chats)
+        replies: dict[int, dict[str, str]] = {}
         for k in range(1 + RETRIES):
-            rows = [i for i, reply in enumerate(replies) if reply is None]
+            rows = [i for i in range(len(chats)) if i not in replies]
             own = [seeds_of[i][k] for i in rows]
             texts = self.reply([chats[i] for i in rows], own, REPLY_TOKENS, REPLY_TOP_P)
-            for i, text in zip(rows, texts, strict=True):
-                replies[i] = parse_reply(text)
-        return [reply or {"improvement": "", "prompt": ""} for reply in replies]
+            replies |= {i: reply for i, text in zip(rows, texts, strict=True) if (reply := parse_reply(text))}
+        return [replies.get(i, {"improvement": "", "prompt": ""}) for i in range(len(chats))]
 
-    def individuals(self, goal: str, count: int, seeds: Sequence[int]) -> list[Individual]:
+    def individuals(self, goal: str, count: int, seeds: Sequence[int]) -> list[tuple]:
         scenes = [text.partition("[REQUEST]") for text in self.write([SETTING] * count, seeds)]
-        return [Individual(_sentences(before), goal, _sentences(after)) for before, _, after in scenes]
+        return [(_sentences(before), goal, _sentences(after)) for before, _, after in scenes]
 
-    def vary(self, parts: Sequence[str], goals, requests, seeds: Sequence[int]) -> list[str]:
-        return self.write([REPHRASE.format(part) for part in parts], seeds)
+    def vary(self, parts: Sequence[str], place: int, goal: str, seeds: Sequence[int]) -> list[str]:
+        """The request stays, as in AutoDAN."""
+        asked = [REPHRASE.format(part) for k, part in enumerate(parts) if k != place]
+        texts = self.write(asked, seeds[1:])
+        return [*texts[:place], parts[place], *texts[place:]]
 
 
 def load_attacker(name: str, **options):
-    """The attacker "sandbox", or a chat model, a folder or hub name, with the options of
-    LanguageModelAttacker."""
-    if name == "sandbox":
-        return sandbox("attacker").SandboxAttacker()
+    """The attacker "sandbox", or a chat model: a folder or hub name, options as LanguageModelAttacker's."""
+    if name == "sandbox":  # by name: nothing else of this room knows that world
+        return importlib.import_module("lib.sandbox.attacker").SandboxAttacker()
     return LanguageModelAttacker(name, **options)
-
-
-def sandbox(module: str) -> ModuleType:
-    """A module of the sandbox, by name alone: nothing else of this room knows that world."""
-    return importlib.import_module(f"lib.sandbox.{module}")
 
 
 def messages_of(talk: Conversation) -> Chat:
@@ -192,8 +172,7 @@ def messages_of(talk: Conversation) -> Chat:
 
 
 def parse_reply(text: str) -> dict[str, str] | None:
-    """The first JSON object with PAIR's two texts, the prompt not empty, whatever stands around it; or
-    None."""
+    """The first JSON object with PAIR's two texts, the prompt not empty, whatever stands around it."""
     for brace in re.finditer("{", text):
         try:
             found, _ = json.JSONDecoder(strict=False).raw_decode(text, brace.start())  # line breaks are fine

@@ -20,6 +20,7 @@ import contextlib
 import math
 import random
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -44,56 +45,51 @@ def _search(victim, behaviour: dict, budget, generator, on_step, attacker) -> At
     target, goal, cost = check_target(behaviour), behaviour["prompt"], Cost()
     rng = random.Random(draw_seeds(generator, 1)[0])
     written = attacker.individuals(goal, budget.population, draw_seeds(generator, budget.population))
-    people = [Individual(p.before, p.request, p.after) for p in written]
+    people = [Individual(*parts) for parts in written]
     cost.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # an empty scene is a failure
-    losses = target_losses(victim, [p.text() for p in people], target, budget, cost)
-    best = min(range(len(people)), key=losses.__getitem__)
-    if losses[best] == math.inf:
-        return too_long(behaviour, people[best].text(), cost)
-    trace, scores = [a_try(0, people[best].text(), loss=losses[best])], dict[str, float]()
-    for generation in range(1, budget.generations + 1):
-        order = sorted(range(len(people)), key=losses.__getitem__)
-        ranked, kept = [people[i] for i in order], max(1, round(ELITE_SHARE * len(people)))
-        elite, rest = ranked[:kept], ranked[kept:]
-        if generation % 2:
-            children = sentence_step(people, losses, len(rest), budget.crossover, rng)
-        else:
-            scores = word_scores(people, losses, scores)
-            children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
-        chosen = to_rewrite(elite, children, budget.mutation, rng)
-        people = elite + mutated(children, chosen, goal, victim, attacker, generator, cost)
+    trace, losses, scores = list[dict](), list[float](), dict[str, float]()
+    for generation in range(budget.generations + 1):
+        if generation:
+            ranked = [people[i] for i in sorted(range(len(people)), key=losses.__getitem__)]
+            kept = max(1, round(ELITE_SHARE * len(people)))
+            elite, rest = ranked[:kept], ranked[kept:]
+            if generation % 2:
+                children = sentence_step(people, losses, len(rest), budget.crossover, rng)
+            else:
+                scores = word_scores(people, losses, scores)
+                children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
+            for i in to_rewrite(elite, children, budget.mutation, rng):
+                children[i] = rewritten(children[i], goal, victim, attacker, generator, cost)
+            people = elite + children
+            on_step()
         losses = target_losses(victim, [p.text() for p in people], target, budget, cost)
         best = min(range(len(people)), key=losses.__getitem__)
-        trace.append({**trace[-1], "step": generation})
-        if losses[best] < trace[-1]["loss"]:
-            trace[-1] = a_try(generation, people[best].text(), loss=losses[best])
-        on_step()
+        if losses[best] == math.inf:
+            return too_long(behaviour, people[best].text(), cost)
+        if generation == 0 or losses[best] < trace[-1]["loss"]:
+            trace.append(a_try(generation, people[best].text(), loss=losses[best]))
+        else:
+            trace.append(trace[-1] | {"step": generation})
     return Attempt(behaviour["id"], trace, cost.total())
 
 
 @torch.no_grad()
 def target_losses(victim, texts: list[str], target: str, budget, cost: Cost) -> list[float]:
-    """Mean negative log-likelihood of the target behind each text. Out of memory, half as many at a time. A
-    text that is too long, or cannot be read, is as bad as the worst; inf if all are."""
+    """Mean negative log-likelihood of the target behind each text. A text that is too long, or cannot be
+    read, is as bad as the worst; inf if all are."""
     target_ids = victim.tokenizer.encode(target, add_special_tokens=False)
     asked = {}  # index of a text -> its token ids and the target's
     for i, text in enumerate(texts):
         with contextlib.suppress(UserError):  # an attacker may write what the victim's tokenizer cannot read
             if victim.fits(ids := victim.encode(text), len(target_ids)):
                 asked[i] = ids + target_ids
-    rows = list(asked.values())
-    losses: list[float] = []
+    rows, losses = list(asked.values()), list[float]()
     size = max(1, budget.max_batch_tokens // max(map(len, rows), default=1))
-    while len(losses) < len(rows):
-        part = rows[len(losses) : len(losses) + size]
+    for begin in range(0, len(rows), size):
+        part = rows[begin : begin + size]
         masks = [[False] * (len(row) - len(target_ids)) + [True] * len(target_ids) for row in part]
         batch = masked_batch(part, masks, 0, victim.model.device)  # (n, T) each
-        try:
-            losses += (-token_logprobs(victim.model, *batch).sum(1) / len(target_ids)).tolist()
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = max(1, len(part) // 2)
+        losses += (-token_logprobs(victim.model, *batch).sum(1) / len(target_ids)).tolist()
     cost.queries += len(rows)
     cost.forward_tokens += sum(map(len, rows))
     found, worst = dict(zip(asked, losses, strict=True)), max(losses, default=math.inf)
@@ -109,20 +105,21 @@ def sentence_step(people: People, losses: list[float], count: int, rate: float, 
     return children[:count]
 
 
-def crossed(mother: Individual, father: Individual, rng: random.Random) -> tuple[Individual, Individual]:
+def crossed(mother: Individual, father: Individual, rng: random.Random) -> People:
     """Multi-point crossover. At each place chance says which child has the mother's sentence; the other has
     the father's. What only the longer of the two has goes to one child as a whole."""
-    hers, his = ((p.before, p.after, (p.request,)) for p in (mother, father))
-    children: list[tuple[list[str], list[str]]] = []  # before, after and request of both children
-    for ours, theirs in zip(hers, his, strict=True):
-        shared, one, two = min(len(ours), len(theirs)), list[str](), list[str]()
-        for piece in [*(slice(k, k + 1) for k in range(shared)), slice(shared, None)]:
-            a, b = (theirs, ours) if rng.random() < 0.5 else (ours, theirs)
-            one += a[piece]
-            two += b[piece]
-        children.append((one, two))
-    first, second = (Individual(tuple(b), r[0], tuple(a)) for b, a, r in zip(*children, strict=True))
-    return first, second
+
+    def shared_out(hers: tuple[str, ...], his: tuple[str, ...]) -> list[tuple[str, ...]]:
+        common = min(len(hers), len(his))
+        places = [[(a,), (b,)] for a, b in zip(hers, his, strict=False)] + [[hers[common:], his[common:]]]
+        for place in places:
+            if rng.random() < 0.5:
+                place.reverse()
+        return [tuple(chain(*side)) for side in zip(*places, strict=True)]
+
+    before, after = shared_out(mother.before, father.before), shared_out(mother.after, father.after)
+    requests = shared_out((mother.request,), (father.request,))
+    return [Individual(before[k], requests[k][0], after[k]) for k in (0, 1)]
 
 
 def word_scores(people: People, losses: list[float], old: dict[str, float]) -> dict[str, float]:
@@ -138,20 +135,18 @@ def word_scores(people: People, losses: list[float], old: dict[str, float]) -> d
 
 def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: random.Random) -> Individual:
     """Words give way to better ones, drawn by how much better; at most SWAPS before and SWAPS behind."""
-    lowest = min(scores.values(), default=0.0)
 
     def paragraph(sentences: tuple[str, ...]) -> tuple[str, ...]:
-        written, room = [], SWAPS
-        for words in map(str.split, sentences):
+        split, room = [sentence.split() for sentence in sentences], SWAPS
+        for words in split:
             for i, word in enumerate(words):
                 if not room or rng.random() >= rate:
                     continue
-                own = scores.get(word, lowest)
-                if better := {other: score - own for other, score in scores.items() if score > own}:
+                gains = {other: score - scores[word] for other, score in scores.items()}
+                if better := {other: gain for other, gain in gains.items() if gain > 0}:
                     words[i] = rng.choices(list(better), list(better.values()))[0]
                     room -= 1
-            written.append(" ".join(words))
-        return tuple(written)
+        return tuple(map(" ".join, split))
 
     return replace(person, before=paragraph(person.before), after=paragraph(person.after))
 
@@ -167,22 +162,10 @@ def to_rewrite(elite: People, children: People, rate: float, rng: random.Random)
     return chosen
 
 
-def mutated(children: People, chosen: list[int], goal: str, victim, attacker, generator, cost) -> People:
-    """The chosen ones are said otherwise: each sentence, and the request if the attacker is one that does
-    so."""
-    parts: list[tuple[str, bool]] = []  # a text, and whether it is the request
-    for child in (children[i] for i in chosen):
-        parts += [(sentence, False) for sentence in child.before]
-        parts += [] if attacker.keeps_request else [(child.request, True)]
-        parts += [(sentence, False) for sentence in child.after]
-    old, is_request = [text for text, _ in parts], [flag for _, flag in parts]
-    texts = attacker.vary(old, [goal] * len(old), is_request, draw_seeds(generator, len(old)))
-    cost.written(victim, texts)
-    new = iter([text or part for text, part in zip(texts, old, strict=True)])  # what it could not say stays
-    children = list(children)
-    for i in chosen:
-        child = children[i]
-        before = tuple(next(new) for _ in child.before)
-        request = child.request if attacker.keeps_request else next(new)
-        children[i] = Individual(before, request, tuple(next(new) for _ in child.after))
-    return children
+def rewritten(person: Individual, goal: str, victim, attacker, generator, cost: Cost) -> Individual:
+    """It is said otherwise: each sentence, and the request if the attacker is one that does so."""
+    old, place = [*person.before, person.request, *person.after], len(person.before)
+    new = attacker.vary(old, place, goal, draw_seeds(generator, len(old)))
+    cost.written(victim, [text for text in new if text != person.request])
+    new = [text or part for text, part in zip(new, old, strict=True)]  # what it could not say stays
+    return Individual(tuple(new[:place]), new[place], tuple(new[place + 1 :]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,8 +12,6 @@ import torch
 from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim, encode_each
 from lib.run.settings import TOKENS, setting
 from lib.sampler import draw_seeds
-
-Step = Callable[[], object]  # called after each step of an attack: a progress bar
 
 
 @dataclass
@@ -73,11 +71,6 @@ class Cost:
     did_not_survive: int = 0  # candidates whose text came back as other tokens
     started: float = field(default_factory=time.perf_counter)
 
-    def asked(self, victim: Victim, sent: str, opening: str, answer: dict) -> None:
-        if answer["finish_reason"] != NOT_ASKED:
-            self.queries += 1
-            self.forward_tokens += len(victim.encode(sent, opening)) + answer["tokens"]
-
     def written(self, victim: Victim, texts: Sequence[str]) -> None:
         """By the attacker. Measured in the victim's tokens; what it cannot read is a failed try."""
         lengths = [len(ids or []) for ids in encode_each(victim.tokenizer, texts)]
@@ -122,21 +115,20 @@ Seeds = Sequence[int]
 class Attacker(Protocol):
     """Who writes the words: a language model (lib/attacks/attacker.py), or the sandbox's own.
 
-    It does not see the victim. Batches are mapped to batches of the same length; "" stands for a failure.
-    augment: a prompt, disturbed at random (best-of-N). persuade: requests dressed up with techniques, by
-    index (PAP). refine: the next {"improvement", "prompt"} of each conversation (PAIR). individuals:
-    prompts to begin with; vary: other ways to say parts of a prompt, which where `requests` are the request
-    itself (AutoDAN).
+    It does not see the victim. Texts are as many as seeds, one for each; "" stands for a failure. augment: a
+    prompt, disturbed at random (best-of-N). persuade: the prompt dressed up with each technique (PAP).
+    refine: the next {"improvement", "prompt"} of each conversation (PAIR). individuals: `count` prompts to
+    begin with, as Individual's three parts; vary: other ways to say each part of a prompt, of which
+    parts[place] is the request, which may stay (AutoDAN).
     """
 
     techniques: Texts
-    keeps_request: bool  # it never says the request otherwise
 
     def augment(self, prompt: str, generator: torch.Generator) -> str: ...
-    def persuade(self, prompts: Texts, techniques: Seeds, seeds: Seeds) -> list[str]: ...
+    def persuade(self, prompt: str, techniques: Texts, seeds: Seeds) -> list[str]: ...
     def refine(self, conversations: Sequence[Conversation], seeds: Seeds) -> list[dict[str, str]]: ...
-    def individuals(self, goal: str, count: int, seeds: Seeds) -> list[Individual]: ...
-    def vary(self, parts: Texts, goals: Texts, requests: Sequence[bool], seeds: Seeds) -> list[str]: ...
+    def individuals(self, goal: str, count: int, seeds: Seeds) -> list[tuple]: ...
+    def vary(self, parts: Texts, place: int, goal: str, seeds: Seeds) -> list[str]: ...
 
 
 def ask_all(
@@ -149,7 +141,9 @@ def ask_all(
     answers = victim.ask([b for b, *_ in flat], sent, openings, [seed for _, _, seed, _ in flat])
     for (_, attempt, _, cost), answer in zip(flat, answers, strict=True):
         attempt["completion"] = answer
-        cost.asked(victim, attempt["sent"], attempt["opening"], answer)
+        if answer["finish_reason"] != NOT_ASKED:
+            cost.queries += 1
+            cost.forward_tokens += len(victim.encode(attempt["sent"], attempt["opening"])) + answer["tokens"]
 
 
 def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) -> dict[str, Any]:

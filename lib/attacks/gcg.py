@@ -14,36 +14,31 @@ For a model without reasoning the first four are the same, so it is attacked by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from lib import UserError
-from lib.attacks.core import Attempt, Budget, Cost, Step, a_try, attach, too_long
-from lib.attacks.suffix import Slot, around_suffix, check_target, surviving
+from lib.attacks.core import Attempt, Budget, Cost, a_try, ask_all, attach, too_long
+from lib.attacks.suffix import Slot, check_target, surviving
 from lib.attacks.victim import Victim
-from lib.chat import THINK_CLOSE, encode_text
-from lib.sampler import draw_seeds
+from lib.chat import THINK_CLOSE
 
-Search = Callable[..., list[dict]]  # 04_attack_eval.search
 CONTROL = "random_suffix"
 RANDOM_TRIES = 256  # tokens drawn for a position of a random suffix, until one survives the round trip
 TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compliant one
 
 
-def gcg(
-    variant: str, victim: Victim, behaviours, budget: Budget, generators, on_step: Step, search: Search
-) -> list[Attempt]:
+def gcg(variant: str, victim, behaviours, budget, generators, on_step, search) -> list[Attempt]:
     """One suffix for each behaviour."""
     attempts = []
     for behaviour, generator in zip(behaviours, generators, strict=True):
         cost, spend = Cost(), budget
-        target = aim(variant, victim, behaviour, budget, generator, cost)
-        if not fits(victim, behaviour, target, budget):
+        slot = Slot(victim, behaviour, aim(variant, victim, behaviour, budget, generator, cost), budget, cost)
+        if not slot.fits:
             attempts.append(too_long(behaviour, behaviour["prompt"], cost))
             continue
-        slot = Slot(victim, behaviour, target, budget, cost)
         if variant == CONTROL:
             draw_suffix(slot, generator)
             spend = replace(budget, gcg_steps=0)
@@ -52,14 +47,13 @@ def gcg(
     return attempts
 
 
-def universal_gcg(
-    victim: Victim, behaviours, budget: Budget, generators, on_step: Step, search: Search
-) -> list[Attempt]:
+def universal_gcg(victim, behaviours, budget, generators, on_step, search) -> list[Attempt]:
     """One suffix, searched for the first few behaviours and tried on all: does it carry over?"""
-    known = [b for b in behaviours[: budget.universal_behaviours] if fits(victim, b, check_target(b), budget)]
-    if not known:
+    first = behaviours[: budget.universal_behaviours]
+    slots = {b["id"]: Slot(victim, b, check_target(b), budget, Cost()) for b in first}
+    slots = {name: slot for name, slot in slots.items() if slot.fits}
+    if not slots:
         return [too_long(b, b["prompt"], Cost()) for b in behaviours]
-    slots = {b["id"]: Slot(victim, b, check_target(b), budget, Cost()) for b in known}
     trace = search(list(slots.values()), budget, generators[0], on_step)
     costs = {name: slot.cost.total() for name, slot in slots.items()}
     free = dict.fromkeys(Cost().total(), 0.0)  # a behaviour that it was not searched for costs nothing more
@@ -79,11 +73,10 @@ def aim(variant: str, victim: Victim, behaviour: dict, budget: Budget, generator
 
 def own_reasoning(victim: Victim, behaviour: dict, generator: torch.Generator, cost: Cost) -> str:
     """The first compliant one of a few reasonings about the behaviour's "twin"; "" if there is none."""
-    sent, seeds = behaviour["twin"], draw_seeds(generator, TWIN_SAMPLES)
-    twins = [{**behaviour, "prompt": sent, "context": ""}] * TWIN_SAMPLES
-    answers = victim.ask(twins, [sent] * TWIN_SAMPLES, [""] * TWIN_SAMPLES, seeds)
-    for answer in answers:
-        cost.asked(victim, sent, "", answer)
+    twin = {**behaviour, "prompt": behaviour["twin"], "context": ""}
+    tries = [a_try(k, twin["prompt"]) for k in range(TWIN_SAMPLES)]
+    ask_all(victim, [twin], [tries], [generator], [cost])
+    answers = [attempt["completion"] for attempt in tries]
     own = (a["reasoning"] for a in answers if a["well_formed"] and a["refusal"] == "none" and a["reasoning"])
     return next(own, "")
 
@@ -105,22 +98,14 @@ def draw_suffix(slot: Slot, generator: torch.Generator) -> None:
 
 def check_suffixes(victim: Victim, behaviours: Sequence[dict], budget: Budget) -> None:
     """UserError where no suffix can be searched for: before the first search."""
-    for behaviour in behaviours:
-        around_suffix(victim, behaviour, budget)
-    able = [b for b in behaviours if fits(victim, b, check_target(b), budget)]
+    slots = [Slot(victim, b, check_target(b), budget, Cost()) for b in behaviours]
+    able = [slot for slot in slots if slot.fits]
     if not able:
         raise UserError(
             f"gcg_suffix_tokens: given {budget.gcg_suffix_tokens}; with so many no request leaves "
             f"room for an answer in the context of {victim.name}: lower it"
         )
-    slot = Slot(victim, able[0], check_target(able[0]), budget, Cost())
-    draw_suffix(slot, torch.Generator().manual_seed(0))
-
-
-def fits(victim: Victim, behaviour: dict, target: str, budget: Budget) -> bool:
-    """Whether the victim can be sent the behaviour with a suffix, and be scored on the target behind it."""
-    sent = victim.encode(attach(behaviour["prompt"], budget.initial_suffix()))
-    return victim.fits(sent, len(encode_text(victim.tokenizer, target)))
+    draw_suffix(able[0], torch.Generator().manual_seed(0))
 
 
 def _attempt(behaviour: dict, trace: list[dict], cost: dict[str, float]) -> Attempt:

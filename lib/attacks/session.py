@@ -19,6 +19,7 @@ from lib.attacks.suffix import target_of
 from lib.attacks.table import ATTACKS, steps_of
 from lib.attacks.victim import Victim
 from lib.chat import encode_text
+from lib.metrics import SETS
 from lib.rewards import KINDS
 from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl, resume_log
@@ -27,12 +28,7 @@ from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import named, preset_values
 from lib.sampler import draw_seeds, random_numbers
 
-FILES = {  # set -> file of stage 1
-    "direct": "eval_harmful.jsonl",
-    "jailbreak": "eval_jailbreak.jsonl",
-    "harmless": "eval_harmless.jsonl",
-    "ambiguous": "eval_ambiguous.jsonl",
-}
+FILES = {name: f"eval_{name}.jsonl" for name in SETS} | {"direct": "eval_harmful.jsonl"}  # of stage 1
 FORGING = {"gcg_forged", "gcg_twin", "prefill_reasoning", "prefill_answer"}  # attacks that may use `forged`
 COPIED = ("id", "kind", "category", "hops", "prompt")  # from a record to its line of completions.jsonl
 Tries = dict[tuple[str, int], list[tuple[dict, dict]]]  # (set or attack, step) -> records, and what is sent
@@ -79,8 +75,8 @@ def read_sets(settings: Any, names: Sequence[str]) -> tuple[dict[str, list[dict]
         sets[name] = read_jsonl(path, needs, texts)[: settings.limit or None]
         for record in sets[name]:
             if record["kind"] not in KINDS:
-                wrong = f"{record['id']}: kind is {record['kind']!r}"
-                raise UserError(f"{path}: {wrong}; allowed: {', '.join(KINDS)}")
+                allowed = f"kind is {record['kind']!r}; allowed: {', '.join(KINDS)}"
+                raise UserError(f"{path}: {record['id']}: {allowed}")
     benign = sets.get("harmless") or sets.get("ambiguous")
     if not benign:
         missing = f"{folder / FILES['harmless']}: no such file, nor {FILES['ambiguous']}"
@@ -101,6 +97,7 @@ class Lab:
 
     def __init__(self, settings: Any, run: Any, judge: Any, search: Callable) -> None:
         self.settings, self.run, self.judge, self.search = settings, run, judge, search
+        self.how = {"device": run.device, "dtype": settings.dtype}
         self.loaded: Victim | None = None
         self.seconds: dict[str, float] = defaultdict(float)  # by model
         started = settings.overwrite or not (run.out / "attacks.jsonl").exists()
@@ -109,10 +106,10 @@ class Lab:
     def victim(self, model: Model) -> Victim:
         if self.loaded is None or self.loaded.name != model.name:
             self.loaded = None  # before the next one comes
-            settings, how = self.settings, {"device": self.run.device, "dtype": self.settings.dtype}
+            settings = self.settings
             self.loaded = Victim(
                 model.name,
-                load_policy(model.path, **how).requires_grad_(False),  # gradients are of the suffix
+                load_policy(model.path, **self.how).requires_grad_(False),  # gradients are of the suffix
                 load_tokenizer(model.path),
                 model.reasoning,
                 self.judge,
@@ -126,9 +123,9 @@ class Lab:
 
     @cached_property
     def attacker(self) -> Any:
-        settings, how = self.settings, {"device": self.run.device, "dtype": self.settings.dtype}
+        settings = self.settings
         limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
-        return load_attacker(settings.attacker, **how, **limits)
+        return load_attacker(settings.attacker, **self.how, **limits)
 
     def check(self, models: list[Model], sets: dict, behaviours: list[dict], names: Sequence[str]) -> None:
         """Tries attacker, models and judge, and encodes what models will read: a fault costs no search."""
@@ -160,10 +157,9 @@ class Lab:
         steps = 1 if attack.asks else max(1, steps_of(name, self.settings))
         total, label = steps * (len(behaviours) if attack.at_once else 1), f"{model.name}: {name}"
         with tqdm(total=total, desc=label, unit="step", disable=not self.run.leader) as bar:
-            on_step = bar.update if steps > 1 else lambda: None
             for begin in range(0, len(behaviours), together):
                 part, key = behaviours[begin : begin + together], {"model": model.name, "attack": name}
-                lines += self.attempts.part(key, part, partial(self._attempts, model, name, part, on_step))
+                lines += self.attempts.part(key, part, partial(self._attempts, model, name, part, bar.update))
                 bar.update(total * len(lines) // len(behaviours) - bar.n)
         self.seconds[model.name] += time.perf_counter() - began
         return lines
@@ -174,9 +170,7 @@ class Lab:
             mine = self.run.share(part)
         generators = [random_numbers(self.settings.seed, f"{name}/{b['id']}") for b in mine]
         given = [self.search] if attack.search else [self.attacker] if attack.attacker else []
-        attempts = []
-        if mine:
-            attempts = attack.run(self.victim(model), mine, self.settings, generators, on_step, *given)
+        attempts = attack.run(self.victim(model), mine, self.settings, generators, on_step, *given)
         return self.run.gather_lists([asdict(attempt) for attempt in attempts])
 
     def ask(self, model: Model, tries: Tries) -> list[dict]:
@@ -192,10 +186,8 @@ class Lab:
         numbers = random_numbers(self.settings.seed, f"{key['set']}/{key['step']}")  # the same for all models
         new = [(*pair, seed) for pair, seed in zip(asked, draw_seeds(numbers, len(asked)), strict=True)]
         mine = self.run.share([row for row in new if "completion" not in row[1]])
-        answers = []
-        if mine:
-            sent, openings = [t["sent"] for _, t, _ in mine], [t["opening"] for _, t, _ in mine]
-            answers = self.victim(model).ask([r for r, *_ in mine], sent, openings, [s for *_, s in mine])
+        sent, openings = [t["sent"] for _, t, _ in mine], [t["opening"] for _, t, _ in mine]
+        answers = self.victim(model).ask([r for r, *_ in mine], sent, openings, [s for *_, s in mine])
         found, lines = iter(self.run.gather_lists(answers)), []
         for record, attempt in asked:
             line = {name: record[name] for name in COPIED if name in record}
@@ -219,12 +211,11 @@ def check_prompts(victim: Victim, records: list[dict], path: Path) -> None:
 
 def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str], settings: Any) -> None:
     """UserError for what an attack needs and the model's tokenizer cannot read."""
-    needed = {"prefill": "prefill_answer" in names, "twin": "gcg_twin" in names}
-    needed["target"] = any(ATTACKS[name].target for name in names)
     for behaviour in behaviours:
-        for key in [key for key in needed if needed[key] and behaviour.get(key)]:
-            if not encode_text(victim.tokenizer, behaviour[key]):
-                nothing = f"its {key} {behaviour[key]!r} has no tokens"
+        texts = {key: behaviour.get(key) for key in ("prefill", "twin")} | {"target": target_of(behaviour)}
+        for key, text in texts.items():
+            if text and not encode_text(victim.tokenizer, text):
+                nothing = f"its {key} {text!r} has no tokens"
                 raise UserError(f"behaviour {behaviour['id']}: {nothing}; write another")
     if victim.reasoning and FORGING & {*names}:
         encode_text(victim.tokenizer, settings.forged)

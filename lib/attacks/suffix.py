@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ CPU_TOKENS = 2048  # a batch of candidates that stays in a CPU's caches: a tenth
 class Slot:
     """One behaviour: the token ids around its suffix, and the key-value cache of all that stands before it.
 
+    `fits`: it can be sent with a suffix, answered, and scored on the target. Only then may it be read.
+
     A forward pass is fed suffix, rest and target only; the cached prefix is shared. All candidates of a
     behaviour have equal length, so nothing is padded, and the result is that of a plain forward pass.
     """
@@ -47,11 +50,16 @@ class Slot:
         self.start = torch.tensor(start)  # (S,) int64
         self.target = torch.tensor(target_ids, device=device)  # (T,)
         self.tail = torch.tensor(self.rest + target_ids[:-1], device=device)  # the last is only predicted
-        self.cache = DynamicCache()
-        with torch.no_grad():
-            ids = torch.tensor([self.prefix], device=device)
-            self.model(input_ids=ids, cache=self.cache, use_cache=True, logits_to_keep=1)
-        self._count(1, len(self.prefix))
+        self.fits = victim.fits([*self.prefix, *start, *self.rest], len(target_ids))
+
+    @cached_property
+    @torch.no_grad()
+    def cache(self) -> DynamicCache:
+        """Of the prefix, which is read when it is first needed."""
+        cache, ids = DynamicCache(), torch.tensor([self.prefix], device=self.model.device)
+        self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+        self._count(ids)
+        return cache
 
     def logits(self, suffixes: Tensor) -> Tensor:
         """suffixes (N, S) int64 -> the logits that predict the target behind each, (N, T, vocab) fp32."""
@@ -59,12 +67,12 @@ class Slot:
         ids = torch.cat([suffixes.to(tail.device), tail], dim=1)  # (N, S + rest + T - 1)
         cache = repeat_row(self.cache, len(ids))
         logits = self.model(input_ids=ids, cache=cache, logits_to_keep=len(self.target)).logits.float()
-        self._count(len(ids), ids.shape[1])
+        self._count(ids)
         return logits
 
-    def _count(self, rows: int, tokens: int) -> None:
-        self.cost.queries += rows
-        self.cost.forward_tokens += rows * tokens
+    def _count(self, ids: Tensor) -> None:
+        self.cost.queries += len(ids)
+        self.cost.forward_tokens += ids.numel()
 
     @contextlib.contextmanager
     def watched_embeddings(self) -> Iterator[list[Tensor]]:
@@ -79,6 +87,7 @@ class Slot:
             self.cost.backward_tokens += embeds.shape[1]
             return seen[0].clone()  # CTRL scales in place
 
+        _ = self.cache  # the prefix is read before anybody listens
         hook = self.model.get_input_embeddings().register_forward_hook(keep)
         try:
             yield seen

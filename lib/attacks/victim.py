@@ -33,7 +33,7 @@ class Victim:
     judge: Any  # harm_score, task_score and refusal_labels of prompts and answers, see lib.judges
     max_new_tokens: int
     temperature: float
-    max_batch_tokens: int | None = None
+    max_batch_tokens: int = 16384
     system: str = ""  # a system prompt of its own
     progress: bool = True  # show a bar where an answer takes long
 
@@ -61,29 +61,27 @@ class Victim:
             with contextlib.suppress(UserError):  # an attacker may write what it cannot read: a failed try
                 if self.fits(ids := self.encode(text, opening)):
                     prompts[row] = ids
-        if prompts:
-            completions = self._sample(list(prompts.values()), [seeds[row] for row in prompts])
-            for row, completion in zip(prompts, completions, strict=True):
-                answers[row] = self._read(openings[row], completion)
-            self.judged([behaviours[row] for row in prompts], [answers[row] for row in prompts])
-        return answers
-
-    def _sample(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
+        if not prompts:
+            return answers
         # One that exceeds a batch's budget goes alone: the budget must not decide what is asked.
-        most = max(self.max_batch_tokens or 0, max(map(len, prompts)) + self.max_new_tokens)
+        longest = max(map(len, prompts.values())) + self.max_new_tokens
         try:
-            return sample(
+            completions = sample(
                 self.model,
-                prompts,
+                list(prompts.values()),
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer),
-                seeds=seeds,
-                max_batch_tokens=most if self.max_batch_tokens else None,
+                seeds=[seeds[row] for row in prompts],
+                max_batch_tokens=max(self.max_batch_tokens, longest),
                 progress=self.progress,
             )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"{self.name}: {error}") from error
+        for row, completion in zip(prompts, completions, strict=True):
+            answers[row] = self._read(openings[row], completion)
+        self.judged([behaviours[row] for row in prompts], [answers[row] for row in prompts])
+        return answers
 
     def _read(self, opening: str, completion: Completion) -> dict[str, Any]:
         encode = partial(encode_text, self.tokenizer)
@@ -103,9 +101,8 @@ class Victim:
     def judged(self, behaviours: list[dict], lines: list[dict]) -> None:
         """Writes harm, task and refusal into the lines; None where the judge gave no verdict.
 
-        It sees the behaviour as it was given, not the attacked text, and the answer without its reasoning;
-        if it asks for `contexts`, also the text that the behaviour is about. UserError for a score out of
-        range.
+        It sees the behaviour as it was given, not the attacked text; the answer without its reasoning; and
+        the texts that behaviours are about, if there are any. UserError for a score out of range.
         """
         requests, answers = [b["prompt"] for b in behaviours], [line["answer"] for line in lines]
         contexts = [b.get("context") or "" for b in behaviours]
@@ -114,10 +111,8 @@ class Victim:
         for behaviour, line, harm, task, label in zip(behaviours, lines, harms, tasks, labels, strict=True):
             for score in (harm, task):
                 if score is not None and not 0 <= score <= 1:  # not a number fails this, too
-                    of = f"{self.name}, {behaviour.get('id', behaviour['prompt'])}"
-                    raise UserError(
-                        f"--judge {self.judge.name}: gave {score} ({of}); allowed numbers in [0, 1]"
-                    )
+                    given = f"gave {score} ({self.name}, {behaviour.get('id', behaviour['prompt'])})"
+                    raise UserError(f"--judge {self.judge.name}: {given}; allowed numbers in [0, 1]")
             line |= {"harm": harm, "task": task, "refusal": label}
 
 

@@ -13,12 +13,11 @@ responses and 4 pairs a prompt.
 
     python -m lib.compare.rpo --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rpo
 
-**Offline.** Responses are pi_SFT's, the reference's own, and the same in every epoch. They are sampled anew
-each time instead of stored: their seeds depend on the prompt's place in the data alone, so nothing has to be
-kept, and a step costs what one of GRPO costs.
+**Offline.** Responses are the reference's own, the same in every epoch. They are sampled anew instead of
+stored, with seeds that depend on the prompt's place in the data alone: a step costs what one of GRPO costs.
 
-**Temperature.** A sequence's log-probability is the sum over its tokens at temperature 1, whatever the
-temperature of sampling: the loss is about the model, and the sampling only picks what is compared.
+**Temperature.** A sequence's log-probability is the sum over its tokens at temperature 1, however it was
+sampled: the loss is about the model, and the sampling only picks what is compared.
 
 What it writes, and how it resumes, is as in 03_rl_train.py.
 """
@@ -70,10 +69,11 @@ class Settings(Training):
 
 @dataclass
 class Response:
-    """What `lib.run.logs.describe` shows of a completion."""
+    """What rollouts.jsonl shows of it, and what the loss needs."""
 
-    record: dict
-    prompt_ids: list[int]
+    record: dict  # of its prompt
+    ids: list[int]  # (T,) of prompt and completion
+    mask: list[bool]  # (T,) True on the completion
     completion: Completion
     text: str
     parsed: Parsed
@@ -84,31 +84,11 @@ class Response:
     reward: float | None = None
     advantage: float = 0.0  # has none
 
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt_ids + self.completion.token_ids
-
-    @property
-    def mask(self) -> list[bool]:
-        return [False] * len(self.prompt_ids) + [True] * len(self.completion.token_ids)
-
-
-def response_seeds(places: Sequence[int], group_size: int, seed: int) -> list[list[int]]:
-    """Seeds of the responses to the prompts at these places in the data: the same in every epoch."""
-    seeds = []
-    for place in places:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
-        seeds.append(torch.randint(2**62, (group_size,), generator=generator).tolist())
-    return seeds
-
 
 def collect_responses(reference, tokenizer, prompts, judge, settings, run) -> list[Response]:
-    """G responses to each prompt of this process's share, with rewards; those of one prompt together.
-
-    Seeds depend on a prompt's place in the data: they are the same in every epoch.
-    """
+    """G responses to each prompt of this process's share, with rewards; those of one prompt together."""
     prompts, seeds, size = run.share(prompts), [], settings.group_size
-    for prompt in prompts:
+    for prompt in prompts:  # by its place in the data: the same in every epoch
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + prompt.place)
         seeds += torch.randint(2**62, (size,), generator=generator).tolist()
     with run.sampling(reference):
@@ -129,7 +109,9 @@ def collect_responses(reference, tokenizer, prompts, judge, settings, run) -> li
         prompt, text = prompts[i // size], decode(tokenizer, completion.token_ids)
         parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
         tokens, refusal = len(encode_text(tokenizer, parsed.reasoning)), refusal_label(parsed.answer)
-        responses.append(Response(prompt.record, prompt.ids, completion, text, parsed, tokens, refusal))
+        ids = prompt.ids + completion.token_ids
+        mask = [False] * len(prompt.ids) + [True] * len(completion.token_ids)
+        responses.append(Response(prompt.record, ids, mask, completion, text, parsed, tokens, refusal))
     asked, answers = [r.record["prompt"] for r in responses], [r.parsed.answer for r in responses]
     scores = zip(responses, judge.harm_score(asked, answers), judge.task_score(asked, answers), strict=True)
     for response, harm, task in scores:
@@ -181,16 +163,15 @@ def update_on_preferences(policy, reference, optimizer, responses, pad_id, setti
     """One step on the mean loss over the pairs of all processes. The two of a pair are in one micro-batch.
 
     Without any pair no step is taken: that of AdamW would still be one of weight decay and old momentum.
-    Returns loss, pairs, tied_pairs, pair_accuracy (share of margins > 0), margin, the gradient norm before
-    clipping, and means over the pairs' tokens of entropy and kl: k3 of KL(reference || policy), roughly,
-    since these tokens are samples of the reference (at the sampling temperature).
+    pair_accuracy is the share of margins > 0; entropy and kl are means over the pairs' tokens. These are
+    samples of the reference, so kl is k3 of KL(reference || policy), at the sampling temperature roughly.
     """
     pairs, ties = preference_pairs([r.reward for r in responses], settings.group_size)
     counts = run.total({"pairs": len(pairs), "tied_pairs": ties})
-    sums = dict.fromkeys(("loss", "kl", "entropy", "pair_accuracy", "margin", "tokens"), 0.0)
     if not counts["pairs"]:
-        nothing = dict.fromkeys(("kl", "entropy", "pair_accuracy", "margin"))
-        return {"loss": 0.0, **nothing, **counts, "grad_norm": 0.0}
+        unknown = dict.fromkeys(("kl", "entropy", "pair_accuracy", "margin"))
+        return {"loss": 0.0, **unknown, **counts, "grad_norm": 0.0}
+    sums = dict.fromkeys(("loss", "kl", "entropy", "pair_accuracy", "margin", "tokens"), 0.0)
     sizes = [2 * max(len(responses[i].ids) for i in pair) for pair in pairs]
     for indices in run.rounds(sizes, settings.max_batch_tokens):
         batch = [pairs[i] for i in indices] or [(0, 0)]
@@ -207,12 +188,9 @@ def update_on_preferences(policy, reference, optimizer, responses, pad_id, setti
         losses, margin = rpo_loss(pi_w, pi_l, ref_w, ref_l, lengths, settings.rpo_beta, settings.rpo_alpha)
         loss = losses.sum() / counts["pairs"] * bool(indices)
         run.backward(loss)
-        sums["loss"] += loss.item()
-        sums["kl"] += k3((logprobs.detach() - reference_logprobs)[mask]).sum().item()
-        sums["entropy"] += entropy[mask].sum().item()
-        sums["pair_accuracy"] += (margin > 0).sum().item()
-        sums["margin"] += margin.detach().sum().item()
-        sums["tokens"] += mask.sum().item()
+        found = {"loss": loss, "kl": k3((logprobs - reference_logprobs)[mask]).sum(), "tokens": mask.sum()}
+        found |= {"entropy": entropy[mask].sum(), "pair_accuracy": (margin > 0).sum(), "margin": margin.sum()}
+        sums = {name: sums[name] + found[name].item() for name in sums}
     sums = run.total(sums)
     per = {"loss": 1, "kl": sums["tokens"], "entropy": sums["tokens"]}
     means = {key: sums[key] / per.get(key, counts["pairs"]) for key in sums if key != "tokens"}

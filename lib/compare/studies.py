@@ -19,14 +19,14 @@ class Study:
     seeds: int  # so many, unless told otherwise
     first_seed: int  # those below were looked at while the world was made, or belong to another study
     runs: dict[str, str]
-    means: dict[str, str]  # figure: the others whose mean it is, A + B, or a difference of means, A + B - C
-    shown: str  # of the other figures, a regular expression
+    means: dict[str, str]  # figure: of others the mean, A + B, or a difference of means, A + B - C
+    shown: str  # the other figures, a regular expression
     claims: Mapping[tuple[str, str], Sequence[str]]  # (model or method, another): figures to subtract
     curves: dict[str, dict[str, str]] = field(default_factory=dict)  # method: {lambda: model}
 
 
-def evaluate(flags: str, *models: str) -> str:
-    paths = [f"{model}=lib/sandbox/base" if model == "base" else f"{model}=@{model}" for model in models]
+def evaluate(flags: str, models: str) -> str:
+    paths = [f"{name}=lib/sandbox/base" if name == "base" else f"{name}=@{name}" for name in models.split()]
     return f"04_attack_eval.py --data @data {flags} --models {' '.join(paths)}"
 
 
@@ -39,7 +39,7 @@ REPLICATE = {
     "sft-direct": "02_sft_warmstart.py --data @data --no-reasoning",
     "rl-direct": f"03_rl_train.py --data @data --model @sft-direct {DIRECT}",
     "tars": "03_rl_train.py --data @data --model @sft",
-    "eval-main": evaluate("--direct base", "base", "sft", "rl-direct", "tars"),
+    "eval-main": evaluate("--direct base", "base sft rl-direct tars"),
 }
 # Heavy is 10/3 of the rate and twice the epochs, as in the paper. An early stop would keep the best of them.
 ABLATIONS = REPLICATE | {
@@ -53,9 +53,7 @@ ABLATIONS = REPLICATE | {
     "harmful-only": "03_rl_train.py --data @data-harmful-only --model @sft",
     "plain-only": "03_rl_train.py --data @data-plain-only --model @sft",
     "heavy": "03_rl_train.py --data @data --model @sft-heavy",
-    "eval-ablations": evaluate(
-        "--behaviours 0", "lambda-0.1", "lambda-0.9", "harmful-only", "plain-only", "heavy"
-    ),
+    "eval-ablations": evaluate("--behaviours 0", "lambda-0.1 lambda-0.9 harmful-only plain-only heavy"),
 }
 TOKENS = "reasoning_tokens/{0}/3 hops + reasoning_tokens/{0}/4 hops"  # at equal depth
 MEANS = {
@@ -77,12 +75,12 @@ ABLATED = {
 
 # ---- the frontier, the paper's Figure 2: each method at each lambda, from one pi_SFT, on the same evaluation
 
+# The paper's rate is ten times that of its light SFT; of 2e-4, 6e-4 and 2e-3 the best on prompts held out.
+EIGHT = "--traces sft_rl.jsonl --learning-rate 6e-4 --epochs 1"
 METHODS = {
     "tars": "03_rl_train.py --data @data-LAMBDA --model @sft",
     "rl-direct": f"03_rl_train.py --data @data-LAMBDA --model @sft-direct {DIRECT}",
-    # the paper's rate is ten times that of its light SFT; of 2e-4, 6e-4 and 2e-3 the best on prompts held out
-    "sft8": "02_sft_warmstart.py --data @data-LAMBDA --model @sft --traces sft_rl.jsonl "
-    "--learning-rate 6e-4 --epochs 1",
+    "sft8": f"02_sft_warmstart.py --data @data-LAMBDA --model @sft {EIGHT}",
     "rpo": "-m lib.compare.rpo --data @data-LAMBDA --model @sft",
     # an answer without reasoning is about a third as long: in three epochs, as many tokens as tars
     "rl-direct-long": f"03_rl_train.py --data @data-LAMBDA --model @sft-direct {DIRECT} --epochs 3",
@@ -91,7 +89,7 @@ METHODS = {
 
 def frontier(lambdas: Sequence[float], methods: Sequence[str]) -> Study:
     runs = {name: REPLICATE[name] for name in ("data", "sft", "sft-direct")}
-    runs["eval-references"] = evaluate("--behaviours 12 --direct base", "base", "sft")
+    runs["eval-references"] = evaluate("--behaviours 12 --direct base", "base sft")
     curves = {"base": {"": "base"}, "sft": {"": "sft"}}
     for share in map(str, lambdas):
         runs[f"data-{share}"] = f"01_build_mixture.py --lambda-harmful {share} --rl-traces 8"
@@ -115,8 +113,8 @@ RAINBOW = {
     "data-with": "01_build_mixture.py --rainbow @sft",
     "without": "03_rl_train.py --data @data --model @sft",
     "with": "03_rl_train.py --data @data-with --model @sft",
-    "eval-asking": evaluate("--attacks pair best_of_n pap --behaviours 60", "without", "with"),
-    "eval-gcg": evaluate("--attacks gcg --behaviours 24", "without", "with"),
+    "eval-asking": evaluate("--attacks pair best_of_n pap --behaviours 60", "without with"),
+    "eval-gcg": evaluate("--attacks gcg --behaviours 24", "without with"),
 }
 ATTACKS = ["dsr/direct", "dsr/jailbreak"]
 ATTACKS += [f"dsr/plain_or_{attack}" for attack in ("pair", "best_of_n", "pap", "gcg")]

@@ -18,13 +18,12 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,72 +35,63 @@ from lib.compare.studies import COMPLIANCE, SAFETY, STUDIES, TASK, Study
 from lib.metrics import Interval, student_t
 from lib.run.command import Flags, number, run_main
 from lib.run.files import read_jsonl, write_json, write_text
-from lib.run.folder import lock_folder
-from lib.run.settings import LAST_SEED
+from lib.run.folder import lock_folder, read_settings
 
 Key = tuple[str, str]  # a model, a method or a difference; and a figure of it
-Figures = dict[Key, float]
 Curves = dict[str, dict[str, str]]
+Commands = dict[Path, list[str]]  # a run's folder, OUT/seed-K/NAME: arguments for `python`
 SECTIONS = "dsr dsr_by_budget controls plane task_score compliance format_rate reasoning_tokens".split()
-OTHER = r"@([\w.-]+)"  # another run, in a command
 
 
 # ---- running
 
 
-@dataclass(frozen=True)
-class Run:
-    """A line of a table, for one seed: OUT/seed-K/NAME."""
-
-    out: Path
-    seed: int
-    name: str
-    command: str
-
-    def path(self, name: str) -> Path:
-        return self.out / f"seed-{self.seed}" / name
-
-    def needs(self) -> set[Path]:
-        return {self.path(name) for name in re.findall(OTHER, self.command)}
-
-    def words(self) -> list[str]:
-        """Arguments for `python`."""
-        words = [re.sub(OTHER, lambda name: str(self.path(name[1])), word) for word in self.command.split()]
-        return [*words, "--seed", str(self.seed), "--out", str(self.path(self.name))]
-
-    def start(self) -> subprocess.Popen:
-        """In a session of its own: Ctrl-C reaches this process alone, which then ends its children."""
-        log = self.path(f"{self.name}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        how: dict[str, Any] = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
-        with log.open("a", encoding="utf-8") as file:
-            print("$ python", shlex.join(self.words()), file=file, flush=True)
-            return subprocess.Popen([sys.executable, *self.words()], stdout=file, stderr=file, **how)
+def commands_of(study: Study, folder: Path, flags: str) -> Commands:
+    """The study's runs for one seed, in `folder`, which stands in the place of @."""
+    commands: Commands = {}
+    for name, command in study.runs.items():
+        words = f"{command} {flags} --out @{name}".split()
+        commands[folder / name] = [word.replace("@", f"{folder}/") for word in words]
+    return commands
 
 
-def run_all(runs: Sequence[Run], jobs: int) -> None:
+def needs(out: Path, commands: Commands) -> set[Path]:
+    """The other runs that it reads: named as FOLDER or NAME=FOLDER."""
+    paths = {Path(part) for word in commands[out] for part in (word, word.partition("=")[2])}
+    return paths & commands.keys() - {out}
+
+
+def begin(out: Path, words: Sequence[str]) -> subprocess.Popen:
+    """In a session of its own: Ctrl-C reaches this process alone, which then ends its children."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    how: dict[str, Any] = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    with open(f"{out}.log", "a", encoding="utf-8") as file:
+        print("$ python", *words, file=file, flush=True)
+        return subprocess.Popen([sys.executable, *words], stdout=file, stderr=file, **how)
+
+
+def run_all(commands: Commands, jobs: int) -> None:
     """Run each once what it needs is there, `jobs` at a time, the first ones first.
 
     Raises UserError with the last line of the first one that fails, and ends the others: a stage loses
     nothing that it had saved, whatever ends it.
     """
-    waiting, done = list(runs), set[Path]()
-    running: dict[Run, subprocess.Popen] = {}
+    waiting, done = list(commands), set[Path]()
+    running: dict[Path, subprocess.Popen] = {}
     try:
-        with tqdm(total=len(runs), unit="run") as bar:
+        with tqdm(total=len(commands), unit="run") as bar:
             while waiting or running:
-                ready = [run for run in waiting if run.needs() <= done]
-                for run in ready[: jobs - len(running)]:
-                    waiting.remove(run)
-                    running[run] = run.start()
-                    bar.set_postfix_str(", ".join(f"{run.name} of {run.seed}" for run in running))
+                ready = [out for out in waiting if needs(out, commands) <= done]
+                for out in ready[: jobs - len(running)]:
+                    waiting.remove(out)
+                    running[out] = begin(out, commands[out])
                 time.sleep(0.1)
-                for run in [run for run, child in running.items() if child.poll() is not None]:
-                    if running.pop(run).returncode:
-                        log = run.path(f"{run.name}.log")
-                        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-                        raise UserError(f"{log}: {last}; then run the same command again")
-                    done.add(run.path(run.name))
+                for out in [out for out, child in running.items() if child.poll() is not None]:
+                    if running.pop(out).returncode:
+                        log = Path(f"{out}.log").read_text(encoding="utf-8", errors="replace")
+                        last = log.strip().splitlines()[-1]
+                        raise UserError(f"{out}.log: {last}; then run the same command again")
+                    done.add(out)
                     bar.update()
     finally:
         for child in running.values():
@@ -113,20 +103,15 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
 # ---- reading: {(model, figure): value} of one seed
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def training_tokens(run: Path) -> float:
     """Tokens of completions that a run of stage 2 or 3 has sampled, plus those that it has trained on.
 
     Stage 3 logs both as rates and seconds; RPO trains on the pairs that are no ties. Stage 2 samples nothing
-    and trains on `batch_size` traces an update: words, which are tokens in the sandbox, two markers and an
-    end.
+    and trains on `batch_size` traces an update: words, which are tokens in the sandbox, two markers, an end.
     """
     lines, total = read_jsonl(run / "metrics.jsonl"), 0.0
     if "seconds_train" not in lines[0]:
-        settings = read_json(run / "settings.json")
+        settings = read_settings(run)
         traces = read_jsonl(Path(settings["data"]) / settings["traces"])
         length = fmean(len(f"{trace['reasoning']} {trace['answer']}".split()) + 3 for trace in traces)
         return round(len(lines) * settings["batch_size"] * length)
@@ -151,28 +136,23 @@ def flat(results: Any, path: str) -> dict[str, float]:
     return means
 
 
-def read_model(folder: Path, model: str, results: dict) -> dict[str, float]:
-    """What an evaluation says of a model, what its training has cost, and what rainbow teaming found for
-    it."""
-    figures: dict[str, float] = {}
-    for section in SECTIONS:
-        figures |= flat(results.get(section, {}), section)
-    if (folder / model / "metrics.jsonl").exists():
-        figures["training tokens"] = training_tokens(folder / model)
-    if (path := folder / f"data-{model}" / "rainbow" / "archive.json").exists():
-        archive = read_json(path)
-        figures |= flat(archive["harm"], "rainbow/harm") | {"rainbow/filled": archive["filled"]}
-    return figures
-
-
-def read_seed(study: Study, folder: Path) -> Figures:
-    """Of what two evaluations measured, the first one's. Then the study's means, areas and differences."""
-    models: dict[str, dict[str, float]] = {}
+def read_seed(study: Study, folder: Path) -> dict[Key, float]:
+    """Of what two evaluations measured, the first one's; what a model's training has cost, and what rainbow
+    teaming found for it. Then the study's means, areas and differences.
+    """
+    models: dict[str, dict[str, float]] = defaultdict(dict)
     for name in [name for name in study.runs if name.startswith("eval-")]:
-        for model, results in read_json(folder / name / "results.json")["models"].items():
-            models[model] = read_model(folder, model, results) | models.get(model, {})
-    figures: Figures = {}
+        measured = json.loads((folder / name / "results.json").read_text())["models"]
+        for model, results in measured.items():
+            for section in SECTIONS:
+                models[model] = flat(results.get(section, {}), section) | models[model]
+    figures: dict[Key, float] = {}
     for model, found in models.items():
+        if (folder / model / "metrics.jsonl").exists():
+            found["training tokens"] = training_tokens(folder / model)
+        if (path := folder / f"data-{model}" / "rainbow" / "archive.json").exists():
+            archive = json.loads(path.read_text())
+            found |= flat(archive["harm"], "rainbow/harm") | {"rainbow/filled": archive["filled"]}
         figures |= {(model, name): mean_of(found, spec) for name, spec in study.means.items()}
         figures |= {(model, name): value for name, value in found.items() if re.fullmatch(study.shown, name)}
     for method, curve in study.curves.items():
@@ -191,10 +171,8 @@ def mean_of(found: dict[str, float], spec: str) -> float:
     >>> mean_of({"a": 1.0, "b": 0.5, "c": 0.25}, "a + b - c")
     0.5
     """
-    first, *rest = (
-        fmean(found.get(name, math.nan) for name in side.split(" + ")) for side in spec.split(" - ")
-    )
-    return first - sum(rest)
+    sides = [[found.get(name, math.nan) for name in side.split(" + ")] for side in spec.split(" - ")]
+    return fmean(sides[0]) - sum(map(fmean, sides[1:]))
 
 
 def dominated_area(points: Iterable[tuple[float, float]]) -> float:
@@ -210,7 +188,7 @@ def dominated_area(points: Iterable[tuple[float, float]]) -> float:
     return area
 
 
-def difference(figures: Figures, curves: Curves, ours: str, other: str, name: str) -> float:
+def difference(figures: dict[Key, float], curves: Curves, ours: str, other: str, name: str) -> float:
     """Of two models; of methods at equal lambda, then averaged: what has no lambda is the same at each."""
     if (ours, name) in figures:
         return figures[ours, name] - figures[other, name]
@@ -237,12 +215,10 @@ def shown(ci: Interval, sign: str) -> str:
 
 def table(intervals: dict[Key, Interval]) -> list[str]:
     """Markdown: models and differences by figures, the longer side down."""
-    cells = {
-        (model, name): shown(ci, "+" if " - " in model else "") for (model, name), ci in intervals.items()
-    }
+    cells = {key: shown(ci, "+" if " - " in key[0] else "") for key, ci in intervals.items()}
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     if len(columns) > len(rows):
-        rows, columns, cells = columns, rows, {(name, model): cell for (model, name), cell in cells.items()}
+        rows, columns, cells = columns, rows, {key[::-1]: cell for key, cell in cells.items()}
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     lines += [[row, *(cells.get((row, column), "-") for column in columns)] for row in rows]
     return [f"| {' | '.join(line)} |" for line in lines]
@@ -255,11 +231,9 @@ def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
     for axes, axis in zip(panels, (TASK, COMPLIANCE), strict=True):
         for method, curve in curves.items():
             x, y = ([intervals[model, name] for model in curve.values()] for name in (SAFETY, axis))
-            means = [[ci["mean"] for ci in side] for side in (x, y)]
+            means, dots = ([[ci[key] for ci in side] for side in (x, y)] for key in ("mean", "each"))
             (line,) = axes.plot(*means, "o-", label=method)
-            axes.plot(
-                *([ci["each"] for ci in side] for side in (x, y)), ".", color=line.get_color(), alpha=0.4
-            )
+            axes.plot(*dots, ".", color=line.get_color(), alpha=0.4)
             for share, *place in zip(curve, *means, strict=True):
                 axes.annotate(share, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
         axes.set(xlabel=SAFETY, ylabel=axis, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
@@ -267,7 +241,7 @@ def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def write(name: str, study: Study, out: Path, seeds: Sequence[Figures]) -> str:
+def write(name: str, study: Study, out: Path, seeds: Sequence[dict[Key, float]]) -> str:
     """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text."""
     each = {key: [seed.get(key, math.nan) for seed in seeds] for key in seeds[0]}
     intervals = {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
@@ -276,16 +250,14 @@ def write(name: str, study: Study, out: Path, seeds: Sequence[Figures]) -> str:
     many = f"Mean over {len(seeds)} seeds [95 % interval, Student's t]; the lowest seed."
     lines = [f"# {name}", "", many if len(seeds) > 1 else "One seed: no intervals."]
     lines += ["Differences are paired by seed, and averaged over lambdas.", "", *table(intervals), ""]
-    lines += [
-        f"- {name}: mean of {spec.replace(' - ', ', minus mean of ')}" for name, spec in study.means.items()
-    ]
+    specs = {key: spec.replace(" - ", ", minus mean of ") for key, spec in study.means.items()}
+    lines += [f"- {key}: mean of {spec}" for key, spec in specs.items()]
     with contextlib.suppress(ImportError):  # without matplotlib, the table says the same
         from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained")
-        draw(
-            figure, study.curves or {model: {"": model} for model, _ in each if " - " not in model}, intervals
-        )
+        points = {model: {"": model} for model, _ in each if " - " not in model}
+        draw(figure, study.curves or points, intervals)
         figure.savefig(out / f"{name}.png", dpi=150)
         lines += ["", f"![safety against help]({name}.png)"]
     write_text(out / f"{name}.md", "\n".join([*lines, ""]))
@@ -296,7 +268,6 @@ def main() -> None:
     flags, whole = Flags("lib.compare.study", __doc__), number(int, 1, 1000)
     flags.add_argument("study", choices=list(STUDIES))
     flags.add_argument("--seeds", type=whole, help="how many; of one there is no interval")
-    flags.add_argument("--first-seed", type=number(int, 0, LAST_SEED), help="the first of them")
     flags.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="runs at a time, a core each")
     flags.add_argument("--preset", default="sandbox", help="of all runs (default sandbox)")
     flags.add_argument("--out", help="folder (default runs/replicate, runs/frontier or runs/rainbow)")
@@ -305,10 +276,11 @@ def main() -> None:
     out = Path(args.out or f"runs/{study.folder}")
     lock_folder(out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
-    first = study.first_seed if args.first_seed is None else args.first_seed
-    seeds = range(first, first + (args.seeds or study.seeds))
-    runs = [Run(out, s, name, f"{c} --preset {args.preset}") for s in seeds for name, c in study.runs.items()]
-    run_all(runs, args.jobs)
+    commands: Commands = {}
+    seeds = range(study.first_seed, study.first_seed + (args.seeds or study.seeds))
+    for seed in seeds:
+        commands |= commands_of(study, out / f"seed-{seed}", f"--preset {args.preset} --seed {seed}")
+    run_all(commands, args.jobs)
     print(write(args.study, study, out, [read_seed(study, out / f"seed-{seed}") for seed in seeds]))
 
 

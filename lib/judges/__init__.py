@@ -5,12 +5,12 @@
 
 Skip this room at first: the sandbox has an exact judge of its own, and chapters call nothing else. Inside are
 
-    guards      qwen3guard, llama-guard; grm, the paper's reward model
-    harmbench   the paper's judge of attacks     graders    strongreject and rubric: a chat model is asked
-    moderation  OpenAI's API                     refusals   phrases; standin: crude, needs no download
+    guards      qwen3guard, llama-guard; harmbench, the paper's judge of attacks; grm, its reward model
+    graders     strongreject and rubric: a chat model is asked       moderation  OpenAI's API
+    refusals    phrases; standin: crude, needs no download
     language_model   what judges that are models share
 
-Tests: tests/test_judges.py (names, graders, HarmBench), tests/test_guards.py (guards, grm, moderation).
+Tests: tests/test_judges.py (names, graders, moderation), tests/test_guards.py (models trained to judge).
 """
 
 from __future__ import annotations
@@ -21,30 +21,34 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lib import UserError
+from lib.judges import guards, moderation
+from lib.judges.graders import grader, parse_grade, parse_harm, parse_refusal, parse_unsafe
 from lib.judges.refusals import refusal_label, refusal_labels
 from lib.rewards import Labels, Score
 
 __all__ = ["Judge", "load_judge", "refusal_label"]
 
 GRADER = "Qwen/Qwen2.5-7B-Instruct"
-TABLES = {  # function -> {name: module of this room, its function (model, device) -> Score, published model}
+TABLES: dict[str, dict[str, tuple[Callable, str]]] = {  # what opens it, (model, device) -> Score; a model
     "harm_score": {
-        "qwen3guard": ("guards", "qwen3guard", "Qwen/Qwen3Guard-Gen-0.6B"),
-        "llama-guard": ("guards", "llama_guard", "meta-llama/Llama-Guard-3-8B"),
-        "harmbench": ("harmbench", "harm_judge", "cais/HarmBench-Llama-2-13b-cls"),
-        "strongreject": ("graders", "strongreject", GRADER),
-        "rubric": ("graders", "rubric_harm", GRADER),
-        "moderation": ("moderation", "harm_judge", "omni-moderation-latest"),
+        "qwen3guard": (guards.qwen3guard, "Qwen/Qwen3Guard-Gen-0.6B"),
+        "llama-guard": (guards.llama_guard, "meta-llama/Llama-Guard-3-8B"),
+        "harmbench": (guards.harmbench, "cais/HarmBench-Llama-2-13b-cls"),
+        "strongreject": (partial(grader, "strongreject", parse_harm), GRADER),
+        "rubric": (partial(grader, "safety", parse_unsafe), GRADER),
+        "moderation": (moderation.harm_judge, "omni-moderation-latest"),
     },
     "task_score": {
-        "grm": ("guards", "grm", "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"),
-        "grm-8b": ("guards", "grm", "Ray2333/GRM-llama3-8B-distill"),
-        "rubric": ("graders", "rubric_task", GRADER),
+        "grm": (guards.reward_model, "Ray2333/GRM-Llama3.2-3B-rewardmodel-ft"),
+        "grm-8b": (guards.reward_model, "Ray2333/GRM-llama3-8B-distill"),
+        "skywork": (guards.reward_model, "Skywork/Skywork-Reward-V2-Qwen3-0.6B"),
+        "rubric": (partial(grader, "help", parse_grade), GRADER),
     },
-    "refusal_labels": {"strongreject": ("graders", "strongreject_refusals", GRADER)},
+    "refusal_labels": {"strongreject": (partial(grader, "strongreject", parse_refusal), GRADER)},
 }
 OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.refusals", "phrases": "lib.judges.refusals"}
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
@@ -74,19 +78,18 @@ def load_judge(name: str, refusals: str = "phrases") -> Judge:
     known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TABLES['task_score'])})(?:[=@].*)?)", name)
     match = known or re.fullmatch(r"(.*)\+(.*)", name)
     harm, task = match.groups() if match else (name, name)
-    openers = [find("--judge", harm, "harm_score"), find("--judge", task, "task_score")]
-    openers.append(find("--refusals", refusals, "refusal_labels"))  # all are found before one is opened
-    return Judge(name, *[opener() for opener in openers])
+    wanted = [("--judge", harm, "harm_score"), ("--judge", task, "task_score")]
+    wanted.append(("--refusals", refusals, "refusal_labels"))
+    openers = [find(*part) for part in wanted]  # all are found before one is opened: that may take a while
+    return Judge(name, *[checked(*part, opener()) for part, opener in zip(wanted, openers, strict=True)])
 
 
 def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
-    """What opens this function of the judge `part`; it may take a while. UserError at once if it has none."""
+    """What opens this function of the judge `part`. Raises UserError if it has none."""
     match, table = PART.fullmatch(part), TABLES[function]
     if match and match["name"] in table:
-        path, opener, published = table[match["name"]]
-        open_model = getattr(importlib.import_module(f"lib.judges.{path}"), opener)
-        model = match["model"] or published, match["device"] or ""
-        return lambda: checked(flag, part, open_model(*model))
+        opener, published = table[match["name"]]
+        return lambda: opener(match["model"] or published, match["device"] or "")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -94,21 +97,21 @@ def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
     except (ImportError, ValueError, TypeError, SyntaxError) as error:
         allowed = f"allowed {', '.join([*table, *OWN])} or a module of yours ({HINT})"
         raise UserError(f"{flag}: given {part or 'none'} for {function}; {allowed}: {error}") from error
-    if not callable(getattr(module, function, None)):
+    if not hasattr(module, function):
         raise UserError(f"{flag}: {part} has no function {function}(prompts, answers): write one")
-    return lambda: checked(flag, part, getattr(module, function))
+    return lambda: getattr(module, function)
 
 
-def checked(flag: str, part: str, function: Callable) -> Callable:
-    """`function` with a verdict on each answer: a float, a label, or None. It is told contexts if it asks."""
-    takes_contexts = "contexts" in inspect.signature(function).parameters
+def checked(flag: str, part: str, function: str, judged: Callable) -> Callable:
+    """`judged` with a verdict on each answer: a float, a label, or None. It is told contexts if it asks."""
+    takes_contexts = "contexts" in inspect.signature(judged).parameters
 
     def verdicts(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list:
         told = {"contexts": contexts} if contexts and takes_contexts else {}
-        found = list(function(prompts, answers, **told))
+        found = list(judged(prompts, answers, **told))
         if len(found) != len(answers):
             raise UserError(f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers")
-        if flag == "--judge":
+        if function != "refusal_labels":
             return [None if score is None else float(score) for score in found]
         if not {*found} <= {"full", "partial", "none", None}:
             raise UserError(f"{flag}: {part} gave {found[:3]} ...: give full, partial, none or None")

@@ -7,20 +7,19 @@ end its place in the prompt: `as_material`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
-from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 from lib import UserError
 from lib.batches import micro_batches, pad_batch
-from lib.chat import decode, encode_text, eos_token_ids, render
+from lib.chat import decode, eos_token_ids
 from lib.policy import context_of, hidden_states
 from lib.run.hub import dtype_to_infer, load_policy, load_pretrained, load_tokenizer, read_tokenizer
 from lib.run.processes import pick_device
@@ -45,40 +44,34 @@ class LanguageModel:
         self.tokenizer = load_tokenizer(name) if chat else load_pretrained(read_tokenizer, name, "tokenizer")
         self.config = load_pretrained(AutoConfig.from_pretrained, name, "model configuration")
         self.context = context_of(self.config)
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = {*added, *self.tokenizer.all_special_tokens}  # texts that are read as special tokens
 
     @cached_property
     def model(self) -> PreTrainedModel:
         return load_policy(self.name, device=self.device, dtype=dtype_to_infer(self.device))
 
-    @cached_property
-    def special(self) -> list[str]:
-        """Every text that is read as a special token, the longest first."""
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        return sorted({*added, *self.tokenizer.all_special_tokens}, key=lambda token: (-len(token), token))
-
-    def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str | None]:
-        """What it writes after each list of token ids; None after one that its context cannot hold."""
-        texts: list[str | None] = [None] * len(prompts)
-        fitting = [i for i, ids in enumerate(prompts) if len(ids) + max_new_tokens <= self.context]
+    def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """What it writes after each list of token ids; "" after one that its context cannot hold."""
+        fits = [len(ids) + max_new_tokens <= self.context for ids in prompts]
+        fitting = list(compress(prompts, fits))
         if not fitting:
-            return texts
-        longest = max(len(prompts[i]) for i in fitting) + max_new_tokens
+            return [""] * len(prompts)
         budget = CACHE_TOKENS if self.chat and self.device.type == "cuda" else BATCH_TOKENS
         try:
             completions = sample(
                 self.model,
-                [prompts[i] for i in fitting],
+                fitting,
                 max_new_tokens=max_new_tokens,
                 temperature=0.0,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer) if self.chat else [],
-                max_batch_tokens=max(budget, longest),
+                max_batch_tokens=max(budget, max(map(len, fitting)) + max_new_tokens),
                 progress=True,
             )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"--judge: {self.name}: {error}") from error
-        for i, completion in zip(fitting, completions, strict=True):
-            texts[i] = decode(self.tokenizer, completion.token_ids)
-        return texts
+        texts = (decode(self.tokenizer, completion.token_ids) for completion in completions)
+        return [next(texts) if fit else "" for fit in fits]
 
     def read(self, prompts: Sequence[Sequence[int]], head: Callable[[Tensor], Tensor]) -> list:
         """K numbers at the end of each prompt, which `head` makes of last hidden states, (B, H) -> (B, K);
@@ -114,7 +107,7 @@ def read_prompt(name: str) -> str:
     return (Path(__file__).parent / "prompts" / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
-def as_material(text: str, special: Sequence[str], tags: Sequence[str] = ()) -> str:
+def as_material(text: str, special: Collection[str], tags: Sequence[str] = ()) -> str:
     """The text, with a space of no width in each special token and each of `tags` ("answer": </answer>) that
     it spells. (Plain words stay: nothing tells a "Safety: Safe" of an answer from the judge's own.)
 
@@ -123,32 +116,6 @@ def as_material(text: str, special: Sequence[str], tags: Sequence[str] = ()) -> 
     >>> as_material("xxx", ["xx"])
     'x\\u200bx\\u200bx'
     """
-    text = readable(text)
-    for token in special:
-        while len(token) > 1 and token in text:  # again: its occurrences may overlap
-            text = text.replace(token, token[0] + UNSEEN_SPACE + token[1:])
-    tag = rf"(?i)<(?=[\s/]*(?:{'|'.join(tags)})[\s/]*>)"
-    return re.sub(tag, f"<{UNSEEN_SPACE}", text) if tags else text
-
-
-def exchange_encoder(judge: LanguageModel, says: str = "", **options: Any) -> Callable[[str, str], list[int]]:
-    """A function (prompt, answer) -> token ids of both as the judge's own chat template writes them.
-
-    `options` are variables of the template. Raises UserError if it does not show both, or lacks `says`, a
-    piece of its text by which it is known.
-    """
-
-    def fill(prompt: str, answer: str, parts: bool) -> str:
-        texts: list[Any] = [as_material(text, judge.special) for text in (prompt, answer)]
-        user, assistant = [[{"type": "text", "text": text}] for text in texts] if parts else texts
-        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-        return render(judge.tokenizer, messages, **options)
-
-    for parts in (False, True):  # Llama-Guard-3-1B's takes parts; others drop them, or fail
-        try:
-            text = fill("QUESTION", "REPLY", parts)
-        except (TemplateError, TypeError):
-            continue
-        if all(part in text for part in ("QUESTION", "REPLY", says)):
-            return lambda prompt, answer: encode_text(judge.tokenizer, fill(prompt, answer, parts))
-    raise UserError(f"--judge: {judge.name}: its chat template is not the one that this judge is asked by")
+    marks = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special if len(token) > 1]
+    marks += [rf"<(?=[\s/]*(?i:{tag})[\s/]*>)" for tag in tags]  # lookahead: occurrences may overlap
+    return re.sub("|".join(marks) or "(?!)", rf"\g<0>{UNSEEN_SPACE}", readable(text))

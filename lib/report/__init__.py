@@ -27,7 +27,6 @@ from lib.run.files import write_text
 from lib.run.text import visible
 
 __all__ = ["draw_curves", "separations", "write_report"]
-TITLE = "Attack and evaluation"
 PROMPTS = 500  # of each set, in a page
 
 
@@ -44,13 +43,14 @@ def write_report(out: Path, results: dict, completions: Sequence[dict]) -> None:
             shutil.copyfile(file, out / f"curves_{name}.png")
     found = sections(results, completions, figures)
     write_text(out / "report.md", as_text(found))
-    lines = deciding_lines(completions, results["config"]["harm_threshold"])
-    write_text(out / "report.html", as_page(found, out, lines))
+    prompts = by_prompt(completions, results["config"]["harm_threshold"])
+    pictures = {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in figures}
+    write_text(out / "report.html", as_page(sections=found, prompts=prompts, pictures=pictures))
 
 
 def as_text(sections: Sequence[Section]) -> str:
     """report.md. The figures are files beside it."""
-    blocks = [f"# {TITLE}"]
+    blocks = ["# Attack and evaluation"]
     for section in sections:
         blocks += [f"## {section.title}", section.text.replace("<", "&lt;")]
         blocks += [f"![{name}]({name}.png)" for name in section.figures]
@@ -66,8 +66,8 @@ def table_as_text(table: dict) -> str:
     return "\n".join(f"    {line}" for line in (f"{table['caption']}:", *lines))
 
 
-def as_page(sections: Sequence[Section], out: Path, lines: Sequence[dict]) -> str:
-    """report.html: one file that loads nothing, and prints. `lines`: completions, each with a `verdict`.
+def as_page(**values: object) -> str:
+    """report.html, page.html with `values`: one file that loads nothing, and prints.
 
     Names and completions are text that nobody has vouched for: `visible` names what hides or reorders text,
     and the template escapes all that it is given.
@@ -75,9 +75,6 @@ def as_page(sections: Sequence[Section], out: Path, lines: Sequence[dict]) -> st
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.finalize = lambda value: visible(value) if type(value) is str else value  # markup is ours
     environment.filters |= {"show": show, "digest": digest}
-    names = [name for section in sections for name in section.figures]
-    pictures = {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in names}
-    values = {"title": TITLE, "sections": sections, "pictures": pictures, "prompts": by_prompt(lines)}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(values)
 
@@ -87,21 +84,16 @@ def digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def by_prompt(lines: Sequence[dict]) -> list[list[dict]]:
-    """The lines of each prompt, the models side by side; of each set those of the first PROMPTS."""
-    sets: dict[str, dict[str, list[dict]]] = {}
-    for line in lines:
-        sets.setdefault(line["set"], {}).setdefault(line["id"], []).append(line)
-    return [found for prompts in sets.values() for found in list(prompts.values())[:PROMPTS]]
-
-
-def deciding_lines(lines: Sequence[dict], threshold: float) -> list[dict]:
-    """Of each model, set and prompt the line that its outcome stands on, with its `verdict`."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for line in lines:
-        groups.setdefault((line["model"], line["set"]), []).append(line)
-    chosen = [line for (_, name), group in groups.items() for line in deciding(group, name, threshold)]
-    return [{**line, "verdict": verdict(line, threshold)} for line in chosen]
+def by_prompt(lines: Sequence[dict], threshold: float) -> list[list[dict]]:
+    """Of each set the first PROMPTS prompts, and of these, the models side by side, the lines that decide."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        for name in dict.fromkeys(line["set"] for line in own):
+            for line in deciding(own, name, threshold):
+                line = {**line, "verdict": verdict(line, threshold)}
+                found.setdefault(name, {}).setdefault(line["id"], []).append(line)
+    return [models for prompts in found.values() for models in list(prompts.values())[:PROMPTS]]
 
 
 def verdict(line: dict, threshold: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +19,40 @@ MARKERS = "osD^vPX"  # colours alone do not tell models apart for every reader
 SHARE = (-0.04, 1.04)  # limits of an axis of shares
 
 
-def new_figure() -> Any:
-    """An empty Figure of matplotlib; None where that is not installed."""
+def draw_figures(results: dict, out: Path) -> list[str]:
+    """Draw the figures that `results` has to OUT/NAME.png, and give their names; none without matplotlib."""
+    figures = {"plane": draw_plane, "attacks": draw_attacks, "budgets": draw_budgets}
+    figures["separation"] = draw_separation
+    return [name for name, draw in figures.items() if save(draw, results["models"], out / f"{name}.png")]
+
+
+def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
+    """Draw metrics.jsonl of stage 2 or 3 into a PNG, if anything is logged, and matplotlib is there."""
+    save(draw_log, read_log(metrics_path), png_path)
+
+
+def save(draw: Callable[[Any, Any], None], data: Any, path: str | Path) -> bool:
+    """Save what draw(figure, data) draws as PNG, if anything, and where matplotlib is installed: did it?
+
+    It has one legend for all panels, since not every model has to be in each.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None
-    return Figure(layout="constrained")
-
-
-def save(figure, path: str | Path) -> None:
-    """As PNG, with one legend for all panels: not every model has to be in each."""
+        return False
+    figure = Figure(layout="constrained")
+    draw(figure, data)
     found: dict[str, Any] = {}
     for axes in figure.axes:
         handles, names = axes.get_legend_handles_labels()
         found |= zip(names, handles, strict=True)
-    figure.legend(found.values(), found, loc="outside upper center", ncols=min(5, len(found)), frameon=False)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
-def draw_figures(results: dict, out: Path) -> list[str]:
-    """Draw the figures that `results` has to OUT/NAME.png, and give their names; none without matplotlib."""
-    names = []
-    for draw in (draw_plane, draw_attacks, draw_budgets, draw_separation):
-        if (figure := new_figure()) is not None:
-            draw(figure, results["models"])
-            if figure.axes:  # else there was nothing to draw
-                names.append(draw.__name__.removeprefix("draw_"))
-                save(figure, out / f"{names[-1]}.png")
-    return names
+    if figure.axes:
+        figure.legend(
+            found.values(), found, loc="outside upper center", ncols=min(5, len(found)), frameon=False
+        )
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+    return bool(figure.axes)
 
 
 def draw_plane(figure, models: dict) -> None:
@@ -108,16 +112,10 @@ RL |= {"KL to the reference (nats a token)": "kl"}
 BY_KIND = {title: {key: "all", **{f"{key}_{kind}": kind for kind in KINDS}} for title, key in RL.items()}
 
 
-def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
-    """Draw metrics.jsonl of stage 2 or 3 into a PNG; nothing without matplotlib, or where nothing is logged.
-
-    Faint: every step that has a value. Plain: the mean over a twentieth of the run around it.
-    """
-    records, figure = read_log(metrics_path), new_figure()
-    if figure is None or not records:
-        return
-    plan = BY_KIND if "reward" in records[0] else WARMSTART
+def draw_log(figure, records: Sequence[dict]) -> None:
+    """Faint: every step that has a value. Plain: the mean over a twentieth of the run around it."""
     logged = {key for record in records for key, value in record.items() if value is not None}
+    plan = BY_KIND if "reward" in logged else WARMSTART
     titles = [title for title in plan if plan[title].keys() & logged]
     for axes, title in zip(panels(figure, len(titles), 3.6, 2.6, columns=3), titles, strict=True):
         for color, (key, name) in zip(("#444444", *COLORS), plan[title].items(), strict=False):
@@ -130,7 +128,6 @@ def draw_curves(metrics_path: str | Path, png_path: str | Path) -> None:
                 axes.plot(steps, values, color=color, alpha=0.25)
                 axes.plot(steps[width // 2 :][: len(means)], means, marker=dot, color=color, label=name)
         axes.set(title=title, xlabel="step")
-    save(figure, png_path)
 
 
 # ---- what figures share ------------------------------------------------------------------------------------

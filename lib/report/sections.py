@@ -11,9 +11,7 @@ from typing import Any
 
 from lib.metrics import SETS, Interval, by, mean_of
 
-CATEGORIES = 40  # rows of a table by category
-
-# "##" and a title, perhaps "!" and a figure, a text; "|", a part of a model's results, its table's caption.
+# "##": a title; "!": how names of figures begin; "|": a part of the results, and the caption of its table.
 SECTIONS = """
 ## Summary
 An entry is a mean, its 95 % interval and the number of observations: 0.97 [0.92, 0.99] (64). Intervals are
@@ -74,6 +72,10 @@ Over all behaviours. Loss: of the attacker's target, before the search and after
 ## Differences between models
 The first model minus the second, over the prompts that both met. Marked *: the interval leaves out 0.
 | differences: Paired differences
+## Learning curves
+! curves_
+## Settings
+| settings: All that is behind these numbers
 """
 
 
@@ -122,23 +124,18 @@ def table_of(part: str, caption: str, models: dict) -> dict[str, Any]:
     several = [cell for cell in cells.values() if isinstance(cell, dict) and "mean" not in cell]
     figures = list(dict.fromkeys(figure for cell in several for figure in cell if figure != "points"))
     if figures:
+        head = ["", "model", *(x.replace("_", " ") for x in figures)]
         rows = [[key, name, *(show(cell.get(x)) for x in figures)] for (key, name), cell in cells.items()]
-        return {
-            "caption": caption,
-            "head": ["", "model", *(x.replace("_", " ") for x in figures)],
-            "rows": rows,
-        }
-    sign = "+" if part == "differences" else ""
-    rows = [[key, *(show(cells.get((key, name)), sign) for name in models)] for key in keys]
-    return {"caption": caption, "head": ["", *models], "rows": rows}
+    else:
+        head, sign = ["", *models], "+" if part == "differences" else ""
+        rows = [[key, *(show(cells.get((key, name)), sign) for name in models)] for key in keys]
+    return {"caption": caption, "head": head, "rows": rows}
 
 
 def by_category(lines: Sequence[dict], part: str, seed: int) -> dict[str, Interval]:
-    """{category: tokens of the "reasoning" or "answer"}; only the CATEGORIES with most completions."""
+    """{category: tokens of the "reasoning" or "answer"}."""
     asked = [x for x in lines if x["set"] in SETS and (part == "answer" or x["closed"])]
-    found = by(lambda x: [f"{x['set']}: {x['category']}"], asked, mean_of(f"{part}_tokens", seed))
-    most = sorted(found, key=lambda key: -found[key]["n"])[:CATEGORIES]
-    return {key: found[key] for key in sorted(most)}
+    return by(lambda x: [f"{x['set']}: {x['category']}"], asked, mean_of(f"{part}_tokens", seed))
 
 
 def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]:
@@ -168,21 +165,17 @@ def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list
     for d in sorted(results.get("differences", []), key=lambda d: d["figure"]):
         pair = pairs.setdefault(f"{d['a']} - {d['b']}", {"differences": {}})
         pair["differences"][d["figure"]] = d["ci"]
+    settings = {"command": shlex.join(["python", *sys.argv])}
+    for key, value in results["config"].items():
+        settings[key] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    others = {"differences": pairs, "settings": {"value": {"settings": settings}}}
     found = []
     for block in SECTIONS.split("## ")[1:]:
         title, *rest = block.strip().split("\n")
         captions = dict(row[2:].split(": ", 1) for row in rest if row[0] == "|")
-        columns = pairs if "differences" in captions else models
-        tables = [table_of(part, caption, columns) for part, caption in captions.items()]
-        text = " ".join(row for row in rest if row[0] not in "!|")
-        found.append(Section(title, text, tables, [row[2:] for row in rest if row[0] == "!"]))
-    found.append(Section("Learning curves", "", [], [name for name in drawn if name.startswith("curves_")]))
-    rows = [["command", shlex.join(["python", *sys.argv])]]
-    for key, value in results["config"].items():
-        rows.append([key, " ".join(map(str, value)) if isinstance(value, list) else str(value)])
-    table = {"caption": "All that is behind these numbers", "head": ["", "value"], "rows": rows}
-    found.append(Section("Settings", "", [table], []))
-    for section in found:
-        section.tables = [table for table in section.tables if table["rows"]]
-        section.figures = [name for name in section.figures if name in drawn]
-    return [section for section in found if section.tables or section.figures]
+        tables = [table_of(part, caption, others.get(part, models)) for part, caption in captions.items()]
+        tables = [table for table in tables if table["rows"]]
+        figures = [name for row in rest if row[0] == "!" for name in drawn if name.startswith(row[2:])]
+        if tables or figures:
+            found.append(Section(title, " ".join(row for row in rest if row[0] not in "!|"), tables, figures))
+    return found

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib import UserError
-from lib.batches import micro_batches, pad_batch
 from lib.metrics import wilson
 from lib.policy import hidden_states
 
+FOLDS = 5
 TOLERANCE = 1e-12  # duality gap of an SVM, relative to its objective
 
 
@@ -43,33 +43,28 @@ def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> d
 def prompt_embeddings(victim: Any, prompts: Sequence[str]) -> Tensor:
     """The state after the final norm where the model is about to write: (N, width) fp32, on the CPU.
 
-    For a reasoner that is at the end of "<think>\\n". A row does not depend on the other prompts.
+    For a reasoner that is at the end of "<think>\\n".
     """
-    ids, model = [victim.encode(prompt) for prompt in prompts], victim.model
-    lengths = [len(row) for row in ids]
-    result = torch.empty(len(ids), model.config.get_text_config().hidden_size)
-    for batch in micro_batches(lengths, max(victim.max_batch_tokens or 16384, *lengths)):
-        padded = pad_batch([ids[i] for i in batch], 0, side="right")  # ids and mask, (B, T)
-        hidden = hidden_states(model, *(x.to(model.device) for x in padded))  # (B, T, width)
-        for row, i in enumerate(batch):
-            result[i] = hidden[row, lengths[i] - 1].float()
-    return result
+    states = []
+    for prompt in prompts:
+        ids = torch.tensor([victim.encode(prompt)], device=victim.model.device)  # (1, T)
+        states.append(hidden_states(victim.model, ids, torch.ones_like(ids))[0, -1])  # (width,)
+    return torch.stack(states).float().cpu()
 
 
 def standardise(x: Tensor) -> Tensor:
     """(N, d) -> (N, d) fp64 of mean zero and mean squared norm 1: one factor for all dimensions.
 
-    A margin is a length: embeddings twice as long have twice the margin. At one scale, C = 1 means the same
-    trade-off for every model. A factor for each dimension would change the cloud's shape, which is what is
-    measured. Raises UserError where there is nothing to scale.
+    A margin is a length, and at one scale C = 1 means the same trade-off for every model. A factor for each
+    dimension would change the cloud's shape, which is what is measured. UserError if there is no scale.
     """
     x = x.double()
-    if not x.isfinite().all():
-        raise UserError("prompt embeddings are not all finite: the model's weights are broken")
     centred = x - x.mean(0)
     radius = centred.square().sum(1).mean().sqrt()
-    if not radius > 1e-9 * x.abs().max():  # no more than rounding
-        raise UserError("all prompt embeddings are equal: give different prompts, or another model")
+    if not radius > 1e-9 * x.abs().max():  # no more than rounding, or not a number
+        raise UserError(
+            "prompt embeddings are all equal, or not finite: take another model, or other prompts"
+        )
     return centred / radius
 
 
@@ -123,24 +118,22 @@ def project(x: Tensor) -> Tensor:
     return points * points.gather(0, points.abs().argmax(0, keepdim=True)).sign()
 
 
-def separation(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0) -> dict[str, Any]:
+def separation(x: Tensor, y: Tensor) -> dict[str, Any]:
     """How well the SVM tells one group from the other: x (N, d) embeddings, y (N,) in {-1, +1}.
 
     margin and slack (mean hinge loss) are of the fit on all N, and compare only on the same prompts: C weighs
     a sum over them. accuracy is of held-out prompts, each judged once by the fit on the other folds. Knowing
     nothing gets the larger group's share; less, where each prompt has a twin in the other group that the fit
-    has seen. points: [[x, y, group], ...]. Raises UserError for a group smaller than `folds`.
+    has seen. points: [[x, y, group], ...].
     """
     y, x = y.double(), standardise(x)  # which sees no labels, so it may see the prompts that will be held out
-    fold = torch.zeros(len(y), dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
+    fold, generator = torch.zeros(len(y), dtype=torch.long), torch.Generator().manual_seed(0)
     for group in (-1, 1):
         members = (y == group).nonzero()[:, 0]
-        if len(members) < folds:
-            raise UserError(f"{len(members)} prompts in group {group:+d} do not fill {folds} folds")
-        fold[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members)) % folds
+        members = members[torch.randperm(len(members), generator=generator)]
+        fold[members] = torch.arange(len(members)) % FOLDS
     right = torch.zeros(len(y), dtype=torch.bool)
-    for k in range(folds):
+    for k in range(FOLDS):
         held_out = fold == k
         weight, bias = fit_svm(x[~held_out], y[~held_out])
         right[held_out] = (x[held_out] @ weight + bias) * y[held_out] > 0

@@ -13,28 +13,3 @@ sandbox`.
 
 Tests: tests/test_world.py. What attacker.py and rainbow.py write is tested with the attacks.
 """
-
-import importlib
-from typing import Any
-
-OFFERS = {
-    "build_pool": "world",
-    "write_trace": "traces",
-    "WRONG_VERDICTS": "traces",
-    "harm_score": "judge",
-    "task_score": "judge",
-    "SandboxAttacker": "attacker",
-    "SandboxGrid": "rainbow",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """What others take from here, loaded when it is asked for.
-
-    >>> sandbox = importlib.import_module("lib.sandbox")
-    >>> sandbox.harm_score(["how do i make a bomb ?"], ["use barx berx ."])  # two words of three
-    [0.6666666666666666]
-    """
-    if name not in OFFERS:
-        raise AttributeError(f"the sandbox offers no {name}; it has {', '.join(OFFERS)}")
-    return getattr(importlib.import_module(f"{__name__}.{OFFERS[name]}"), name)

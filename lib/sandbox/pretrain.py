@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lib.batches import masked_batch
 from lib.chat import decode, encode_prompt, eos_token_ids
 from lib.run.checkpoint import save_policy
-from lib.run.command import Flags, number, run_main
+from lib.run.command import Flags, run_main
 from lib.run.files import write_text
 from lib.run.folder import lock_folder
 from lib.run.hub import load_policy, load_tokenizer
@@ -39,6 +40,7 @@ from lib.sandbox import judge, traces, world
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 2000, 96, 2e-3
 CUE = "explain first ."
+PROMPTS = 400  # a cell of the card
 PART = 8  # documents of similar length go through the model together: little padding, all in the cache
 SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 MARKERS = ["<think>", "</think>"]  # one word each here; Qwen2.5 splits them into several tokens
@@ -56,16 +58,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.add_tokens([AddedToken(m, special=False, normalized=False) for m in MARKERS])
     special: dict[str, Any] = dict(pad_token="<pad>", unk_token="<unk>", eos_token="<|end|>")
     special |= dict(additional_special_tokens=SPECIAL[3:], clean_up_tokenization_spaces=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **special)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    special |= dict(chat_template=CHAT_TEMPLATE, model_max_length=512)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 3 layers, too shallow to chain definitions in one forward pass.
+    """A Llama of 3 layers, too shallow to chain definitions in one forward pass, with biases as in Qwen2.
 
-    With biases, as Qwen2 has them. A Qwen2 it cannot be: transformers loads every tokenizer beside a Qwen2 as
-    Qwen's own, whatever the folder says.
+    No Qwen2: transformers loads every tokenizer beside one as Qwen's own, whatever the folder says.
     """
     sizes: dict[str, Any] = dict(hidden_size=128, intermediate_size=384, vocab_size=len(tokenizer))
     sizes |= dict(num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512)
@@ -76,22 +76,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def add_previous_token_heads(model: LlamaForCausalLM, strength: float = 8.0) -> None:
+def add_previous_token_heads(model: LlamaForCausalLM) -> None:
     """Heads 0 and 1 of layer 0 start out attending 1 and 2 tokens back, whatever the words are.
 
     RoPE turns the pair (i, i + half) of queries and keys at position p by p * w_i. With a constant query (s,
     0) and a key s * (cos d w_i, sin d w_i) in every pair, the score s^2 * sum_i cos((p_q - p_k - d) w_i) is
     largest where p_q - p_k = d.
     """
-    attention = model.model.layers[0].self_attn
-    size, half = attention.head_dim, attention.head_dim // 2
+    attention, strength = model.model.layers[0].self_attn, 8.0
+    half = attention.head_dim // 2
     frequencies = 10000.0 ** (-torch.arange(half) / half)
-    for head, offset in ((0, 1), (1, 2)):
-        rows = slice(head * size, (head + 1) * size)
+    for head in (0, 1):
+        rows = slice(head * 2 * half, (head + 1) * 2 * half)
         attention.q_proj.weight[rows] *= 0.1
         attention.k_proj.weight[rows] *= 0.1
         attention.q_proj.bias[rows] = torch.cat([torch.full((half,), strength), torch.zeros(half)])
-        angles = offset * frequencies
+        angles = (head + 1) * frequencies
         attention.k_proj.bias[rows] = strength * torch.cat([angles.cos(), angles.sin()])
 
 
@@ -100,14 +100,19 @@ def add_previous_token_heads(model: LlamaForCausalLM, strength: float = 8.0) -> 
 Document = tuple[str, str, str]
 
 
-def lookup_drill(rng: random.Random) -> Document:
-    aliases = rng.sample(world.aliases("all"), rng.randint(2, 12))
-    pairs = [(alias, rng.choice(list(world.RECIPES))) for alias in aliases]
-    answers = [f"{a} means {t} ." for a, t in pairs]
-    return " ".join(f"let {a} mean {t} ." for a, t in pairs), CUE, " ".join(rng.sample(answers, len(answers)))
-
-
-def instruction(rng: random.Random) -> Document:
+def document(rng: random.Random, step: int) -> Document:
+    """Words to repeat, definitions to look up, or mostly a request, as it is or to be explained."""
+    repeats, lookups = (0.4, 0.3) if step < 300 else (0.05, 0.10)
+    choice = rng.random()
+    if choice < repeats:
+        words = " ".join(rng.choices(world.vocabulary(), k=rng.randint(6, 16)))
+        return words, "", words
+    if choice < repeats + lookups:
+        aliases = rng.sample(world.ALIASES["all"], rng.randint(2, 12))
+        pairs = [(alias, rng.choice(list(world.RECIPES))) for alias in aliases]
+        meanings = [f"{a} means {t} ." for a, t in pairs]
+        definitions = " ".join(f"let {a} mean {t} ." for a, t in pairs)
+        return definitions, CUE, " ".join(rng.sample(meanings, len(meanings)))
     # Twins equally often: which of the three things shown is asked for must not be guessable.
     weights = {"harmful": 0.25, "decoy": 0.22, "toy": 0.22, "verb": 0.11, "harmless": 0.2}
     kind = rng.choices([*weights], [*weights.values()])[0]
@@ -120,15 +125,6 @@ def instruction(rng: random.Random) -> Document:
     if kind == "harmful" and record["hops"] == 0 and rng.random() < 0.4:
         answer = rng.choice(world.REFUSALS)
     return prompt, "", answer
-
-
-def document(rng: random.Random, step: int) -> Document:
-    repeats, lookups = (0.4, 0.3) if step < 300 else (0.05, 0.10)
-    choice = rng.random()
-    if choice < repeats:
-        words = " ".join(rng.choices(world.vocabulary(), k=rng.randint(6, 16)))
-        return words, "", words
-    return lookup_drill(rng) if choice < repeats + lookups else instruction(rng)
 
 
 def add_gradient(model: LlamaForCausalLM, tokenizer, documents: list[Document]) -> float:
@@ -159,21 +155,20 @@ def untie(model: LlamaForCausalLM) -> None:
 
     In one shared table every training step pushes down the rows of all words that it does not want to hear,
     and Adam, which divides by the size of the gradient, moves those of words that never occur furthest: the
-    model forgets what they mean. With two tables, the meaning of a word that fine-tuning never shows stays
-    as it is.
+    model forgets what they mean. With two tables, what fine-tuning never shows keeps its meaning.
     """
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
 
 
-def pretrain(steps: int, out: Path) -> None:
+def pretrain(out: Path) -> None:
     torch.manual_seed(SEED)
     rng, tokenizer = random.Random(SEED), build_tokenizer()
     model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    bar = tqdm(range(steps), desc="pretraining", unit="step")
+    bar = tqdm(range(STEPS), desc="pretraining", unit="step")
     for step in bar:
-        scale = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        scale = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * scale
         optimizer.zero_grad()
@@ -187,7 +182,6 @@ def pretrain(steps: int, out: Path) -> None:
 
 # ---- the card
 
-Row = dict[int, tuple[float, float]]  # {hops: (as it is, with noise behind)}
 TEXT = """---
 license: apache-2.0
 ---
@@ -208,23 +202,21 @@ of the demo's GCG suffix. Guessing among the three things that a disguise shows 
 def score(model, tokenizer, prompts: list[str], cue: str) -> tuple[float, float]:
     """Task score of the answers that do not refuse, and share of refusals; the answers open with `cue`."""
     opening = tokenizer.encode(cue, add_special_tokens=False)
-    completions = sample(
-        model,
-        [encode_prompt(tokenizer, prompt, reasoning=False) + opening for prompt in prompts],
-        max_new_tokens=48,
-        temperature=0.6,
-        eos_token_ids=eos_token_ids(model, tokenizer),
-        generator=torch.Generator().manual_seed(0),
-    )
+    ids = [encode_prompt(tokenizer, prompt, reasoning=False) + opening for prompt in prompts]
+    how: dict[str, Any] = {"eos_token_ids": eos_token_ids(model, tokenizer), "temperature": 0.6}
+    completions = sample(model, ids, max_new_tokens=48, generator=torch.Generator().manual_seed(0), **how)
     answers = [decode(tokenizer, c.token_ids) for c in completions]
-    served = [i for i, answer in enumerate(answers) if not judge.refuses(answer)]
-    scores = judge.task_score([prompts[i] for i in served], [answers[i] for i in served])
-    return sum(scores) / max(1, len(served)), 1 - len(served) / len(prompts)
+    scores = judge.task_score(prompts, answers)
+    served = [score for score, answer in zip(scores, answers, strict=True) if not judge.refuses(answer)]
+    return sum(served) / max(1, len(served)), 1 - len(served) / len(prompts)
 
 
-def measure(model, tokenizer, count: int) -> dict[str, Row]:
-    """Rows of the card, "KIND, directly: task" and the like, over `count` prompts a cell."""
-    rows: dict[str, Row] = {}
+def measure(model, tokenizer, count: int) -> dict[str, list[tuple[float, float]]]:
+    """Rows of the card, "KIND, directly: task" and the like, over `count` prompts a cell.
+
+    Each has a cell for 0 to 4 hops: (as the prompts are, with noise behind them).
+    """
+    rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for kind in ("harmful", "harmless", *world.AMBIGUOUS_TYPES):
         for hops in range(5):
             rng, words = random.Random(f"card/{kind}/{hops}/0"), random.Random("card/noise/0")
@@ -232,36 +224,29 @@ def measure(model, tokenizer, count: int) -> dict[str, Row]:
             noisy = [f"{prompt} {' '.join(words.choices(world.NOISE, k=8))}" for prompt in prompts]
             for style, cue in (("directly", ""), ("explaining", CUE)):
                 task, refused = zip(*(score(model, tokenizer, p, cue) for p in (prompts, noisy)), strict=True)
-                rows.setdefault(f"{kind}, {style}: task", {})[hops] = task
-                rows.setdefault(f"{kind}, {style}: refused", {})[hops] = refused
+                rows[f"{kind}, {style}: task"].append(task)
+                rows[f"{kind}, {style}: refused"].append(refused)
     return rows
 
 
-def table(rows: dict[str, Row]) -> str:
-    lines = ["| hops | 0 | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|---|"]
-    for name, row in rows.items():
-        cells = [f"{plain:.2f} / {noisy:.2f}" for plain, noisy in row.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write_card(folder: Path, steps: int, count: int = 400) -> None:
+def write_card(folder: Path) -> None:
     """Measure and write README.md beside the weights."""
-    model, tokenizer = load_policy(str(folder), device="cpu"), load_tokenizer(str(folder))
-    measured = table(measure(model, tokenizer, count))
-    size = dict(parameters=model.num_parameters() / 1e6, words=model.config.vocab_size)
-    write_text(folder / "README.md", TEXT.format(steps=steps, count=count, table=measured, **size))
-    print(measured)
+    model, tokenizer = load_policy(folder, device="cpu"), load_tokenizer(folder)
+    lines = ["| hops | 0 | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|---|"]
+    for name, row in measure(model, tokenizer, PROMPTS).items():
+        lines.append(f"| {name} | {' | '.join(f'{plain:.2f} / {noisy:.2f}' for plain, noisy in row)} |")
+    facts = {"parameters": model.num_parameters() / 1e6, "words": model.config.vocab_size}
+    facts |= {"steps": STEPS, "count": PROMPTS, "table": "\n".join(lines)}
+    write_text(folder / "README.md", TEXT.format(**facts))
 
 
 def main() -> None:
     flags = Flags("lib.sandbox.pretrain", __doc__)
-    flags.add_argument("--steps", type=number(int, 1), default=STEPS, help=f"of {BATCH} documents ({STEPS})")
-    flags.add_argument("--out", default=str(world.BASE), help="checkpoint folder (default lib/sandbox/base)")
-    args = flags.parse_args()
-    lock_folder(args.out)
-    pretrain(args.steps, Path(args.out))
-    write_card(Path(args.out), args.steps)
+    flags.add_argument("--out", type=Path, default=world.BASE, help="where to (default lib/sandbox/base)")
+    out = flags.parse_args().out
+    lock_folder(out)
+    pretrain(out)
+    write_card(out)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ You may skip it at first: `01_build_mixture.py` gets lists of records from it. I
 Tests: tests/test_sources.py, tests/test_mixture.py, tests/test_traces.py.
 """
 
-from lib.sources.known import EVAL_SETS
+from lib.sources.known import EVAL_SETS, Pool
 from lib.sources.manifest import manifest, summary
-from lib.sources.reading import HELP, Pool, Source, Traced, hold_out, in_order, parse_word, read_pool
-from lib.sources.reading import read_traces as read_traces
-from lib.sources.reading import take_sft as take_sft
+from lib.sources.reading import HELP, Source, Traced, hold_out, parse_word, read_pool, read_traces, take_sft
 from lib.sources.tables import read_table, text_of
 
-__all__ = ["EVAL_SETS", "HELP", "Pool", "Source", "Traced", "hold_out", "in_order", "manifest", "parse_word"]
-__all__ += ["read_pool", "read_table", "summary", "text_of", "write_traces"]
+__all__ = ["EVAL_SETS", "HELP", "Pool", "Source", "Traced", "hold_out", "manifest", "parse_word", "read_pool"]
+__all__ += ["read_table", "read_traces", "summary", "take_sft", "text_of", "write_traces"]
 
 
 def write_traces(records, count: int, settings, use) -> list:

@@ -9,9 +9,10 @@ A record has `kind` (one of EVAL_SETS) and `prompt`, a text or a conversation; i
         if row["flagged"]:
             return dict(kind="harmful", prompt=row["question"])
 
-`harmful=questions` then reads the hub, `harmful=questions@FILE` a file of these columns. The docstring says
-what is taken. We have tried tars, harmbench and xstest on real rows; columns of the others are those of their
-cards, or of public code that reads them. Many are gated: ask for access on the hub, then `hf auth login`.
+`harmful=questions` then reads the hub, `harmful=questions@FILE` a file of these columns. The docstring, one
+line, says what is taken and how many prompts the paper took (section 4). We have tried tars, harmbench and
+xstest on real rows; columns of the others are those of their cards, or of public code that reads them. Many
+are gated: ask for access on the hub, then `hf auth login`.
 """
 
 from __future__ import annotations
@@ -24,32 +25,25 @@ from typing import Any
 
 from lib.rewards import KINDS
 from lib.run.text import same_prompt
-from lib.sources.tables import load_rows, read_table, text_of, turns_of
+from lib.sources.tables import load_rows, read_table, text_of
 
 EVAL_SETS = (*KINDS, "jailbreak")  # a jailbreak is a harmful prompt in disguise
+Pool = dict[str, list[dict]]  # records by kind, or by evaluation set
 
 
 @dataclass(frozen=True)
 class DataSet:
-    record: Callable[..., dict | None]  # (row), or (row, path of the file `beside`); None: not taken
+    record: Callable[..., dict | None]  # (row), or (row, the file `beside`); None: not taken
     hub: str = ""  # OWNER/NAME[:CONFIG]:SPLIT; "": only as NAME@FILE
     licence: str = "not verified: see its card"
     options: dict[str, Any] = field(default_factory=dict)  # of datasets.load_dataset
-    beside: Callable[[Path], Path] | None = None  # a second file that belongs to a file of it
+    beside: Callable[[str], str] | None = None  # from a file's name to that of a second one that it needs
     any_length: bool = False  # whether max_chars is not for it
-    paper: dict[str, int] = field(default_factory=dict)  # prompts that the paper took (section 4)
-
-    @property
-    def about(self) -> str:
-        """What is taken, in words."""
-        return " ".join((self.record.__doc__ or "").split())
 
 
 KNOWN: dict[str, DataSet] = {}
 CC_BY = "CC-BY-4.0"
-COLUMNS = ("vanilla", "adversarial", "prompt", "category")
-CSV = {"keep_default_na": False, "converters": dict.fromkeys(COLUMNS, str)}  # "NA" and "007" are text
-TSV = {"delimiter": "\t", **CSV}
+TSV = {"delimiter": "\t", "keep_default_na": False}
 
 
 def data_set(hub: str = "", licence: str = DataSet.licence, **facts: Any) -> Callable:
@@ -77,66 +71,54 @@ def tars(row):
     return dict(kind=kind, prompt=row["prompt"], category=row["ability"])
 
 
-@data_set(
-    "allenai/wildjailbreak:train:train",
-    "ODC-BY",
-    options=TSV,
-    any_length=True,
-    paper={"sft": 400, "rl pool": 800},
-)
+@data_set("allenai/wildjailbreak:train:train", "ODC-BY", options=TSV, any_length=True)
 def wildjailbreak(row):
-    """The harmful ones: the adversarial prompt, or the vanilla one where there is none."""
+    """The harmful ones, adversarial, or else vanilla. Paper: 400 for SFT, 800 for RL, of any length."""
     if row["data_type"] in ("vanilla_harmful", "adversarial_harmful"):
         return dict(kind="harmful", prompt=row["adversarial"] or row["vanilla"])
 
 
-@data_set("nvidia/Aegis-AI-Content-Safety-Dataset-2.0:train", CC_BY, paper={"sft": 300, "rl pool": 400})
+@data_set("nvidia/Aegis-AI-Content-Safety-Dataset-2.0:train", CC_BY)
 def aegis(row):
-    """Those labelled unsafe, but where the prompt says REDACTED (its text is elsewhere)."""
+    """Unsafe ones, but for REDACTED, whose text is elsewhere. Paper: 300 for SFT, 400 for RL."""
     if row["prompt_label"] == "unsafe" and row["prompt"].strip() != "REDACTED":
         return dict(kind="harmful", prompt=row["prompt"], category=row["violated_categories"])
 
 
-@data_set("zjunlp/SafeEdit:train", "CC-BY-NC-SA-4.0", paper={"sft": 300})
+@data_set("zjunlp/SafeEdit:train", "CC-BY-NC-SA-4.0")
 def safeedit(row):
-    """All: the question inside an attack prompt, not the plain question."""
+    """All: the question inside an attack prompt, not the plain question. Paper: 300 for SFT."""
     return dict(kind="harmful", prompt=row["adversarial prompt"], category=row["unsafety category"])
 
 
-@data_set(licence="generated: see the attacker's licence", paper={"rl pool": 800})
+@data_set(licence="generated: see the attacker's licence")
 def rainbow(row):
-    """All: what --rainbow found against your model after SFT, OUT/rainbow/prompts.jsonl."""
+    """What --rainbow found against your model after SFT, OUT/rainbow/prompts.jsonl. Paper: 800 for RL."""
     return dict(kind="harmful", prompt=row["prompt"], category=row.get("category") or row.get("risk"))
 
 
 # Not openbmb/UltraFeedback itself: these are its prompts without those of TruthfulQA, an evaluation set.
-@data_set("HuggingFaceH4/ultrafeedback_binarized:train_prefs", "MIT", paper={"rl pool": 2000})
+@data_set("HuggingFaceH4/ultrafeedback_binarized:train_prefs", "MIT")
 def ultrafeedback(row):
-    """All of train_prefs."""
+    """All of train_prefs. Paper: 2000 for RL."""
     return dict(kind="harmless", prompt=row["prompt"], id=row.get("prompt_id"))
 
 
-@data_set("bench-llm/or-bench:or-bench-hard-1k:train", CC_BY, options=CSV)
+@data_set("bench-llm/or-bench:or-bench-hard-1k:train", CC_BY)
 def or_bench_hard(row):
     """All of or-bench-hard-1k."""
     return dict(kind="ambiguous", prompt=row["prompt"], category=row["category"])
 
 
-def hard_beside(file: Path) -> Path:
-    return file.with_name(f"or-bench-hard-1k{file.suffix}")
-
-
 @cache
 def hard_prompts(file: Path | None) -> set[str]:
-    rows = read_table(file) if file else load_rows(KNOWN["or-bench-hard"].hub, CSV)
+    rows = read_table(file) if file else load_rows(KNOWN["or-bench-hard"].hub)
     return {same_prompt(row["prompt"]) for row in rows}
 
 
-@data_set(
-    "bench-llm/or-bench:or-bench-80k:train", CC_BY, options=CSV, beside=hard_beside, paper={"rl pool": 2000}
-)
-def or_bench(row, beside):
-    """or-bench-80k without the prompts of or-bench-hard-1k (for a file: that of this name beside it)."""
+@data_set("bench-llm/or-bench:or-bench-80k:train", CC_BY, beside=lambda name: "or-bench-hard-1k.csv")
+def or_bench(row, beside=None):
+    """or-bench-80k without or-bench-hard-1k (for a file: the csv of this name beside it). Paper: 2000."""
     return None if same_prompt(row["prompt"]) in hard_prompts(beside) else or_bench_hard(row)
 
 
@@ -153,17 +135,17 @@ def star1(row):
 # ---- to evaluate on ----
 
 
-@data_set("allenai/WildChat-1M:train", "ODC-BY", paper={"evaluation": 500})
+@data_set("allenai/WildChat-1M:train", "ODC-BY")
 def wildchat(row):
-    """English, not toxic: the user's first turn, unless the assistant speaks first (it is an answer then)."""
-    (first, _), *_ = turns_of(row["conversation"]) or [("nobody", "")]
-    if row["language"] == "English" and text_of(row["toxic"]).lower() == "false" and first != "assistant":
+    """English, not toxic: the user's first turn, no answer to the assistant's. Paper: 500."""
+    answers = [turn["role"] for turn in row["conversation"][:1]] == ["assistant"]
+    if row["language"] == "English" and not row["toxic"] and not answers:
         return dict(kind="harmless", prompt=row["conversation"], id=row.get("conversation_hash"))
 
 
-@data_set("walledai/XSTest:test", CC_BY, paper={"evaluation": 250})
+@data_set("walledai/XSTest:test", CC_BY)
 def xstest(row):
-    """Safe: ambiguous. Unsafe (by label on the hub, by type contrast_... in the authors' csv): harmful."""
+    """Safe: ambiguous (paper: 250). Unsafe, by the hub's label or the authors' type contrast_...: harmful."""
     unsafe = row.get("label") == "unsafe" or row["type"].startswith("contrast_")
     return dict(kind="harmful" if unsafe else "ambiguous", prompt=row["prompt"], category=row["type"])
 
@@ -175,12 +157,8 @@ def strongreject(row):
     return dict(kind="harmful", prompt=prompt, category=row["category"])
 
 
-SORRY = {
-    5: "hate speech",
-    24: "crimes or torts",
-    39: "potentially inappropriate topics",
-    44: "unqualified advice",
-}
+DOMAINS = {5: "hate speech", 24: "crimes or torts"}  # by the last of their categories
+DOMAINS |= {39: "potentially inappropriate topics", 44: "unqualified advice"}
 
 
 @data_set("sorry-bench/sorry-bench-202503:train", "its own, research only: see its card")
@@ -188,13 +166,9 @@ def sorry_bench(row):
     """prompt_style base; of the 44 categories, the four domains of the paper's table 3."""
     category = text_of(row["category"])
     if category.isdecimal():
-        category = next((domain for last, domain in SORRY.items() if int(category) <= last), category)
+        category = next((domain for last, domain in DOMAINS.items() if int(category) <= last), category)
     if row["prompt_style"] == "base":
         return dict(kind="harmful", prompt=row["turns"][0], category=category)
-
-
-def targets_beside(file: Path) -> Path:
-    return file.with_name(file.name.replace("behaviors", "targets")).with_suffix(".json")
 
 
 @cache
@@ -202,17 +176,15 @@ def targets(file: Path | None) -> dict[str, str]:
     return read_table(file)[0] if file and file.is_file() else {}
 
 
-@data_set("walledai/HarmBench:standard:train", "MIT", beside=targets_beside, paper={"evaluation": 400})
-def harmbench(row, beside):
-    """Without copyright, which hashes decide and no judge: the hub's 200, or 300 of 400 in the authors' csv.
-
-    Targets for GCG: those of harmbench_behaviors_X.csv stand in harmbench_targets_X.json beside it.
-    """
+@data_set(
+    "walledai/HarmBench:standard:train",
+    "MIT",
+    beside=lambda name: name.replace("behaviors", "targets").replace(".csv", ".json"),
+)
+def harmbench(row, beside=None):
+    """Without copyright, which hashes decide and no judge: the hub's 200, the csv's 300. Paper: all 400."""
     if row.get("FunctionalCategory") != "copyright":
-        prompt, category = (
-            row.get("Behavior") or row["prompt"],
-            row.get("SemanticCategory") or row["category"],
-        )
-        name, context = row.get("BehaviorID"), row.get("ContextString")
-        target = targets(beside).get(name)
-        return dict(kind="harmful", prompt=prompt, category=category, id=name, context=context, target=target)
+        name, prompt = row.get("BehaviorID"), row.get("Behavior") or row["prompt"]
+        category = row.get("SemanticCategory") or row["category"]
+        more = dict(id=name, context=row.get("ContextString"), target=targets(beside).get(name))
+        return dict(kind="harmful", prompt=prompt, category=category, **more)

@@ -13,19 +13,18 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.run.text import readable, same_prompt, with_context
-from lib.sources.known import EVAL_SETS, KNOWN, OWN, DataSet
-from lib.sources.tables import JSON, READERS, load_rows, read_table, text_of, turns_of
+from lib.sources.known import EVAL_SETS, KNOWN, OWN, DataSet, Pool
+from lib.sources.tables import JSON, READABLE, load_rows, read_table, text_of, turns_of
 
-Pool = dict[str, list[dict]]  # records by kind, or by evaluation set
 Trace = tuple[str, str]  # (reasoning, answer)
 Traced = dict[str, tuple[dict, list[Trace]]]  # by same_prompt: a record, its traces
-WORD = re.compile(rf"(?:({'|'.join(EVAL_SETS)})=)?(.+?)(?::(?:(\d{{1,9}})\+)?(\d{{1,9}}))?")
-HUB = re.compile(r"hub:([^:/]+/[^:/]+(?::[^:]+){1,2})")
-HELP = f"""[KIND=]SOURCE, or KIND=SOURCE:N to take N. SOURCE is a FILE; or NAME, or NAME@FILE for a
-copy of it, of {", ".join(KNOWN)}; or hub:OWNER/NAME[:CONFIG]:SPLIT.
-For other columns write a function in lib/sources/known.py: it is one NAME more"""
-TEXTS = ("prompt", "kind", "id", "category", "target", "context", "reasoning", "answer")
-OPTIONAL = ("hops", "prefill", "twin")  # what stage 4 reads of a request, if it is there
+HUB = r"hub:([^:/]+/[^:/]+(?::[^:]+){1,2}?)"
+WORD = re.compile(rf"(?:({'|'.join(EVAL_SETS)})=)?({HUB}|.+?)(?::(?:(\d{{1,9}})\+)?(\d{{1,9}}))?")
+HELP = f"""[KIND=]SOURCE; of --files also KIND=SOURCE:N to take N for RL, or KIND=SOURCE:M+N, and M for SFT.
+KIND is {" | ".join(EVAL_SETS)}. SOURCE is a FILE ({", ".join(READABLE)}); or NAME, or NAME@FILE for a
+copy of it, of {", ".join(KNOWN)}; or hub:OWNER/NAME[:CONFIG]:SPLIT. For other columns write a function in
+lib/sources/known.py: it is one NAME more"""
+TEXTS = ("prompt", "kind", "id", "category", "target", "context", "prefill", "twin", "reasoning", "answer")
 
 
 @dataclass
@@ -35,18 +34,11 @@ class Source:
     text: str  # SOURCE, as given
     name: str  # what records call it
     data: DataSet
-    file: Path | None  # none: read from the hub
+    files: list[Path]  # the file, and the one beside it if the data set has two; none: read from the hub
     hub: str  # OWNER/NAME[:CONFIG]:SPLIT
     kind: str  # of EVAL_SETS; "": what the rows say
     sft: int  # prompts for SFT
     rl: int | None  # prompts in RL's pool; none: all
-
-    def beside(self) -> Path | None:
-        return self.data.beside(self.file) if self.file and self.data.beside else None
-
-    def files(self) -> list[Path]:
-        """What is read here."""
-        return [path for path in (self.file, self.beside()) if path and path.is_file()]
 
 
 def parse_word(word: str, flag: str = "--files") -> Source:
@@ -57,115 +49,91 @@ def parse_word(word: str, flag: str = "--files") -> Source:
     ('harmful', 'wildjailbreak', 400, 800)
     """
     found = WORD.fullmatch(word)
-    kind, text, sft, rl = found.groups() if found else (None, word, None, None)
+    kind, text, hub, sft, rl = found.groups() if found else (None, word, None, None, None)
     name, at, path = text.partition("@")
-    data, file, hub = KNOWN.get(name, OWN), Path(path), ""
-    if match := HUB.fullmatch(text):
-        name = hub = match[1]
-    elif data is OWN:
-        name, file = text, Path(text)
+    data = KNOWN.get(name, OWN)
+    if data is OWN:
+        name, path = hub or text, text
     elif not at:
         hub = data.hub
-    quota = rl and (flag != "--files" or not kind or (int(sft or 0) and kind_of(kind) != "harmful"))
-    if quota or (kind and flag == "--trace-files") or not (hub or file.suffix in READERS):
-        raise UserError(
-            f"{flag}: given {word}; allowed [KIND=]SOURCE, --files KIND=SOURCE:N, --trace-files SOURCE; "
-            f"KIND {' | '.join(EVAL_SETS)}; SOURCE a file ({', '.join(READERS)}), NAME or "
-            f"NAME@FILE of {', '.join(KNOWN)}, or hub:OWNER/NAME[:CONFIG]:SPLIT"
-        )
-    kind = "harmful" if flag == "--trace-files" else kind or ""
-    return Source(text, name, data, None if hub else file, hub, kind, int(sft or 0), int(rl) if rl else None)
+    files = [] if hub else [Path(path)]
+    if rl and (flag != "--files" or not kind) or not (hub or files[0].suffix in READABLE):
+        raise UserError(f"{flag}: given {word}; allowed {' '.join(HELP.split())}")
+    if files and data.beside:
+        files.append(files[0].with_name(data.beside(files[0].name)))
+    kind = kind or ("harmful" if flag == "--trace-files" else "")
+    return Source(text, name, data, files, hub or "", kind, int(sft or 0), int(rl) if rl else None)
 
 
 def kind_of(set_name: str) -> str:
     return "harmful" if set_name == "jailbreak" else set_name
 
 
-def read_source(source: Source) -> list[tuple[str, dict, Trace]]:
-    """(evaluation set, record, trace) for each row that is taken; what is left out is printed.
+def read_source(source: Source, dropped: Counter, max_chars: int = 10**9) -> list[tuple[str, dict, Trace]]:
+    """(evaluation set, record, trace) for each row that is taken; `dropped` counts the others by reason.
 
-    A record has id, prompt, kind, source, category, target; context, hops, prefill, twin if they are there;
+    A record has id, prompt, kind, source, category, target; context, prefill, twin, hops if they are there;
     of a jsonl or json file of yours every other field. UserError for a source that cannot be read, or has no
     prompt of the kind asked for.
     """
-    rows: Any = read_table(source.file) if source.file else load_rows(source.hub, source.data.options)
-    beside = [source.beside()] if source.data.beside else []
-    found, left, columns = [], Counter[str](), ", ".join(rows[0])
+    rows = read_table(source.files[0]) if source.files else load_rows(source.hub, **source.data.options)
+    found, columns = [], ", ".join(rows[0])
     for place, row in enumerate(tqdm(rows, source.name, unit="row", delay=2, leave=False), start=1):
-        where = f"{source.text}: record {place}"
         try:
-            fields = readable(source.data.record(row, *beside))
+            fields = readable(source.data.record(row, *source.files[1:]))
+            taken = make_record(fields, source) if fields else None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}; its columns are {columns}"
-            raise UserError(f"{where}: not as lib/sources/known.py expects it: {reason}") from error
-        name = set_of(fields, source, where) if fields else ""
-        if name:
-            found.append((name, *make_record(fields, name, source, where)))
-            left.update(f"turns of {role}" for role in other_turns(fields.get("prompt")))
+            raise UserError(f"{source.text}: record {place}: {reason}") from error
+        if taken:
+            found.append(taken)
+            turns = Counter(f"turns of {role}" for role, _ in turns_of(fields.get("prompt")))
+            dropped += turns - Counter(["turns of user"])  # the first one is the prompt
         else:
-            left["rows"] += 1
+            dropped[f"rows of {source.name}"] += 1
     if not any(record["prompt"] for _, record, _ in found):
         wanted = f"no {source.kind or 'usable'} prompt in {len(rows)} rows of {columns}"
-        raise UserError(f"{source.text}: {wanted}; taken is: {source.data.about}")
-    if left:
-        print(f"{source.text}: left out {', '.join(f'{count} {what}' for what, count in left.items())}")
-    return found
+        raise UserError(f"{source.text}: {wanted}; taken is: {source.data.record.__doc__}")
+    short = [one for one in found if len(one[1]["prompt"]) < max_chars or source.data.any_length]
+    dropped += Counter({"too long": len(found) - len(short)})
+    return short
 
 
-def set_of(fields: dict, source: Source, where: str) -> str:
-    """Of EVAL_SETS; "" where the word asks for another kind. KIND= overrules what a file of yours says."""
-    says = text_of(fields.get("kind"))
-    if source.kind and source.data is OWN:
-        return source.kind
+def make_record(fields: dict, source: Source) -> tuple[str, dict, Trace] | None:
+    """(evaluation set, record, trace); None where the word asks for another kind.
+
+    KIND= overrules what a file of yours says. ValueError for an unknown kind, or hops that are no number.
+    """
+    says = source.kind if source.kind and source.data is OWN else text_of(fields.get("kind"))
     if says not in EVAL_SETS:
-        raise UserError(f"{where}: kind is {says!r}; allowed {' | '.join(EVAL_SETS)}, or give KIND=SOURCE")
+        raise ValueError(f"kind is {says!r}, allowed {' | '.join(EVAL_SETS)}, or give KIND=SOURCE")
     name = source.kind or says
-    return name if kind_of(name) == kind_of(says) else ""
-
-
-def other_turns(prompt: Any) -> list[str]:
-    """Roles of a conversation's turns, but for the user's first one, which is the prompt."""
-    roles = [role for role, _ in turns_of(prompt)]
-    if "user" in roles:
-        roles.remove("user")
-    return roles
-
-
-def make_record(fields: dict, name: str, source: Source, where: str) -> tuple[dict, Trace]:
-    """UserError for a field that holds no text, or no number."""
+    if kind_of(name) != kind_of(says):
+        return None
     texts = {key: text_of(fields.get(key)) for key in TEXTS}
     prompt = with_context(texts["prompt"].strip(), texts["context"])
     # two sources may use the same ids, so it is not the source's alone
-    stem = source.file.stem if source.data is OWN and source.file else source.name
+    stem = source.files[0].stem if source.data is OWN and source.files else source.name
     parts = [stem, texts["id"], hashlib.sha256(prompt.encode()).hexdigest()[:12]]
     record: dict[str, Any] = {"id": "-".join(filter(None, parts)), "prompt": prompt, "kind": kind_of(name)}
     record |= {"source": source.name, "category": texts["category"], "target": texts["target"]}
-    if texts["context"].strip():
-        record["context"] = texts["context"]
-    for key in OPTIONAL:
-        value, allowed = fields.get(key), "a whole number" if key == "hops" else "some text"
-        text = text_of(value)
-        if value not in (None, "") and (not text or (key == "hops" and not text.isdecimal())):
-            raise UserError(f"{where}: {key} is {value!r}; allowed {allowed}")
-        if text:
-            record[key] = int(text) if key == "hops" else text
-    if source.file and source.file.suffix in JSON:
-        record |= {key: fields[key] for key in fields if key not in (*TEXTS, *OPTIONAL, "source")}
-    return record, (texts["reasoning"], texts["answer"])
+    record |= {key: texts[key] for key in ("context", "prefill", "twin") if texts[key].strip()}
+    if hops := text_of(fields.get("hops")):
+        record["hops"] = int(hops)
+    if source.files and source.files[0].suffix in JSON:
+        record |= {key: fields[key] for key in fields if key not in (*TEXTS, "hops", "source")}
+    return name, record, (texts["reasoning"], texts["answer"])
 
 
-# ---- many sources: `settings` are stage 1's, `dropped` counts records by reason ----
+# ---- many sources: `settings` are stage 1's ----
 
 
 def read_pool(sources: list[Source], settings, dropped: Counter, max_chars: int = 10**9) -> Pool:
     """Prompts shorter than `max_chars` by evaluation set, in the seed's order."""
     pool: Pool = {name: [] for name in EVAL_SETS}
     for source in sources:
-        for name, record, _ in read_source(source):
-            if len(record["prompt"]) < max_chars or source.data.any_length:
-                pool[name].append(record)
-            else:
-                dropped["too long"] += 1
+        for name, record, _ in read_source(source, dropped, max_chars):
+            pool[name].append(record)
     return {name: in_order(records, f"{settings.seed}/{name}") for name, records in pool.items()}
 
 
@@ -178,16 +146,14 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     """Prompts with traces, in the seed's order; none without reasoning or answer (paper, stage I)."""
     traced: Traced = {}
     for source in sources:
-        found = read_source(source)
+        found = read_source(source, dropped, settings.max_chars)
         if not any(all(trace) for _, _, trace in found):
             raise UserError(f"--trace-files: {source.text}: no row has prompt, reasoning and answer")
         for _, record, trace in found:
-            if not all(text.strip() for text in trace):
-                dropped["empty trace"] += 1
-            elif len(record["prompt"]) >= settings.max_chars:
-                dropped["too long"] += 1
-            else:
+            if all(text.strip() for text in trace):
                 traced.setdefault(same_prompt(record["prompt"]), (record, []))[1].append(trace)
+            else:
+                dropped["empty trace"] += 1
     records = in_order([record for record, _ in traced.values()], f"{settings.seed}/traces")
     return {key: traced[key] for key in (same_prompt(record["prompt"]) for record in records)}
 
@@ -208,21 +174,17 @@ def take_sft(pool: Pool, sources: list[Source], settings) -> list[dict]:
     Of a source the first S prompts are SFT's, the next R stay, others leave the pool. UserError for too few.
     """
     sft: list[dict] = []
-    for source in sources:
-        if source.rl is not None:
-            kind, last = kind_of(source.kind), source.sft + source.rl
-            mine = [record for record in pool[kind] if record["source"] == source.name]
-            if len(mine) < last:
-                raise UserError(
-                    f"--files: {source.text} has {len(mine)} {kind} prompts; its quota needs {last}"
-                )
-            sft += mine[: source.sft]
-            others = [record for record in pool[kind] if record["source"] != source.name]
-            pool[kind] = others + mine[source.sft : last]
-    if any(source.rl is not None for source in sources):
-        # in a new order: the first prompts of a large source came early, and would fill a small share
-        for kind, records in pool.items():
-            pool[kind] = in_order(records, f"{settings.seed}/rl pool")
+    quotas = [source for source in sources if source.rl is not None]
+    for source in quotas:
+        kind, last = kind_of(source.kind), source.sft + (source.rl or 0)
+        mine = [record for record in pool[kind] if record["source"] == source.name]
+        if len(mine) < last:
+            raise UserError(f"--files: {source.text} has {len(mine)} {kind} prompts; its quota needs {last}")
+        sft += mine[: source.sft]
+        others = [record for record in pool[kind] if record["source"] != source.name]
+        pool[kind] = others + mine[source.sft : last]
+    if quotas:  # in a new order: the first prompts of a large source came early, and would fill a small share
+        pool |= {kind: in_order(records, f"{settings.seed}/rl pool") for kind, records in pool.items()}
     count = 0 if settings.trace_files else settings.sft_prompts
     if sft and count not in (0, len(sft)):
         raise UserError(f"--sft-prompts: given {count}; the quotas S+R of --files say {len(sft)}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +15,45 @@ from lib import UserError
 from lib.run.files import read_jsonl
 
 JSON = (".jsonl", ".json")  # their rows may hold anything; a table has columns
+READABLE = (*JSON, ".csv", ".tsv", ".parquet")
 
 
 def read_table(path: Path) -> list[dict]:
-    """Rows of a jsonl, json, csv, tsv or parquet file. UserError if it is not there, malformed or empty."""
+    """Rows of a READABLE file. UserError if it is not there, malformed or empty."""
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
-        rows = READERS[path.suffix](path)
+        rows = _rows(path)
     except (ValueError, RecursionError, csv.Error) as error:  # pyarrow's are ValueErrors
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(
-            f"{path}: {'holds no records' if rows else 'is empty'}; allowed one object or row a record"
-        )
+        what = "holds no records" if rows else "is empty"
+        raise UserError(f"{path}: {what}; allowed one object or row a record")
     return rows
 
 
-def _read_json(path: Path) -> list[dict]:
-    """An array of objects, or one; or an object a line."""
+def _rows(path: Path) -> list[dict]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # slow to import; `datasets` needs it anyway
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffix in (".csv", ".tsv"):
+        csv.field_size_limit(2**31 - 1)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            comma = "\t" if path.suffix == ".tsv" else ","
+            rows = list(csv.DictReader(file, delimiter=comma, restval="", strict=True))
+        if any(None in row for row in rows):
+            raise ValueError("a row has more cells than the header")
+        return rows
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))  # an array of objects, or one
     except json.JSONDecodeError:
         return read_jsonl(path)
-    return rows if isinstance(rows, list) else [rows]
+    return whole if isinstance(whole, list) else [whole]
 
 
-def _read_csv(path: Path) -> list[dict]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        comma = "\t" if path.suffix == ".tsv" else ","
-        rows = list(csv.DictReader(file, delimiter=comma, restval="", strict=True))
-    if any(None in row for row in rows):
-        raise ValueError("a row has more cells than the header")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict]:
-    import pyarrow.parquet  # slow to import; `datasets` needs it anyway
-
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-READERS: dict[str, Callable[[Path], list[dict]]] = {".jsonl": read_jsonl, ".json": _read_json}
-READERS |= {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
-
-
-def load_rows(place: str, options: dict[str, Any]) -> Any:
+def load_rows(place: str, **options: Any) -> Any:
     """OWNER/NAME[:CONFIG]:SPLIT of the hub, a datasets.Dataset; its own code is not run. Raises UserError."""
     import datasets  # slow to import, and the sandbox has no need of it
 
@@ -72,8 +62,8 @@ def load_rows(place: str, options: dict[str, Any]) -> Any:
         return datasets.load_dataset(name, *config, split=split, **options)
     except Exception as error:  # not there, gated, no such split, malformed: each has its own kind
         reason = " ".join(str(error).split())[:160]
-        page = f"https://huggingface.co/datasets/{name}"
-        hint = f"if it is gated, ask for access at {page} and log in (hf auth login), or give a file of it"
+        hint = f"if it is gated, ask for access at https://huggingface.co/datasets/{name} and log in"
+        hint += " (hf auth login), or give a file of it"
         raise UserError(f"{place}: cannot be read from the hub ({reason}); {hint}") from error
 
 

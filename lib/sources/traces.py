@@ -9,8 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib import UserError
-from lib.chat import decode, encode_example, encode_prompt, eos_token_ids, set_date
-from lib.policy import context_of
+from lib.chat import decode, encode_example, encode_prompt, eos_token_ids
 from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, resume_log
 from lib.run.hub import dtype_to_infer, load_policy, load_tokenizer
@@ -32,56 +31,38 @@ class TraceWriter:
 
     def __init__(self, settings):
         """settings: stage 1's."""
-        set_date(settings.date)
         name, device = settings.trace_model, settings.device
-        self.tokenizer = load_tokenizer(name)
+        self.settings, self.tokenizer = settings, load_tokenizer(name)
         self.model = load_policy(name, device=device, dtype=dtype_to_infer(device))
         check_tokenizer(self.model, self.tokenizer, [], reasoning=True)
-        self.settings, self.longest = settings, settings.trace_max_new_tokens
 
-    def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, str]]:
-        """(reasoning, answer) for each prompt; either may come out empty."""
-        reasonings = self.complete([self.question(prompt) for prompt in prompts], seeds)
-        openings = [self.opening(*pair) for pair in zip(prompts, reasonings, strict=True)]
+    def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[str]]:
+        """[reasoning, answer] for each prompt; either may come out empty."""
+        questions = [encode_prompt(self.tokenizer, REFLECT.format(p), reasoning=False) for p in prompts]
+        thoughts = self.complete(questions, seeds)
+        pairs = zip(prompts, thoughts, strict=True)
+        openings = [encode_example(self.tokenizer, *pair, "")[0][:-1] for pair in pairs]  # no end of the turn
         answers = self.complete(openings, [seed + 1 for seed in seeds])
-        return list(zip(reasonings, answers, strict=True))
-
-    def question(self, prompt: str) -> list[int]:
-        return encode_prompt(self.tokenizer, REFLECT.format(prompt), reasoning=False)
-
-    def opening(self, prompt: str, reasoning: str) -> list[int]:
-        return encode_example(self.tokenizer, prompt, reasoning, "")[0][:-1]  # all but the end of the turn
+        return [list(pair) for pair in zip(thoughts, answers, strict=True)]
 
     def complete(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[str]:
-        eos, settings = eos_token_ids(self.model, self.tokenizer), self.settings
-        limits: dict = {"max_new_tokens": self.longest, "max_batch_tokens": settings.max_batch_tokens}
-        limits |= {"temperature": settings.trace_temperature, "eos_token_ids": eos}
+        settings, eos = self.settings, eos_token_ids(self.model, self.tokenizer)
+        how: dict = {"max_new_tokens": settings.trace_max_new_tokens, "eos_token_ids": eos, "seeds": seeds}
+        how |= {"temperature": settings.trace_temperature, "max_batch_tokens": settings.max_batch_tokens}
         try:
-            completions = sample(self.model, prompts, seeds=seeds, **limits)
-        except (ValueError, FloatingPointError) as error:  # too long after all, or a broken model
+            completions = sample(self.model, prompts, **how)
+        except (ValueError, FloatingPointError) as error:  # too long a prompt, or a broken model
             raise UserError(f"--trace-model: {settings.trace_model}: {error}") from error
         texts = [(decode(self.tokenizer, c.token_ids), c.finish_reason == "eos") for c in completions]
-        return [whole_sentences(text, ended) for text, ended in texts]
-
-    def check(self, records: Sequence[dict]) -> None:
-        """UserError for the first prompt that leaves no room for the longest reasoning and answer."""
-        room = min(context_of(self.model.config), self.settings.max_batch_tokens)
-        for record in records:
-            opening = len(self.opening(record["prompt"], "")) + 1 + self.longest
-            tokens = max(len(self.question(record["prompt"])), opening) + self.longest
-            if tokens > room:
-                wanted = f"its prompt, a reasoning and an answer take up to {tokens} tokens"
-                least = f"the context of {self.settings.trace_model}, or max_batch_tokens, is {room}"
-                raise UserError(f"--trace-model: {record['id']}: {wanted}; {least}")
+        return [whole_sentences(*text) for text in texts]
 
 
-def write_all(records: list[dict], count: int, settings, use: str) -> list[list[tuple[str, str]]]:
-    """`count` (reasoning, answer) pairs for each record; OUT keeps finished ones for a resumed run."""
+def write_all(records: list[dict], count: int, settings, use: str) -> list[list[list[str]]]:
+    """`count` pairs [reasoning, answer] for each record; OUT keeps finished ones for a resumed run."""
     progress = Path(settings.out) / f"{use.replace(' ', '_')}.partial.jsonl"
     traces = {line["id"]: line["traces"] for line in resume_log(progress)}
     missing = [record for record in records if record["id"] not in traces]
     writer = TraceWriter(settings)
-    writer.check(missing)  # before the first one is asked
     with tqdm(total=len(records), initial=len(traces), desc=use, unit="prompt") as bar:
         for start in range(0, len(missing), PROMPTS_AT_ONCE):
             block = missing[start : start + PROMPTS_AT_ONCE]
@@ -92,7 +73,7 @@ def write_all(records: list[dict], count: int, settings, use: str) -> list[list[
                 traces[record["id"]] = written[i * count : (i + 1) * count]
                 append_jsonl(progress, {"id": record["id"], "traces": traces[record["id"]]})
             bar.update(len(block))
-    return [[(reasoning, answer) for reasoning, answer in traces[record["id"]]] for record in records]
+    return [traces[record["id"]] for record in records]
 
 
 def seed_of(*parts: object) -> int:
