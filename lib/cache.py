@@ -1,10 +1,4 @@
-"""The key-value cache of a batch whose rows come and go: room to grow, repacking, and the attention mask.
-
-A layer's keys and values have the shape (rows, kv_heads, columns, head_dim). Rows are aligned on the right:
-
-    row 0   a b c d e x y        columns ->
-    row 1   . . . f g z w        "." is padding
-"""
+"""The key-value cache of a batch whose rows come and go: its fixed shape, repacking, and attention masks."""
 
 from __future__ import annotations
 
@@ -18,21 +12,20 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
 class FixedLayer(StaticLayer):
-    """A layer's cache that stays where it is: a step writes one column in place.
+    """A layer's keys and values that stay where they are: a step writes one column in place.
 
-    keys, values: (rows, kv_heads, capacity, head_dim)
+    Rows are aligned on the right; "." is padding, "_" not written yet:
 
-        column 0 1 2 3 4 5 6 7 8 9        "." is padding, "_" not written yet
-        row 0  a b c d e x _ _ _ _
-        row 1  . . . f g z _ _ _ _        the next token goes to column 6: a number on the device, () int64,
-               `---- window ---'          which all layers share
+        columns   0 1 2 3 4 5 6 7 8 9
+        row 0     a b c d e x _ _ _ _     `column` is 6, a number on the device, () int64, that all layers
+        row 1     . . . f g z _ _ _ _     share: there the next token goes
+        window    ===============         what a step attends to; the mask hides "." and "_"
 
-    A step attends to the first `window` columns; the mask hides what is not written. (DynamicLayer would copy
-    the whole cache in every step to append.)
+    keys, values: (rows, kv_heads, capacity, head_dim). (DynamicLayer copies all of it to append a column.)
     """
 
     def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
-        super().__init__(max_cache_len=keys.shape[2])  # the window: all there is
+        super().__init__(max_cache_len=keys.shape[2])  # that is the window
         self.keys, self.values, self.cumulative_length, self.is_initialized = keys, values, column, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -41,33 +34,34 @@ class FixedLayer(StaticLayer):
         return self.keys[:, :, : self.max_cache_len], self.values[:, :, : self.max_cache_len]
 
 
-def pack_rows(parts: Sequence[tuple[Cache, int, Tensor]], columns: Tensor, capacity: int) -> Cache:
-    """One cache of fixed shape from rows of several.
+def pack_rows(parts: Sequence[tuple[Cache, int, Tensor]], column: Tensor, capacity: int) -> Cache:
+    """One cache of fixed shape from rows of several, all of which end at `column`, () int64.
 
-    parts: (cache, its columns in use, indices (r,) int64 of its rows, which may repeat). All rows end at
-    `columns`, () int64. What is cut off on the left must be padding. The old caches are emptied layer by
-    layer, so that a second whole cache never exists.
+    parts: (cache, its columns in use, indices (r,) int64 of its rows, which may repeat). What is cut off on
+    the left must be padding. The old are emptied layer by layer: a second whole cache never exists.
     """
-    indices, layers = [index for _, _, index in parts], list[Any]()
-    end = int(columns)
-    for _ in range(len(parts[0][0].layers)):
-        old: list[Any] = [(cache.layers.pop(0), used) for cache, used, _ in parts]
-        keys = _place([layer.keys[:, :, :used] for layer, used in old], indices, end, capacity)
-        values = _place([layer.values[:, :, :used] for layer, used in old], indices, end, capacity)
-        layers.append(FixedLayer(keys, values, columns))
+    end, layers = int(column), list[Any]()
+    while parts[0][0].layers:
+        keys, values = [], []
+        for cache, used, index in parts:
+            old: Any = cache.layers.pop(0)
+            keys.append((old.keys[:, :, :used], index))
+            values.append((old.values[:, :, :used], index))
+        layers.append(FixedLayer(_place(keys, end, capacity), _place(values, end, capacity), column))
     return Cache(layers=layers)
 
 
-def _place(pieces: list[Tensor], indices: list[Tensor], columns: int, capacity: int) -> Tensor:
+def _place(pieces: list[tuple[Tensor, Tensor]], columns: int, capacity: int) -> Tensor:
     """Rows of pieces (n, kv_heads, its columns, head_dim) -> one room (rows, kv_heads, capacity, head_dim).
 
     What is filled in is zero: it is masked, but a NaN would survive the mask.
     """
-    (_, heads, _, head_dim), dtype, kind = pieces[0].shape, pieces[0].dtype, pieces[0].device.type
+    first, rows, row = pieces[0][0], sum(len(index) for _, index in pieces), 0
+    (_, heads, _, head_dim), dtype, kind = first.shape, first.dtype, first.device.type
     if torch.is_autocast_enabled(kind):  # attention will compute in this anyway: no need to keep more
         dtype = torch.get_autocast_dtype(kind)
-    room, row = pieces[0].new_zeros(sum(map(len, indices)), heads, capacity, head_dim, dtype=dtype), 0
-    for piece, index in zip(pieces, indices, strict=True):
+    room = first.new_zeros(rows, heads, capacity, head_dim, dtype=dtype)
+    for piece, index in pieces:
         width = min(columns, piece.shape[2])
         target = room[row : row + len(index), :, columns - width : columns]
         torch.index_select(piece[:, :, -width:].to(dtype), 0, index, out=target)  # `[index]` copies twice
@@ -86,12 +80,12 @@ def repeat_row(cache: Cache, rows: int) -> Cache:
 
 
 def prompt_mask(model: PreTrainedModel, real: Tensor) -> Tensor | None:
-    """The mask of a pass over whole prompts, of which `real` (rows, columns) bool marks the tokens.
+    """The mask of a pass over prompts, `real` (rows, columns) bool being their tokens; None: no padding.
 
-    None where nothing is padded. With SDPA the finished mask (rows, 1, columns, columns) bool. There each
-    column may see itself, padding too: a query that sees nothing gives NaN on some devices.
+    (rows, 1, columns, columns) bool. Each column may see itself, padding too: a query that sees nothing gives
+    NaN on some devices.
     """
-    if real.all() or _builds_masks(model):
+    if real.all() or _masks_itself(model):
         return None if real.all() else real
     column = torch.arange(real.shape[1], device=real.device)
     query = column[:, None]
@@ -99,14 +93,14 @@ def prompt_mask(model: PreTrainedModel, real: Tensor) -> Tensor | None:
 
 
 def step_mask(model: PreTrainedModel, padding: Tensor, columns: int, capacity: int) -> Tensor:
-    """The mask of a step, (rows, 1, 1, capacity) bool: of `columns` each row sees all but its `padding` (rows,)."""
-    column = torch.arange(capacity, device=padding.device)
-    seen = (column >= padding[:, None]) & (column < columns)
-    return seen if _builds_masks(model) else seen[:, None, None]
+    """(rows, 1, 1, capacity) bool: of the first `columns` a row sees all but its `padding` (rows,)."""
+    place = torch.arange(capacity, device=padding.device)
+    seen = (place >= padding[:, None]) & (place < columns)
+    return seen if _masks_itself(model) else seen[:, None, None]
 
 
-def _builds_masks(model: PreTrainedModel) -> bool:
-    """With attention other than SDPA, or sliding windows, it builds its own from (rows, columns) bool."""
+def _masks_itself(model: PreTrainedModel) -> bool:
+    """Without SDPA, or with windows: it wants (rows, columns). Else it is spared the work in each step."""
     return model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(model)
 
 

@@ -17,7 +17,11 @@ That is `sample_simple`, for one prompt. `sample` writes the very same tokens fo
    waiting completions move in. Longest prompts go first: neighbours are alike in length, and what does not
    fit into memory fails at once, not after an hour. `max_batch_tokens` bounds rows x columns with every row
    counted at the full length that it may reach, so it holds to the last step.
-3. **Each completion has its own random numbers**, made from its seed. So it depends on its prompt and seed
+3. **Nothing changes between two repacks but numbers on the device.** A step writes its column in place, at a
+   counter that is on the device, as are tokens, log-probabilities and who has ended. So on a GPU the host,
+   which would have to wait for a look at them, looks every `LOOK` steps. On a CPU a look is free, and columns
+   not yet written cost as much as others: there a step attends to what is written.
+4. **Each completion has its own random numbers**, made from its seed. So it depends on its prompt and seed
    alone: not on batch-mates, budget, order or number of processes; and a lower limit only cuts it short.
 
 Log-probabilities come from the very logits that are sampled, and logits exist for the last position only: at
@@ -45,7 +49,7 @@ from lib.batches import pad_batch
 from lib.cache import pack_rows, prompt_mask, step_mask
 from lib.policy import context_of, table_rows
 
-LOOK = 16  # steps
+LOOK = 16  # steps on a GPU from one look of the host to the next
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
 
@@ -174,30 +178,28 @@ class _Batch:
         self.waiting = [i * group_size + member for i in longest_first for member in range(group_size)]
         self.rows, self.rows_ended = self._long([]), 0  # (rows,) numbers of completions
         self.cache, self.mask = Cache(layers=[]), self._long([])
-        self.columns, self.capacity = 0, 0  # of the cache: filled, and there
-        self.column = self._long(0)  # the columns again, on the device
-        self.fixed_shapes = model.device.type != "cpu"
+        self.columns = self.capacity = 0  # of the cache: filled, and there
+        self.column, self.fixed_shapes = self._long(0), model.device.type != "cpu"  # `columns` on the device
 
     def _long(self, values: Sequence[int] | int) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
 
     def steps(self) -> None:
-        """The steps between two looks of the host at what they did."""
-        fixed = self.fixed_shapes  # on a CPU looking is free, and attending costs: a step, its own columns
-        count, window = (LOOK, self.capacity) if fixed else (1, self.columns + 1)
+        """The steps from one look of the host to the next: all of one shape, on the device alone."""
+        count, window = (LOOK, self.capacity) if self.fixed_shapes else (1, self.columns + 1)
         layers: list[Any] = self.cache.layers
         for layer in layers:
             layer.max_cache_len = window
         for _ in range(min(count, self.capacity - self.columns)):
             self.step(self.mask[..., :window])
             self.columns += 1
-        self.rows_ended = int(self.ended[self.rows].sum())  # here it waits for the device
+        self.rows_ended = int(self.ended[self.rows].sum())  # waits for the device
 
     def step(self, mask: Tensor) -> None:
         """Each row's newest token goes through the model and into the cache, and the next one is drawn."""
         rows, newest = self.rows, self.drawn[self.rows] - 1  # (rows,)
         ids, positions = self.tokens[rows, newest], self.lengths[rows] + newest
-        mask.index_fill_(-1, self.column, True)  # from now on it is seen
+        mask.index_fill_(-1, self.column, True)
         self._draw(rows, self._logits(ids[:, None], positions[:, None], mask, self.cache))
         self.column += 1
 
@@ -263,7 +265,7 @@ class _Batch:
         """A cache of the rows' own size, from the rows that stayed and those that came."""
         used = self.lengths[self.rows] + self.drawn[self.rows] - 1  # (rows,) columns that a row fills
         self.column, most = used.max(), int(self.lengths[self.rows].max()) + self.limit
-        self.columns = int(self.column)
+        self.columns = int(self.column)  # the capacity: rounded up, aligned for the kernels
         self.capacity = min(most, -(-(self.columns + max(64, self.columns // 4)) // 8) * 8)
         self.cache = pack_rows(parts, self.column, self.capacity)
         self.mask = step_mask(self.model, self.columns - used, self.columns, self.capacity)
