@@ -26,7 +26,9 @@ class FixedLayer(StaticLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])  # that is the window
-        self.keys, self.values, self.cumulative_length, self.is_initialized = keys, values, column, True
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.cumulative_length, self.is_initialized = column, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.cumulative_length, key_states.to(self.keys.dtype))
@@ -42,12 +44,10 @@ def pack_rows(parts: Sequence[tuple[Cache, int, Tensor]], column: Tensor, capaci
     """
     end, layers = int(column), list[Any]()
     while parts[0][0].layers:
-        keys, values = [], []
-        for cache, used, index in parts:
-            old: Any = cache.layers.pop(0)
-            keys.append((old.keys[:, :, :used], index))
-            values.append((old.values[:, :, :used], index))
-        layers.append(FixedLayer(_place(keys, end, capacity), _place(values, end, capacity), column))
+        old: list[Any] = [(cache.layers.pop(0), used, index) for cache, used, index in parts]
+        keys = _place([(x.keys[:, :, :used], index) for x, used, index in old], end, capacity)
+        values = _place([(x.values[:, :, :used], index) for x, used, index in old], end, capacity)
+        layers.append(FixedLayer(keys, values, column))
     return Cache(layers=layers)
 
 
@@ -79,29 +79,19 @@ def repeat_row(cache: Cache, rows: int) -> Cache:
     return Cache(layers=layers)
 
 
-def prompt_mask(model: PreTrainedModel, real: Tensor) -> Tensor | None:
-    """The mask of a pass over prompts, `real` (rows, columns) bool being their tokens; None: no padding.
+def attention_mask(model: PreTrainedModel, seen: Tensor, queries: int) -> Tensor:
+    """The mask of a pass over whole prompts, or of a step (`queries` 1); seen: (rows, columns) bool.
 
-    (rows, 1, columns, columns) bool. Each column may see itself, padding too: a query that sees nothing gives
-    NaN on some devices.
+    With SDPA (rows, 1, queries, columns) bool, which saves the model from building it in each step. Padding
+    sees itself: a query that sees nothing gives NaN on some devices. With other attention, or sliding
+    windows, `seen`, from which the model builds its own.
     """
-    if real.all() or _masks_itself(model):
-        return None if real.all() else real
-    column = torch.arange(real.shape[1], device=real.device)
-    query = column[:, None]
-    return (real[:, None, None] & (column <= query)) | (column == query)
-
-
-def step_mask(model: PreTrainedModel, padding: Tensor, columns: int, capacity: int) -> Tensor:
-    """(rows, 1, 1, capacity) bool: of the first `columns` a row sees all but its `padding` (rows,)."""
-    place = torch.arange(capacity, device=padding.device)
-    seen = (place >= padding[:, None]) & (place < columns)
-    return seen if _masks_itself(model) else seen[:, None, None]
-
-
-def _masks_itself(model: PreTrainedModel) -> bool:
-    """Without SDPA, or with windows: it wants (rows, columns). Else it is spared the work in each step."""
-    return model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(model)
+    if model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(model):
+        return seen
+    if queries == 1:
+        return seen[:, None, None]
+    column = torch.arange(queries, device=seen.device)
+    return (seen[:, None, None] & (column <= column[:, None])) | (column == column[:, None])
 
 
 def layer_types(model: PreTrainedModel) -> Sequence[str]:
