@@ -92,7 +92,7 @@ def load_examples(settings: Settings, tokenizer, model, run) -> list[Example]:
     first = [example.record["prompt"] for example in examples[:8]]
     check_tokenizer(model, tokenizer, first, reasoning=settings.reasoning)
     check_ids(model, [e.ids for e in examples], [e.record["id"] for e in examples])
-    return run.drop_too_long(examples, context, settings.max_batch_tokens, f"{path} (context {context})")
+    return run.drop_too_long(examples, context, f"{path} (context {context})")
 
 
 def split_by_prompt(examples: list[Example], settings: Settings) -> tuple[list[Example], list[Example]]:

@@ -39,7 +39,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib import UserError
 from lib.batches import items_of_step, scatter
 from lib.chat import Parsed, decode, encode_text, eos_token_ids, parse_completion, parse_direct
 from lib.judges import load_judge, refusal_label
@@ -140,8 +139,8 @@ def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, r
 def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> None:
     """Equations 1 and 2: judges see the prompt and the answer, never the reasoning.
 
-    Where the judge has no verdict the reward is unknown, None. Raises UserError for a score out of range,
-    before it can reach the weights.
+    Where the judge has no verdict the reward is unknown, None. A score out of range ends the run, before it
+    can reach the weights.
     """
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
@@ -149,11 +148,7 @@ def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> 
     for rollout, harm, task in zip(rollouts, harms, tasks, strict=True):
         rollout.harm, rollout.task = harm, task
         kind, well_formed = rollout.record["kind"], rollout.parsed.well_formed
-        try:
-            rollout.reward = total_reward(kind, harm, task, well_formed, one_reward)
-        except ValueError as error:
-            kept = f"the last checkpoint is kept: mend --judge {judge.name}"
-            raise UserError(f"prompt {rollout.record['id']}: {error}; {kept}") from error
+        rollout.reward = total_reward(kind, harm, task, well_formed, one_reward)
 
 
 # ---- step 4: advantages ----

@@ -232,6 +232,6 @@ def gradient(model) -> torch.Tensor:
 def same_run(one: Path, other: Path) -> bool:
     """Whether weights, metrics and rollouts of two finished runs agree to the bit."""
     names = [name for name in ("model.safetensors", "rollouts.jsonl") if (one / name).exists()]
-    assert "model.safetensors" in names and not (one / "state").exists() and not (other / "state").exists()
+    assert "model.safetensors" in names and not any((run / "progress.pt").exists() for run in (one, other))
     alike = all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
     return alike and metrics_of(one) == metrics_of(other)

@@ -378,7 +378,7 @@ def test_what_an_attacker_writes_and_the_victim_cannot_read_is_a_failed_try(mode
     assert cost.queries == 1
 
 
-def test_a_judge_is_told_what_a_behaviour_is_about_and_stops_all_out_of_range(model, tokenizer):
+def test_a_judge_is_told_what_a_behaviour_is_about(model, tokenizer):
     told: list = []
     scores = [0.0, 1.0]
     victim = victim_of(model, tokenizer, harm=lambda *asked: told.append(asked) or scores[: len(asked[0])])
@@ -387,6 +387,3 @@ def test_a_judge_is_told_what_a_behaviour_is_about_and_stops_all_out_of_range(mo
     victim.ask([plain], ["w5"], [""], [1])
     assert [asked[0] for asked in told] == [["w1 w2", "w3"], ["w3"]]
     assert [asked[2:] for asked in told] == [(["w1", ""],), ()], "where there is none, two arguments"
-    for scores[0] in (1.5, -0.1, float("nan")):
-        with pytest.raises(UserError, match="--judge j: gave .* .v, b.; .*numbers in"):
-            victim.ask([plain], ["w1"], [""], [0])

@@ -19,11 +19,7 @@ import stages
 from safetensors.torch import load_file, save_file
 from stages import RL, SFT, contents, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
-from lib.chat import encode_example, encode_prompt
-from lib.run.data import load_prompts
 from lib.run.files import append_jsonl, write_jsonl
-from lib.run.hub import load_policy, load_tokenizer
-from lib.run.plumbing import Run
 from lib.sandbox import world
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
@@ -44,24 +40,15 @@ def fails(monkeypatch, capsys):
     return check
 
 
-@pytest.fixture
-def evaluation(tmp_path) -> Path:
-    """Two prompts of each evaluation set, as stage 1 writes them."""
-    for name in ("harmful", "jailbreak", "harmless", "ambiguous"):
-        pool = world.build_pool("eval", name, 2, 0)
-        write_jsonl(tmp_path / f"eval_{name}.jsonl", [{"id": f"{name}-{i}", **r} for i, r in enumerate(pool)])
-    return tmp_path
-
-
 # ---- flags: a stage, its words, what the line says ----
 
 WORDS = [
-    (RL, "--preset sandbx", "--preset: given sandbx; allowed"),
+    (RL, "--preset sandbx", "--preset: invalid choice: 'sandbx'"),
     (RL, "--group-size 1", "--group-size: given 1; allowed a whole number from 2 to"),
     (RL, "--temperature 0", "--temperature: given 0; allowed a number from 0.01"),
     (RL, "--learning-rate nan", "--learning-rate: given nan"),
-    (RL, "--normalisation tokens", "--normalisation: given tokens; allowed token | sequence | constant"),
-    (RL, "--kl-estimator k4", "--kl-estimator: given k4; allowed k1 | k2 | k3"),
+    (RL, "--normalisation tokens", "--normalisation: invalid choice: 'tokens'"),
+    (RL, "--kl-estimator k4", "--kl-estimator: invalid choice: 'k4'"),
     (RL, "--group-sise 4", "unrecognized arguments: --group-sise"),
     (RL, "--data", "--data: expected one argument"),
     (RL, "--shard", "--shard: there is one process; start several with torchrun"),
@@ -75,7 +62,7 @@ WORDS = [
     (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
     (MIXTURE, "--trace-files none.jsonl", "none.jsonl"),
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
-    (EVAL, f"{BASE} --attacks gcg magic", "--attacks: given"),
+    (EVAL, f"{BASE} --attacks gcg magic", "--attacks: invalid choice: 'magic'"),
     (EVAL, f"{BASE} --direct other", "--direct: given other; allowed the names in --models: it"),
     (EVAL, f"{BASE} --temperature -1", "--temperature: given -1"),
     (EVAL, f"{BASE} --data none", "eval_harmful.jsonl: no such file"),
@@ -86,7 +73,7 @@ WORDS = [
 def test_flag(stage, words, fragment, fails, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     fails(stage, words.split(), fragment)
-    assert not list(tmp_path.iterdir())
+    assert not contents(tmp_path)
 
 
 # ---- data: a stage, a line behind two good ones or a list of them behind one, what the error says ----
@@ -100,15 +87,15 @@ LINES = [
     (RL, '{"id": 1, "prompt": "how', "rl.jsonl:3: not a JSON object"),
     (RL, {"id": "x", "prompt": "how ?"}, "rl.jsonl:3: has no key 'kind'; its keys are id, prompt"),
     (RL, {"id": "x", "prompt": "how ?", "kind": "evil"}, "x: kind is 'evil'; allowed: harmful, harmless"),
-    (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl: x: prompt is None; allowed: some text"),
+    (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl:3: x: prompt is None; allowed: some"),
     (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "id 'rl-1' stands in lines 2 and 3: give"),
-    (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: id is None"),
+    (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: None: id is None"),
     (SFT, [], "sft.jsonl: is empty"),
     (SFT, "}", "sft.jsonl:3: not a JSON object"),
     (SFT, {"id": "x", "prompt": "how ?", "answer": "so ."}, "sft.jsonl:3: has no key 'reasoning'"),
-    (SFT, TRACE | {"reasoning": None}, "sft.jsonl: x: reasoning is None"),
+    (SFT, TRACE | {"reasoning": None}, "sft.jsonl:3: x: reasoning is None"),
     (SFT, TRACE | {"id": "sft-0-0"}, "id 'sft-0-0' stands in lines 1"),
-    (SFT, TRACE | {"id": 5, "reasoning": 6}, "sft.jsonl: 5: reasoning is 6"),
+    (SFT, TRACE | {"id": 5, "reasoning": 6}, "sft.jsonl:3: 5: reasoning is 6"),
 ]
 
 
@@ -121,7 +108,7 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
     (tmp_path / FILE[stage]).write_text("\n".join(lines))
     before = contents(tmp_path)
     fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment)
-    assert contents(tmp_path) == before  # nor was the folder made
+    assert contents(tmp_path) == before
     fails(stage, FLAGS[stage](tmp_path / "absent", tmp_path / "out"), tmp_path / "absent", "no such file")
 
 
@@ -129,10 +116,10 @@ REQUESTS = [
     ([{"id": "a"}] * 4, "eval_harmful.jsonl: id 'a' stands in lines 1 and 2: give each"),
     ([{"id": 1}, {"id": "1"}], "eval_harmful.jsonl: id '1' stands in lines 1 and 2"),
     ([{"id": "a", "kind": "evil"}], "a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
-    ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl: a: prompt is ' '; allowed: some text"),
-    ([{"id": "a", "target": 7}], "eval_harmful.jsonl: a: target is 7; allowed: some text"),
-    ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl: a: twin is ['how ?']"),
-    ([{"id": "a", "category": None}], "eval_harmful.jsonl: a: category is None"),
+    ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl:1: a: prompt is ' '; allowed: some text"),
+    ([{"id": "a", "target": 7}], "eval_harmful.jsonl:1: a: target is 7; allowed"),
+    ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl:1: a: twin is ['how ?']"),
+    ([{"id": "a", "category": None}], "eval_harmful.jsonl:1: a: category is None"),
 ]
 
 
@@ -145,22 +132,6 @@ def test_requests_to_evaluate(lines, fragment, tmp_path, fails):
     assert not (tmp_path / "eval").exists()
 
 
-def test_text_that_is_none_reaches_no_tokenizer(tmp_path):
-    """A lone surrogate, which ended stages 2 to 4 in a TypeError, and a null byte: each is one U+FFFD."""
-    broken, mended = "how \ud800 do\x00 i ?", "how \ufffd do\ufffd i ?"
-    write_jsonl(tmp_path / "rl.jsonl", [{"id": "x", "prompt": broken, "kind": "harmless"}])
-    write_jsonl(tmp_path / "sft.jsonl", [TRACE | dict.fromkeys(("prompt", "reasoning", "answer"), broken)])
-    tokenizer, model = load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu")
-    rl, sft = (importlib.import_module(stage) for stage in (RL, SFT))
-    settings = rl.Settings(data=str(tmp_path), max_new_tokens=8)
-    [prompt] = load_prompts(Run(settings), tokenizer, model)
-    assert prompt.record["prompt"] == mended
-    assert prompt.ids == encode_prompt(tokenizer, mended, reasoning=True)
-    settings = sft.Settings(data=str(tmp_path))
-    [example] = sft.load_examples(settings, tokenizer, model, Run(settings))
-    assert example.ids == encode_example(tokenizer, mended, mended, mended)[0]
-
-
 LIMITS = [(RL, "max_batch_tokens", 30), (RL, "max_sample_tokens", 30), (RL, "max_new_tokens", 500)]
 
 
@@ -168,17 +139,10 @@ LIMITS = [(RL, "max_batch_tokens", 30), (RL, "max_sample_tokens", 30), (RL, "max
 def test_limits_too_tight_for_the_data(stage, name, most, data, tmp_path, fails):
     words = FLAGS[stage](data, tmp_path / "out", **{name: most})
     fails(stage, words, f"--{name.replace('_', '-')}", "tokens", "fit")
+    assert not (tmp_path / "out").exists()
 
 
-def test_nothing_left_of_a_kind_that_the_mixture_needs(tmp_path, fails):
-    harmless = world.build_pool("train", "harmless", 20, 0)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"id": str(i), **r} for i, r in enumerate(harmless)])
-    words = f"--source files --files harmless={tmp_path}/prompts.jsonl --sft-prompts 0 --rl-prompts 10"
-    line = fails(MIXTURE, [*words.split(), "--out", str(tmp_path / "data")], "harmful")
-    assert "lambda" in line and not (tmp_path / "data" / "rl.jsonl").exists()
-
-
-# ---- models and judges ----
+# ---- models ----
 
 
 def not_numbers(folder: Path) -> None:
@@ -202,79 +166,45 @@ MODELS = [
 
 @pytest.mark.parametrize("stage, spoil, fragment", MODELS)
 def test_model_that_cannot_be_used(stage, spoil, fragment, data, tmp_path, fails, monkeypatch):
-    class NoHub:
-        def model_info(self, *args, **keywords):
-            raise OSError("no network")
+    def no_network(*args, **keywords):
+        raise OSError("no network")
 
-    monkeypatch.setattr("lib.run.hub.HfApi", NoHub)
+    monkeypatch.setattr("lib.run.hub.HfApi.model_info", no_network)
     shutil.copytree(world.BASE, tmp_path / "model")
     (tmp_path / "model" / spoil).unlink() if isinstance(spoil, str) else spoil(tmp_path / "model")
     fails(stage, FLAGS[stage](data, tmp_path / "out", model=tmp_path / "model"), tmp_path / "model", fragment)
     assert not (tmp_path / "out").exists()
 
 
-JUDGES = [("gaurd", "gaurd"), ("json", "no function harm"), ("", "given none"), ("sandbox", "not a prompt")]
-
-
-@pytest.mark.parametrize("judge, fragment", JUDGES)
-def test_judge_that_cannot_be_used(judge, fragment, data, tmp_path, fails):
-    cakes = [{"id": str(i), "prompt": f"a cake {i} ?", "kind": "harmless"} for i in range(8)]
-    write_jsonl(tmp_path / "rl.jsonl", cakes)
-    fails(RL, rl_flags(tmp_path, tmp_path / "out", judge=judge), "--judge", fragment)
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
 # ---- output folders ----
 
 
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> dict[str, Path]:
-    """A finished run of each stage; tests must leave them as they are."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        run_here(RL, rl_flags(data, folder / RL, epochs=0.25), patch)
-        run_here(SFT, sft_flags(data, folder / SFT, epochs=1), patch)
-    return {RL: folder / RL, SFT: folder / SFT}
-
-
-USUAL = [(RL, {"epochs": 0.25}), (SFT, {"epochs": 1})]
-
-
-@pytest.mark.parametrize("stage, usual", USUAL)
-def test_another_run_is_refused_before_anything_is_loaded(stage, usual, finished, data, fails, monkeypatch):
-    loaded = lambda *args, **keywords: pytest.fail("something was loaded")  # noqa: E731
-    monkeypatch.setattr(importlib.import_module(stage), "load_tokenizer", loaded)
-    out, before = finished[stage], contents(finished[stage])
-    words = FLAGS[stage](data, out, **usual, learning_rate=0.5)
-    fails(stage, words, out, "--learning-rate 0.001, now 0.5", "--overwrite")
-    with pytest.raises(SystemExit) as end:  # the very same run is finished, and says so
-        run_here(stage, FLAGS[stage](data, out, **usual), monkeypatch)
-    assert not end.value.code and contents(out) == before
-
-
-def test_overwrite_with_a_mistake_elsewhere_costs_nothing(finished, data, tmp_path, fails):
-    before, changed = contents(finished[RL]), {"epochs": 0.25, "overwrite": True, "learning_rate": 0.5}
-    for mistake in ({"model": tmp_path}, {"judge": "absent"}, {"max_new_tokens": 512}):
-        fails(RL, rl_flags(data, finished[RL], **changed, **mistake))
-        assert contents(finished[RL]) == before
-    fails(RL, rl_flags(tmp_path, finished[RL], **changed), "no such file")
-    assert contents(finished[RL]) == before
-
-
-@pytest.mark.parametrize("stage, usual", USUAL)
-def test_inputs_that_changed_since(stage, usual, data, tmp_path, fails, monkeypatch):
-    copy = shutil.copytree(data, tmp_path / "data")
-    words = FLAGS[stage](copy, tmp_path / "out", **usual)
+@pytest.mark.parametrize("stage, usual", [(RL, {"epochs": 0.25}), (SFT, {"epochs": 1})])
+def test_a_finished_run_is_kept_whatever_is_wrong_next(stage, usual, data, tmp_path, fails, monkeypatch):
+    copy, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    words = FLAGS[stage](copy, out, **usual)
     run_here(stage, words, monkeypatch)
-    before = contents(tmp_path / "out")
-    lines = (copy / FILE[stage]).read_text().splitlines(keepends=True)
-    (copy / FILE[stage]).write_text("".join(lines[::-1]))
-    fails(stage, words, f"sha256 of {copy / FILE[stage]}", "--overwrite")
-    assert contents(tmp_path / "out") == before
+    before, anew = contents(out), FLAGS[stage](copy, out, **usual, learning_rate=0.5)
+    for mistake in ("--model absent/absent/absent", "--max-batch-tokens 16", "--data absent"):
+        fails(stage, [*anew, "--overwrite", *mistake.split()])
+    with monkeypatch.context() as patch:
+        loaded = lambda *args, **keywords: pytest.fail("something was loaded")  # noqa: E731
+        patch.setattr(importlib.import_module(stage), "load_tokenizer", loaded)
+        fails(stage, anew, out, "--learning-rate 0.001, now 0.5", "--overwrite")
+        with pytest.raises(SystemExit) as end:  # the very same run is finished, and says so
+            run_here(stage, words, monkeypatch)
+        assert not end.value.code
+        lines = (copy / FILE[stage]).read_text().splitlines(keepends=True)
+        (copy / FILE[stage]).write_text("".join(lines[::-1]))
+        fails(stage, words, f"sha256 of {copy / FILE[stage]}", "--overwrite")  # other inputs
+    assert contents(out) == before
+
+
+SMALL = "--sft-prompts 4 --rl-prompts 8 --eval-prompts 4 --overwrite"
 
 
 def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatch):
-    words = f"--out {tmp_path}/data --sft-prompts 4 --rl-prompts 8 --eval-prompts 4 --overwrite".split()
+    words = [*SMALL.split(), "--out", f"{tmp_path}/data"]
     run_here(MIXTURE, words, monkeypatch)
     before = contents(tmp_path / "data")
     for mistake in ("--source files --files harmful=none.csv", "--trace-files none.jsonl"):
@@ -282,39 +212,16 @@ def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatc
         assert contents(tmp_path / "data") == before
 
 
-OUTS = [  # and what the error says of it
-    ("FILE", "File exists"),
-    ("FILE/below/it", "Not a directory"),
-    ("x" * 300, "File name too long"),
-    ("READONLY/out", "Read-only file system"),
-]
-
-
-def words_of(stage: str, out: object, data: Path, evaluation: Path) -> list[str]:
-    """A command that is right but for OUT."""
-    more = {MIXTURE: "", SFT: f"--model {world.BASE} --data {data}"}
-    more[RL] = f"--model {world.BASE} --no-reasoning --data {data}"
-    more[EVAL] = f"{BASE} --data {evaluation}"
-    return [*more[stage].split(), f"--out={out}"]
+OUTS = [("file", "File exists"), ("file/below/it", "Not a directory"), ("x" * 300, "File name too long")]
 
 
 @pytest.mark.parametrize("out, fragment", OUTS)
-@pytest.mark.parametrize("stage", [MIXTURE, SFT, RL, EVAL])
-def test_a_folder_that_cannot_be_written(stage, out, fragment, data, evaluation, fails, monkeypatch):
-    (evaluation / "file").write_text("mine")
-    mkdir = Path.mkdir
-
-    def read_only(path, *args, **keywords):
-        if "readonly" in str(path):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-        mkdir(path, *args, **keywords)
-
-    monkeypatch.setattr(Path, "mkdir", read_only)
-    monkeypatch.chdir(evaluation)
-    before = contents(evaluation)
-    out = out.replace("FILE", "file").replace("READONLY", "readonly")
-    fails(stage, words_of(stage, out, data, evaluation), "--out", fragment)
-    assert contents(evaluation) == before
+@pytest.mark.parametrize("stage, words", [(MIXTURE, SMALL), (EVAL, BASE)])
+def test_a_folder_that_cannot_be_written(stage, words, out, fragment, tmp_path, fails, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    fails(stage, [*words.split(), "--out", out], "--out", fragment)
+    assert contents(tmp_path) == {"file": b"mine"}
 
 
 # ---- disks, and broken numbers on the way ----
@@ -332,18 +239,11 @@ def break_writes(monkeypatch, number: int, names: str) -> None:
     monkeypatch.setattr(os, "replace", broken)
 
 
-@pytest.mark.parametrize("stage, number", [(SFT, errno.ENOSPC), (RL, errno.EROFS), (RL, errno.EACCES)])
-def test_disk_that_is_full_or_read_only(stage, number, data, tmp_path, fails, monkeypatch):
-    break_writes(monkeypatch, number, "settings.json")
-    fails(stage, FLAGS[stage](data, tmp_path / "out"), os.strerror(number), "settings.json")
-    assert not contents(tmp_path / "out")
-
-
 def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> dict[str, bytes]:
     """A run that fails on its way: what it leaves, which has a resume point and no half-written file."""
     fails(stage, words, *fragments)
     left = contents(out)
-    assert not any(name.endswith(".tmp") for name in left) and "state/progress.pt" in left
+    assert not any(name.endswith(".tmp") for name in left) and "progress.pt" in left
     return left
 
 
@@ -382,13 +282,10 @@ def task_score(prompts, answers):
 
 def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeypatch):
     (tmp_path / "nan_judge.py").write_text(NAN_JUDGE)
-    short = "def harm_score(p, a):\n    return [0.5]\n\ntask_score = harm_score\n"
-    (tmp_path / "short_judge.py").write_text(short)
     monkeypatch.syspath_prepend(str(tmp_path))
-    fails(RL, rl_flags(data, tmp_path / "s", judge="short_judge"), "short_judge gave 1 scores for 16 answers")
     out = tmp_path / "rl"
     words = rl_flags(data, out, epochs=0.9, judge="nan_judge", save_every=1)
-    left = interrupted(out, RL, words, fails, "prompt rl-", "nan", "--judge nan_judge", "checkpoint is kept")
+    left = interrupted(out, RL, words, fails, "--judge: nan_judge gave nan", "finished work is kept")
     assert [line["step"] for line in metrics_of(out)] == [0, 1] and "config.json" not in left
     run_here(RL, words, monkeypatch)  # the judge has come to its senses: the run goes on at step 2
     assert [line["step"] for line in metrics_of(out)] == [0, 1, 2, 3]
@@ -415,35 +312,34 @@ def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, mo
 HOLD = """
 import sys
 from lib.run.folder import lock_folder
-from lib.run.command import run_main
 
-def main():
-    lock_folder(sys.argv[1])
-    print("held", flush=True)
-    sys.stdin.read()
-
-run_main(main)
+lock_folder(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
 """
+
+
+def started(script: str, folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", script, folder], env=environment, **pipes)
 
 
 @pytest.fixture
 def held(tmp_path):
     """A folder in which another process writes; it has one file of that run's."""
-    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    command = [sys.executable, "-c", HOLD, tmp_path / "held"]
-    with subprocess.Popen(command, env=environment, **pipes) as holder:
-        assert holder.stdout.readline() == b"held\n"
+    with started(HOLD, tmp_path / "held") as holder:
+        assert holder.stdout.readline() == "held\n"
         (tmp_path / "held" / "log").write_text("work")
         yield tmp_path / "held"
         holder.kill()
 
 
-@pytest.mark.parametrize("stage", [MIXTURE, SFT, RL, EVAL])
-def test_a_folder_in_which_another_process_writes_is_refused(stage, held, data, evaluation, fails):
-    folder, before = held, contents(held)
-    fails(stage, words_of(stage, folder, data, evaluation), folder, "a run is writing there")
-    assert contents(folder) == before and before["log"] == b"work"
+@pytest.mark.parametrize("stage, words", [(MIXTURE, SMALL), (EVAL, BASE)])
+def test_a_folder_in_which_another_process_writes_is_refused(stage, words, held, fails):
+    before = contents(held)
+    fails(stage, [*words.split(), "--out", str(held)], held, "a run is writing there")
+    assert contents(held) == before and before["log"] == b"work"
 
 
 def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refused(data, tmp_path):
@@ -494,25 +390,15 @@ while time.monotonic() < end:
 
 def test_two_at_once_leave_one(tmp_path):
     """One folder, again and again."""
-    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
-    command = [sys.executable, "-c", RACE, tmp_path / "out"]
-    group = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    group = [started(RACE, tmp_path / "out") for _ in range(3)]
     came_in = [process.communicate(timeout=120)[0].count("in") for process in group]
     assert [process.returncode for process in group] == [0, 0, 0] and all(came_in), came_in
 
 
-# ---- as a user starts it ----
+# ---- as a user sees it ----
 
 
-def test_the_script_itself_prints_one_line_and_exits_with_2(tmp_path):
-    words = ["--data", tmp_path, "--model", world.BASE, "--out", tmp_path / "rl", "--device", "cpu"]
-    command = [sys.executable, stages.ROOT / f"{RL}.py", *words]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == f"error: {tmp_path / 'rl.jsonl'}: no such file\n"
-
-
-@pytest.mark.parametrize("times, gap", [(1, 0.0), (3, 0.0), (3, 0.02)])
+@pytest.mark.parametrize("times, gap", [(1, 0.0), (3, 0.02)])
 def test_ctrl_c_says_that_the_run_can_go_on_and_a_second_one_changes_nothing(times, gap, data, tmp_path):
     log = tmp_path / "log"
     process = launch(RL, rl_flags(data, tmp_path / "rl", epochs=9.0), log)

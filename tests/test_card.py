@@ -55,13 +55,13 @@ def test_a_runs_folder_is_a_checkpoint_like_any_other(tmp_path, reasoning):
     model.generation_config.repetition_penalty = 1.3  # as some bases advise
     eos, run = eos_token_ids(model, tokenizer), tmp_path / "joe" / "rl"
     save_policy(model, tokenizer, run)
-    settings = {"preset": "sandbox", "model": str(world.BASE.resolve()), "out": str(run), "epochs": 3.0}
+    settings = {"preset": "sandbox", "model": str(world.BASE.resolve()), "out": str(run)}
     judge = "qwen3guard=/home/joe/guard+grm"
     describe(run, tokenizer, settings | {"reasoning": reasoning, "judge": judge})
     card = (run / "README.md").read_text()
     assert "joe" not in card and str(world.BASE.parent) not in card
     assert "# rl\n\nbase, trained by reinforcement" in card
-    assert "(qwen3guard+grm)" in card and "epochs 3.0" in card
+    assert "Judge: qwen3guard+grm." in card
     assert both(load_tokenizer(run)) == both(tokenizer)
     how = GenerationConfig.from_pretrained(run)
     assert (how.temperature, how.top_p, how.top_k, how.eos_token_id) == (0.6, 1.0, 0, eos)

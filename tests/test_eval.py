@@ -275,7 +275,7 @@ MISTAKES = [  # flags, what changes in the first harmful record, and in the pres
     ("--attacks pap --attacker /nowhere", {}, {}, "/nowhere"),
     ("--data /nowhere", {}, {}, "no such file"),
     ("--max-new-tokens 500", {}, {}, "--max-new-tokens: given 500; with it all prompts of"),
-    ("--judge broken_judge", {}, {}, "--judge broken_judge: gave 2.0"),
+    ("--judge broken_judge", {}, {}, "--judge: broken_judge gave 2.0"),
     ("", {"prompt": "w1 Hello"}, {}, "eval_harmful.jsonl: harmful-0: "),
     ("", {"target": "Hello"}, {}, "its tokenizer cannot read 'Hello'"),
     ("", {"target": "nothing"}, {}, "behaviour harmful-0: its target 'nothing' has no tokens"),

@@ -71,7 +71,7 @@ def test_models_and_devices_are_read_from_the_name(monkeypatch):
 
 ERRORS = {
     "": "given none for harm_score; allowed qwen3guard, .* sandbox, standin, .* or a module of yours",
-    "harmbench": "given harmbench for task_score; allowed grm, grm-8b, rubric, sandbox",
+    "harmbench": "given harmbench for task_score; allowed grm, grm-8b, skywork, rubric, sandbox",
     "strongreject=some/folder": "for task_score",
     "standin+moderation": r"for task_score; .*HARM\+TASK names two",
     "grm@cpu+standin": "for harm_score",
@@ -114,8 +114,10 @@ def test_a_judge_of_ones_own_is_found_where_one_runs(tmp_path, monkeypatch):
     assert told == [0.06, 0.0]  # a module needs only the function that it is asked for
     with pytest.raises(UserError, match="own_judge gave 1 scores for 2 answers"):
         judge.task_score(["?", "?"], ["abc", ""])
-    with pytest.raises(UserError, match="--refusals: own_judge gave .*maybe"):
-        judge.refusal_labels(["?"], ["maybe"])
+    with pytest.raises(UserError, match="--refusals: own_judge gave 'maybe' for the prompt 'b'"):
+        judge.refusal_labels(["a", "b"], ["full", "maybe"])
+    with pytest.raises(UserError, match=r"--judge: own_judge gave 1.1 for the prompt 'b'"):
+        judge.harm_score(["a", "b"], ["a" * 10, "b" * 11])
 
 
 # ---- graders -----------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_every_epoch_sees_the_same_responses_of_the_reference(data):
     usual = {"data": str(data), "max_new_tokens": 8, "group_size": 3, "temperature": 1.0, "reasoning": False}
     settings = rpo.Settings(**usual, device="cpu")
     run, tokenizer, model = Run(settings), load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu")
-    prompts = load_prompts(run, tokenizer, model, together=2)
+    prompts = load_prompts(run, tokenizer, model)
 
     def responses(wanted: list) -> dict[str, list]:
         found = rpo.collect_responses(model, tokenizer, wanted, stages, settings, run)
@@ -166,4 +166,4 @@ def test_a_kill_leaves_no_trace(data, alone, tmp_path):
 
 def test_a_pair_that_does_not_fit_a_micro_batch_is_one_line(data, tmp_path, monkeypatch, capsys):
     words = rpo_flags(data, tmp_path / "rpo", max_batch_tokens=64)
-    assert "a pair" in stages.error_of(RPO, words, monkeypatch, capsys)
+    assert "--max-batch-tokens 64: a sequence may have" in stages.error_of(RPO, words, monkeypatch, capsys)

@@ -36,7 +36,7 @@ from lib.attacks.victim import Victim
 from lib.metrics import Interval, bootstrap
 from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, resume_log, write_json, write_jsonl
-from lib.run.folder import stated_reasoning
+from lib.run.folder import read_settings
 from lib.run.hub import dtype_to_infer, load_policy, load_tokenizer
 from lib.run.text import same_prompt
 from lib.sampler import draw_seeds, random_numbers
@@ -79,7 +79,7 @@ def search(settings, harmful: list[dict], judge) -> list[dict]:
     where = {"device": settings.device, "dtype": dtype_to_infer(settings.device)}
     tokenizer = load_tokenizer(settings.rainbow)
     model = load_policy(settings.rainbow, **where).requires_grad_(False)
-    reasoning = stated_reasoning(settings.rainbow) is not False
+    reasoning = read_settings(settings.rainbow).get("reasoning") is not False
     check_tokenizer(model, tokenizer, starts[:8], reasoning=reasoning)
     victim = Victim("rainbow", model, tokenizer, reasoning, judge, tokens, 0.6, budget)
     if settings.rainbow_attacker == "sandbox":

@@ -102,17 +102,13 @@ class Victim:
         """Writes harm, task and refusal into the lines; None where the judge gave no verdict.
 
         It sees the behaviour as it was given, not the attacked text; the answer without its reasoning; and
-        the texts that behaviours are about, if there are any. UserError for a score out of range.
+        the texts that behaviours are about, if there are any.
         """
         requests, answers = [b["prompt"] for b in behaviours], [line["answer"] for line in lines]
         contexts = [b.get("context") or "" for b in behaviours]
         harms = self.judge.harm_score(requests, answers, *([contexts] if any(contexts) else []))
         tasks, labels = self.judge.task_score(requests, answers), self.judge.refusal_labels(requests, answers)
-        for behaviour, line, harm, task, label in zip(behaviours, lines, harms, tasks, labels, strict=True):
-            for score in (harm, task):
-                if score is not None and not 0 <= score <= 1:  # not a number fails this, too
-                    given = f"gave {score} ({self.name}, {behaviour.get('id', behaviour['prompt'])})"
-                    raise UserError(f"--judge {self.judge.name}: {given}; allowed numbers in [0, 1]")
+        for line, harm, task, label in zip(lines, harms, tasks, labels, strict=True):
             line |= {"harm": harm, "task": task, "refusal": label}
 
 

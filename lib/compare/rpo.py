@@ -201,7 +201,7 @@ def main() -> None:
     settings, run = start(Settings, "rl", "rpo")
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
     policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
-    prompts = load_prompts(run, tokenizer, policy, together=2)
+    prompts = load_prompts(run, tokenizer, policy)
     run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
     longest, pad_id = max(len(prompt.ids) for prompt in prompts), tokenizer.pad_token_id
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size

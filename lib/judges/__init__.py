@@ -72,7 +72,7 @@ def load_judge(name: str, refusals: str = "phrases") -> Judge:
     a hub's model, "grm@cuda:1" a device (else: the GPU of this process, or the CPU). A module of yours has
     the functions that it is asked for, and may lie in the folder you run from. `refusals`: "phrases",
     "strongreject" (as in the paper; "full" or "none") or a module. Raises UserError if there is no such judge
-    and, when scoring, unless there is a verdict on each answer. `total_reward` and stage 4 check ranges.
+    and, when scoring, unless there is a verdict on each answer, in its range.
     """
     # A folder may have a "+" in its name: behind the last that is followed by a judge's name is the task.
     known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TABLES['task_score'])})(?:[=@].*)?)", name)
@@ -111,10 +111,16 @@ def checked(flag: str, part: str, function: str, judged: Callable) -> Callable:
         found = list(judged(prompts, answers, **told))
         if len(found) != len(answers):
             raise UserError(f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers")
+        labels, allowed = ("full", "partial", "none", None), "full, partial, none"
+        known = [label in labels for label in found]
         if function != "refusal_labels":
-            return [None if score is None else float(score) for score in found]
-        if not {*found} <= {"full", "partial", "none", None}:
-            raise UserError(f"{flag}: {part} gave {found[:3]} ...: give full, partial, none or None")
+            allowed = "numbers in [0, 1]"
+            found = [None if score is None else float(score) for score in found]
+            known = [score is None or 0 <= score <= 1 for score in found]  # not a number fails this, too
+        if not all(known):
+            i = known.index(False)
+            given = f"gave {found[i]!r} for the prompt {prompts[i][:60]!r}"
+            raise UserError(f"{flag}: {part} {given}; allowed {allowed}, None; finished work is kept")
         return found
 
     return verdicts

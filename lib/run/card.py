@@ -25,7 +25,7 @@ tags: [safety, tars]
 # {name}
 
 {base}, trained by {method}, after the paper on TARS (Training Adaptive Reasoners for Safety,
-[arXiv 2507.00971](https://arxiv.org/abs/2507.00971)) in an independent implementation. It {manner}.
+[arXiv 2507.00971](https://arxiv.org/abs/2507.00971)) in an independent implementation. Judge: {judge}.
 
 ```python
 from transformers import pipeline
@@ -36,36 +36,27 @@ text = chat(messages, max_new_tokens=256)[0]["generated_text"][-1]["content"]
 answer = text.rpartition("</think>")[2]
 ```
 
-- Measure its defences before you rely on them. What its judge ({judge}) overlooks, it may have learnt.
+- Measure its defences before you rely on them. What its judge overlooks, it may have learnt.
 - Reasoning may hold what the answer leaves out: show users the answer, and no reasoning without an end.
 - The licences of base and data hold. Say in the header above which is yours before you share this.
-- Settings (preset {preset}): {numbers}.
 """
 
 
 def describe(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: dict) -> None:
     """Write what others need into a checkpoint's folder: template, generation_config.json, README.md.
 
-    `settings` are the run's, as in settings.json. Of folders only the last name is told, of judges no
-    checkpoint.
+    `settings` are the run's. Of folders only the last name is told, of judges no checkpoint.
     """
     write_text(folder / "chat_template.jinja", serving_template(tokenizer, settings["reasoning"]))
     eos = eos_token_ids(GenerationConfig.from_pretrained(folder), tokenizer)
     # What the base's authors advise (a repetition penalty, say) is not how the policy was trained.
     sampling = GenerationConfig(do_sample=True, temperature=0.6, top_p=1.0, top_k=0, eos_token_id=eos)
     sampling.bos_token_id, sampling.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    write_text(folder / "generation_config.json", sampling.to_json_string())
+    sampling.save_pretrained(folder)
     model, judge = settings["model"], re.sub(r"=[^+]*", "", settings.get("judge", ""))
-    card = CARD.format(
-        name=Path(settings["out"]).resolve().name,
-        base=Path(model).name if Path(model).exists() else model,
-        method="reinforcement learning" if judge else "a light supervised warm start",
-        manner="thinks in a `<think>` block, then answers" if settings["reasoning"] else "answers directly",
-        judge=judge or "none: it imitates traces",
-        preset=settings["preset"],
-        numbers=", ".join(f"{k} {v}" for k, v in settings.items() if isinstance(v, int | float)),
-    )
-    write_text(folder / "README.md", card)
+    method = "reinforcement learning" if judge else "a light supervised warm start"
+    base, name = Path(model).name if Path(model).exists() else model, Path(settings["out"]).resolve().name
+    write_text(folder / "README.md", CARD.format(name=name, base=base, method=method, judge=judge or "none"))
 
 
 def serving_template(tokenizer: PreTrainedTokenizerBase, reasoning: bool = True) -> str:

@@ -14,37 +14,39 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import state_dict as states
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lib import UserError
 from lib.run.files import atomic, resume_log
-from lib.run.shards import full_optimizer, full_weights, set_full
+from lib.run.shards import FULL, full_weights
+
+PROGRESS = "progress.pt"  # in OUT, until the run is finished
 
 
 def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One atomic file, by rank 0; all ranks have to call it. `step` is the number of finished steps.
-
-    UserError if the disk is full.
-    """
-    state = {"model": full_weights(model), "optimizer": full_optimizer(model, optimizer)}
+    """One atomic file, by rank 0; all ranks have to call it. `step` is the number of finished steps."""
+    weights = full_weights(model)
+    moments = states.get_optimizer_state_dict(model, optimizer, options=FULL)
     if run.leader:
-        (run.out / "state").mkdir(exist_ok=True)
-        with atomic(path := run.out / "state" / "progress.pt") as temporary:
-            try:
-                with temporary.open("wb") as file:
-                    torch.save({**state, "step": step, "extra": run.state}, file)
-            except RuntimeError as error:  # torch's own, when it cannot go on writing
-                raise UserError(f"cannot write {path}: {' '.join(str(error).split())[:120]}") from error
+        try:
+            with atomic(run.out / PROGRESS) as path, path.open("wb") as file:
+                torch.save({"model": weights, "optimizer": moments, "step": step, "extra": run.state}, file)
+        except RuntimeError as error:  # torch's own, when it cannot go on writing
+            raise UserError(f"cannot write {run.out / PROGRESS}: {error}") from error
 
 
 def load_progress(run: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore model, optimizer and `run.state`, drop what logs have beyond; the number of finished steps."""
-    path = run.out / "state" / "progress.pt"
+    path = run.out / PROGRESS
     state: dict[str, Any] = read_state(path) if run.leader and path.exists() else {"step": 0}
     step = run.gather(state["step"])[0]
     if step:
-        set_full(model, state.get("model", {}), optimizer, state.get("optimizer", {}), run.size)
+        whole = {"full_state_dict": True, "broadcast_from_rank0": run.size > 1, "strict": False}
+        options = states.StateDictOptions(**whole)  # from rank 0; the others bring nothing
+        states.set_model_state_dict(model, state.get("model", {}), options=options)
+        states.set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
         run.state |= state.get("extra", {})
         plain = {key: value for key, value in run.state.items() if isinstance(value, int | float)}
         run.state |= run.gather(plain)[0]  # tensors stay with the leader
@@ -59,15 +61,7 @@ def read_state(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of pickle's, of zip's, of torch's
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not a saved state ({reason}); delete it to start anew") from error
-
-
-def drop_progress(out: Path) -> None:
-    """From now on the folder is a checkpoint like any other."""
-    if (out / "state").exists():  # at once: a kill in the midst must not leave a run that begins anew
-        (out / "state").rename(out / ".state.tmp")
-    shutil.rmtree(out / ".state.tmp", ignore_errors=True)
+        raise UserError(f"{path}: not a saved state; delete it to start anew") from error
 
 
 def save_policy(
@@ -75,8 +69,7 @@ def save_policy(
 ) -> None:
     """Write it into `folder`, beside what else is there. `weights`: those gathered from a model in shards.
 
-    It is written to a temporary folder, then moved file by file, config.json last: where there is a
-    config.json, there is a whole checkpoint. Raises UserError where the disk is full.
+    First to a temporary folder, then moved file by file, config.json last: where that is, all is.
     """
     temporary = Path(folder) / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -28,10 +28,11 @@ Found = list[tuple[list[int], Tensor]]  # rows, and of each the log-probabilitie
 def check_model(model: PreTrainedModel, name: str | Path) -> None:
     """Raise UserError, with the cause, unless all ways in which the stages use it agree with plain passes.
 
-    A plain pass reads one row, without cache and padding: what the model is by its definition. Architectures
-    differ in how they pad, cache, scale and count positions, so each way is tried on two short random rows.
+    A plain pass reads one row, without cache and padding. Architectures differ in how they pad, cache, scale
+    and count positions, so each way is tried on two short random rows.
     """
-    refused, how = f"{name}: {type(model).__name__} cannot be used here", "in a plain pass"
+    with_ = " with --gradient-checkpointing" if model.is_activation_checkpointing else ""
+    refused, how = f"{name}: {type(model).__name__} cannot be used here{with_}", "in a plain pass"
     if strange := sorted({*layer_types(model)} - {"full_attention", "sliding_attention"}):
         raise UserError(f"{refused}: it has layers of {', '.join(strange)}, not of key-value attention alone")
     # In standard deviations of the logits. In half precision a batch of another shape is rounded otherwise.
@@ -102,10 +103,9 @@ def random_rows(model: PreTrainedModel) -> list[list[int]]:
 def check_tokenizer(
     model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], *, reasoning: bool, system: str = ""
 ) -> None:
-    """Raise UserError unless model and tokenizer belong together.
-
-    That is: each id has a row, `prompts` (some of the data's) come back as they were, and so do the markers
-    of `reasoning`. A padding token without a row, which is never learned, gives way to the end of sequence.
+    """Raise UserError unless model and tokenizer belong together: each id has a row, `prompts` (some of the
+    data's) come back as they were, and so do the markers of `reasoning`. A padding token without a row, which
+    is never learned, gives way to the end of sequence.
     """
     name, table = tokenizer.name_or_path or "the model", table_rows(model)
     if tokenizer.pad_token_id >= table:

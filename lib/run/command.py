@@ -1,52 +1,48 @@
-"""What every command has: an end in one line, and for the tools a parser whose mistakes are one line, too."""
+"""What every command has: flags whose mistakes are one line, and an end in one line."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import errno
-import os
+import math
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lib import UserError
-from lib.run.settings import Parser, reader
 from lib.run.text import visible
 
 at_end = contextlib.ExitStack()  # what a command gives back when it ends: the lock of its folder
-# disk full, read-only, not ours, no such place
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-MENDABLE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a command. What a user can mend ends in one line on stderr; a bug still shows its traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background Ctrl-C is ignored
-        signal.signal(signal.SIGINT, _interrupt)
-    try:
-        with at_end:
+    with at_end:
+        try:
             main()
-    except UserError as error:
-        _exit(f"error: {error}")
-    except NotImplementedError as error:  # an exercise
-        _exit(f"error: not implemented yet: {error or 'see the traceback of python -X dev'}")
-    except KeyboardInterrupt:
-        _exit("stopped; finished work is kept, run the same command again to resume", 130)
-    except RuntimeError as error:  # of torch's, which this module does without
-        on_cpu = str(error).partition("DefaultCPUAllocator: ")[2]
-        if not on_cpu and type(error).__name__ != "OutOfMemoryError":
-            raise
-        reason = (on_cpu or str(error)).split(". ")[0]
-        less = "lower the tokens of a batch (see --help), or in stages 2 and 3 try --gradient-checkpointing"
-        _exit(f"error: {reason}: {less}")
-    except BrokenPipeError:  # the other end of a pipe, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer would raise again at exit
-        _exit("error: output: its reader has closed it; what was written before is whole")
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        _exit(f"error: {error.filename or 'output'}: {error.strerror}; what was written before is whole")
+        except UserError as error:
+            _exit(f"error: {error}")
+        except NotImplementedError as error:  # an exercise
+            _exit(f"error: not implemented yet: {error}")
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not break off the end
+            _exit("stopped; finished work is kept, run the same command again to resume", 130)
+        except RuntimeError as error:  # of torch's, which this module does without
+            reason, kind = " ".join(str(error).split()), type(error).__name__
+            if kind.startswith("Dist") or "gloo" in reason or "Connection" in reason:
+                lost = f"lost another process of this run, killed or silent for too long ({reason[:160]})"
+                _exit(f"error: {lost}: see its message, then run the same command again to resume")
+            on_cpu = reason.partition("DefaultCPUAllocator: ")[2]
+            if not on_cpu and kind != "OutOfMemoryError":
+                raise
+            reason = (on_cpu or reason).split(". ")[0]
+            _exit(f"error: {reason}: lower the tokens of a batch, or train with --gradient-checkpointing")
+        except OSError as error:  # disk full, read-only, not ours, a closed pipe
+            if isinstance(error, FileNotFoundError) or not error.strerror:
+                raise
+            where = error.filename or "output"
+            _exit(f"error: {where}: {error.strerror}; what was written before is whole")
 
 
 def _exit(message: str, code: int = 2) -> NoReturn:
@@ -55,17 +51,19 @@ def _exit(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
-    """Ctrl-C, the first one: a second must not break off what this one ends."""
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+class Flags(argparse.ArgumentParser):
+    """Every mistake is a UserError, and no flag is shortened: one added later must not change its meaning.
 
+    `module`: of a command that is started by `python -m MODULE`.
+    """
 
-class Flags(Parser):
-    """The command line of `python -m MODULE`: every error is a UserError."""
+    def __init__(self, module: str | None = None, description: str | None = None, **options: Any) -> None:
+        options |= {"prog": module and f"python -m {module}", "description": description}
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
-    def __init__(self, module: str, description: str | None) -> None:
-        super().__init__(prog=f"python -m {module}", description=description)
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
 
     def add_device(self, dtype: str) -> None:
         devices, dtypes = ("auto", "cpu", "cuda", "mps"), ("float32", "bfloat16", "auto")
@@ -74,4 +72,17 @@ class Flags(Parser):
         self.add_argument("--dtype", choices=dtypes, default=dtype, help=help_)
 
 
-number = reader  # for add_argument(type=...): number(int, low, high)
+def number(kind: type, low: float, high: float = 10**6) -> Callable[[Any], Any]:
+    """For add_argument(type=...): text to an int or a float within the limits."""
+
+    def read(text: Any) -> Any:
+        try:
+            value = kind(str(text))
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # not a number fails this, too
+            allowed = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"given {text}; allowed {allowed}")
+        return value
+
+    return read

@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lib import UserError
 from lib.run.text import readable
@@ -58,21 +57,25 @@ def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
+def _parse(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # JSON, UTF-8, or brackets without end
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def read_jsonl(path: str | Path, required: Sequence[str] = (), maybe_empty: Sequence[str] = ()) -> list[dict]:
-    """All records of a jsonl file; empty lines are skipped.
+    """All records of a jsonl file; empty lines are skipped. UserError for what breaks a rule.
 
     With `required` these are the records that stages hand on, and it names their keys, "id" among them. Each
     must be there and hold text. Those of `maybe_empty` may hold an empty one, and be missing or null unless
-    they are required. An id becomes the text that stands in the file (7 is "7"), and two records never share
-    one: all that is counted later is counted by id. In every text U+FFFD stands for what tokenizers do not
-    take, see `readable`.
-
-    Raises UserError for a missing, unreadable or empty file, a line that is not a JSON object, and a record
-    that breaks a rule above.
+    they are required. An id becomes text (7 is "7"), and two records never share one: all that is counted
+    later is counted by id. In every text U+FFFD stands for what tokenizers do not take, see `readable`.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+        raise UserError(f"{path}: no such file")
     records: list[dict] = []
     lines: dict[str, int] = {}  # by id
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -81,46 +84,34 @@ def read_jsonl(path: str | Path, required: Sequence[str] = (), maybe_empty: Sequ
         where, record = f"{path}:{number}", _parse(line)
         if record is None:
             raise UserError(f"{where}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}")
-        if missing := [key for key in required if key not in record]:
-            keys = ", ".join(record) or "none"
-            raise UserError(f"{where}: has no key {missing[0]!r}; its keys are {keys}")
         if required:
-            record = readable(record)
-            record["id"] = name = _id_of(record["id"], line, where)
-            if lines.setdefault(name, number) != number:
-                same = f"stands in lines {lines[name]} and {number}"
-                raise UserError(f"{path}: id {name!r} {same}: give each record an id, drop copies")
-            for key in (*required, *(key for key in maybe_empty if record.get(key) is not None)):
-                value = record[key]
-                if not isinstance(value, str) or not (value.strip() or key in maybe_empty):
-                    raise UserError(f"{path}: {name}: {key} is {value!r}; allowed: some text")
+            record = _checked(readable(record), where, required, maybe_empty)
+            first = lines.setdefault(record["id"], number)
+            if first != number:
+                same = f"id {record['id']!r} stands in lines {first} and {number}"
+                raise UserError(f"{path}: {same}: give each record an id, drop copies")
         records.append(record)
     if not records:
         raise UserError(f"{path}: is empty")
     return records
 
 
-def _id_of(value: Any, line: bytes, where: str) -> str:
-    """The id as it stands in the line: 1e5 is "1e5"."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = json.loads(line.decode("utf-8-sig"), parse_int=str, parse_float=str, parse_constant=str)["id"]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: id is {value!r}; allowed: some text, or a number")
-    return value
+def _checked(record: dict, where: str, required: Sequence[str], maybe_empty: Sequence[str]) -> dict:
+    if missing := [key for key in required if key not in record]:
+        raise UserError(f"{where}: has no key {missing[0]!r}; its keys are {', '.join(record) or 'none'}")
+    if isinstance(record["id"], int | float) and not isinstance(record["id"], bool):
+        record["id"] = str(record["id"])
+    for key in (*required, *(key for key in maybe_empty if record.get(key) is not None)):
+        value = record[key]
+        if not isinstance(value, str) or not (value.strip() or key in maybe_empty):
+            raise UserError(f"{where}: {record['id']}: {key} is {value!r}; allowed: some text")
+    return record
 
 
 def read_log(path: str | Path) -> list[dict]:
     """All records of a jsonl file that grows as a run goes; none while it has not begun."""
     path = Path(path)
     return read_jsonl(path) if path.is_file() and path.stat().st_size else []
-
-
-def _parse(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # JSON, UTF-8, or brackets without end
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def resume_log(path: str | Path, keep: Callable[[dict], bool] = lambda record: True) -> list[dict]:
@@ -132,15 +123,11 @@ def resume_log(path: str | Path, keep: Callable[[dict], bool] = lambda record: T
     path = Path(path)
     if not path.exists():
         return []
-    kept, records = [], []
-    for line in path.read_bytes().splitlines(keepends=True):
-        record = _parse(line) if line.endswith(b"\n") else None
-        if record is not None and keep(record):
-            kept.append(line)
-            records.append(record)
+    lines = [(line, _parse(line)) for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+    kept = [(line, record) for line, record in lines if record is not None and keep(record)]
     with atomic(path) as temporary:
-        temporary.write_bytes(b"".join(kept))
-    return records
+        temporary.write_bytes(b"".join(line for line, _ in kept))
+    return [record for _, record in kept]
 
 
 def sha256_file(path: str | Path) -> str:
@@ -156,7 +143,7 @@ def git_revision() -> str:
     """The commit of this checkout, with "-dirty" when files differ from it; "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return run.stdout.strip() if run.returncode == 0 else "unknown"
+    return run.stdout.strip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,20 +12,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from lib import UserError
 from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
+from lib.policy import token_logprobs
 from lib.run.card import describe
-from lib.run.checkpoint import drop_progress, load_progress, save_policy, save_progress
+from lib.run.checkpoint import PROGRESS, load_progress, save_policy, save_progress
+from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
 from lib.run.files import append_jsonl
-from lib.run.folder import checksums, claim_folder, date_of_run, stated_reasoning
-from lib.run.logs import SILENT, groups_to_show, no_signal, rollout_line, summarise
-from lib.run.processes import gather_texts, lost_process, pick_device, start_processes, stop_processes
+from lib.run.folder import checksums, claim_folder, date_of_run, read_settings, take_folder
+from lib.run.hub import load_policy
+from lib.run.processes import pick_device, start_processes, stop_processes
 from lib.run.settings import following
-from lib.run.shards import full_weights, gathered
-from lib.run.training import load_model, precision, rehearse, set_learning_rate, sum_and_clip
+from lib.run.shards import full_weights, gathered, shard_model
 
 T = TypeVar("T")
 
@@ -34,13 +37,11 @@ T = TypeVar("T")
 class Run:
     """Without `join`, as in tests, a single process that owns no folder yet."""
 
-    model = load_model
-    rehearse = rehearse
-
     def __init__(self, settings: Any, stages: Sequence[str] = ()) -> None:
         self.settings, self.stages, self.out = settings, stages, Path(settings.out)
         self.rank, self.size, self.local_rank = 0, 1, 0
         self.shard = getattr(settings, "shard", False)
+        self.resumes = False  # whether OUT holds this very run
         self.state: dict[str, Any] = {}  # of the chapter: kept in resume points; tensors on the leader alone
         self.config: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # of this step, by phase
@@ -51,32 +52,30 @@ class Run:
 
     def join(self) -> None:
         """Meet the other processes, fix the date, lock OUT, and look whether it holds this run or another."""
-        settings, mixture = self.settings, self.stages[0] == "mixture"
-        if not mixture:
-            self.rank, self.size, self.local_rank = start_processes(settings, waits=self.stages[0] == "eval")
+        settings, stage = self.settings, self.stages[0]
+        if stage != "mixture":
+            self.rank, self.size, self.local_rank = start_processes(settings, waits=stage == "eval")
         settings.date = self.gather(date_of_run(self.out, settings.date))[0]
         set_date(settings.date)
-        if self.stages[0] == "rl" and stated_reasoning(settings.model) not in (None, settings.reasoning):
+        if stage == "rl" and read_settings(settings.model).get("reasoning") not in (None, settings.reasoning):
             given = "reasoning" if settings.reasoning else "no-reasoning"
             raise UserError(f"--{given}: {settings.model} was trained the other way")
-        self.config = {**asdict(settings), **checksums(*settings.inputs())}
-        same = self.leader and self._claim(begin=False)
-        last = "manifest.json" if mixture else "config.json"  # what it writes last
-        done = (self.out / last).exists() and not (self.out / "state").exists()
-        if self.gather(same and done)[0]:
+        inputs = settings.inputs()
+        self.config = {**asdict(settings), **checksums(*inputs)}
+        if self.leader:
+            self.resumes = claim_folder(self.out, self.config, overwrite=settings.overwrite, inputs=inputs)
+        last = "manifest.json" if stage == "mixture" else "config.json"  # what it writes last
+        done = (self.out / last).exists() and not (self.out / PROGRESS).exists()
+        if self.gather(self.resumes and done)[0]:
             self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
             self.stop()
             raise SystemExit(0)
 
     def begin(self) -> None:
         """Take OUT for this run: called when all inputs have been read: a mistake costs no earlier run."""
-        if self.leader:
-            self._claim(begin=True)
+        if self.leader and not self.resumes:
+            take_folder(self.out, self.config)
         self.gather(None)  # nobody reads the folder before it is claimed
-
-    def _claim(self, begin: bool) -> bool:
-        overwrite, inputs = self.settings.overwrite, self.settings.inputs()
-        return claim_folder(self.out, self.config, overwrite=overwrite, inputs=inputs, begin=begin)
 
     @property
     def leader(self) -> bool:
@@ -99,12 +98,11 @@ class Run:
         return items[first:last]
 
     def gather(self, obj: Any) -> list[Any]:
-        """Every process's `obj`, in the order of ranks.
-
-        Objects travel as JSON even where there is but one process, so that nothing depends on their number:
-        tuples arrive as lists, keys as text.
-        """
-        return [json.loads(text) for text in gather_texts(json.dumps(obj), self.size)]
+        """Every process's `obj`, in the order of ranks."""
+        everyone = [obj] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(everyone, obj)
+        return everyone
 
     def gather_lists(self, items: Sequence[Any]) -> list[Any]:
         """The lists of all processes, one after the other: what `share` took apart."""
@@ -122,27 +120,19 @@ class Run:
 
     # ---- data and models ----
 
-    def drop_too_long(self, items: Sequence[Any], most: int, budget: int, what: str) -> list[Any]:
+    def drop_too_long(self, items: Sequence[Any], most: int, what: str) -> list[Any]:
         """Those of `items`, which have `ids` and a `record`, of at most `most` tokens; says what is left out.
 
-        A few long ones must not end a run over a data set (the authors' script drops them, too). Raises
-        UserError when less than half is left: then the limit is wrong. And when one that is kept exceeds
-        `budget`, which says how to compute: a run may go on with another, so it must not decide what is
-        learned from.
+        A few long ones must not end a run over a data set (the authors' script drops them, too). UserError
+        when less than half is left: then the limit is wrong.
         """
-        long = [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]
-        if long:
+        kept = [item for item in items if len(item.ids) <= most]
+        if long := [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]:
             found = f"{len(long)} of {len(items)} have more than the {most} tokens that fit"
             text = f"{what}: {found}, such as {', '.join(long[:3])}"
-            if 2 * len(long) > len(items):
+            if len(long) > len(kept):
                 raise UserError(f"{text}: shorten them, or change a limit")
             self.say(f"{text}: left out")
-        kept = [item for item in items if len(item.ids) <= most]
-        longest = max(kept, key=lambda item: len(item.ids))
-        if len(longest.ids) > budget:
-            found = f"{longest.record['id']} has {len(longest.ids)} tokens, but only {budget} fit a batch"
-            limits = "--max-batch-tokens (stage 3: and --max-sample-tokens)"
-            raise UserError(f"{what}: {found}: raise {limits}, or shorten it")
         return kept
 
     def rounds(self, lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -156,9 +146,9 @@ class Run:
     ) -> Iterator[tuple[list[Any], Any, Any, Any]]:
         """`items`, which have `ids` and a `mask` of what is learned, in batches of at most `most` tokens.
 
-        Each comes with its tensors on the device: ids (B, T) int64, padded on the right, attention_mask and
-        completion_mask (B, T) bool. With `share` the items are those of all processes, and this one takes its
-        part. Under shards a process that has no batch left gets an empty completion_mask.
+        Each with its tensors on the device: ids (B, T) int64, padded on the right, attention_mask and
+        completion_mask (B, T) bool. With `share` this process takes its part of the items. Under shards one
+        that has no batch left gets an empty completion_mask.
         """
         mine = items[self.rank :: self.size] if share else items
         for indices in self.rounds([len(item.ids) for item in mine], most):
@@ -177,6 +167,68 @@ class Run:
                 kept = "the last checkpoint is kept: lower --learning-rate, or try another --model"
                 raise UserError(f"step {self.step}: {error}; {kept}") from error
 
+    def model(self, path: str, *, frozen: bool = False) -> PreTrainedModel:
+        """The model in `path` to train, or a frozen reference; fp32 weights, log-probabilities in --dtype.
+
+        With --shard it is read on the CPU, and this process's part of it stays: load one after the other.
+        """
+        settings, device = self.settings, self.device
+        half, shard = settings.dtype == "bfloat16", settings.shard
+        model = load_policy(
+            path,
+            device="cpu" if shard else device,
+            dtype=settings.dtype if shard and frozen else "float32",
+            gradient_checkpointing=settings.gradient_checkpointing and not frozen,
+        )
+        model.requires_grad_(not frozen)
+        if shard:
+            shard_model(model, device, self.size, settings.dtype, settings.offload)
+        elif half and frozen:
+            halve_linear_layers(model)
+        if half:
+            inner = getattr(model, "within_forward", None) or (lambda function, *args: function(model, *args))
+            # what `lib.policy.token_logprobs` calls
+            model.within_forward = precision(device, "bfloat16")(inner)  # type: ignore[assignment]
+        return model
+
+    def rehearse(
+        self, policy: PreTrainedModel, reference: PreTrainedModel | None, rows: int, longest: int, prompt: int
+    ) -> None:
+        """Compute the largest micro-batch there may be, with room taken for the optimizer and the key-value
+        cache, and forget it: what does not fit memory, or a budget of tokens, ends here, before step 1.
+
+        Call it before the optimizer has its state. rows: sequences of an update, on this process; longest:
+        tokens of the longest, `prompt` of them of its prompt.
+        """
+        settings = self.settings
+        for name in ("max_batch_tokens", "max_sample_tokens"):
+            if longest > (most := getattr(settings, name, longest)):
+                flag = f"--{name.replace('_', '-')} {most}"
+                raise UserError(f"{flag}: a sequence may have {longest} tokens, and must fit: raise it")
+        tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
+        self.say(f"rehearsing the largest batch: {tokens} tokens")
+        own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
+        moments = torch.empty(8 * own, dtype=torch.uint8, device="cpu" if settings.offload else self.device)
+        if reference is not None:
+            with self.sampling(policy):
+                room_of_cache(policy, min(settings.max_sample_tokens, rows * longest), settings, self.device)
+        height = max(1, -(-tokens // longest))  # the longest rows might leave some of the budget unused
+        width = tokens // height
+        if width <= prompt:
+            height, width = max(1, tokens // longest), longest
+        ids = torch.full((height, width), 1, device=self.device)
+        everything = torch.ones_like(ids, dtype=torch.bool)
+        completion = everything.clone()
+        completion[:, : max(1, prompt)] = False
+        both: Any = {"with_entropy": True, "entropy_gradient": getattr(settings, "entropy_coef", 0) > 0}
+        logprobs, entropy = token_logprobs(policy, ids, everything, completion, **both)
+        if reference is not None:
+            with torch.no_grad():
+                token_logprobs(reference, ids, everything, completion)
+        self.backward(0.0 * (logprobs + entropy).sum())
+        policy.zero_grad(set_to_none=True)
+        del moments
+
     def weights(self, model: Any) -> dict[str, Any]:
         """A copy of all weights on the CPU, for the leader; all processes have to call it."""
         return {name: weight.clone() for name, weight in full_weights(model).items()}
@@ -191,15 +243,22 @@ class Run:
 
     def backward(self, loss: Any) -> None:
         """Add the gradient of a loss whose sum over all processes is meant."""
-        with lost_process():
-            (loss * self.size if self.shard else loss).backward()  # shards get the mean of all processes
+        (loss * self.size if self.shard else loss).backward()  # shards get the mean of all processes
 
     def clip_and_step(self, optimizer: Any, loss: float) -> float:
         """Sum gradients over processes, clip their L2 norm, take the step. Returns the norm before clipping.
 
-        Raises UserError instead of a step if `loss` or the norm is not finite: the weights would be ruined.
+        What DistributedDataParallel does, by hand: that sums in every backward pass, so all processes would
+        need equally many micro-batches, and takes the mean. Here each scales its loss by the count over all
+        of them. Raises UserError instead of a step if `loss` or the norm is not finite.
         """
-        norm = sum_and_clip(optimizer, self.settings.max_grad_norm, self.size, self.shard)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters if self.size > 1 and not self.shard else ():  # shards have summed theirs
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+        found: Any = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
+        norm = (found.full_tensor() if hasattr(found, "full_tensor") else found).item()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 kept = f"stopped before the update; the last checkpoint in {self.out} is kept"
@@ -242,7 +301,8 @@ class Run:
         values = {key: line.get(key) for key in ("reward", "format_rate", "kl", "loss")}
         self.bar.set_postfix({key: f"{value:.2f}" for key, value in values.items() if value is not None})
         if self.silent_steps == SILENT:
-            self.bar.write(no_signal(line))
+            known = ", ".join(f"{key} {line[key]}" for key in ("reward", "format_rate", "unknown_verdicts"))
+            self.bar.write(NO_SIGNAL.format(known))
         append_jsonl(self.out / "metrics.jsonl", line)
         if described and step % settings.rollouts_every == 0:
             for rollout in groups_to_show(described, settings.group_size):
@@ -251,15 +311,56 @@ class Run:
     # ---- the end ----
 
     def finish(self, policy: Any, tokenizer: Any, draw: Callable[[Path, Path], None]) -> None:
-        """Write the checkpoint (`state["best"]`, if a chapter kept weights there) and say what comes next.
-
-        draw(metrics.jsonl, curves.png) draws learning curves.
-        """
+        """Write the checkpoint (`state["best"]`, if a chapter kept weights there) and say what comes next."""
         weights = full_weights(policy)
         if self.leader:
             save_policy(policy, tokenizer, self.out, self.state.get("best") or weights)
             describe(self.out, tokenizer, self.config)
             draw(self.out / "metrics.jsonl", self.out / "curves.png")
-            drop_progress(self.out)
+            for path in self.out.glob(f"*{PROGRESS}*"):  # from now on it is a checkpoint like any other
+                path.unlink()
         self.say(f"wrote {self.out}. Next: {following(self.settings, self.stages)}")
         self.stop()
+
+
+def precision(device: torch.device, dtype: str) -> torch.autocast:
+    """A context to compute in: bfloat16 over fp32 weights, or fp32 as it is.
+
+    In bfloat16 the weights themselves would have 8 bits of precision, and an update of 1e-6 on a weight of
+    0.02 would be rounded away: training would run, and change nothing.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def halve_linear_layers(model: torch.nn.Module) -> None:
+    """Keep in bfloat16 what autocast would cast anyway: a frozen reference takes half as much, and computes
+    to the bit what the policy of equal weights does, so KL begins at 0."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:  # a tied head stays
+            module.to(torch.bfloat16)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Any, step: int, total: int) -> float:
+    """Linear warm-up, then constant, or with `decay` linear to zero at `total`. Returns the rate."""
+    warmup = settings.warmup_steps
+    rate = settings.learning_rate * min(1.0, (step + 1) / max(1, warmup))
+    if settings.decay and step >= warmup:
+        rate = settings.learning_rate * (total - step) / max(1, total - warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+@torch.no_grad()
+def room_of_cache(model: PreTrainedModel, tokens: int, settings: Any, device: torch.device) -> Tensor:
+    """Memory of the sampler's key-value cache, and of one layer more while it is repacked; taken, not used.
+
+    In bfloat16 autocast keeps a copy of each weight while it computes: room for these, too.
+    """
+    cache: Any = DynamicCache()
+    model(input_ids=torch.ones(1, 1, dtype=torch.long, device=device), cache=cache, use_cache=True)
+    layers = cache.layers
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) * (len(layers) + 1) // len(layers)
+    copies = 2 * model.num_parameters() if settings.dtype == "bfloat16" and not settings.shard else 0
+    return torch.empty(size * tokens + copies, dtype=torch.uint8, device=device)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,20 +15,18 @@ from lib import UserError
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """auto: a CUDA GPU (number `local_rank`), else mps, else cpu. UserError if the named one is not there."""
+    """auto: a CUDA GPU (number `local_rank`), else mps, else cpu. UserError if there is no such GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        if local_rank >= (found := torch.cuda.device_count()):
-            instead = "use --device cpu, or start no more processes than GPUs"
-            raise UserError(f"--device cuda: {found} GPUs found, process {local_rank} has none: {instead}")
-        # cuDNN's attention makes a plan for each new length, tens of ms a token, and may be wrong (pytorch
-        # #193893, #196678).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return torch.device("cuda", local_rank)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available here; use --device cpu")
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= (found := torch.cuda.device_count()):
+        instead = "use --device cpu, or start no more processes than GPUs"
+        raise UserError(f"--device cuda: {found} GPUs found, process {local_rank} has none: {instead}")
+    # cuDNN's attention makes a plan for each new length, tens of ms a token, and may be wrong (pytorch
+    # #193893, #196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", local_rank)
 
 
 def start_processes(settings: Any, waits: bool = False) -> tuple[int, int, int]:
@@ -39,35 +35,25 @@ def start_processes(settings: Any, waits: bool = False) -> tuple[int, int, int]:
     gloo on cpu, nccl on cuda (and gloo for what lies in the CPU's memory there). A process that waits for
     another for hours gives up (ranks first meet when all have sampled, and lengths differ; with `waits`, as
     in stage 4, where one may search alone, for a week). So does one that notices that another has died: gloo
-    with one line, nccl by its watchdog, which aborts the process with a message of its own. Raises UserError
-    for settings that do not fit the number of processes.
+    by an error (`run_main` makes it one line), nccl by its watchdog, which aborts the process.
     """
     rank, size, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     size = max(1, size)
-    _check_settings(settings, size)
-    if size > 1:
-        kind = pick_device(settings.device, local_rank).type
-        if kind == "mps":
-            raise UserError("--device mps: one process only; use --device cpu with torchrun")
-        if kind == "cuda":
-            torch.cuda.set_device(local_rank)
-        with lost_process(any_error=True):
-            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=7 * 24 if waits else 2))
-        atexit.register(_leave_on_error)
-    return rank, size, local_rank
-
-
-def _check_settings(settings: Any, size: int) -> None:
-    shard = getattr(settings, "shard", False)
-    if shard and size == 1:
+    if getattr(settings, "shard", False) and size == 1:
         several = "start several with torchrun --nproc-per-node N, or leave it out"
         raise UserError(f"--shard: there is one process; {several}")
-    if getattr(settings, "offload", False) and not shard:
+    if getattr(settings, "offload", False) and not settings.shard:
         raise UserError("--offload: moves shards, so it needs --shard")
-    prompts = getattr(settings, "prompts_per_step", size)
-    if size > prompts:
+    if size > (prompts := getattr(settings, "prompts_per_step", size)):
         raise UserError(f"--prompts-per-step {prompts}: fewer than the {size} processes")
+    if size > 1:
+        backend = "gloo"
+        if pick_device(settings.device, local_rank).type == "cuda":
+            torch.cuda.set_device(local_rank)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(hours=7 * 24 if waits else 2))
+        atexit.register(_leave_on_error)
+    return rank, size, local_rank
 
 
 def stop_processes() -> None:
@@ -77,40 +63,9 @@ def stop_processes() -> None:
 
 
 def _leave_on_error() -> None:
-    """At the exit of a process that is still in the group: an error, of which its message tells. The others
-    must hear of it. On GPUs the exit code is 1, whatever the error."""
+    """At the exit of a process that is still in the group, by an error: the others must hear of it."""
     if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # destroy_process_group would wait for the others, which wait for this process
     stop_processes()  # gloo's threads abort an interpreter that exits while they run
-
-
-def gather_texts(text: str, size: int) -> list[str]:
-    """Every process's text, in the order of ranks, on every process (no pickle)."""
-    if size == 1:
-        return [text]
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)  # (bytes,), on the CPU, for gloo
-    with lost_process(any_error=True):
-        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]))
-        longest = max(int(length) for length in lengths)
-        rows = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
-        dist.all_gather(rows, torch.nn.functional.pad(data, (0, longest - len(data))))
-    return [bytes(row[: int(length)].numpy()).decode() for row, length in zip(rows, lengths, strict=True)]
-
-
-@contextlib.contextmanager
-def lost_process(any_error: bool = False) -> Iterator[None]:
-    """Turns the many errors of a group with a dead member into one that says so: those whose text has a sign
-    of it, or all, where nothing else can go wrong."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        if not any_error and not any(sign in reason for sign in ("gloo", "NCCL", "Connection")):
-            raise
-        lost = f"lost another process of this run, killed or silent for too long ({reason[:160]})"
-        raise UserError(f"{lost}: see its message, then run the same command again to resume") from error

@@ -5,12 +5,10 @@ for every token would cost far more than to decode it, and processes decode for 
 the whole model is gathered once for all rollouts (`gathered`), and let go before the update. Every pass
 gathers, so all processes need equally many: see `Run.rounds`.
 
-What is saved is the same with and without shards. In fp32 the gathered weights are those of the whole model
-to the bit, and so is what a process samples. What the number of processes changes, with shards or without, is
-rounding: rows are computed beside fewer others, and gradients are summed in another order. A draw on the edge
-between two tokens then goes to the other one, and from there on two runs are two samples of the same
-training. In bfloat16 a sharded model computes in bfloat16 throughout, where autocast keeps the sums between
-layers in fp32.
+In fp32 the gathered weights are those of the whole model to the bit, and so is what a process samples. What
+the number of processes changes, with shards or without, is rounding: a draw on the edge between two tokens
+then goes to the other one, and from there on two runs are two samples of the same training. In bfloat16 a
+sharded model computes in bfloat16 throughout, where autocast keeps the sums between layers in fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from lib import UserError
-from lib.run.processes import lost_process
 
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -54,11 +51,11 @@ def shard_model(model: PreTrainedModel, device: torch.device, size: int, dtype: 
     reshard = None if _is_trained(model) else True  # without a backward pass nothing else lets go of its ends
     fsdp.fully_shard(model, mp_policy=outer, reshard_after_forward=reshard, **how)
 
-    # `function(model, ...)` as if it were the forward pass: with the weights that no layer has, gathered.
+    # What `lib.policy.token_logprobs` calls: `function(model, ...)` as if it were the forward pass, with the
+    # weights that no layer has gathered, too.
     owner: Any = model
     owner.within_forward = types.MethodType(lambda self, function, *args: function(self, *args), model)
     fsdp.register_fsdp_forward_method(model, "within_forward")
-    owner.within_forward = lost_process()(owner.within_forward)  # what `lib.policy.token_logprobs` calls
 
 
 def _is_trained(model: torch.nn.Module) -> bool:
@@ -69,10 +66,9 @@ def _is_trained(model: torch.nn.Module) -> bool:
 def gathered(model: torch.nn.Module) -> Iterator[None]:
     """All weights on every process while this lasts: each may compute as it likes, without the others."""
     units = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
-    with lost_process():
-        for unit in units:
-            unit.set_reshard_after_forward(False)
-            unit.unshard()
+    for unit in units:
+        unit.set_reshard_after_forward(False)
+        unit.unshard()
     try:
         yield
     finally:
@@ -87,23 +83,6 @@ def full_weights(model: torch.nn.Module) -> dict[str, Any]:
 
     Tied weights stand under one name only.
     """
-    with lost_process():
-        weights = states.get_model_state_dict(model, options=FULL)
+    weights = states.get_model_state_dict(model, options=FULL)
     tied = getattr(model, "all_tied_weights_keys", {})  # name -> the name under which it is kept
     return {name: value for name, value in weights.items() if name not in tied}
-
-
-def full_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Likewise the optimizer's state, by the names of the weights."""
-    with lost_process():
-        return states.get_optimizer_state_dict(model, optimizer, options=FULL)
-
-
-def set_full(
-    model: torch.nn.Module, weights: dict, optimizer: torch.optim.Optimizer, state: dict, size: int
-) -> None:
-    """Put back what `full_weights` and `full_optimizer` gave, from rank 0; the others bring nothing."""
-    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=size > 1, strict=False)
-    with lost_process():
-        states.set_model_state_dict(model, weights, options=options)
-        states.set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -12,6 +12,7 @@ BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 UNREADABLE = re.compile("[\x00\ud800-\udfff]")  # null bytes and lone surrogates
 QUOTES = '"`\u00b4\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb'
 WIDTHLESS = "\u034f\u115f\u1160\u3164" + "".join(map(chr, range(0xFE00, 0xFE10)))  # though of no format
+BEHIND = "\n\n---\n\n"  # a context
 MARKS = " '.,:;!?\u00a1\u00bf\u3001\u3002"  # around a prompt; "C#" and "C++" keep theirs
 
 
@@ -51,23 +52,15 @@ def same_prompt(prompt: str) -> str:
     """
     text = prompt.translate(dict.fromkeys(map(ord, QUOTES), "'"))  # before NFKC, which takes some apart
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = " ".join("".join(map(_seen, text)).split())
-    return words.strip(MARKS) or words
-
-
-def _seen(sign: str) -> str:
-    """As a reader sees it: nothing, a space, a dash, a quote, or itself."""
-    kind = unicodedata.category(sign)
-    if kind == "Cf" or sign in WIDTHLESS:
-        return ""
-    if kind == "Pd" or sign == "\u2212":
-        return "-"
-    return " " if kind == "Cc" else "'" if sign in QUOTES else sign
+    kinds = {"Cf": "", "Cc": " ", "Pd": "-"}
+    signs = dict.fromkeys(WIDTHLESS, "") | {"\u2212": "-"} | dict.fromkeys(QUOTES, "'")
+    words = "".join(signs.get(sign, kinds.get(unicodedata.category(sign), sign)) for sign in text).split()
+    return " ".join(words).strip(MARKS) or " ".join(words)
 
 
 def with_context(prompt: str, context: str) -> str:
     """The prompt behind the text that it is about, as HarmBench's own pipeline joins them."""
-    return _before(context) + prompt if prompt and context.strip() else prompt
+    return context.strip() + BEHIND + prompt if prompt and context.strip() else prompt
 
 
 def without_context(prompt: str, context: str) -> str:
@@ -76,8 +69,4 @@ def without_context(prompt: str, context: str) -> str:
     >>> without_context(with_context("Sum it up.", " A text. "), " A text. ")
     'Sum it up.'
     """
-    return prompt.removeprefix(_before(context))
-
-
-def _before(context: str) -> str:
-    return f"{context.strip()}\n\n---\n\n"
+    return prompt.removeprefix(context.strip() + BEHIND)

@@ -14,7 +14,7 @@ from lib import UserError
 from lib.chat import THINK_OPEN, decode, encode_chat, eos_token_ids, parse_completion, parse_direct
 from lib.policy import context_of
 from lib.run.command import Flags, number, run_main
-from lib.run.folder import stated_reasoning
+from lib.run.folder import read_settings
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.text import UNSEEN
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--max-new-tokens", type=number(int, 1), default=2048, help="of an answer (2048)")
     flags.add_device("auto")
     given = flags.parse_intermixed_args(argv)
-    reasoning, heat = given.reasoning or stated_reasoning(given.run) is True, given.temperature
+    reasoning, heat = given.reasoning or read_settings(given.run).get("reasoning") is True, given.temperature
     tokenizer = load_tokenizer(given.run)
     model = load_policy(given.run, device=given.device, dtype=given.dtype)
     sampling = {"do_sample": True, "temperature": heat or 1.0, "top_k": 0 if heat else 1}

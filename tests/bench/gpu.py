@@ -36,6 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict as states
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -44,10 +45,9 @@ from lib.attacks.core import Cost
 from lib.judges import load_judge
 from lib.policy import token_logprobs
 from lib.run.hub import load_tokenizer
-from lib.run.plumbing import Run
+from lib.run.plumbing import Run, halve_linear_layers, precision
 from lib.run.processes import pick_device
-from lib.run.shards import full_optimizer, full_weights, gathered, set_full, shard_model
-from lib.run.training import halve_linear_layers, precision, sum_and_clip
+from lib.run.shards import FULL, full_weights, gathered, shard_model
 from lib.sampler import Completion, draw, sample, uniform
 from tests.bench.graphs import DECODERS, sampling_by
 
@@ -358,7 +358,7 @@ class Checks:
         return found
 
     def within(self, model, function: Callable, *args: Any) -> Any:
-        """What lib.run.training puts around the passes of a model in bfloat16."""
+        """What lib.run.plumbing puts around the passes of a model in bfloat16."""
         with precision(self.device, self.half):
             return function(model, *args)
 
@@ -440,7 +440,10 @@ class Checks:
                 optimizer = torch.optim.AdamW(model.parameters())
                 optimizer.step()
                 weights = full_weights(model)
-                set_full(model, weights, optimizer, full_optimizer(model, optimizer), 1)
+                moments = states.get_optimizer_state_dict(model, optimizer, options=FULL)
+                options = states.StateDictOptions(full_state_dict=True, strict=False)
+                states.set_model_state_dict(model, weights, options=options)
+                states.set_optimizer_state_dict(model, optimizer, moments, options=options)
                 found[f"{name}_weights"] = len(weights)
         finally:
             dist.destroy_process_group()
@@ -452,7 +455,8 @@ class Checks:
         completion = everything.clone()
         completion[:, :5] = False
         token_logprobs(model, ids, everything, completion).sum().backward()
-        norm = sum_and_clip(torch.optim.SGD(model.parameters(), lr=0.0), 0.0, 1, True)
+        found = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+        norm = (found.full_tensor() if hasattr(found, "full_tensor") else found).item()
         with gathered(model):
             done = sample(model, ids.tolist(), max_new_tokens=8, temperature=0.0, eos_token_ids=[0])
         return norm, [completion.token_ids for completion in done]
