@@ -47,24 +47,43 @@ def scatter(values: list[Tensor], mask: Tensor) -> Tensor:
     return placed.masked_scatter(mask, torch.cat(values).to(placed))
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of sequences, in groups of which rows x longest row <= max_tokens.
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, prompts: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
+    """Indices of rows, in batches of which at most max_tokens tokens are computed.
 
-    Longest first, so that memory peaks at once. Raises UserError when a single sequence is over the budget.
+    Without `prompts` that is rows x longest row. With them, the token ids with which each row begins, those
+    of one prompt stand together, and `lib.policy.states_once` computes no padding, and a prompt once a batch.
+    Longest first, so that memory peaks at once. Raises UserError when a single row is over the budget.
 
     >>> micro_batches([3, 9, 4, 8], max_tokens=18)
     [[1, 3], [2, 0]]
+    >>> micro_batches([3, 9, 4, 8], max_tokens=18, prompts=[[5, 6], [7, 7, 7], [5, 6], [7, 7, 7]])
+    [[1, 3, 2], [0]]
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if order and (longest := lengths[order[0]]) > max_tokens:
         found = f"a sequence of {longest} tokens does not fit --max-batch-tokens {max_tokens}"
         raise UserError(f"{found}: raise it")
+    if prompts:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in order:
+            groups.setdefault(tuple(prompts[i]), []).append(i)
+        order = [i for group in groups.values() for i in group]
     batches: list[list[int]] = []
-    for i in order:  # sorted by length: the first row of a batch is its longest
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(i)
+    computed = 0  # tokens of the last batch
+    for i in order:
+        last = batches[-1] if batches else []
+        if prompts and last:
+            more = lengths[i] - len(prompts[i]) * (prompts[i] == prompts[last[-1]])
+        else:
+            more = lengths[(last or [i])[0]]  # as long as the longest, the first
+        if last and computed + more <= max_tokens:
+            last.append(i)
+            computed += more
         else:
             batches.append([i])
+            computed = lengths[i]
     return batches
 
 

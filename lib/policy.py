@@ -3,6 +3,17 @@
 All the logits of a batch, (B, T, vocab), would be the memory peak of training: 40 GB for 64 k tokens of
 Qwen2.5. So here the decoder gives hidden states, and the head is applied to the tokens that count, a chunk of
 them at a time.
+
+The completions of a group share their prompt. What a model computes at a token depends on the tokens before
+it alone: where two rows begin alike it is the same, and is computed once (`states_once`). Everything in a
+transformer but attention treats each token for itself. There the tokens stand in one line, with no padding;
+for attention, and for nothing else, they are laid out in rows again, by their numbers:
+
+    row 0   p q r a b .      numbers  0 1 2 3 4 .      in one line   p q r a b c d e
+    row 1   p q r c d e               0 1 2 5 6 7      position      0 1 2 3 4 3 4 5
+
+So each row attends to what it would attend to alone, and all numbers that come out are those of plain rows.
+In the backward pass the gradients of all completions add up in the states of their prompt.
 """
 
 from __future__ import annotations
@@ -12,11 +23,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lib import UserError
+from lib.cache import layer_types
 
 CHUNK = 2048  # tokens whose logits exist at a time
 
@@ -50,7 +64,8 @@ def token_logprobs(
         raise ValueError("completion_mask is True on a token with none before it")
 
     def of_masked(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        hidden = hidden_states(model, input_ids, attention_mask)[row, column - 1]  # (N, H): t - 1 predicts t
+        states, number = states_once(model, input_ids, attention_mask)
+        hidden = F.embedding(number[row, column - 1], states)  # (N, H): t - 1 predicts t
         targets, head = input_ids[row, column], partial(_head_logprobs, model)  # (N,)
         if torch.is_grad_enabled() and len(targets) > chunk_size:
             head = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
@@ -85,19 +100,80 @@ def _head_logprobs(
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (B, T, H). Every row counts its positions from its own first token.
+    """Last hidden states (B, T, H): `states_once` in rows."""
+    states, number = states_once(model, input_ids, attention_mask)
+    return F.embedding(number, states)
 
-    Raises UserError for rows that are longer than the model's context.
+
+def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Last hidden states (N, H), each computed once, and the number (B, T) int64 of each token's among them.
+
+    Every row counts its positions from its own first token. Plain rows, where each token has a state of its
+    own, are those padded on the left, and all of a model that cannot do otherwise (`shares_prompts`). Raises
+    UserError for rows that are longer than the model's context.
     """
     if input_ids.shape[1] > (context := context_of(model.config)):
         found = f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context} tokens"
         raise UserError(f"{found}: shorten it")
     inputs = {"input_ids": input_ids}
+    number = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
     if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # padding on the left of some row
         inputs["attention_mask"] = attention_mask.long()
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    elif shares_prompts(model):
+        number, place = number_tokens(input_ids, attention_mask)
+        inputs = {"input_ids": input_ids.flatten()[place][None]}
+        inputs["position_ids"] = place[None] % input_ids.shape[1]
+        rest = F.pad(place, (0, number.numel() - len(place)))  # in the shape of `number`
+        inputs["attention_mask"] = torch.stack([number, rest.view_as(number)])[None]
     # Padding on the right is seen by no real token (attention is causal), and SDPA is fastest without a mask.
-    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    states = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return states.flatten(0, 1), number
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether `attention_over_rows` is what the model attends with. If not, each row is computed whole."""
+    ours = model._supports_attention_backend and model.config._attn_implementation == "sdpa"
+    return ours and set(layer_types(model)) == {"full_attention"}
+
+
+def number_tokens(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the tokens of rows (B, T), one for all that stand behind the same tokens in neighbouring
+    rows; and the N places, row by row, where they stand first. int64 both.
+    """
+    new = attention_mask.clone()
+    alike = (input_ids[1:] == input_ids[:-1]) & attention_mask[:-1]
+    new[1:] &= ~alike.long().cumprod(1).bool()
+    count = (new.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids)
+    row = torch.arange(len(new), device=new.device)[:, None]
+    above = (row * new).cummax(0).values  # the row in which a column's token is new: this one, or one above
+    return count.gather(0, above), new.flatten().nonzero()[:, 0]
+
+
+def attention_over_rows(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """SDPA, for which tokens that stand in one line, (1, heads, N, head_dim), are laid out in rows.
+
+    What `number_tokens` gives comes as the mask, (1, 2, B, T) int64: a model hands a mask of four dimensions
+    to attention as it is. Rows of many copies are not kept for the backward pass, but laid out again.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.long:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    number, place = attention_mask[0, 0], attention_mask[0, 1].flatten()[: query.shape[2]]
+
+    def attend(*line: Tensor) -> Tensor:
+        rows = [F.embedding(number, x[0].transpose(0, 1).flatten(1)) for x in line]
+        q, k, v = (x.unflatten(2, (y.shape[1], -1)).transpose(1, 2) for x, y in zip(rows, line, strict=True))
+        output, _ = sdpa_attention_forward(module, q, k, v, None, **options)  # (B, T, heads, head_dim)
+        return output.flatten(0, 1).index_select(0, place)[None]
+
+    if torch.is_grad_enabled() and number.numel() > 3 * query.shape[2]:
+        return checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False), None
+    return attend(query, key, value), None
+
+
+AttentionInterface.register("sdpa", attention_over_rows)
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

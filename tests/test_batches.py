@@ -40,6 +40,16 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget_longest_first(
         micro_batches([3, 11], 10)
 
 
+def test_micro_batches_count_a_prompt_once_and_keep_its_rows_together():
+    prompts = [[1] * 6, [2] * 3, [1] * 6, [2] * 3, [1] * 6, [3]]
+    lengths = [8, 12, 9, 4, 7, 2]
+    assert micro_batches(lengths, 13, prompts) == [[1, 3], [2, 0, 4], [5]]  # 12 + (4 - 3), 9 + 2 + 1, 2
+    assert micro_batches(lengths, 12, prompts) == [[1], [3], [2, 0, 4], [5]]  # a batch of its own: all 4 of 3
+    assert micro_batches(lengths, 16, prompts) == [[1, 3], [2, 0, 4, 5]]
+    with pytest.raises(UserError, match="12 tokens .*--max-batch-tokens 11"):
+        micro_batches(lengths, 11, prompts)
+
+
 def test_the_order_of_an_epoch_is_a_shuffle_that_seed_and_epoch_decide():
     order = epoch_order(20, 0, 0)
     random.seed(5)  # no global generator has a say

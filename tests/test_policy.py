@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib import UserError
-from lib.policy import k3, token_logprobs
+from lib.batches import masked_batch
+from lib.policy import k3, shares_prompts, token_logprobs
 from lib.run.checkpoint import save_policy
 from lib.run.hub import load_policy, load_tokenizer
 
@@ -59,6 +60,43 @@ def test_logprobs_entropies_and_their_gradients_are_those_of_plain_passes(
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * scale, rtol=1e-4)
     logprobs, entropy = token_logprobs(tiny_model, ids, attention, completion, **how)
     assert logprobs.requires_grad and not entropy.requires_grad
+
+
+def windowed(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """One layer of two sees seven tokens."""
+    kinds = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+    config = Qwen2Config(**{**model.config.to_dict(), **kinds, "sliding_window": 7})
+    other = Qwen2ForCausalLM(config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("kind", ["shared", "long prompt", "checkpointing", "window"])
+def test_completions_of_a_prompt_compute_it_once_and_are_as_in_plain_rows(tiny_model, kind):
+    model, seen = windowed(tiny_model) if kind == "window" else tiny_model, []
+    if kind == "checkpointing":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    generator, new = torch.Generator().manual_seed(3), (9, 11, 3, 10, 1)
+    tokens = torch.randint(97, (200,), generator=generator).tolist()
+    prompts = [tokens[: (40 if kind == "long prompt" else 6)]] * 4 + [tokens[:5] + tokens[60:64]]
+    rows = [p + tokens[100 + 9 * i :][:n] for i, (p, n) in enumerate(zip(prompts, new, strict=True))]
+    masks = [[i >= len(p) for i in range(len(row))] for p, row in zip(prompts, rows, strict=True)]
+    inputs = masked_batch(rows, masks, 7, torch.device("cpu"))
+    starts = zip(rows, map(len, prompts), strict=True)
+    expected = torch.stack([x for row, start in starts for x in reference.logprobs(model, row, start)])
+    weights = torch.randn(len(expected), generator=generator)
+    gradients = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
+
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    found = token_logprobs(model, *inputs)
+    torch.testing.assert_close(found[inputs[2]], expected, atol=1e-5, rtol=1e-5)
+    (found[inputs[2]] * weights).sum().backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(parameter.grad, gradient, atol=5e-5 * scale, rtol=1e-4)
+    whole, once = inputs[0].numel(), len(prompts[0]) + sum(new) + 4  # the last prompt begins as the others
+    assert shares_prompts(model) == (kind != "window") and seen == [whole if kind == "window" else once]
 
 
 def test_logits_never_exceed_a_chunk(tiny_model):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -194,6 +195,18 @@ def test_a_reference_in_bfloat16_begins_as_the_policy_to_the_bit(tmp_path, tied)
         one, other = (token_logprobs(model, *batch) for model in (policy, reference))
         exact = token_logprobs(load_policy(path, device="cpu"), *batch)
     assert torch.equal(one, other) and not torch.equal(one, exact) and torch.allclose(one, exact, atol=0.1)
+
+
+def test_a_model_that_cannot_share_prompts_says_so_once_and_is_given_plain_rows(tmp_path, capsys):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=97, **sizes)).save_pretrained(tmp_path)
+    for path, line in ((world.BASE, ""), (str(tmp_path), f"{tmp_path}: its attention has windows, .*anew\n")):
+        run = Run(stage.Settings(device="cpu"))
+        run.model(path), run.model(path, frozen=True)
+        assert re.fullmatch(line, capsys.readouterr().out)
+        places = [ids.numel() for _, ids, _, _ in run.micro_batches(make_rollouts(), 0, 28)]
+        assert (max(places) <= 28) == bool(line)  # a budget of what is computed: with padding, or without
 
 
 # ---- the parts of a step ----

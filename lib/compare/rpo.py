@@ -174,19 +174,20 @@ def update_on_preferences(policy, reference, optimizer, responses, pad_id, setti
         unknown = dict.fromkeys(("kl", "entropy", "pair_accuracy", "margin"))
         return {"loss": 0.0, **unknown, **counts, "grad_norm": 0.0}
     sums = dict.fromkeys(("loss", "kl", "entropy", "pair_accuracy", "margin", "tokens"), 0.0)
+    prompts = [responses[i].ids[: responses[i].mask.index(True)] for i, _ in pairs]
     sizes = [2 * max(len(responses[i].ids) for i in pair) for pair in pairs]
-    for indices in run.rounds(sizes, settings.max_batch_tokens):
+    for indices in run.rounds(sizes, settings.max_batch_tokens, prompts):
         batch = [pairs[i] for i in indices] or [(0, 0)]
-        rows = [responses[chosen] for chosen, _ in batch] + [responses[rejected] for _, rejected in batch]
+        rows = [responses[i] for pair in batch for i in pair]  # chosen, rejected, chosen, ...
         tensors = masked_batch([r.ids for r in rows], [r.mask for r in rows], pad_id, run.device)
         ids, attention_mask, mask = tensors  # (2P, T) each
         mask = mask & bool(indices)  # under shards a process may pass with nothing to learn
         logprobs, entropy = token_logprobs(policy, ids, attention_mask, mask, with_entropy=True)  # (2P, T)
         with torch.no_grad():
             reference_logprobs = token_logprobs(reference, ids, attention_mask, mask)
-        pi_w, pi_l = logprobs.sum(1).chunk(2)  # (P,) each
-        ref_w, ref_l = reference_logprobs.sum(1).chunk(2)
-        lengths = torch.tensor([len(r.completion.token_ids) for r in rows[: len(batch)]], device=ids.device)
+        pi_w, pi_l = logprobs.sum(1).view(-1, 2).unbind(1)  # (P,) each
+        ref_w, ref_l = reference_logprobs.sum(1).view(-1, 2).unbind(1)
+        lengths = torch.tensor([len(r.completion.token_ids) for r in rows[::2]], device=ids.device)
         losses, margin = rpo_loss(pi_w, pi_l, ref_w, ref_l, lengths, settings.rpo_beta, settings.rpo_alpha)
         loss = losses.sum() / counts["pairs"] * bool(indices)
         run.backward(loss)

@@ -84,7 +84,7 @@ def _behind_prefix(model: PreTrainedModel, rows: list[list[int]]) -> Found:
 
 
 USES = {  # how a stage uses a model
-    "read by lib/policy.py": lambda model, rows: read_rows(model, rows, "right"),
+    "read by lib/policy.py": lambda model, rows: read_rows(model, [*rows, rows[1] + rows[0]], "right"),
     "padded on the left": lambda model, rows: read_rows(model, rows, "left"),
     "from a key-value cache": _sampled,
     "behind a shared prefix": _behind_prefix,

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from lib import UserError
 from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
-from lib.policy import token_logprobs
+from lib.policy import shares_prompts, token_logprobs
 from lib.run.card import describe
 from lib.run.checkpoint import PROGRESS, load_progress, save_policy, save_progress
 from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
@@ -42,6 +42,7 @@ class Run:
         self.settings, self.stages, self.out = settings, stages, Path(settings.out)
         self.rank, self.size, self.local_rank = 0, 1, 0
         self.shard = getattr(settings, "shard", False)
+        self.shares_prompts = True  # until a model is loaded that cannot: see lib/policy.py
         self.resumes = False  # whether OUT holds this very run
         self.state: dict[str, Any] = {}  # of the chapter: kept in resume points; tensors on the leader alone
         self.config: dict[str, Any] = {}
@@ -136,23 +137,25 @@ class Run:
             self.say(f"{text}: left out")
         return kept
 
-    def rounds(self, lengths: Sequence[int], most: int) -> list[list[int]]:
+    def rounds(self, lengths: Sequence[int], most: int, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Sequences by micro-batch; under shards with empty ones behind, as many on each process."""
-        batches = micro_batches(lengths, most)
+        batches = micro_batches(lengths, most, prompts if self.shares_prompts else None)
         rounds = max(self.gather(len(batches))) if self.shard else len(batches)
         return batches + [[]] * (rounds - len(batches))
 
     def micro_batches(
         self, items: Sequence[Any], pad_id: int, most: int, share: bool = False
     ) -> Iterator[tuple[list[Any], Any, Any, Any]]:
-        """`items`, which have `ids` and a `mask` of what is learned, in batches of at most `most` tokens.
+        """`items`, which have `ids` and a `mask` of what is learned, in batches, those of a prompt together,
+        and computed once, of at most `most` tokens that are computed.
 
         Each with its tensors on the device: ids (B, T) int64, padded on the right, attention_mask and
         completion_mask (B, T) bool. With `share` this process takes its part of the items. Under shards one
         that has no batch left gets an empty completion_mask.
         """
         mine = items[self.rank :: self.size] if share else items
-        for indices in self.rounds([len(item.ids) for item in mine], most):
+        prompts = [item.ids[: item.mask.index(True)] for item in mine]
+        for indices in self.rounds([len(item.ids) for item in mine], most, prompts):
             batch = [mine[i] for i in indices] or [items[0]]
             rows, masks = [item.ids for item in batch], [item.mask for item in batch]
             ids, attention_mask, completion_mask = masked_batch(rows, masks, pad_id, self.device)
@@ -190,6 +193,9 @@ class Run:
             inner = getattr(model, "within_forward", None) or (lambda function, *args: function(model, *args))
             # what `lib.policy.token_logprobs` calls
             model.within_forward = precision(device, "bfloat16")(inner)  # type: ignore[assignment]
+        if self.shares_prompts and not shares_prompts(model):
+            self.shares_prompts = False
+            self.say(f"{path}: its attention has windows, or is not SDPA: each row computes its prompt anew")
         return model
 
     def rehearse(
@@ -218,6 +224,7 @@ class Run:
         if width <= prompt:
             height, width = max(1, tokens // longest), longest
         ids = torch.full((height, width), 1, device=self.device)
+        ids[::2] = 0  # no row begins as the one above: no token is spared
         everything = torch.ones_like(ids, dtype=torch.bool)
         completion = everything.clone()
         completion[:, : max(1, prompt)] = False
