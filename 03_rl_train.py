@@ -64,7 +64,9 @@ class Settings(Training):
     temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01, high=10.0)
     max_new_tokens: int = setting(4096, "tokens of a completion, reasoning included. Paper: 4096", low=1)
     max_prompt_tokens: int = setting(512, "prompts of more are left out. Paper: 512", low=1, flag=False)
-    max_sample_tokens: int = setting(65536, "rows x columns of the sampler's cache", low=16, high=TOKENS)
+    max_sample_tokens: int = setting(
+        0, "rows x columns of the sampling cache; 0: what fits", low=0, high=TOKENS
+    )
     # updates
     learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6", low=0.0, high=1.0)
     weight_decay: float = setting(0.01, "of AdamW. Paper: verl's default, 0.01", low=0.0, flag=False)
@@ -120,7 +122,7 @@ def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, r
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             eos_token_ids=eos_token_ids(policy, tokenizer),
-            max_batch_tokens=settings.max_sample_tokens,
+            max_batch_tokens=settings.max_sample_tokens or None,
             seeds=[seed for group in run.share(seeds.tolist()) for seed in group],
             progress=run.leader,
         )

@@ -1,10 +1,4 @@
-"""The key-value cache of a batch whose rows come and go: room to grow, repacking, and the attention mask.
-
-A layer's keys and values have the shape (rows, kv_heads, columns, head_dim). Rows are aligned on the right:
-
-    row 0   a b c d e x y        columns ->
-    row 1   . . . f g z w        "." is padding
-"""
+"""The key-value cache of a batch whose rows come and go: its fixed shape, repacking, and attention masks."""
 
 from __future__ import annotations
 
@@ -14,62 +8,63 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer's cache with spare columns on its right: a step writes one column and copies none.
+class FixedLayer(StaticLayer):
+    """A layer's keys and values that stay where they are: a step writes one column in place.
 
-    key_room, value_room: (rows, kv_heads, capacity, head_dim), of which the first `columns` are in use.
-    (DynamicLayer grows by torch.cat, which copies the whole cache in every step.)
+    Rows are aligned on the right; "." is padding, "_" not written yet:
+
+        columns   0 1 2 3 4 5 6 7 8 9
+        row 0     a b c d e x _ _ _ _     `column` is 6, a number on the device, () int64, that all layers
+        row 1     . . . f g z _ _ _ _     share: there the next token goes
+        window    ===============         what a step attends to; the mask hides "." and "_"
+
+    keys, values: (rows, kv_heads, capacity, head_dim). (DynamicLayer copies all of it to append a column.)
     """
 
-    def __init__(self, key_room: Tensor, value_room: Tensor, columns: int) -> None:
-        super().__init__()
-        self.keys: Tensor
-        self.values: Tensor
-        self.key_room, self.value_room, self.is_initialized = key_room, value_room, True
-        self._show(columns)
-
-    def _show(self, columns: int) -> None:
-        self.keys = self.key_room[:, :, :columns]  # a view, not a copy
-        self.values = self.value_room[:, :, :columns]
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__(max_cache_len=keys.shape[2])  # that is the window
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.cumulative_length, self.is_initialized = column, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        self.key_room[:, :, begin:end] = key_states
-        self.value_room[:, :, begin:end] = value_states
-        self._show(end)
-        return self.keys, self.values
+        self.keys.index_copy_(2, self.cumulative_length, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.cumulative_length, value_states.to(self.values.dtype))
+        return self.keys[:, :, : self.max_cache_len], self.values[:, :, : self.max_cache_len]
 
 
-def pack_rows(parts: Sequence[tuple[Cache, Tensor]], columns: int, capacity: int) -> Cache:
-    """One roomy cache from rows of several: parts are (cache, row indices (r,) int64, which may repeat).
+def pack_rows(parts: Sequence[tuple[Cache, int, Tensor]], column: Tensor, capacity: int) -> Cache:
+    """One cache of fixed shape from rows of several, all of which end at `column`, () int64.
 
-    All rows end at `columns`. What is cut off on the left must be padding. The old caches are emptied layer
-    by layer, so that a second whole cache never exists.
+    parts: (cache, its columns in use, indices (r,) int64 of its rows, which may repeat). What is cut off on
+    the left must be padding. The old are emptied layer by layer: a second whole cache never exists.
     """
-    indices, layers = [index for _, index in parts], list[Any]()
-    for _ in range(len(parts[0][0].layers)):
-        old: list[Any] = [cache.layers.pop(0) for cache, _ in parts]
-        keys = _place([layer.keys for layer in old], indices, columns, capacity)
-        values = _place([layer.values for layer in old], indices, columns, capacity)
-        layers.append(RoomyLayer(keys, values, columns))
+    end, layers = int(column), list[Any]()
+    while parts[0][0].layers:
+        old: list[Any] = [(cache.layers.pop(0), used, index) for cache, used, index in parts]
+        keys = _place([(x.keys[:, :, :used], index) for x, used, index in old], end, capacity)
+        values = _place([(x.values[:, :, :used], index) for x, used, index in old], end, capacity)
+        layers.append(FixedLayer(keys, values, column))
     return Cache(layers=layers)
 
 
-def _place(pieces: list[Tensor], indices: list[Tensor], columns: int, capacity: int) -> Tensor:
+def _place(pieces: list[tuple[Tensor, Tensor]], columns: int, capacity: int) -> Tensor:
     """Rows of pieces (n, kv_heads, its columns, head_dim) -> one room (rows, kv_heads, capacity, head_dim).
 
     What is filled in is zero: it is masked, but a NaN would survive the mask.
     """
-    (_, heads, _, head_dim), dtype, kind = pieces[0].shape, pieces[0].dtype, pieces[0].device.type
+    first, rows, row = pieces[0][0], sum(len(index) for _, index in pieces), 0
+    (_, heads, _, head_dim), dtype, kind = first.shape, first.dtype, first.device.type
     if torch.is_autocast_enabled(kind):  # attention will compute in this anyway: no need to keep more
         dtype = torch.get_autocast_dtype(kind)
-    room, row = pieces[0].new_zeros(sum(map(len, indices)), heads, capacity, head_dim, dtype=dtype), 0
-    for piece, index in zip(pieces, indices, strict=True):
+    room = first.new_zeros(rows, heads, capacity, head_dim, dtype=dtype)
+    for piece, index in pieces:
         width = min(columns, piece.shape[2])
-        room[row : row + len(index), :, columns - width : columns] = piece[:, :, -width:][index]
+        target = room[row : row + len(index), :, columns - width : columns]
+        torch.index_select(piece[:, :, -width:].to(dtype), 0, index, out=target)  # `[index]` copies twice
         row += len(index)
     return room
 
@@ -84,22 +79,19 @@ def repeat_row(cache: Cache, rows: int) -> Cache:
     return Cache(layers=layers)
 
 
-def attention_mask(model: PreTrainedModel, padding: Tensor, queries: int, columns: int) -> Tensor | None:
-    """The mask for the last `queries` of `columns` columns; rows begin with `padding` (rows,) columns of it.
+def attention_mask(model: PreTrainedModel, seen: Tensor, queries: int) -> Tensor:
+    """The mask of a pass over whole prompts, or of a step (`queries` 1); seen: (rows, columns) bool.
 
-    None where nothing is padded. With SDPA the finished mask (rows, 1, queries, columns) bool, which saves
-    the model from building it in each step. There each column may see itself, padding too: a query that sees
-    nothing gives NaN on some devices. With other attention, or sliding windows, (rows, columns) bool, from
-    which the model builds its own.
+    With SDPA (rows, 1, queries, columns) bool, which saves the model from building it in each step. Padding
+    sees itself: a query that sees nothing gives NaN on some devices. With other attention, or sliding
+    windows, `seen`, from which the model builds its own.
     """
-    if not padding.any():
-        return None
-    column = torch.arange(columns, device=padding.device)
-    visible = column >= padding[:, None]  # (rows, columns)
     if model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(model):
-        return visible
-    query = column[columns - queries :, None]  # (queries, 1)
-    return (visible[:, None, None] & (column <= query)) | (column == query)
+        return seen
+    if queries == 1:
+        return seen[:, None, None]
+    column = torch.arange(queries, device=seen.device)
+    return (seen[:, None, None] & (column <= column[:, None])) | (column == column[:, None])
 
 
 def layer_types(model: PreTrainedModel) -> Sequence[str]:

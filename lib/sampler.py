@@ -17,7 +17,10 @@ That is `sample_simple`, for one prompt. `sample` writes the very same tokens fo
    waiting completions move in. Longest prompts go first: neighbours are alike in length, and what does not
    fit into memory fails at once, not after an hour. `max_batch_tokens` bounds rows x columns with every row
    counted at the full length that it may reach, so it holds to the last step.
-3. **Each completion has its own random numbers**, made from its seed. So it depends on its prompt and seed
+3. **Shapes stay between two repacks.** A step writes its column in place, at a counter on the device, where
+   tokens and who has ended are, too. To look at them the host waits for a GPU: it does every `LOOK` steps. On
+   a CPU a look is free, but columns not yet written cost time: a step attends to those that are.
+4. **Each completion has its own random numbers**, made from its seed. So it depends on its prompt and seed
    alone: not on batch-mates, budget, order or number of processes; and a lower limit only cuts it short.
 
 Log-probabilities come from the very logits that are sampled, and logits exist for the last position only: at
@@ -33,6 +36,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +48,7 @@ from lib.batches import pad_batch
 from lib.cache import attention_mask, pack_rows
 from lib.policy import context_of, table_rows
 
+LOOK = 16  # steps on a GPU from one look of the host to the next
 PREFILL_TOKENS = 8192  # bounds the activations of one pass over prompts (a longer prompt goes alone)
 
 
@@ -131,7 +136,7 @@ def sample(
         model.eval()
         with bar:
             while batch.refill(bar):
-                batch.step()
+                batch.steps()
     finally:
         for module in in_training:
             module.training = True
@@ -171,21 +176,29 @@ class _Batch:
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.waiting = [i * group_size + member for i in longest_first for member in range(group_size)]
         self.rows, self.rows_ended = self._long([]), 0  # (rows,) numbers of completions
-        self.cache, self.capacity = Cache(layers=[]), 0
-        self.mask: Tensor | None = None  # for all `capacity` columns
+        self.columns = self.capacity = 0  # of the cache: filled, and there
+        self.fixed_shapes = model.device.type != "cpu"
 
     def _long(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
 
-    def step(self) -> None:
+    def steps(self) -> None:
+        """The steps from one look of the host to the next: all of one shape, on the device alone."""
+        count, window = (LOOK, self.capacity) if self.fixed_shapes else (1, self.columns + 1)
+        for layer in self.cache.layers:
+            layer.max_cache_len = window
+        for _ in range(min(count, self.capacity - self.columns)):
+            self.step(self.mask[..., :window])
+            self.columns += 1
+        self.rows_ended = int(self.ended[self.rows].sum())  # waits for the device
+
+    def step(self, mask: Tensor) -> None:
         """Each row's newest token goes through the model and into the cache, and the next one is drawn."""
-        rows, columns = self.rows, self.cache.get_seq_length() + 1
-        newest = self.drawn[rows] - 1  # (rows,)
-        # The mask was made for all columns that the cache has room for: what is not filled yet is cut off.
-        mask = None if self.mask is None else self.mask[..., :columns]
+        rows, newest = self.rows, self.drawn[self.rows] - 1  # (rows,)
         ids, positions = self.tokens[rows, newest], self.lengths[rows] + newest
+        mask.index_fill_(-1, self.column, True)
         self._draw(rows, self._logits(ids[:, None], positions[:, None], mask, self.cache))
-        self.rows_ended = int(self.ended[rows].sum())  # the one moment in a step that waits for the device
+        self.column += 1
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """ids, positions (rows, T) -> logits (rows, vocab) after the last of them. Extends the cache."""
@@ -202,11 +215,10 @@ class _Batch:
 
     def refill(self, bar: tqdm) -> bool:
         """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""
-        # Without rows, as at first, that holds: 4 * 0 >= 0.
-        while 4 * self.rows_ended >= len(self.rows) or self.cache.get_seq_length() == self.capacity:
+        while 4 * self.rows_ended >= len(self.rows) or self.columns == self.capacity:  # as at first: no rows
             bar.update(self.rows_ended)
             stay = (~self.ended[self.rows]).nonzero()[:, 0]
-            parts = [(self.cache, stay)] if len(stay) else []
+            parts = [(self.cache, self.columns, stay)] if len(stay) else []
             self.rows = self.rows[stay]
             if self.waiting:
                 parts += self._admit()
@@ -215,7 +227,7 @@ class _Batch:
             self._repack(parts)
         return True
 
-    def _admit(self) -> list[tuple[Cache, Tensor]]:
+    def _admit(self) -> list[tuple[Cache, int, Tensor]]:
         """Waiting completions become rows, as many as the budget has room for: what they add to the cache.
 
         That is the cache of some prompts each, and indices (r,) that repeat a prompt once a completion. A
@@ -232,7 +244,7 @@ class _Batch:
             numbers, unread = unread[:n], unread[n:]
             cache, last = self._prefill([self.prompts[i] for i in numbers])
             index = self._long([place for place, i in enumerate(numbers) for _ in range(count[i])])
-            parts.append((cache, index))
+            parts.append((cache, cache.get_seq_length(), index))
             logits.append(last[index])
         if taken:
             self._draw(self._long(taken), torch.cat(logits))
@@ -242,27 +254,29 @@ class _Batch:
     def _prefill(self, prompts: list[Sequence[int]]) -> tuple[Cache, Tensor]:
         """Read prompts in one pass: their cache, and the logits (n, vocab) of the token behind each."""
         ids, real = (x.to(self.model.device) for x in pad_batch(prompts, 0, side="left"))  # (n, width) each
-        width = ids.shape[1]
-        mask, cache = attention_mask(self.model, (~real).sum(1), width, width), DynamicCache()
+        mask = None if real.all() else attention_mask(self.model, real, real.shape[1])
+        cache = DynamicCache()
         return cache, self._logits(ids, (real.cumsum(1) - 1).clamp(min=0), mask, cache)
 
-    def _repack(self, parts: list[tuple[Cache, Tensor]]) -> None:
+    def _repack(self, parts: list[tuple[Cache, int, Tensor]]) -> None:
         """A cache of the rows' own size, from the rows that stayed and those that came."""
         used = self.lengths[self.rows] + self.drawn[self.rows] - 1  # (rows,) columns that a row fills
-        columns, most = int(used.max()), int(self.lengths[self.rows].max()) + self.limit
-        self.capacity = min(most, columns + max(64, columns // 4))
-        self.cache = pack_rows(parts, columns, self.capacity)
-        self.mask = attention_mask(self.model, columns - used, 1, self.capacity)
+        self.column, most = used.max(), int(self.lengths[self.rows].max()) + self.limit
+        self.columns = int(self.column)  # the same, on the host
+        self.capacity = min(most, (self.columns + max(64, self.columns // 4) + 7) // 8 * 8)  # aligned
+        self.cache: Any = pack_rows(parts, self.column, self.capacity)
+        place = torch.arange(self.capacity, device=used.device)
+        seen = (place >= (self.column - used)[:, None]) & (place < self.column)
+        self.mask = attention_mask(self.model, seen, 1)
         self.rows_ended = int(self.ended[self.rows].sum())
 
 
 def uniform(seeds: Tensor, steps: Tensor | int) -> Tensor:
     """Random numbers in [0, 1), (rows,) float64: number `step` of splitmix64 started at `seed` (rows,) int64.
 
-    A hash, and no torch.Generator for each completion: that would need a table of all their numbers. int64
-    products wrap around as unsigned ones do; a logical right shift is the arithmetic one with the copies of
-    the sign masked off. The upper 53 bits are kept, all that float64 has: of float32's 23, u is 0 once in 8
-    million draws, and token 0 is drawn whatever its probability.
+    A hash, so no table of numbers is needed. int64 products wrap around as unsigned ones do; a logical right
+    shift is the arithmetic one with the copies of the sign masked off. The upper 53 bits are kept, all of
+    float64: of float32's 23, u is 0 once in 8 million draws, and token 0 drawn whatever its probability.
     """
     # The factors are 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed.
     z = seeds + torch.as_tensor(steps + 1) * -0x61C8864680B583EB
@@ -278,13 +292,11 @@ def _float64(x: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """logits (rows, vocab), u (rows,) float64 in [0, 1) -> token (rows,) int64, its log-probability (rows,)
-    fp32.
+    """logits (rows, vocab), u (rows,) float64 in [0, 1) -> tokens int64, their logprobs fp32, (rows,) each.
 
     Inverse CDF: the first token whose cumulative probability exceeds u; one of probability 0 never is. With
-    top_p the same over tokens in order of probability, u scaled to the mass of the smallest such set. The
-    sums are float64: in float32 they are off by more than rare tokens weigh, and on a GPU, which sums in
-    blocks, not even monotone.
+    top_p the same over tokens in order of probability, u scaled to the mass of the smallest such set. Sums
+    are float64: in float32 they are off by more than rare tokens weigh, and in a GPU's blocks not monotone.
     """
     logits = logits.float()
     if temperature == 0:
@@ -308,9 +320,7 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple[T
 
 
 def random_numbers(seed: int, label: str) -> torch.Generator:
-    """A generator of its own for everything that has a name: the same for all models, so that they are
-    paired.
-    """
+    """A generator of its own for everything that has a name: all models get the same, so they are paired."""
     return torch.Generator().manual_seed(zlib.crc32(label.encode()) * 2**20 + seed)
 
 

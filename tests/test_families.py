@@ -23,6 +23,7 @@ from lib.run.checkpoint import save_policy
 from lib.run.checks import check_tokenizer
 from lib.run.hub import load_policy, load_tokenizer
 from lib.sampler import sample
+from tests.bench.graphs import FixedBatch, sampling_by
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}"
@@ -97,7 +98,10 @@ def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
 
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(5, 96, (n,), generator=generator).tolist() for n in (3, 14, 8)]
-    drawn = sample(model, prompts, max_new_tokens=8, temperature=0.0, eos_token_ids=[])
+    how: dict = dict(max_new_tokens=8, temperature=0.0, eos_token_ids=[])
+    drawn = sample(model, prompts, **how)
+    with sampling_by(FixedBatch):  # shapes as on a GPU
+        assert [c.token_ids for c in sample(model, prompts, **how)] == [c.token_ids for c in drawn]
     rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, drawn, strict=True)]
     expected = [literal(row)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0] for row in rows]
     for row, completion, logprobs in zip(rows, drawn, expected, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 from collections import Counter
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lib.sampler
 from lib.sampler import Completion, draw, sample, sample_simple, uniform
+from tests.bench.graphs import FixedBatch
 
 SANDBOX = Path(__file__).parents[1] / "lib" / "sandbox" / "base"
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -70,8 +72,15 @@ KINDS = {"Qwen2": {}, "Llama": {"num_key_value_heads": 4}, "Mistral": {"sliding_
 KINDS["Olmo2"] = {"attn_implementation": "eager"}
 
 
+@pytest.fixture(params=["cpu", "gpu"], ids="shapes as on a {}".format)
+def shapes(request, monkeypatch):
+    """A CPU attends to the columns that are written; a GPU to all, and 16 steps pass between two looks."""
+    if request.param == "gpu":
+        monkeypatch.setattr(lib.sampler, "_Batch", FixedBatch)
+
+
 @pytest.mark.parametrize("family", KINDS)
-def test_greedy_equals_generate(family):
+def test_greedy_equals_generate(family, shapes):
     model = tiny(family, **KINDS[family])
     expected = [generate(model, prompt, 20, EOS) for prompt in PROMPTS]
     assert len({len(tokens) for tokens in expected}) > 3  # they do end at different steps
@@ -97,7 +106,7 @@ def test_greedy_equals_generate_on_the_sandbox_model():
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 0.9), (0, 1.0)])
 @pytest.mark.parametrize("budget, eos", [(None, EOS), (70, EOS), (300, [9, 40])])
-def test_sample_writes_what_sample_simple_writes(model, temperature, top_p, budget, eos):
+def test_sample_writes_what_sample_simple_writes(model, shapes, temperature, top_p, budget, eos):
     seeds = [2**62 + 17 * i for i in range(3 * len(PROMPTS))]
     how = dict(max_new_tokens=20, temperature=temperature, top_p=top_p, eos_token_ids=eos)
     simple = []
@@ -140,7 +149,7 @@ def test_ends(model):
 # ---- what a completion depends on
 
 
-def test_a_completion_depends_on_its_prompt_and_seed_alone(model):
+def test_a_completion_depends_on_its_prompt_and_seed_alone(model, shapes):
     seeds, how = list(range(100, 133)), dict(group_size=3, eos_token_ids=EOS)
     together = sample(model, PROMPTS, seeds=seeds, max_new_tokens=20, **how)
     for i, prompt in enumerate(PROMPTS):
@@ -173,7 +182,7 @@ def recorded(model):
     reads, steps, heads = [], [], []
 
     def note(module, args, kwargs) -> None:
-        ids, before = kwargs["input_ids"], kwargs["cache"].get_seq_length()
+        ids, before = kwargs["input_ids"], int(kwargs["cache"].get_seq_length())
         steps.append((*ids.shape, before)) if before else reads.append(ids.tolist())
 
     hooks = [model.register_forward_pre_hook(note, with_kwargs=True)]
@@ -202,6 +211,33 @@ def test_no_step_is_taken_behind_the_last_token(model):
             sample(model, PROMPTS[:1], group_size=3, max_new_tokens=5, eos_token_ids=eos)
             sample_simple(model, PROMPTS[0], range(3), max_new_tokens=5, eos_token_ids=eos)
         assert len(steps) == 2 * taken
+
+
+@pytest.mark.parametrize("budget", [270, None])
+def test_on_a_gpu_shapes_stay_between_repacks_and_keep_the_budget(model, monkeypatch, budget):
+    seen = []
+
+    def note(module, args, kwargs) -> None:
+        if kwargs["input_ids"].shape[1] == 1 and kwargs["attention_mask"] is not None:
+            layer = kwargs["cache"].layers[0]
+            seen.append((*layer.keys.shape[::2], kwargs["attention_mask"].shape[-1], layer.keys.data_ptr()))
+
+    monkeypatch.setattr(lib.sampler, "_Batch", FixedBatch)
+    monkeypatch.setattr(lib.sampler, "LOOK", 4)
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    sample(
+        model,
+        PROMPTS,
+        group_size=2,
+        max_new_tokens=90,
+        eos_token_ids=[],
+        seeds=range(22),
+        max_batch_tokens=budget,
+    )
+    hook.remove()
+    assert all(capacity == mask and rows * mask <= (budget or math.inf) for rows, capacity, mask, _ in seen)
+    moves = sum(one != other for one, other in itertools.pairwise(seen))
+    assert 0 < moves < len(seen) / 8 and len(seen) >= 89
 
 
 def test_long_lists_of_prompts_are_read_in_several_passes(model, monkeypatch):

@@ -32,6 +32,7 @@ from lib.run.settings import following
 from lib.run.shards import full_weights, gathered, shard_model
 
 T = TypeVar("T")
+CPU_SAMPLE_TOKENS = 65536  # the sampler's budget where memory cannot be asked
 
 
 class Run:
@@ -208,7 +209,7 @@ class Run:
         """
         settings = self.settings
         for name in ("max_batch_tokens", "max_sample_tokens"):
-            if longest > (most := getattr(settings, name, longest)):
+            if longest > (most := getattr(settings, name, longest) or longest):  # 0: what fits
                 flag = f"--{name.replace('_', '-')} {most}"
                 raise UserError(f"{flag}: a sequence may have {longest} tokens, and must fit: raise it")
         tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
@@ -217,7 +218,7 @@ class Run:
         moments = torch.empty(8 * own, dtype=torch.uint8, device="cpu" if settings.offload else self.device)
         if reference is not None:
             with self.sampling(policy):
-                room_of_cache(policy, min(settings.max_sample_tokens, rows * longest), settings, self.device)
+                room_of_cache(policy, rows * longest, settings, self.device)
         height = max(1, -(-tokens // longest))  # the longest rows might leave some of the budget unused
         width = tokens // height
         if width <= prompt:
@@ -360,14 +361,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Any, step: int
 
 
 @torch.no_grad()
-def room_of_cache(model: PreTrainedModel, tokens: int, settings: Any, device: torch.device) -> Tensor:
+def room_of_cache(model: PreTrainedModel, most: int, settings: Any, device: torch.device) -> Tensor:
     """Memory of the sampler's key-value cache, and of one layer more while it is repacked; taken, not used.
 
-    In bfloat16 autocast keeps a copy of each weight while it computes: room for these, too.
+    Where the budget is 0 it becomes what fits beside all that is loaded: of a GPU's free memory 3/4, since
+    reading prompts, and logits, take some. `most` tokens are never exceeded. In bfloat16 autocast keeps a
+    copy of each weight while it computes: room for these, too.
     """
     cache: Any = DynamicCache()
     model(input_ids=torch.ones(1, 1, dtype=torch.long, device=device), cache=cache, use_cache=True)
     layers = cache.layers
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) * (len(layers) + 1) // len(layers)
     copies = 2 * model.num_parameters() if settings.dtype == "bfloat16" and not settings.shard else 0
+    if settings.max_sample_tokens == 0 and device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0] * 3 // 4
+        settings.max_sample_tokens = max(16, (free - copies) // size)
+    settings.max_sample_tokens = settings.max_sample_tokens or CPU_SAMPLE_TOKENS
+    tokens = min(settings.max_sample_tokens, most)
     return torch.empty(size * tokens + copies, dtype=torch.uint8, device=device)

@@ -26,6 +26,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     # cuDNN's attention makes a plan for each new length, tens of ms a token, and may be wrong (pytorch
     # #193893, #196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # caches of ever other sizes would leave holes in memory
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return torch.device("cuda", local_rank)
 
 

@@ -39,6 +39,7 @@ from lib.run.checkpoint import save_policy
 from lib.run.hub import load_policy
 from lib.run.shards import full_weights
 from lib.sampler import sample
+from tests.bench.graphs import DECODERS, sampling_by
 
 BUDGET = Budget(gcg_steps=1, gcg_width=4, gcg_top_k=4, gcg_suffix_tokens=4, gcg_init="please")
 SECONDS, NEW, TOLERANCE = 60, 12, 1e-3  # for an architecture; tokens of a completion; nats
@@ -183,11 +184,13 @@ class Case:
         self.target = "sure here is a story"
 
     def sampling(self) -> str:
-        """Tokens and log-probabilities, alone and in groups under a budget."""
+        """Tokens and log-probabilities: in groups under a budget, with fixed shapes as on a GPU, and not."""
         worst = 0.0
-        for group, budget in ((1, None), (2, 70)):
+        for group, budget, decoder in ((1, None, "ours"), (2, 70, "ours"), (1, None, "fixed_shapes")):
             how = {"max_new_tokens": NEW, "temperature": 0.0, "eos_token_ids": [], "max_batch_tokens": budget}
-            for i, found in enumerate(sample(self.policy, self.prompts, group_size=group, **how)):
+            with sampling_by(DECODERS[decoder]):
+                drawn = sample(self.policy, self.prompts, group_size=group, **how)
+            for i, found in enumerate(drawn):
                 tokens, logprobs = self.expected[i // group]
                 if found.token_ids != tokens:
                     return f"WRONG TOKENS of prompt {i // group}: {found.token_ids} for {tokens}"

@@ -32,7 +32,6 @@ RL = dict(
     data="runs/paper/data",
     out="runs/paper/rl",
     judge="qwen3guard+grm-8b",  # open stand-in for the moderation API; the authors' reward model
-    max_sample_tokens=262144,  # of Qwen2.5-1.5B in bfloat16: 7.5 GB of cache
     entropy_coef=1e-3,  # not in the paper's text: verl's default when the authors' script ran
     dtype="bfloat16",
     gradient_checkpointing=True,
