@@ -20,8 +20,6 @@ def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> 
     >>> pad_batch([[5, 6, 7], [8]], 0, side="left")[0].tolist()
     [[5, 6, 7], [0, 0, 8]]
     """
-    if side not in ("left", "right"):
-        raise ValueError(f"side {side!r}: 'left' or 'right'")
     width = max(map(len, sequences), default=0)
     ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -63,8 +61,7 @@ def micro_batches(
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if order and (longest := lengths[order[0]]) > max_tokens:
-        found = f"a sequence of {longest} tokens does not fit --max-batch-tokens {max_tokens}"
-        raise UserError(f"{found}: raise it")
+        raise UserError(f"--max-batch-tokens {max_tokens}: a row has {longest} tokens: raise it")
     if prompts:
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in order:
