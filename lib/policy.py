@@ -113,9 +113,7 @@ def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
     UserError for rows that are longer than the model's context.
     """
     if input_ids.shape[1] > (context := context_of(model.config)):
-        raise UserError(
-            f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context}: shorten it"
-        )
+        raise UserError(f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context}")
     inputs = {"input_ids": input_ids}
     number = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
     if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # padding on the left of some row
