@@ -61,7 +61,7 @@ def micro_batches(
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if order and (longest := lengths[order[0]]) > max_tokens:
-        raise UserError(f"--max-batch-tokens {max_tokens}: a row has {longest} tokens: raise it")
+        raise UserError(f"a row of {longest} tokens exceeds --max-batch-tokens {max_tokens}: raise it")
     if prompts:
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in order:

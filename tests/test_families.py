@@ -173,7 +173,7 @@ def test_rows_over_the_length_at_which_all_positions_change_are_refused(tmp_path
     with pytest.raises(ValueError, match=f"prompt 1: .* exceed the model's context .*: {context} fit"):
         sample(model, prompts, max_new_tokens=8, **how)
     ids = torch.full((1, context + 1), 5)
-    with pytest.raises(UserError, match=f"a row of {context + 1} tokens exceeds .*, {context} tokens"):
+    with pytest.raises(UserError, match=f"a row of {context + 1} tokens exceeds .*, {context}"):
         token_logprobs(model, ids, ids > 0, torch.arange(context + 1)[None] > 0)
 
 
