@@ -154,8 +154,7 @@ def with_rainbow(rl: list[dict], settings: Settings, taken: Taken) -> list[dict]
 
     harmful = [record for record in rl if record["kind"] == "harmful"]
     new = taken.take(search(settings, harmful, load_judge(settings.rainbow_judge)), "RL")
-    # From the end: the first harmful prompts stay, which a smaller lambda has, too.
-    instead = {old["id"]: record for old, record in zip(harmful[::-1], new[::-1], strict=False)}
+    instead = {old["id"]: record for old, record in zip(harmful, new, strict=False)}
     return [instead.get(record["id"], record) for record in rl]
 
 
@@ -227,9 +226,10 @@ def main() -> None:
 
     # Why nothing leaks: who comes first has a prompt, who comes later goes without it.
     evaluation = {name: taken.take(records, "evaluation") for name, records in evaluation.items()}
+    # traced: {prompt: (its record, [(reasoning, answer), ...])} of files; empty in the sandbox
     sft = taken.take([record for record, _ in traced.values()], "SFT", most=settings.sft_prompts)
     pool = {kind: taken.take(records, "RL") for kind, records in pool.items()}
-    # "RL" is the training pool. Where a set has no files, or SFT no traces, prompts move out of it.
+    # "RL" owns the training pool. Where a set has no files, or SFT no traces, prompts move out of it.
     sources.hold_out(pool, evaluation, settings)
     from_pool = sources.take_sft(pool, train, settings)
     sft = sft or from_pool

@@ -7,6 +7,7 @@ help, so it pays to find out first which of the two a prompt is. This is GRPO by
     1. take `prompts_per_step` prompts of the mixture                      -> lib.batches.items_of_step
     2. sample a group of G completions of each from the policy             -> collect_rollouts
     3. reward r = r_f * r_s on harmful prompts, r_f * r_n on others        -> score_rollouts (eq. 1 and 2)
+       (r_f: the format was kept; r_s: the answer is safe; r_n: it does what was asked)
     4. advantage A = (r - mean of its group) / (std of its group + eps)    -> assign_advantages
     5. one step down the gradient of  -A * ratio + kl_coef * KL            -> grpo_loss, update_policy
     6. log, with whole groups to read, and save                            -> run.log, run.steps
@@ -139,7 +140,7 @@ def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, r
 
 # ---- step 3: rewards ----
 def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> None:
-    """Equations 1 and 2: judges see the prompt and the answer, never the reasoning.
+    """Equations 1 and 2: judges see the prompt and the answer, not the reasoning before </think>.
 
     Where the judge has no verdict the reward is unknown, None. A score out of range ends the run, before it
     can reach the weights.
@@ -176,8 +177,8 @@ def group_advantages(rewards: Tensor, std_normalisation: bool, eps: float = 1e-6
 
 
 def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
-    """One advantage a completion. Those of tokens (a value network, a process reward) change four places:
-    this, `Rollout.advantage`, its tensor in `update_policy` (by `scatter`), `[:, None]` in `grpo_loss`.
+    """One advantage a completion. To give each token its own (a value network, a process reward) change this,
+    `Rollout.advantage`, its tensor in `update_policy` (by `scatter`), and `[:, None]` in `grpo_loss`.
     """
     rewards = [math.nan if r.reward is None else r.reward for r in rollouts]
     groups = torch.tensor(rewards, dtype=torch.float64).view(-1, settings.group_size)

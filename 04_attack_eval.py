@@ -170,7 +170,7 @@ def tries_of(model: str, sets: dict, behaviours: list[dict], attempts: dict, set
         for i, (record, line) in enumerate(zip(behaviours, lines, strict=True)):
             new = attack == "gcg_universal" and i >= settings.universal_behaviours
             name = "gcg_universal_new" if new else attack
-            if ATTACKS[attack].asks:  # all its tries count, and are answered already
+            if ATTACKS[attack].asks:  # it read the answers as it went: all its tries count
                 chosen = {t["step"]: t for t in line["trace"]}
             else:  # of a search counts the best that it had found at each budget
                 chosen = {mark: [t for t in line["trace"] if t["step"] <= mark][-1] for mark in marks}

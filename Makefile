@@ -20,20 +20,27 @@ DEMO := runs/demo
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint replicate frontier clean
+.PHONY: demo demo-tars demo-direct test lint replicate frontier clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	@mkdir -p $(DEMO) && date +%s > $(DEMO)/started
 	$(RUN) 01_build_mixture.py --preset sandbox --out $(DEMO)/data
-	$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/sft
-	$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --no-reasoning --out $(DEMO)/sft-direct
-	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --model $(DEMO)/sft --out $(DEMO)/rl
-	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --no-reasoning --max-new-tokens 12 --kl-coef 0.1 \
-		--model $(DEMO)/sft-direct --out $(DEMO)/rl-direct
+	@echo "Two models are trained side by side: this one, and one without reasoning, whose log is $(DEMO)/direct.log"
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 demo-tars demo-direct
 	$(RUN) 04_attack_eval.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/eval --direct base --models \
 		base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl
 	@echo "make demo: $$(( $$(date +%s) - $$(cat $(DEMO)/started) )) seconds; read $(DEMO)/eval/report.md, or open report.html beside it"
+
+demo-tars:
+	$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/sft
+	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --model $(DEMO)/sft --out $(DEMO)/rl
+
+demo-direct:
+	@( $(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --no-reasoning --out $(DEMO)/sft-direct && \
+	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --no-reasoning --max-new-tokens 12 --kl-coef 0.1 \
+		--model $(DEMO)/sft-direct --out $(DEMO)/rl-direct ) > $(DEMO)/direct.log 2>&1 || \
+		{ tail -n 3 $(DEMO)/direct.log; exit 1; }
 
 test: $(VENV)/.test
 	$(RUN) -m pytest

@@ -4,11 +4,11 @@ The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y 
 
     chat template of the prompt | <think>\\n | z \\n</think>\\n\\n y | end-of-turn token
 
-The bars are seams: what lies between two of them is tokenised on its own. Both markers are plain text to this
-library, whether a tokenizer cuts them up or has one token for each. So a training example begins with exactly
-the token ids of the generation prompt. A template that opens the reasoning by itself (DeepSeek-R1) has its
-marker cut off: only the caller's counts. One that can be told whether to reason (Qwen3's `enable_thinking`)
-is told, and without reasoning closes an empty one.
+The bars are seams: what lies between two of them is tokenised on its own. So a training example begins with
+exactly the token ids of the generation prompt. Both markers are plain text here, whether a tokenizer cuts
+them up or not. A template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the
+caller's counts. Some templates are told whether to reason (Qwen3's `enable_thinking`), and write an empty
+`<think>` block without.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # how a template
 
 @dataclass(frozen=True)
 class Parsed:
-    """A completion taken apart. `well_formed` is r_f of the paper: one <think>, then one </think>."""
+    """A completion taken apart. `well_formed` is r_f of the paper: the prompt's <think>, one </think>."""
 
     reasoning: str
     answer: str
@@ -96,9 +96,8 @@ def encode_example(
     """(ids, completion_mask), both of length T; the mask is True on all that the model must learn to write.
 
     With reasoning that is "<think>\\n" z "\\n</think>\\n\\n" y and the end-of-turn token, markers included
-    (paper, appendix F); with None it is the answer and the end-of-turn token. Each begins as its prompt. (At
-    sampling the prompt has "<think>\\n" already. It is learned all the same, for whoever runs the model
-    without this library.)
+    (paper, appendix F; at sampling the prompt has "<think>\\n" already, but others may run the model without
+    this library). With None it is the answer and the end-of-turn token.
     """
     ids = _encode_turn(tokenizer, [{"role": "user", "content": prompt}], reasoning is not None)
     if reasoning is None:

@@ -124,7 +124,7 @@ def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
         inputs = {"input_ids": input_ids.flatten()[place][None]}
         inputs["position_ids"] = place[None] % input_ids.shape[1]
         rest = F.pad(place, (0, number.numel() - len(place)))  # in the shape of `number`
-        inputs["attention_mask"] = torch.stack([number, rest.view_as(number)])[None]
+        inputs["attention_mask"] = torch.stack([number, rest.view_as(number)])[None]  # not a mask: see there
     # Padding on the right is seen by no real token (attention is causal), and SDPA is fastest without a mask.
     states = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     return states.flatten(0, 1), number
@@ -140,10 +140,10 @@ def number_tokens(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Te
     """Numbers of the tokens of rows (B, T), one for all that stand behind the same tokens in neighbouring
     rows; and the N places, row by row, where they stand first. int64 both.
     """
-    new = attention_mask.clone()
+    new = attention_mask.clone()  # which tokens get a number: of the picture above, 11111. and ...111
     alike = (input_ids[1:] == input_ids[:-1]) & attention_mask[:-1]
-    new[1:] &= ~alike.long().cumprod(1).bool()
-    count = (new.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids)
+    new[1:] &= ~alike.long().cumprod(1).bool()  # not those before the first difference
+    count = (new.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids)  # 01234. and ...567
     row = torch.arange(len(new), device=new.device)[:, None]
     above = (row * new).cummax(0).values  # the row in which a column's token is new: this one, or one above
     return count.gather(0, above), new.flatten().nonzero()[:, 0]
@@ -172,7 +172,7 @@ def attention_over_rows(
     return attend(query, key, value), None
 
 
-AttentionInterface.register("sdpa", attention_over_rows)
+AttentionInterface.register("sdpa", attention_over_rows)  # from here on, of all models with SDPA
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ Labels = Callable[[list[str], list[str]], Sequence[str | None]]  # likewise "ful
 class Judge(Protocol):
     """Who scores answers: two functions on lists of equal length. Those to choose from are in lib/judges.
 
-    They see prompts and answers, never the reasoning, which is free to consider what an answer must not say.
-    None is *unknown*, no verdict that can be read: it counts neither as harmless nor as useless.
+    They see prompts and answers, not the reasoning, which is free to consider what an answer must not say.
+    None is *unknown*, no verdict that can be read: training leaves it out, for chapter 4 it is no defence.
     """
 
     name: str

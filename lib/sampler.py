@@ -83,7 +83,7 @@ def sample_simple(
         if tokens:
             logits = model(input_ids=tokens[-1][:, None], cache=cache, use_cache=True).logits[:, -1]
         token, logprob = draw(logits, uniform(seed, len(tokens)), temperature, top_p)  # (rows,) each
-        tokens.append(token)  # a row that has ended pads: it draws on, and `_completion` cuts that off
+        tokens.append(token)  # a row that has ended draws on, as padding: `_completion` cuts that off
         logprobs.append(logprob)
         ended |= torch.isin(token, eos)
     rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
@@ -170,7 +170,7 @@ class _Batch:
         self.lengths = self._long([len(prompt) for prompt in prompts]).repeat_interleave(group_size)
         self.drawn = torch.zeros_like(self.seeds)  # number of tokens so far
         self.ended = torch.zeros_like(self.seeds, dtype=torch.bool)
-        # One column more than needed: a row that has ended draws on until it leaves, and writes there.
+        # One column more than the limit: a row that has ended draws on, behind its end, until it leaves.
         self.tokens = torch.zeros(len(seeds), limit + 1, dtype=torch.long, device=model.device)
         self.logprobs = torch.zeros(len(seeds), limit + 1, device=model.device)
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -215,7 +215,8 @@ class _Batch:
 
     def refill(self, bar: tqdm) -> bool:
         """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""
-        while 4 * self.rows_ended >= len(self.rows) or self.columns == self.capacity:  # as at first: no rows
+        # At first there are no rows, 0 >= 0. Again, since one that moves in may end with its first token.
+        while 4 * self.rows_ended >= len(self.rows) or self.columns == self.capacity:
             bar.update(self.rows_ended)
             stay = (~self.ended[self.rows]).nonzero()[:, 0]
             parts = [(self.cache, self.columns, stay)] if len(stay) else []
@@ -260,7 +261,7 @@ class _Batch:
 
     def _repack(self, parts: list[tuple[Cache, int, Tensor]]) -> None:
         """A cache of the rows' own size, from the rows that stayed and those that came."""
-        used = self.lengths[self.rows] + self.drawn[self.rows] - 1  # (rows,) columns that a row fills
+        used = self.lengths[self.rows] + self.drawn[self.rows] - 1  # (rows,) the newest is not cached yet
         self.column, most = used.max(), int(self.lengths[self.rows].max()) + self.limit
         self.columns = int(self.column)  # the same, on the host
         self.capacity = min(most, (self.columns + max(64, self.columns // 4) + 7) // 8 * 8)  # aligned
