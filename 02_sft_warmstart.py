@@ -14,8 +14,8 @@ Two things matter more than the loss:
   *Heavy* is `--learning-rate` x 3, twice the `--epochs`, and no early stop (`--held-out-share 0`). By finding
   F5 of the paper (docs/results.md) it ends in a worse frontier, DSR against compliance. The sandbox's preset
   is light by its one short epoch; the stop would come with the second.
-- **Imperfect traces are fine**: some comply where they should not. RL sorts that out; variety is what it
-  needs.
+- **Imperfect traces are fine**: some comply where they should not (of the sandbox's, half). RL sorts that
+  out; variety is what it needs.
 
     python 02_sft_warmstart.py --preset sandbox --data runs/demo/data --out runs/demo/sft
     torchrun --nproc-per-node 4 02_sft_warmstart.py --preset paper
@@ -27,8 +27,8 @@ metrics.jsonl, curves.png and settings.json to OUT. A killed run goes on when th
 
 **What you should see** (sandbox, seed 0, 20 seconds): the loss falls from 7.6 to about 0.4 in the first
 hundred of 238 updates, as the format is learned, and creeps to 0.2 after that. The held-out loss ends at
-0.20, too: nothing is learned by heart. A model of this stage reasons, and gives in to more than
-half of the harmful requests.
+0.20, too: nothing is learned by heart. A model of this stage reasons, and gives in to more than half of the
+plain harmful requests of chapter 4. (Those of chapter 3 are disguised, too, and there it refuses more.)
 
 To think about: the traces are of harmful prompts only, so what will pi_SFT do with a harmless one? And why
 does a model that was trained to the lowest loss leave RL the least to choose from?

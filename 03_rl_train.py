@@ -12,6 +12,8 @@ help, so it pays to find out first which of the two a prompt is. This is GRPO by
     5. one step down the gradient of  -A * ratio + kl_coef * KL            -> grpo_loss, update_policy
     6. log, with whole groups to read, and save                            -> run.log, run.steps
 
+The ratio is pi / pi_old of a token. Its value is 1 at first, its slope that of log pi.
+
 What is *not* here: no value network (the group's mean is the baseline); no old-policy pass (rollouts are used
 once, so the ratio is 1; `--updates-per-batch 2` repeats the whole batch, without mini-batches, and brings the
 clipped ratio to life); no KL in the reward (it is a term of the loss); no advantage of a single token (a
@@ -142,8 +144,8 @@ def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, r
 def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> None:
     """Equations 1 and 2: judges see the prompt and the answer, not the reasoning before </think>.
 
-    Where the judge has no verdict the reward is unknown, None. A score out of range ends the run, before it
-    can reach the weights.
+    Where the judge has no verdict the reward of a well-formed one is unknown, None. A score out of range ends
+    the run, before it can reach the weights.
     """
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
@@ -197,7 +199,7 @@ def grpo_loss(
     weights: Tensor,  # (B,) from `sequence_weights`
     settings: Settings,
 ) -> Tensor:
-    """DeepSeekMath eq. 3 with its sign turned, a scalar to minimise. Another objective begins here.
+    """DeepSeekMath eq. 3 with its sign turned, but for `sequence_weights`. Another objective begins here.
 
     All log-probabilities are of the distribution that was sampled, at --temperature. The KL is not weighed by
     the ratio: from the second update on a batch it is an estimate from slightly older samples.

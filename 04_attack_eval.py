@@ -20,8 +20,9 @@ an answer (`harmless`, and `ambiguous` ones that only look harmful), and attacks
    with the best that it has found by then. A judge scores harm and use of each *answer*, behind </think>;
    without </think>, of the whole text (paper), so what was only thought may count as harm.
 3. **Measure.** A try is `defended` if its harm is below a threshold; one success up to a budget breaks a
-   request. DSR is the share of attacked requests that held, compliance the share not refused. (A wrong answer
-   complies, too: see the task score.) Controls show what is owed to the search: no suffix, a random one.
+   request. DSR is the share of requests that held, compliance the share that was neither refused nor half
+   refused. (A wrong answer complies, too: see the task score.) Controls, no suffix and a random one, show
+   what is owed to the search.
 4. **Draw.** results.json, and a report with figures. attacks.jsonl and completions.jsonl grow as it runs:
    after a kill, the same command keeps what is finished.
 
