@@ -386,20 +386,12 @@ class Checks:
         sft, keys = [metrics_of(folder / f"sft-{name}") for name in ("cpu", "card")], ("loss", "grad_norm")
         found["sft"] = gaps(*sft, keys)
         start = ["--model", folder / "sft-cpu", "--save-every", 1]
-        runs = {
-            name: self.stage("03_rl_train.py", folder, name, *start)
-            for name in ("rl-cpu", "rl-card", "rl-kill")
-        }
-        begin, killed = time.perf_counter(), runs["rl-kill"]
-        while (
-            len(metrics_of(folder / "rl-kill")) < 2
-            and time.perf_counter() - begin < 120
-            and killed.poll() is None
-        ):
+        names, out = ("rl-cpu", "rl-card", "rl-kill"), folder / "rl-kill"
+        runs = {name: self.stage("03_rl_train.py", folder, name, *start) for name in names}
+        until, killed = time.perf_counter() + 120, runs["rl-kill"]
+        while len(metrics_of(out)) < 2 and time.perf_counter() < until and killed.poll() is None:
             time.sleep(0.02)
-        found["killed_at_step"] = (
-            len(metrics_of(folder / "rl-kill")) if killed.poll() is None else "it had ended"
-        )
+        found["killed_at_step"] = len(metrics_of(out)) if killed.poll() is None else "it had ended"
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         runs["rl-kill"] = self.stage("03_rl_train.py", folder, "rl-kill", *start)

@@ -16,7 +16,6 @@ import argparse
 import importlib
 import json
 import math
-import platform
 import resource
 import statistics
 import subprocess
@@ -54,9 +53,9 @@ def score(completions: list[str]) -> list[float]:
     return [text.count("e") % 7 / 7 for text in completions]
 
 
-def seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[..., Any], *args: Any) -> float:
     begin = time.perf_counter()
-    function()
+    function(*args)
     return time.perf_counter() - begin
 
 
@@ -70,13 +69,10 @@ def alternate(rivals: dict[str, Callable[[], Any]], runs: int) -> dict[str, list
     return found
 
 
-def in_words(values: list[float], unit: str = "s") -> str:
+def in_words(values: list[float], unit: str = "s", per: list[float] | None = None) -> str:
+    """Median, least and largest; of ratios, if there are values of runs side by side to divide by."""
+    values = [a / b for a, b in zip(values, per or [1.0] * len(values), strict=True)]
     return f"{statistics.median(values):.2f} {unit} [{min(values):.2f}, {max(values):.2f}]"
-
-
-def ratio(slow: list[float], fast: list[float]) -> str:
-    """Of runs side by side: median, least, largest."""
-    return in_words([a / b for a, b in zip(slow, fast, strict=True)], "times")
 
 
 # ---- a GRPO step, in a process of its own ----
@@ -93,16 +89,14 @@ def ours(model: str, length: int) -> list[float]:
     pieces = enumerate(texts(tokenizer, [length] * PROMPTS))
     prompts = [Prompt({"id": i, "prompt": text}, encode_text(tokenizer, text), i) for i, text in pieces]
 
-    def step(number: int) -> float:
-        begin = time.perf_counter()
+    def step(number: int) -> None:
         rollouts = rl.collect_rollouts(policy, tokenizer, prompts, number, settings, run)
         for rollout, reward in zip(rollouts, score([r.text for r in rollouts]), strict=True):
             rollout.reward = reward
         rl.assign_advantages(rollouts, settings)
         rl.update_policy(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, run)
-        return time.perf_counter() - begin
 
-    return [step(number) for number in range(STEPS)][1:]
+    return [seconds(step, number) for number in range(STEPS)][1:]
 
 
 def trl(model: str, length: int, options: dict[str, Any]) -> list[float]:
@@ -117,30 +111,21 @@ def trl(model: str, length: int, options: dict[str, Any]) -> list[float]:
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            ends.append(time.perf_counter())
+        on_step_end = on_step_begin
 
-    config = GRPOConfig(
-        output_dir=f"/tmp/speed-{time.time_ns()}",
-        per_device_train_batch_size=GROUP,
-        gradient_accumulation_steps=PROMPTS,
-        num_generations=GROUP,
-        max_completion_length=NEW,
-        beta=1e-3,
-        max_steps=STEPS,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        **options,
-    )
+    options = options | {
+        "num_generations": GROUP,
+        "max_completion_length": NEW,
+        "beta": 1e-3,
+        "max_steps": STEPS,
+    }
+    options |= {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": PROMPTS, "bf16": False}
+    options |= {"use_cpu": not torch.cuda.is_available(), "report_to": [], "save_strategy": "no"}
+    config = GRPOConfig(output_dir=f"/tmp/speed-{time.time_ns()}", disable_tqdm=True, **options)
     data = Dataset.from_list([{"prompt": text} for text in texts(tokenizer, [length] * PROMPTS)])
     reward = lambda completions, **columns: score(completions)  # noqa: E731
-    policy = load_policy(model, device="cpu", dtype="float32")
-    trainer = GRPOTrainer(
-        policy, reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
-    )
+    policy, rest = load_policy(model, device="cpu", dtype="float32"), {"callbacks": [Clock()]}
+    trainer = GRPOTrainer(policy, reward, args=config, train_dataset=data, processing_class=tokenizer, **rest)
     trainer.train()
     return [end - begin for begin, end in zip(ends[::2], ends[1::2], strict=True)][1:]
 
@@ -148,8 +133,8 @@ def trl(model: str, length: int, options: dict[str, Any]) -> list[float]:
 def worker(name: str, model: str, length: int) -> None:
     """One line of JSON: seconds of each step, peak memory of this process in GB."""
     found = ours(model, length) if name == "ours" else trl(model, length, TRL[name])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    print(json.dumps({"seconds": statistics.mean(found), "GB": peak / 1e9}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in kB
+    print(json.dumps({"seconds": statistics.mean(found), "GB": peak}))
 
 
 def grpo(options: argparse.Namespace) -> dict[str, Any]:
@@ -171,7 +156,7 @@ def grpo(options: argparse.Namespace) -> dict[str, Any]:
             spent, memory = [line["seconds"] for line in measured], [line["GB"] for line in measured]
             row = {"a step": in_words(spent), "peak memory": in_words(memory, "GB")}
             if name != "ours":
-                row["TRL / ours"] = ratio(spent, [line["seconds"] for line in lines["ours"]])
+                row["TRL / ours"] = in_words(spent, "times", [line["seconds"] for line in lines["ours"]])
             found[f"{name}, {length}-token prompts"] = row
     return found
 
@@ -204,7 +189,7 @@ def sampler(options: argparse.Namespace) -> dict[str, Any]:
         theirs = model.generate(alone, **usual | {"max_new_tokens": NEW}, do_sample=False)
         same += theirs[0, len(prompt) :].tolist() == completion.token_ids
     both = {name: in_words(values) for name, values in spent.items()}
-    both["generate / sample"] = ratio(spent["generate"], spent["sample"])
+    both["generate / sample"] = in_words(spent["generate"], "times", spent["sample"])
     return {"48 completions": both | {"greedy, the same tokens": f"{same} of {len(prompts)}"}}
 
 
@@ -233,7 +218,7 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     share = [flops / s / p for s, p in zip(spent["ours"], peak, strict=True)]
     row = {name: in_words(spent[name]) for name in ("ours", "plain")}
     row |= {
-        "plain / ours": ratio(spent["plain"], spent["ours"]),
+        "plain / ours": in_words(spent["plain"], "times", spent["ours"]),
         "of the largest product": in_words(share, ""),
     }
     return {"2048 tokens": row}
@@ -248,8 +233,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
         kept = {"group_size": group, "max_new_tokens": new, "eos_token_ids": [], "max_batch_tokens": 16384}
         return statistics.median(seconds(lambda: sample(model, ids, **kept)) for _ in range(options.runs))
 
-    spent()
-    found = {}
+    found, _ = {}, spent()
     grown = {"prompts": [16, 32, 64], "group": [4, 16, 64], "new": [64, 128, 256], "length": [64, 256, 512]}
     for name, values in grown.items():
         times = [spent(**{name: value}) for value in values]
