@@ -215,6 +215,8 @@ def grpo_loss(
 def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id, settings, run) -> dict:
     """One step on all rollouts, in micro-batches whose gradients add up to that of the whole batch.
 
+    So do those of processes: hence the totals, which are over all of them.
+
     Returns the loss, per-token means over all processes (kl, entropy, and sampler_gap: how far the sampler's
     log-probabilities are from these), and the gradient norm before clipping.
     """
@@ -245,7 +247,7 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id,
         found = logprobs.detach()
         sums["kl"] += kl_estimate(found, reference_logprobs, settings.kl_estimator)[mask].sum().item()
         sums["entropy"] += entropy[mask].sum().item()
-        sums["sampler_gap"] += (found - sampled_logprobs)[mask].abs().sum().item()
+        sums["sampler_gap"] += (old_logprobs - sampled_logprobs)[mask].abs().sum().item()
     sums = run.total(sums)
     means = {name: value if name == "loss" else value / total_tokens for name, value in sums.items()}
     return means | {"grad_norm": run.clip_and_step(optimizer, sums["loss"])}  # stops if either is not finite

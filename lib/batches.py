@@ -12,6 +12,7 @@ from torch import Tensor
 from lib import UserError
 
 T = TypeVar("T")
+LAID_OUT = 8  # times max_tokens: the most that attention lays out in rows (lib/policy.py)
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ def micro_batches(
     """Indices of rows, in batches of which at most max_tokens tokens are computed.
 
     Without `prompts` that is rows x longest row. With them, the token ids with which each row begins, those
-    of one prompt stand together, and `lib.policy.states_once` computes no padding, and a prompt once a batch.
+    of one prompt stand together: `lib.policy.states_once` computes a prompt once a batch, and no padding.
     Longest first, so that memory peaks at once. Raises UserError when a single row is over the budget.
 
     >>> micro_batches([3, 9, 4, 8], max_tokens=18)
@@ -67,21 +68,19 @@ def micro_batches(
         for i in order:
             groups.setdefault(tuple(prompts[i]), []).append(i)
         order = [i for group in groups.values() for i in group]
-    batches: list[list[int]] = []
+    batches: list[list[int]] = [[]]
     computed = 0  # tokens of the last batch
     for i in order:
-        last = batches[-1] if batches else []
-        if prompts and last:
-            more = lengths[i] - len(prompts[i]) * (prompts[i] == prompts[last[-1]])
+        rows = [*batches[-1], i]
+        longest, more = max(lengths[j] for j in rows), lengths[i]
+        if prompts and len(rows) > 1 and prompts[i] == prompts[rows[-2]]:
+            more -= len(prompts[i])
+        total = computed + more if prompts else len(rows) * longest
+        if total <= max_tokens and len(rows) * longest <= LAID_OUT * max_tokens:
+            batches[-1], computed = rows, total
         else:
-            more = lengths[(last or [i])[0]]  # as long as the longest, the first
-        if last and computed + more <= max_tokens:
-            last.append(i)
-            computed += more
-        else:
-            batches.append([i])
-            computed = lengths[i]
-    return batches
+            batches, computed = [*batches, [i]], lengths[i]
+    return batches if order else []
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -83,10 +83,10 @@ def attention_mask(model: PreTrainedModel, seen: Tensor, queries: int) -> Tensor
     """The mask of a pass over whole prompts, or of a step (`queries` 1); seen: (rows, columns) bool.
 
     With SDPA (rows, 1, queries, columns) bool, which saves the model from building it in each step. Padding
-    sees itself: a query that sees nothing gives NaN on some devices. With other attention, or sliding
-    windows, `seen`, from which the model builds its own.
+    sees itself: a query that sees nothing gives NaN on some devices. With other attention, such
+    as sliding windows, `seen`, from which the model builds its own.
     """
-    if model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(model):
+    if model.config._attn_implementation != "sdpa" or {*layer_types(model)} != {"full_attention"}:
         return seen
     if queries == 1:
         return seen[:, None, None]

@@ -65,7 +65,7 @@ def token_logprobs(
 
     def of_masked(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         states, number = states_once(model, input_ids, attention_mask)
-        hidden = F.embedding(number[row, column - 1], states)  # (N, H): t - 1 predicts t
+        hidden = F.embedding(number[row, column - 1], states)  # states[...], (N, H): t - 1 predicts t
         targets, head = input_ids[row, column], partial(_head_logprobs, model)  # (N,)
         if torch.is_grad_enabled() and len(targets) > chunk_size:
             head = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
@@ -137,8 +137,9 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 
 
 def number_tokens(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the tokens of rows (B, T), one for all that stand behind the same tokens in neighbouring
-    rows; and the N places, row by row, where they stand first. int64 both.
+    """Number of each token of rows (B, T), and the N places where a new number begins; int64 both.
+
+    A token has the number of the one above it if its whole row up to it equals the row above, else a new one.
     """
     new = attention_mask.clone()  # which tokens get a number: of the picture above, 11111. and ...111
     alike = (input_ids[1:] == input_ids[:-1]) & attention_mask[:-1]
@@ -167,7 +168,7 @@ def attention_over_rows(
         output, _ = sdpa_attention_forward(module, q, k, v, None, **options)  # (B, T, heads, head_dim)
         return output.flatten(0, 1).index_select(0, place)[None]
 
-    if torch.is_grad_enabled() and number.numel() > 3 * query.shape[2]:
+    if torch.is_grad_enabled() and number.numel() > 3 * query.shape[2]:  # more than three copies of a token
         return checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False), None
     return attend(query, key, value), None
 
