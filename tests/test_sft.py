@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import stages
 import torch
+import torch.nn.functional as F
 from stages import SFT, kill_9, launch, metrics_of, run_here, run_process, same_run, sft_flags
 
 from lib.chat import encode_prompt
@@ -145,8 +146,16 @@ def test_the_early_stop_keeps_the_best_weights_and_a_light_start_learns(data, tm
     assert lines[-1]["loss"] < lines[0]["loss"]
     settings = stage.Settings(max_batch_tokens=1024)
     model = load_policy(out, device="cpu")
-    found = stage.held_out_loss(model, loaded(data)[1], 0, settings.max_batch_tokens, Run(settings))
+    held_out = loaded(data)[1]
+    found = stage.held_out_loss(model, held_out, 0, settings.max_batch_tokens, Run(settings))
     assert found == pytest.approx(min(losses), abs=1e-4)
+    with torch.no_grad():  # row by row, of all logits
+        rows = [(torch.tensor(e.ids), torch.tensor(e.mask)) for e in held_out]
+        terms = [
+            F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none") for ids, _ in rows
+        ]
+    learned = torch.cat([term[mask[1:]] for term, (_, mask) in zip(terms, rows, strict=True)])
+    assert found == pytest.approx(learned.mean().item(), abs=1e-4)
 
 
 def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
