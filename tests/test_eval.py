@@ -110,6 +110,7 @@ def change_first(folder: Path, name: str, **change) -> list[dict]:
 
 def test_results_have_the_names_that_stay_and_follow_from_the_completions(finished):
     results, lines = results_of(finished), read_jsonl(finished / "completions.jsonl")
+    assert {x["step"] for x in lines if x["set"] in ("direct", "harmless", "no_suffix")} == {-1}  # no attack
     assert set(results) == {"models", "differences", "config", "seed"}
     for name, model in results["models"].items():
         assert set(model["dsr"]) == {"direct", "jailbreak", "plain_or_gcg", "gcg"}
