@@ -23,13 +23,16 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 .PHONY: demo demo-tars demo-direct test lint replicate frontier clean
 .DELETE_ON_ERROR:
 
+# On two cores: one thread a process, or torch's threads would wait for each other beside any neighbour. Two models
+# are trained side by side, and two processes attack.
+demo: export OMP_NUM_THREADS = 1
 demo: $(VENV)/.demo
 	@mkdir -p $(DEMO) && date +%s > $(DEMO)/started
 	$(RUN) 01_build_mixture.py --preset sandbox --out $(DEMO)/data
-	@echo "Two models are trained side by side: this one, and one without reasoning, whose log is $(DEMO)/direct.log"
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 demo-tars demo-direct
-	$(RUN) 04_attack_eval.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/eval --direct base --models \
-		base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl
+	@echo "beside what follows, a model without reasoning is trained; its log is $(DEMO)/direct.log"
+	@$(MAKE) --no-print-directory -j2 demo-tars demo-direct
+	$(VENV)/bin/torchrun --nproc-per-node 2 04_attack_eval.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/eval \
+		--direct base --models base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl
 	@echo "make demo: $$(( $$(date +%s) - $$(cat $(DEMO)/started) )) seconds; read $(DEMO)/eval/report.md, or open report.html beside it"
 
 demo-tars:
