@@ -76,6 +76,8 @@ def launch(tmp_path: Path, runs: dict[str, str] = RUNS, seeds: int = 2) -> subpr
     (tmp_path / "toy.py").write_text(TOY)
     table = {name: f"{tmp_path}/toy.py{command}" for name, command in runs.items()}
     code = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 from lib.compare import study
 from lib.compare.studies import Study
 from lib.run.command import run_main
