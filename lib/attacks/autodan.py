@@ -28,6 +28,7 @@ from lib import UserError
 from lib.attacks.core import Attempt, Cost, Individual, a_try, too_long
 from lib.attacks.suffix import check_target
 from lib.batches import masked_batch
+from lib.chat import encode_text
 from lib.policy import token_logprobs
 from lib.sampler import draw_seeds
 
@@ -77,7 +78,7 @@ def _search(victim, behaviour: dict, budget, generator, on_step, attacker) -> At
 def target_losses(victim, texts: list[str], target: str, budget, cost: Cost) -> list[float]:
     """Mean negative log-likelihood of the target behind each text. A text that is too long, or cannot be
     read, is as bad as the worst; inf if all are."""
-    target_ids = victim.tokenizer.encode(target, add_special_tokens=False)
+    target_ids = encode_text(victim.tokenizer, target)
     asked = {}  # index of a text -> its token ids and the target's
     for i, text in enumerate(texts):
         with contextlib.suppress(UserError):  # an attacker may write what the victim's tokenizer cannot read

@@ -169,8 +169,10 @@ class Lab:
         if attack.at_once:  # else there is one search for all, which has no shares
             mine = self.run.share(part)
         generators = [random_numbers(self.settings.seed, f"{name}/{b['id']}") for b in mine]
-        given = [self.search] if attack.search else [self.attacker] if attack.attacker else []
-        attempts = attack.run(self.victim(model), mine, self.settings, generators, on_step, *given)
+        attempts = []
+        if mine:  # who has nothing to do loads no model
+            given = [self.search] if attack.search else [self.attacker] if attack.attacker else []
+            attempts = attack.run(self.victim(model), mine, self.settings, generators, on_step, *given)
         return self.run.gather_lists([asdict(attempt) for attempt in attempts])
 
     def ask(self, model: Model, tries: Tries) -> list[dict]:
@@ -186,8 +188,10 @@ class Lab:
         numbers = random_numbers(self.settings.seed, f"{key['set']}/{key['step']}")  # the same for all models
         new = [(*pair, seed) for pair, seed in zip(asked, draw_seeds(numbers, len(asked)), strict=True)]
         mine = self.run.share([row for row in new if "completion" not in row[1]])
-        sent, openings = [t["sent"] for _, t, _ in mine], [t["opening"] for _, t, _ in mine]
-        answers = self.victim(model).ask([r for r, *_ in mine], sent, openings, [s for *_, s in mine])
+        answers = []
+        if mine:  # as above: what an attack has asked already is not asked again
+            sent, openings = [t["sent"] for _, t, _ in mine], [t["opening"] for _, t, _ in mine]
+            answers = self.victim(model).ask([r for r, *_ in mine], sent, openings, [s for *_, s in mine])
         found, lines = iter(self.run.gather_lists(answers)), []
         for record, attempt in asked:
             line = {name: record[name] for name in COPIED if name in record}
