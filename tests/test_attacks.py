@@ -380,8 +380,7 @@ def test_what_an_attacker_writes_and_the_victim_cannot_read_is_a_failed_try(mode
 
 def test_a_judge_is_told_what_a_behaviour_is_about(model, tokenizer):
     told: list = []
-    scores = [0.0, 1.0]
-    victim = victim_of(model, tokenizer, harm=lambda *asked: told.append(asked) or scores[: len(asked[0])])
+    victim = victim_of(model, tokenizer, harm=lambda *asked: told.append(asked) or [0.0] * len(asked[0]))
     about, plain = {"id": "a", "prompt": "w1 w2", "context": "w1"}, {"id": "b", "prompt": "w3"}
     victim.ask([about, plain], ["w4", "w5"], ["", ""], [0, 1])
     victim.ask([plain], ["w5"], [""], [1])

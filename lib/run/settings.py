@@ -68,7 +68,7 @@ class Training(Common):
     weight_decay: float = setting(0.0, "of AdamW", low=0.0, high=100.0, flag=False)
     adam_eps: float = setting(1e-8, "epsilon of AdamW", low=1e-16, high=1.0, flag=False)
     max_grad_norm: float = setting(1.0, "gradient clipping, L2 norm; 0: none", low=0.0, flag=False)
-    max_batch_tokens: int = setting(16384, "tokens, with padding, of a micro-batch", low=16, high=TOKENS)
+    max_batch_tokens: int = setting(16384, "tokens computed in a micro-batch", low=16, high=TOKENS)
     gradient_checkpointing: bool = setting(False, "recompute activations backward: less memory, slower")
     shard: bool = setting(False, "with torchrun: each process keeps a part of the model (FSDP2)")
     offload: bool = setting(False, "with --shard: keep the shards in the CPU's memory")
