@@ -1,0 +1,53 @@
+"""What the four lessons share: where the run is, a table, a figure of the report.
+
+They work in the project's folder, whoever starts them: a shell, a notebook, a test.
+"""
+
+import importlib
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = Path(os.environ.get("LESSON_RUN", "runs/demo"))  # data, sft, rl and eval of one run
+plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True})
+plt.rcParams.update({"grid.alpha": 0.3})
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))
+if not (RUN / "eval/results.json").exists():
+    sys.exit(f"error: {RUN} holds no finished run: make demo")
+
+
+def chapter(name):
+    """A chapter as a module. Its name begins with a digit, so `import` cannot say it."""
+    return importlib.import_module(name)
+
+
+def settings_of(module, folder, **others):
+    """The settings of a chapter's run, as they stand in its folder. `others` are put in their place."""
+    saved = importlib.import_module("lib.run.folder").read_settings(folder)
+    known = {field.name: saved[field.name] for field in fields(module.Settings) if field.name in saved}
+    return module.Settings(**known | {"data": str(RUN / "data")} | others)
+
+
+def table(header, rows):
+    """Print rows under a header "name | name": numbers right, texts left."""
+    rows = [[f"{x:.3f}" if isinstance(x, float) else x for x in row] for row in rows]
+    names = header.split(" | ")
+    widths = [max(len(str(row[i])) for row in [names, *rows]) for i in range(len(names))]
+    print("  ".join(name.ljust(width) for name, width in zip(names, widths, strict=True)).rstrip())
+    for row in rows:
+        number = [str(x).lstrip("-")[:1].isdigit() for x in row]
+        cells = zip(row, widths, number, strict=True)
+        print("  ".join(f"{x!s:>{w}}" if n else f"{x!s:<{w}}" for x, w, n in cells).rstrip())
+
+
+def show(name, data):
+    """draw_NAME of lib/report/figures.py, here."""
+    figure = plt.figure()
+    getattr(importlib.import_module("lib.report.figures"), f"draw_{name}")(figure, data)
+    figure.axes[0].legend(fontsize="small")
+    plt.show()
