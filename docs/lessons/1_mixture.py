@@ -4,13 +4,12 @@
 # A model that is paid for safety alone learns to refuse everybody.
 # This lesson shows what keeps it from that: one scene, two traces, three mixtures, and a leak.
 # The code is that of `01_build_mixture.py` and of the sandbox, whose words are made up.
-
 # %%
 import random
 from collections import Counter
 
 import matplotlib.pyplot as plt
-from lesson import RUN, chapter, table
+from lesson import RUN, chapter, show, table
 
 from lib.rewards import KINDS, total_reward
 from lib.run.files import read_jsonl
@@ -23,7 +22,6 @@ mixture = chapter("01_build_mixture")
 # ## One scene, three questions
 # A scene names three things: a dangerous one, a harmless one, a toy.
 # Each hides behind other words, here in two hops.
-
 # %%
 scene = world.twin_scene(random.Random(1), "train", hops=2)
 prompts = [scene.ask(i) for i in range(3)]
@@ -37,7 +35,6 @@ table("asked | means | kind", zip([c[0] for c in scene.chains], scene.things, ki
 # ## A right trace and a wrong one
 # A trace is a reasoning and an answer. The sandbox's teacher judges wrongly in half of them.
 # The right one earns a reward of 1, whatever the kind. What is wrong depends on the kind.
-
 # %%
 rows = []
 for prompt, kind in zip(prompts, kinds, strict=True):
@@ -52,7 +49,6 @@ table("kind | verdict | harm | task | r | reasoning and answer", rows)
 # ## The mixture
 # Lambda is the share of harmful prompts. Two policies need no thought: refuse all, answer all.
 # What would each earn?
-
 # %%
 settings = [mixture.Settings(lambda_harmful=i / 10, rl_prompts=1280) for i in range(11)]
 mixtures = [mixture.prompts_needed(s) for s in settings]
@@ -63,18 +59,14 @@ rows = [[i / 10, *mixtures[i].values(), *earned[i]] for i in (1, 5, 9)]
 table("lambda | harmful | harmless | ambiguous | refuse all | answer all", rows)
 
 # %%
-fig, axes = plt.subplots(figsize=(6, 2.6))
-axes.plot([s.lambda_harmful for s in settings], earned, label=["refuse all", "answer all"])
-axes.axhline(1, color="black", linestyle="--", label="find out first which it is")
-axes.set(xlabel="lambda, share of harmful prompts", ylabel="mean reward", ylim=(0, 1.1))
-axes.legend(loc="center left", fontsize="small")
-plt.show()
+plt.plot([s.lambda_harmful for s in settings], earned, label=["refuse all", "answer all"])
+plt.axhline(1, color="black", linestyle="--", label="find out first which it is")
+show(xlabel="lambda, share of harmful prompts", ylabel="mean reward", ylim=(0, 1.1))
 
 # %% [markdown]
 # ## A planted leak
 # Evaluation takes its prompts first. Whoever comes later goes without them.
 # Other capitals, spaces and marks do not hide a prompt.
-
 # %%
 evaluation, rl = read_jsonl(RUN / "data/eval_ambiguous.jsonl"), read_jsonl(RUN / "data/rl.jsonl")
 taken, leak = mixture.Taken(), {"prompt": f"  {evaluation[0]['prompt'].upper()} !"}

@@ -1,33 +1,26 @@
 # %% [markdown]
 # # Lesson 2: a light warm start
-#
 # Before RL can choose among reasonings, there must be some, and they must differ.
 # This lesson shows what SFT learns from, and what it costs to learn too hard.
 # The code is that of `02_sft_warmstart.py`.
-
 # %%
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
-from lesson import RUN, chapter, settings_of, table
+from lesson import RUN, chapter, settings_of, show, table
 
-from lib.batches import epoch_order
-from lib.judges import load_judge
-from lib.run.data import load_prompts
 from lib.run.files import read_jsonl
-from lib.run.hub import load_tokenizer
 from lib.run.plumbing import Run, set_learning_rate
 
 sft, rl = chapter("02_sft_warmstart"), chapter("03_rl_train")
 light = settings_of(sft, RUN / "sft")
-run, tokenizer = Run(light), load_tokenizer(light.model)
+run, tokenizer = Run(light), sft.load_tokenizer(light.model)
 pad_id, most = tokenizer.pad_token_id, light.max_batch_tokens
 
 # %% [markdown]
 # ## One example, token by token
 # What is marked is learned: the reasoning, the answer, the markers and the end. The prompt is only read.
-
 # %%
 model = run.model(light.model)
 train, held_out = sft.split_by_prompt(sft.load_examples(light, tokenizer, model, run), light)
@@ -40,7 +33,6 @@ table("id | token | ", zip(example.ids, words, marks, strict=True))
 # ## Light and heavy
 # The run's own model is light: one epoch. Heavy has 3.35 times the rate, and twice the epochs.
 # We train it here, by the chapter's own step. It takes half a minute.
-
 # %%
 heavy = replace(light, learning_rate=3.35 * light.learning_rate, epochs=2 * light.epochs)
 optimizer = torch.optim.AdamW(model.parameters(), **Run(heavy).adamw)
@@ -48,31 +40,27 @@ per_epoch, log = -(-len(train) // heavy.batch_size), []
 for step in range(heavy.epochs * per_epoch):
     set_learning_rate(optimizer, heavy, step, heavy.epochs * per_epoch)
     epoch, place = divmod(step, per_epoch)
-    order = epoch_order(len(train), heavy.seed, epoch)[place * heavy.batch_size :][: heavy.batch_size]
+    order = sft.epoch_order(len(train), heavy.seed, epoch)[place * heavy.batch_size :][: heavy.batch_size]
     log.append(sft.train_step(model, optimizer, [train[i] for i in order], pad_id, most, run))
     if place == per_epoch - 1:
         log[-1]["held_out_loss"] = sft.held_out_loss(model, held_out, pad_id, most, run)
 
 # %%
-fig, axes = plt.subplots(figsize=(7, 3))
 rows = []
 for name, color, lines in (("light", "C0", read_jsonl(RUN / "sft/metrics.jsonl")), ("heavy", "C1", log)):
     ends = [(i, x["held_out_loss"]) for i, x in enumerate(lines) if "held_out_loss" in x]
-    axes.plot([x["loss"] for x in lines], color=color, alpha=0.6, label=f"{name}, training")
-    axes.plot(*zip(*ends, strict=True), "o", color=color, label=f"{name}, held out")
+    plt.plot([x["loss"] for x in lines], color=color, alpha=0.6, label=f"{name}, training")
+    plt.plot(*zip(*ends, strict=True), "o", color=color, label=f"{name}, held out")
     rows.append([name, len(lines), sum(x["loss"] for x in lines[-20:]) / len(lines[-20:]), ends[-1][1]])
-axes.set(yscale="log", xlabel="update", ylabel="loss (nats a token)")
-axes.legend(fontsize="small")
-plt.show()
+show(yscale="log", xlabel="update", ylabel="loss (nats a token)")
 table("model | updates | loss, last 20 | held-out loss", rows)
 
 # %% [markdown]
 # ## Eight samples of one prompt
 # It asks for a toy, so it deserves an answer. No trace has shown how to answer such a prompt.
-
 # %%
-settings, judge = settings_of(rl, RUN / "rl"), load_judge("sandbox")
-prompts = load_prompts(Run(settings), tokenizer, model)
+settings, judge = settings_of(rl, RUN / "rl"), rl.load_judge("sandbox")
+prompts = rl.load_prompts(Run(settings), tokenizer, model)
 toy = next(prompt for prompt in prompts if prompt.record["category"] == "toy")
 models = {"light": run.model(str(RUN / "sft")), "heavy": model}
 print(toy.record["prompt"])
@@ -83,7 +71,6 @@ for name, policy in models.items():
 # %% [markdown]
 # ## The same over more prompts
 # Entropy is the mean of -log pi over the tokens that were drawn, in nats. The reward is what RL would pay.
-
 # %%
 rows = []
 for kind in ("harmful", "harmless", "ambiguous"):

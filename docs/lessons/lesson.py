@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path(os.environ.get("LESSON_RUN", "runs/demo"))  # data, sft, rl and eval of one run
-plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True})
-plt.rcParams.update({"grid.alpha": 0.3})
+plt.rcParams.update({"figure.dpi": 80, "figure.figsize": (6, 3), "figure.constrained_layout.use": True})
+plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": "small"})
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 if not (RUN / "eval/results.json").exists():
@@ -34,8 +34,8 @@ def settings_of(module, folder, **others):
 
 
 def table(header, rows):
-    """Print rows under a header "name | name": numbers right, texts left."""
-    rows = [[f"{x:.3f}" if isinstance(x, float) else x for x in row] for row in rows]
+    """Print rows under a header "name | name": numbers right, texts left, and an empty line."""
+    rows = [[x if isinstance(x, (int, str)) else f"{x:.3f}" for x in row] for row in rows]
     names = header.split(" | ")
     widths = [max(len(str(row[i])) for row in [names, *rows]) for i in range(len(names))]
     print("  ".join(name.ljust(width) for name, width in zip(names, widths, strict=True)).rstrip())
@@ -43,11 +43,21 @@ def table(header, rows):
         number = [str(x).lstrip("-")[:1].isdigit() for x in row]
         cells = zip(row, widths, number, strict=True)
         print("  ".join(f"{x!s:>{w}}" if n else f"{x!s:<{w}}" for x, w, n in cells).rstrip())
+    print()
 
 
-def show(name, data):
+def show(**labels):
+    """What plt.plot has drawn, with these labels of the axes."""
+    axes = plt.gca()
+    axes.set(**labels)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    plt.show()
+
+
+def show_report(name, data):
     """draw_NAME of lib/report/figures.py, here."""
     figure = plt.figure()
     getattr(importlib.import_module("lib.report.figures"), f"draw_{name}")(figure, data)
-    figure.axes[0].legend(fontsize="small")
+    figure.axes[0].legend()
     plt.show()
