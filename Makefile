@@ -1,6 +1,7 @@
 # make demo        the whole recipe on the sandbox, in minutes: three models, their evaluation, figures
 # make test        the tests
 # make lint        style, formatting, types
+# make lessons     docs/lessons as notebooks, of the demo's run; makes that if there is none
 # make replicate   the demo's comparison and the ablations over several seeds, half an hour; FLAGS='--seeds 2'
 # make frontier    the paper's Figure 2 over lambda, methods and seeds, an hour and a half
 # make clean       delete runs/ and the virtual environment
@@ -20,7 +21,7 @@ DEMO := runs/demo
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-tars demo-direct test lint replicate frontier clean
+.PHONY: demo demo-tars demo-direct test lint lessons replicate frontier clean
 .DELETE_ON_ERROR:
 
 # On two cores: one thread a process, or torch's threads would wait for each other beside any neighbour. Two models
@@ -52,6 +53,10 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy $(wildcard 0*.py) lib
+
+lessons: $(VENV)/.test
+	@[ -f $(DEMO)/eval/results.json ] || $(MAKE) --no-print-directory demo
+	OMP_NUM_THREADS=1 $(RUN) docs/lessons/build.py
 
 replicate: $(VENV)/.demo
 	$(RUN) -m lib.compare.study replicate $(FLAGS)

@@ -60,7 +60,7 @@ table("A | log pi before | after | change", zip(A, old.sum(1), new.sum(1), (new 
 show_report("log", metrics)
 models = {"first": reference, "middle": run.model(settings.model), "last": run.model(str(RUN / "rl"))}
 optimizer = torch.optim.AdamW(models["middle"].parameters(), **adamw)
-for step in range(len(metrics) // 4):
+for step in range(-(-len(metrics) // 4)):
     optimizer.param_groups[0]["lr"] = metrics[step]["learning_rate"]
     rollouts = rollouts_of(models["middle"], step)
     rl.update_policy(models["middle"], reference, optimizer, rollouts, pad_id, settings, run)

@@ -14,10 +14,9 @@ HERE = Path(__file__).parent
 def run(path: Path) -> None:
     """Run the cells of a lesson, and write them beside it."""
     notebook, began = jupytext.read(path), time.perf_counter()
+    options = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"], "record_timing": False}
     where = {"metadata": {"path": str(HERE)}}
-    NotebookClient(
-        notebook, timeout=None, kernel_name="python3", record_timing=False, resources=where
-    ).execute()
+    NotebookClient(notebook, timeout=None, resources=where, **options).execute()
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for i, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{i}", {}  # the same at each run
