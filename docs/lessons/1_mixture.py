@@ -73,10 +73,8 @@ taken, leak = mixture.Taken(), {"prompt": f"  {evaluation[0]['prompt'].upper()} 
 taken.take(evaluation, "evaluation")
 print(f"kept for RL: {len(taken.take([leak, *rl], 'RL'))} of {1 + len(rl)}; left out: {dict(taken.dropped)}")
 print("kinds in rl.jsonl:", dict(Counter(record["kind"] for record in rl)))
-print(
-    "in both files:",
-    len({same_prompt(r["prompt"]) for r in rl} & {same_prompt(r["prompt"]) for r in evaluation}),
-)
+found, known = ({same_prompt(record["prompt"]) for record in records} for records in (rl, evaluation))
+print("prompts in both files:", len(found & known))
 
 # %% [markdown]
 # **A question.** A leak in other words, say with `zog` for `wip`, would pass. How would you find it?

@@ -87,4 +87,4 @@ table("variant | best A | gradient | gap | KL at the end | log pi of A > 0 | of 
 
 # %% [markdown]
 # **A question.** Adam forgets how long a gradient is. So what does the std do in a batch of many groups?
-# A token that completions share gets the sum of their advantages. What if seven wrong ones begin alike?
+# A token that completions share gets the sum of their advantages. What if wrong and right ones begin alike?
