@@ -201,14 +201,8 @@ def test_separation_compares_equal_groups_once(tmp_path):
     found = {"gcg": [{"trace": [{"sent": "w1"}, {"sent": f"w{i + 40} w2"}]} for i in range(10)]}
     parts = stage.separate(lab, model, sets, found)
     sizes = {key: figure["n"] for key, figure in parts["separation"].items() if key.endswith("accuracy")}
-    assert sizes == {
-        "before/accuracy": 24,
-        "GCG before/accuracy": 20,
-    }  # in two tokens none closes its thought
-    assert {key: len(points) for key, points in parts["separation_map"].items()} == {
-        "before": 24,
-        "GCG before": 20,
-    }
+    assert sizes == {"before/accuracy": 24, "GCG before/accuracy": 20}  # in two tokens no thought is closed
+    assert [len(points) for points in parts["separation_map"].values()] == [24, 20]
     assert stage.separate(lab, model, {}, {}) == parts  # kept
     few = sets | {"jailbreak": []}, {"gcg": found["gcg"][:9]}
     nothing = stage.separate(lab, stage.Model("n", "", True, ""), *few)

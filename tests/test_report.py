@@ -231,9 +231,8 @@ def test_axes_and_points(full):
     curve = models["base"]["dsr_by_budget"]["plain_or_gcg"]
     assert points(gcg, "base") == ([0, 5], means(value for _, value in curve))
     maps = draw("separation", models)
-    assert maps[1].get_title() == "tars: before\naccuracy {mean:.2f}, margin 2.80".format(
-        **tars["plane"]["dsr"]
-    )
+    share = tars["plane"]["dsr"]["mean"]
+    assert maps[1].get_title() == f"tars: before\naccuracy {share:.2f}, margin 2.80"
     harmful = [point[:2] for point in tars["separation_map"]["before"] if point[2] == 1]
     assert maps[1].collections[0].get_label() == "harmful" and len(maps) == 2
     assert maps[1].collections[0].get_offsets().tolist() == harmful
