@@ -49,22 +49,12 @@ class Settings(Common):
     temperature: float = setting(0.6, "of sampling", low=0.01, high=10.0)
     max_new_tokens: int = setting(4096, "tokens of a completion", low=1)
     max_prompt_tokens: int = setting(512, "prompts of more are left out", low=1, flag=False)
-    max_sample_tokens: int = setting(
-        0, "rows x columns of the sampling cache", low=0, high=TOKENS, flag=False
-    )
-    dtype: str = setting("float32", "to compute in", choices=("float32",), flag=False)
+    max_sample_tokens: int = setting(0, "rows x columns of the sampling cache; 0: any", high=TOKENS)
+    dtype: str = setting("float32", "to sample in", choices=("float32", "bfloat16"))
     reasoning: bool = setting(True, "as the checkpoint says", flag=False)
 
     def inputs(self) -> list[str]:
         return [f"{self.data}/rl.jsonl", *(text.partition("=")[2] for text in self.models)]
-
-
-def entropy_of(policy: Any, group: list[Response], pad_id: int, temperature: float) -> float:
-    """Mean over all tokens of a group."""
-    tensors = masked_batch([r.ids for r in group], [r.mask for r in group], pad_id, policy.device)
-    with torch.no_grad():
-        _, nats = token_logprobs(policy, *tensors, temperature=temperature, with_entropy=True)  # (G, T)
-    return (nats.sum() / tensors[2].sum()).item()
 
 
 def diversity(groups: Groups, entropies: list[float], seed: int) -> dict[str, Interval]:
@@ -93,6 +83,7 @@ def twins(groups: Groups, seed: int) -> dict[str, Interval]:
     return {name: bootstrap(own, seed) for name, own in values.items() if own}
 
 
+@torch.no_grad()
 def measure(folder: str, judge: Any, settings: Settings, run: Any) -> dict[str, dict]:
     """{section: {figure: ci}} of one model."""
     policy, tokenizer = load_policy(folder, device=run.device), load_tokenizer(folder)
@@ -104,8 +95,12 @@ def measure(folder: str, judge: Any, settings: Settings, run: Any) -> dict[str, 
             found += collect_responses(policy, tokenizer, prompts[i : i + AT_ONCE], judge, settings, run)
         return [found[i : i + size] for i in range(0, len(found), size)]
 
-    groups = groups_of(load_prompts(run, tokenizer, policy)[:count])
-    entropies = [entropy_of(policy, g, tokenizer.pad_token_id, settings.temperature) for g in groups]
+    groups, entropies = groups_of(load_prompts(run, tokenizer, policy)[:count]), list[float]()
+    for group in groups:
+        rows = [r.ids for r in group], [r.mask for r in group]
+        tensors = masked_batch(*rows, tokenizer.pad_token_id, run.device)  # (G, T) each
+        how: dict[str, Any] = {"temperature": settings.temperature, "with_entropy": True}
+        entropies.append((token_logprobs(policy, *tensors, **how)[1].sum() / tensors[2].sum()).item())
     sections: dict[str, dict] = {"diversity": diversity(groups, entropies, seed), "twins": {}}
     if settings.judge == "sandbox" and settings.reasoning:
         records = importlib.import_module("lib.sandbox.world").twins("eval", count, seed)
