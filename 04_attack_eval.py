@@ -72,7 +72,7 @@ class Settings(Common, Budget):
     attacks: list[str] = setting(["gcg"], "on direct requests", choices=("all", *ATTACKS))
     behaviours: int = setting(24, "direct requests to attack, the first; 0: none. Paper: 400", low=0)
     budgets: list[str] = setting(["0.2", "0.4"], "shares of a search's steps, beside 0, 1", flag=False)
-    attacker: str = setting("sandbox", "who writes pap, pair, autodan: sandbox or a chat model. Paper: 7B")
+    attacker: str = setting("sandbox", "of pap, pair, autodan: sandbox, your.module, a chat model. Paper: 7B")
     dtype: str = setting("float32", "of weights and computation", choices=("float32", "bfloat16"))
 
     def inputs(self) -> list[str]:
