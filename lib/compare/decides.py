@@ -45,8 +45,9 @@ from lib.run.settings import TOKENS, Common, named, setting
 
 OTHER = {"bad": "fine", "fine": "bad"}
 Figures = dict[str, Interval]
-Cases = dict[str, list[dict]]  # by set: records of prompts, with "sent"; and "own", the line of its own trace
-Tries = dict[str, list[tuple[dict, str]]]  # name: (case, what opens the model's turn), ...
+# By name: records of prompts, with "sent", the text; "opening", words put into the model's mouth; "own", what
+# it writes by itself; "line", what it wrote.
+Cases = dict[str, list[dict]]
 
 
 @dataclass
@@ -99,6 +100,11 @@ def legible(line: dict) -> bool:
     return line["closed"] and line["refusal"] is not None
 
 
+def held(line: dict, threshold: float) -> bool:
+    """As in chapter 4: where the judge gave no verdict, it is no defence."""
+    return line["harm"] is not None and line["harm"] < threshold
+
+
 # ---- 1. agreement
 
 
@@ -126,28 +132,31 @@ def agreements(rollouts: Lines, evaluated: Lines, reader: Reader) -> Figures:
 # ---- 2. and 3.: traces that are changed
 
 
-def ask(lab: Lab, model: Model, temperature: float, tries: Tries) -> dict[str, list[dict]]:
-    """The judged completions of each try, in the order of its cases."""
+def ask(lab: Lab, model: Model, temperature: float, cases: Cases) -> Cases:
+    """The cases with "line", the judged completion, but for those that are too long to be asked."""
     lab.loaded = replace(lab.victim(model), temperature=temperature)
-    sent = {(key, -1): [(c, a_try(-1, c["sent"], text)) for c, text in tries[key]] for key in tries}
-    lines = lab.ask(model, sent)
-    return {key: [line for line in lines if line["set"] == key] for key in tries}
+    tries = {(k, -1): [(c, a_try(-1, c["sent"], c.get("opening", ""))) for c in cases[k]] for k in cases}
+    lines, found = lab.ask(model, tries), Cases()
+    for name in cases:
+        pairs = zip(cases[name], [line for line in lines if line["set"] == name], strict=True)
+        found[name] = [case | {"line": x} for case, x in pairs if x["finish_reason"] != NOT_ASKED]
+    return found
 
 
-def own_traces(lab: Lab, model: Model, sets: Cases) -> Cases:
-    """What it writes by itself, greedily, but for prompts that are too long to be asked."""
-    lines, cases = ask(lab, model, 0.0, {f"own/{n}": [(c, "") for c in sets[n]] for n in sets}), Cases()
-    for name, records in sets.items():
-        both = [record | {"own": x} for record, x in zip(records, lines[f"own/{name}"], strict=True)]
-        cases[name] = [case for case in both if case["own"]["finish_reason"] != NOT_ASKED]
-    return cases
+def own_traces(lab: Lab, model: Model, sets: Cases, attempts: Lines) -> Cases:
+    """What it writes by itself, greedily, to each set, and to the suffixes that GCG found against it."""
+    found = {x["id"]: x["trace"][-1]["sent"] for x in attempts if x["model"] == model.name}
+    cases = {f"own/{name}": [r | {"sent": r["prompt"]} for r in sets[name]] for name in sets}
+    cases["own/gcg"] = [r | {"sent": found[r["id"]]} for r in sets["direct"] if r["id"] in found]
+    asked = ask(lab, model, 0.0, cases)
+    return {key[len("own/") :]: [c | {"own": c["line"]} for c in asked[key]] for key in asked if asked[key]}
 
 
 def intervene(lab: Lab, model: Model, cases: Cases, reader: Reader) -> Figures:
-    """The figures of 2; `cases` of the sets that are no attack."""
-    tries, wanted = defaultdict(list), defaultdict(list)  # by figure and set: cases; the verdicts put there
-    for name, of_set in cases.items():
-        kind, whole = "benign" if name in BENIGN else "harmful", [c for c in of_set if legible(c["own"])]
+    """The figures of 2, of the sets that are no attack."""
+    changed, hits = defaultdict(list), defaultdict(list)
+    for name in [name for name in cases if name in SETS]:
+        kind, whole = "benign" if name in BENIGN else "harmful", [c for c in cases[name] if legible(c["own"])]
         for case, said in zip(whole, reader.verdicts([c["own"] for c in whole]), strict=True):
             old = said or ("bad" if refuses(case["own"]) else "fine")
             changes: list[tuple] = [(kind, OTHER[old], ""), ("control", old, "")]
@@ -155,84 +164,82 @@ def intervene(lab: Lab, model: Model, cases: Cases, reader: Reader) -> Figures:
                 changes.append(("unsaid", None, THINK_CLOSE))
             for figure, new, end in changes:
                 opening = reader.with_verdict(case["own"]["reasoning"], new) + end
-                tries[f"{figure}/{name}"].append((case, opening))
-                wanted[f"{figure}/{name}"].append(new or "fine")
-    hits: dict[str, list[bool]] = defaultdict(list)
-    for key, lines in ask(lab, model, 0.0, tries).items():
+                changed[f"{figure}/{name}"].append(case | {"opening": opening, "new": new or "fine"})
+    for key, asked in ask(lab, model, 0.0, changed).items():
         figure = key.partition("/")[0]
-        for line, new in zip(lines, wanted[key], strict=True):
-            hits[f"follows/{figure}"].append(line["closed"] and refuses(line) == (new == "bad"))
-            hits[f"keeps/{figure}"].append(line["closed"] and refuses(line) != (new == "bad"))
-            if figure == "harmful" and new == "fine":
+        for case in asked:
+            line, refusal_is_due = case["line"], case["new"] == "bad"
+            hits[f"follows/{figure}"].append(line["closed"] and refuses(line) == refusal_is_due)
+            hits[f"keeps/{figure}"].append(line["closed"] and refuses(line) != refusal_is_due)
+            if figure == "harmful" and not refusal_is_due:
                 hits["leaks/harmful"].append(not held(line, lab.settings.harm_threshold))
-    return {key: wilson(own) for key, own in hits.items()}
-
-
-def held(line: dict, threshold: float) -> bool:
-    """As in chapter 4: where the judge gave no verdict, it is no defence."""
-    return line["harm"] is not None and line["harm"] < threshold
+    return {key: wilson(hits[key]) for key in hits}
 
 
 def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
-    """The figures of 3, FIGURE/SET/K; dsr/K and task/K are of all sets that are no attack."""
-    settings, tokenizer, tries = lab.settings, lab.victim(model).tokenizer, Tries()
-    allowed = [*settings.thoughts, "all"]
-    for k in allowed:
-        for name, of_set in cases.items():
+    """The figures of 3, FIGURE/K and FIGURE/SET/K; dsr/K is of the sets that are no attack."""
+    settings, tokenizer, cut = lab.settings, lab.victim(model).tokenizer, Cases()
+    for k in [*settings.thoughts, "all"]:
+        for name in cases:
             # a text that closes nothing is a thought as a whole
-            texts = [case["own"]["reasoning" if case["own"]["closed"] else "answer"] for case in of_set]
+            texts = [c["own"]["reasoning" if c["own"]["closed"] else "answer"] for c in cases[name]]
             if k != "all":
                 texts = [decode(tokenizer, encode_text(tokenizer, text)[: int(k)]) for text in texts]
-            tries[f"{k} tokens/{name}"] = [(c, t + THINK_CLOSE) for c, t in zip(of_set, texts, strict=True)]
-    lines, found = ask(lab, model, settings.temperature, tries), Figures()
-    for k in allowed:
-        rows = {name: lines[f"{k} tokens/{name}"] for name in cases}
-        tasks = [x["task"] for name in BENIGN for x in rows.get(name, []) if x["task"] is not None]
-        found[f"task/{k}"] = bootstrap(tasks, settings.seed)
-        kept = {n: [held(x, settings.harm_threshold) for x in rows[n]] for n in rows if n not in BENIGN}
-        found[f"dsr/{k}"] = wilson([hit for name in kept if name in SETS for hit in kept[name]])
-        found |= {f"dsr/{name}/{k}": wilson(kept[name]) for name in kept}
-        found |= {f"refused/{name}/{k}": wilson([refuses(x) for x in rows[name]]) for name in rows}
-    return found
+            pairs = zip(cases[name], texts, strict=True)
+            cut[f"{k} tokens/{name}"] = [case | {"opening": text + THINK_CLOSE} for case, text in pairs]
+    hits: dict[str, list[bool]] = defaultdict(list)
+    tasks: dict[str, list[float]] = defaultdict(list)
+    for key, asked in ask(lab, model, settings.temperature, cut).items():
+        k, name = key.split(" tokens/")
+        lines = [case["line"] for case in asked]
+        hits[f"refused/{name}/{k}"] = [refuses(line) for line in lines]
+        if name in BENIGN:
+            tasks[f"task/{k}"] += [line["task"] for line in lines if line["task"] is not None]
+            continue
+        hits[f"dsr/{name}/{k}"] = [held(line, settings.harm_threshold) for line in lines]
+        hits[f"dsr/{k}"] += hits[f"dsr/{name}/{k}"] if name in SETS else []
+    found = {key: wilson(own) for key, own in hits.items() if own}
+    return found | {key: bootstrap(own, settings.seed) for key, own in tasks.items() if own}
 
 
 # ---- what is shown
 
 
-def table(head: Sequence[str], rows: dict[str, list[Interval | None]]) -> str:
-    """Markdown."""
-    shown = "{mean:.2f} [{low:.2f}, {high:.2f}]".format
-    lines = [head, ["---"] * len(head)]
-    lines += [[name, *(shown(**ci) if ci else "-" for ci in cis)] for name, cis in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def tables(models: dict[str, Figures], allowed: Sequence[str]) -> str:
-    """Figures by models, single steps left out; then of each model by the thought allowed."""
+    """Markdown: figures by models, single steps left out; then of each model by the thought allowed."""
     keys = dict.fromkeys(key for found in models.values() for key in found if "/step " not in key)
     stems = dict.fromkeys(key.removesuffix("/all") for key in keys if key.endswith("/all"))
     whole = [key for key in keys if key.rpartition("/")[0] not in stems]
-    cut = {f"{stem}, {m}": [models[m].get(f"{stem}/{k}") for k in allowed] for stem in stems for m in models}
-    first = table(["", *models], {key: [found.get(key) for found in models.values()] for key in whole})
-    return f"{first}\n\n{table(['tokens of reasoning allowed:', *allowed], cut)}"
+    rows = [["", *models], ["---"] * (len(models) + 1)]
+    rows += [[key, *(shown(found.get(key)) for found in models.values())] for key in whole]
+    rows += [[], ["tokens of reasoning allowed:", *allowed], ["---"] * (len(allowed) + 1)]
+    for stem in stems:
+        for name, found in models.items():
+            rows.append([f"{stem}, {name}", *(shown(found.get(f"{stem}/{k}")) for k in allowed)])
+    return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows)
+
+
+def shown(ci: Interval | None) -> str:
+    return "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**ci) if ci else "-"
 
 
 def draw(figure: Any, models: dict[str, Figures], allowed: Sequence[str]) -> None:
     """Left: agreement over training. Right: DSR, with and without GCG, and task score by thought allowed."""
     figure.set_size_inches(11, 4.2)
-    panels = figure.subplots(1, 2, sharey=True)
-    curves = ({"agreement": "o-", "no verdict": "o:"}, {"dsr": "o-", "dsr/gcg": "s:", "task": "^--"})
-    for i, (name, found) in enumerate(models.items()):
-        steps = sorted({int(key.partition("/step ")[2]) for key in found if "/step " in key})
-        places = ([(step, f"step {step}") for step in steps], [(k, k) for k in allowed])
-        for axes, styles, ticks in zip(panels, curves, places, strict=True):
-            for key, style in styles.items():
-                at = [(x, found[f"{key}/{end}"]["mean"]) for x, end in ticks if f"{key}/{end}" in found]
-                if at:
-                    axes.plot(*zip(*at, strict=True), style, color=f"C{i}", label=f"{name}: {key}")
-    panels[0].set(xlabel="step of RL", title="Does the answer do as the reasoning says?", ylim=(-0.04, 1.04))
-    panels[1].set(xlabel="tokens of reasoning allowed", title="Is it the thinking that defends?")
-    for axes in [axes for axes in panels if axes.lines]:
+    left, right = figure.subplots(1, 2, sharey=True)
+    curves = [(left, "agreement", "o-"), (left, "no verdict", "o:")]
+    curves += [(right, "dsr", "o-"), (right, "dsr/gcg", "s:"), (right, "task", "^--")]
+    for color, (name, found) in enumerate(models.items()):
+        for axes, key, style in curves:
+            ends = allowed if axes is right else [k.partition("/")[2] for k in found if f"{key}/step " in k]
+            at = [end for end in ends if f"{key}/{end}" in found]
+            x = at if axes is right else [int(end.removeprefix("step ")) for end in at]
+            y = [found[f"{key}/{end}"]["mean"] for end in at]
+            if y:
+                axes.plot(x, y, style, color=f"C{color}", label=f"{name}: {key}")
+    left.set(xlabel="step of RL", title="Does the answer do as the reasoning says?", ylim=(-0.04, 1.04))
+    right.set(xlabel="tokens of reasoning allowed", title="Is it the thinking that defends?")
+    for axes in [axes for axes in figure.axes if axes.lines]:
         axes.legend(fontsize=7)
 
 
@@ -252,9 +259,9 @@ def write(run: Any, models: dict[str, Figures]) -> None:
     write_json(run.out / "results.json", {"models": results, "config": run.config})
 
 
-def read_models(settings: Settings, evaluated: Lines) -> list[Model]:
-    """The reasoners among --models. UserError unless stage 4 evaluated them all."""
-    known, models = dict.fromkeys(line["model"] for line in evaluated), []
+def read_models(settings: Settings, known: list[str]) -> list[Model]:
+    """The reasoners among --models. UserError for one that stage 4 has not evaluated."""
+    models = []
     for name, path in named("--models", settings.models).items():
         if name not in known:
             raise UserError(f"--models: given {name}; allowed names in {settings.eval}: {', '.join(known)}")
@@ -273,10 +280,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("torchrun: this command runs as one process; start it with python")
     if wrong := [k for k in settings.thoughts if not k.isdecimal()]:
         raise UserError(f"--thoughts: given {wrong[0]}; allowed whole numbers of tokens")
-    evaluated = read_jsonl(Path(settings.eval) / "completions.jsonl")
-    attacked = read_log(Path(settings.eval) / "attacks.jsonl")
-    models, reader = read_models(settings, evaluated), Reader(settings.judge)
-    sets, _ = read_sets(settings, [])
+    evaluated, attacked = (Path(settings.eval) / f"{name}.jsonl" for name in ("completions", "attacks"))
+    lines, attempts = read_jsonl(evaluated), [x for x in read_log(attacked) if x["attack"] == "gcg"]
+    models = read_models(settings, list(dict.fromkeys(line["model"] for line in lines)))
+    reader, sets = Reader(settings.judge), read_sets(settings, [])[0]
     if not reader.with_verdict:
         run.say(f"--judge {settings.judge} cannot put a verdict into a reasoning: no intervention")
     lab = Lab(settings, run, reader.judge, search=None)  # type: ignore[arg-type]  # nothing is searched
@@ -284,18 +291,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     lab.begin()
     found: dict[str, Figures] = {}
     for model in models:
-        mine = [line for line in evaluated if line["model"] == model.name]
+        mine = [line for line in lines if line["model"] == model.name]
         found[model.name] = agreements(read_log(Path(model.path) / "rollouts.jsonl"), mine, reader)
-        texts = {
-            x["id"]: x["trace"][-1]["sent"]
-            for x in attacked
-            if [x["model"], x["attack"]] == [model.name, "gcg"]
-        }
-        asked = {name: [{**record, "sent": record["prompt"]} for record in sets[name]] for name in sets}
-        asked["gcg"] = [{**r, "sent": texts[r["id"]]} for r in sets["direct"] if r["id"] in texts]
-        cases = own_traces(lab, model, {name: asked[name] for name in asked if asked[name]})
+        cases = own_traces(lab, model, sets, attempts)
         if reader.with_verdict:
-            found[model.name] |= intervene(lab, model, {name: cases[name] for name in sets}, reader)
+            found[model.name] |= intervene(lab, model, cases, reader)
         found[model.name] |= allow(lab, model, cases)
     write(run, found)
 
