@@ -191,7 +191,7 @@ def test_results_are_stage_4_s_form_and_a_text(greedy, inputs):
     figures, _ = greedy
     assert figures["agreement/direct"] == (1.0, 1) and figures["agreement/step 0"] == (1.0, 1)
     text = (inputs / "greedy/decides.md").read_text()
-    assert "| follows/harmful | 1.00 [0.44, 1.00] |" in text and "| dsr, m |" in text and "step 0" not in text
+    assert "| follows, m | 1.00 [0.44, 1.00] |" in text and "| dsr, m |" in text and "step 0" not in text
     assert (inputs / "greedy/decides.png").exists()
     assert list(json.loads((inputs / "greedy/results.json").read_text())["models"]) == ["m"]
 

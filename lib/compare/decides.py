@@ -167,7 +167,7 @@ def intervene(lab: Lab, model: Model, cases: Cases, reader: Reader) -> Figures:
                 changed[f"{figure}/{name}"].append(case | {"opening": opening, "new": new or "fine"})
     for key, asked in ask(lab, model, 0.0, changed).items():
         figure = key.partition("/")[0]
-        for case in asked:
+        for case in [case for case in asked if case["line"]["refusal"]]:  # known
             line, refusal_is_due = case["line"], case["new"] == "bad"
             hits[f"follows/{figure}"].append(line["closed"] and refuses(line) == refusal_is_due)
             hits[f"keeps/{figure}"].append(line["closed"] and refuses(line) != refusal_is_due)
@@ -192,7 +192,7 @@ def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
     for key, asked in ask(lab, model, settings.temperature, cut).items():
         k, name = key.split(" tokens/")
         lines = [case["line"] for case in asked]
-        hits[f"refused/{name}/{k}"] = [refuses(line) for line in lines]
+        hits[f"refused/{name}/{k}"] = [refuses(line) for line in lines if line["refusal"]]
         if name in BENIGN:
             tasks[f"task/{k}"] += [line["task"] for line in lines if line["task"] is not None]
             continue
@@ -206,21 +206,23 @@ def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
 
 
 def tables(models: dict[str, Figures], allowed: Sequence[str]) -> str:
-    """Markdown: figures by models, single steps left out; then of each model by the thought allowed."""
-    keys = dict.fromkeys(key for found in models.values() for key in found if "/step " not in key)
-    stems = dict.fromkeys(key.removesuffix("/all") for key in keys if key.endswith("/all"))
-    whole = [key for key in keys if key.rpartition("/")[0] not in stems]
-    rows = [["", *models], ["---"] * (len(models) + 1)]
-    rows += [[key, *(shown(found.get(key)) for found in models.values())] for key in whole]
-    rows += [[], ["tokens of reasoning allowed:", *allowed], ["---"] * (len(allowed) + 1)]
-    for stem in stems:
+    """One of agreement by set, one of the intervention, one by thought allowed; steps are in the drawing."""
+    keys = dict.fromkeys(key for found in models.values() for key in found)
+    sets = [key.partition("/")[2] for key in keys if key.startswith("no verdict/") and "/step " not in key]
+    cut = [key.removesuffix("/all") for key in keys if key.endswith("/all")]
+    found = [table(models, ["agreement", "no verdict", "refused without"], sets)]
+    found.append(table(models, ["follows", "keeps", "leaks"], ["harmful", "unsaid", "benign", "control"]))
+    return "\n\n".join([*found, table(models, cut, allowed)])
+
+
+def table(models: dict[str, Figures], figures: Sequence[str], columns: Sequence[str]) -> str:
+    """Markdown: a row for each figure of each model that has it."""
+    rows, shown = [["", *columns], ["---"] * (len(columns) + 1)], "{mean:.2f} [{low:.2f}, {high:.2f}]".format
+    for figure in figures:
         for name, found in models.items():
-            rows.append([f"{stem}, {name}", *(shown(found.get(f"{stem}/{k}")) for k in allowed)])
-    return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows)
-
-
-def shown(ci: Interval | None) -> str:
-    return "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**ci) if ci else "-"
+            cis = [found.get(f"{figure}/{column}") for column in columns]
+            rows.append([f"{figure}, {name}", *(shown(**ci) if ci else "-" for ci in cis)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def draw(figure: Any, models: dict[str, Figures], allowed: Sequence[str]) -> None:
