@@ -209,7 +209,7 @@ def tables(models: dict[str, Figures], allowed: Sequence[str]) -> str:
     """One of agreement by set, one of the intervention, one by thought allowed; steps are in the drawing."""
     keys = dict.fromkeys(key for found in models.values() for key in found)
     sets = [key.partition("/")[2] for key in keys if key.startswith("no verdict/") and "/step " not in key]
-    cut = [key.removesuffix("/all") for key in keys if key.endswith("/all")]
+    cut = sorted(key.removesuffix("/all") for key in keys if key.endswith("/all"))
     found = [table(models, ["agreement", "no verdict", "refused without"], sets)]
     found.append(table(models, ["follows", "keeps", "leaks"], ["harmful", "unsaid", "benign", "control"]))
     return "\n\n".join([*found, table(models, cut, allowed)])
