@@ -65,15 +65,15 @@ for step in range(-(-len(metrics) // 4)):
     rollouts = rollouts_of(models["middle"], step)
     rl.update_policy(models["middle"], reference, optimizer, rollouts, pad_id, settings, run)
 same = {name: groups_of(rollouts_of(model, 0), G)[which] for name, model in models.items()}
-rows = [[name, r.reward, r.advantage, r.text] for name in same for r in same[name]]
-table("step | r | A | completion", rows)
+table("step | r | completion", [[name, r.reward, r.text] for name in same for r in same[name]])
 
 # %% [markdown]
 # ## What changes if one thing is wrong
 # Sixteen updates on that group. The gap: how far the learned log-probabilities are from the sampled ones.
 # %%
-rows, changes = [], {"as it is": {}, "temperature 1": {"temperature": 1.0}, "no KL": {"kl_coef": 0.0}}
-changes |= {"KL x 100": {"kl_coef": 100 * settings.kl_coef}, "no std": {"std_normalisation": False}}
+rows, changes = [], {"as it is": {}, "half temperature": {"temperature": settings.temperature / 2}}
+changes |= {"no KL": {"kl_coef": 0.0}, "KL x 100": {"kl_coef": 100 * settings.kl_coef}}
+changes["no std"] = {"std_normalisation": False}
 for name, change in changes.items():
     changed, model = settings_of(rl, RUN / "rl", **change), run.model(settings.model)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)

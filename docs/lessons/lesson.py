@@ -30,7 +30,8 @@ def settings_of(module, folder, **others):
     """The settings of a chapter's run, as they stand in its folder. `others` are put in their place."""
     saved = importlib.import_module("lib.run.folder").read_settings(folder)
     known = {field.name: saved[field.name] for field in fields(module.Settings) if field.name in saved}
-    return module.Settings(**known | {"data": str(RUN / "data")} | others)
+    data = RUN / Path(saved["data"]).name  # wherever the run lies now
+    return module.Settings(**known | {"data": str(data)} | others)
 
 
 def table(header, rows):
