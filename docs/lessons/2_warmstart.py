@@ -61,7 +61,7 @@ table("model | updates | loss, last 20 | held-out loss", rows)
 # %%
 settings, judge = settings_of(rl, RUN / "rl"), rl.load_judge("sandbox")
 prompts = rl.load_prompts(Run(settings), tokenizer, model)
-toy = next(prompt for prompt in prompts if prompt.record["category"] == "toy")
+toy = next(prompt for prompt in prompts if prompt.record.get("category") == "toy")
 models = {"light": run.model(str(RUN / "sft")), "heavy": model}
 print(toy.record["prompt"])
 for name, policy in models.items():
