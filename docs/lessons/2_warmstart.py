@@ -52,7 +52,7 @@ for name, color, lines in (("light", "C0", read_jsonl(RUN / "sft/metrics.jsonl")
     plt.plot([x["loss"] for x in lines], color=color, alpha=0.6, label=f"{name}, training")
     plt.plot(*zip(*ends, strict=True), "o", color=color, label=f"{name}, held out")
     rows.append([name, len(lines), sum(x["loss"] for x in lines[-20:]) / len(lines[-20:]), ends[-1][1]])
-show(yscale="log", xlabel="update", ylabel="loss (nats a token)")
+show(ylim=(0.1, 1), xlabel="update", ylabel="loss (nats a token)")  # it begins above 7
 table("model | updates | loss, last 20 | held-out loss", rows)
 
 # %% [markdown]
