@@ -140,6 +140,8 @@ BY_LAMBDA = [
 
 # ---- what each part of the recipe is for (F4 to F7): one thing changed at a time
 
+# Heavy is 10/3 of the rate and twice the epochs, as in the paper. An early stop would keep the best of them.
+HEAVY = "02_sft_warmstart.py --data @data --learning-rate 6.7e-4 --epochs 2 --held-out-share 0"
 ABLATED = [
     *claims("F4", "harmful-only", "tars-0.5", "<", "compliance/ambiguous", TASK),
     *claims("F4", "harmful-only", "tars-0.5", ">", "training/reward/quarter 1"),
@@ -153,18 +155,13 @@ ABLATED = [
 
 def ablations() -> Study:
     study = frontier((0.1, 0.5, 0.9), ("tars", "heavy", "one-reward"), ABLATED)
-    # Heavy is 10/3 of the rate and twice the epochs, as in the paper. An early stop would keep the best.
-    heavy = "02_sft_warmstart.py --data @data --learning-rate 6.7e-4 --epochs 2 --held-out-share 0"
-    runs = study.runs | {
-        "sft-heavy": heavy,
-        "data-harmful-only": f"{MIXTURE} --lambda-harmful 1",
-        "harmful-only": METHODS["tars"].replace("@mixture", "@data-harmful-only"),
-        "data-plain-only": f"{MIXTURE} --ambiguous-share 0",
-        "plain-only": METHODS["tars"].replace("@mixture", "@data-plain-only"),
-        "eval-others": evaluate("--behaviours 12", "harmful-only plain-only"),
-        "eval-diversity": evaluate("", "sft sft-heavy", "-m lib.compare.diversity"),
-    }
-    shown = f"{study.shown}|(compliance|task_score|diversity)/.*|training/.*/quarter .*"
+    runs, rl = WARM | {"sft-heavy": HEAVY} | study.runs, METHODS["tars"]
+    for name, flags in {"harmful-only": "--lambda-harmful 1", "plain-only": "--ambiguous-share 0"}.items():
+        runs[f"data-{name}"] = f"{MIXTURE} {flags}"
+        runs[name] = rl.replace("@mixture", f"@data-{name}")
+        runs[f"eval-{name}"] = evaluate("--behaviours 12", name)
+    runs["eval-heavy"] = evaluate("", "sft sft-heavy", "-m lib.compare.diversity")
+    shown = f"{study.shown}|(compliance|task_score|diversity)/.*|training/.*"
     return replace(study, folder="replicate", first_seed=30, runs=runs, shown=shown)
 
 

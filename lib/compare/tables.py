@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import UserError
-from lib.compare.studies import AREAS, COMPLIANCE, GCG, MAIN, SAFETY, STUDIES, TASK, THOUGHT, Claim, Key
+from lib.compare.studies import AREAS, COMPLIANCE, GCG, LAMBDAS, MAIN, PAIR, SAFETY, STUDIES, TASK, Key
 from lib.metrics import Interval
 
 Results = dict[str, Any]  # command, seeds, date, hardware; rows: {(model, figure): interval over the seeds}
@@ -27,13 +27,15 @@ ALIKE = 0.05  # two figures are equal for us if the interval of their difference
 
 class Table(NamedTuple):
     study: str
-    models: Sequence[str]  # or differences, "tars - sft"; none: a row a seed
-    figures: (
-        Mapping[str, str] | str
-    )  # {heading: figure}, or a regular expression; a row a seed: "MODEL: FIGURE"
+    models: Sequence[str]  # or differences, "tars - sft". None: a row a seed, of figures "MODEL: FIGURE"
+    figures: Mapping[str, str] | str  # {heading: figure}, or all that a regular expression matches
 
 
-DEMO, REASONERS = ("base", "sft", "rl-direct", "tars"), ("sft", "tars", "sft8", "rpo")
+def over_lambda(*methods: str) -> list[str]:
+    return [f"{method}-{share}" for method in methods for share in LAMBDAS]
+
+
+DEMO, RIVALS = ("base", "sft", "rl-direct", "tars"), ("rpo", "sft8", "rl-direct")
 BRIEF = {
     "DSR, direct requests": "dsr/direct",
     "DSR, held-out disguises": "dsr/jailbreak",
@@ -46,16 +48,28 @@ EACH = {heading: f"tars: {figure}" for heading, figure in BRIEF.items() if figur
 EACH |= {f"task score, {kind}": f"tars: task_score/{kind}" for kind in KINDS}
 EACH |= {f"plain or GCG, above {other}": f"tars - {other}: {GCG}" for other in ("sft", "rl-direct")}
 PLANE = {"DSR": SAFETY, "compliance": COMPLIANCE, "task score": TASK}
-POINTS = {
-    name: [m for curve in study.curves.values() for m in curve.values()] for name, study in STUDIES.items()
-}
-RIVALS = {
-    name: [f"tars - {other}" for other in study.curves if other != "tars"] for name, study in STUDIES.items()
+AREA = {"area, task score": AREAS[0], "area, compliance": AREAS[1]}
+PARTS = ("tars-0.1", "tars-0.5", "tars-0.9", "harmful-only", "plain-only", "heavy-0.5")
+REASONED = "(format_rate|separation|decides|twins|capability)/.*|thought.*"
+ATTACKED = {"GCG": GCG, "PAIR": PAIR} | {
+    f"GCG, {name}": f"{GCG}_{name}" for name in ("close", "forged", "twin")
 }
 TABLES = {
     "main": Table("seeds", DEMO, BRIEF),  # README's
     "each-seed": Table("seeds", (), EACH),
-    "replicate": Table("replicate", (*DEMO, "sft8", "rpo"), "dsr/.*|controls/.*|(compliance|task_score)/.*"),
+    "kinds": Table("seeds", DEMO, "(controls|outcomes/gcg|compliance|task_score|format_rate)/.*"),
+    "methods": Table("replicate", (*DEMO, "sft8", "rpo"), BRIEF | ATTACKED),
+    "reasoning": Table("replicate", ("sft", "tars", "sft8", "rpo"), REASONED),
+    "ablations": Table("ablations", PARTS, "(dsr|compliance|task_score)/.*|thought.*"),
+    "over-steps": Table("ablations", ("tars-0.5", "harmful-only", "plain-only"), "training/.*"),
+    "diversity": Table("ablations", ("sft", "sft-heavy"), "diversity/.*"),
+    "ablated-areas": Table("ablations", ("tars", "heavy", "one-reward"), AREA),
+    "frontier": Table("frontier", over_lambda("tars", *RIVALS), PLANE),
+    "areas": Table("frontier", ("tars", *RIVALS, *(f"tars - {other}" for other in RIVALS)), AREA),
+    "thought": Table("frontier", over_lambda("tars"), "thought.*"),
+    "equal-tokens": Table("equal-tokens", over_lambda("tars", "rl-direct", "rl-direct-long"), PLANE),
+    "attacks": Table("attacks", DEMO, "(dsr|worst_case)/.*"),
+    "rainbow": Table("rainbow", ("without", "with", "with - without"), "dsr/.*|plane/task_score"),
 }
 FINDINGS = {  # of the paper; what is measured is among the claims of the studies
     "F1": "best frontier of safety and refusals; RL *and* reasoning are needed",
@@ -99,9 +113,7 @@ def caption(results: Results) -> str:
 def table(name: str, known: dict[str, Results]) -> tuple[list[Results], list[str]]:
     """(what it is made from, its lines). UserError if there is no such table, or no study to make it from."""
     if name not in TABLES:
-        raise UserError(
-            f"table {name}: unknown; allowed findings, {', '.join(TABLES)} (lib/compare/tables.py)"
-        )
+        raise UserError(f"table {name}: unknown; allowed findings, {', '.join(TABLES)}")
     study, models, figures = TABLES[name]
     if study not in known:
         made = f"runs/{STUDIES[study].folder}/{study}.json"
@@ -157,7 +169,7 @@ def verdict(ci: Interval | None, sign: str) -> str:
 
 
 def shown(ci: Interval, model: str) -> str:
-    """0.83 [0.71, 0.95]; 0.77: mean, interval, lowest seed; of one seed its value. A difference has a sign."""
+    """0.83 [0.71, 0.95]; 0.77: mean, interval, lowest seed; of one its value. A difference has a sign."""
     sign = "+" if " - " in model else ""
     digits = 0 if abs(ci["mean"]) > 100 else 1 if abs(ci["mean"]) > 2 else 2
     numbers = [ci["mean"], ci["low"], ci["high"], min(ci["each"])] if ci["n"] > 1 else [ci["mean"]]
