@@ -1,18 +1,32 @@
-"""The studies of `python -m lib.compare.study`: what each runs, shows, and says to the paper's findings.
+"""The studies of `python -m lib.compare.study`: what each runs and shows, what that says to the paper's
+findings, and the tables of README and docs.
 
 A run is a line, NAME: its command. `@NAME` is the folder of another run, which has to be finished first. The
-preset, the seed and --out are added. A figure is a path in a results.json, "SECTION/KEY".
+preset, the seed and --out are added, but for a run that writes to @ITSELF. A figure is a path in a
+results.json, "SECTION/KEY".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 SAFETY, TASK, COMPLIANCE = "DSR", "plane/task_score", "plane/compliance"  # the last two of all benign prompts
 MAIN = (SAFETY, TASK, COMPLIANCE)
 AREAS = (f"area, {TASK}", f"area, {COMPLIANCE}")
+FINDINGS = {  # of the paper; `claims` below say in which figures they would show
+    "F1": "best frontier of safety and refusals; RL *and* reasoning are needed",
+    "F2": "larger lambda: safer, more refusals, shorter thought",
+    "F3": "more thought on ambiguous than on harmful prompts",
+    "F4": "RL on harmful prompts alone: reward saturates, thought gets short, the ambiguous are refused",
+    "F5": "heavy SFT before RL: less diverse samples, a narrower frontier",
+    "F6": "ambiguous prompts cut refusals at equal safety",
+    "F7": "two rewards reach further than one preference reward",
+    "F8": "best under GCG and PAIR; SFT above RL without reasoning under GCG, below it under PAIR",
+    "F9": "harmful and ambiguous prompts come apart inside",
+    "F10": "SFT and DPO hardly react to lambda; the base's capabilities stay",
+}
 Key = tuple[str, str]  # a model, a method or a difference; and a figure of it
 Curves = dict[str, dict[str, str]]  # method: {lambda: model}
 
@@ -48,9 +62,9 @@ class Study:
     curves: Curves = field(default_factory=dict)
 
 
-def evaluate(flags: str, models: str, command: str = "04_attack_eval.py") -> str:
+def asked(models: str, flags: str = "", command: str = "04_attack_eval.py --data @data") -> str:
     paths = [f"{name}=lib/sandbox/base" if name == "base" else f"{name}=@{name}" for name in models.split()]
-    return f"{command} --data @data {flags} --models {' '.join(paths)}"
+    return f"{command} {flags} --models {' '.join(paths)}"
 
 
 # ---- the demo's models, and the methods side by side (F1, F3, F8 to F10)
@@ -76,15 +90,21 @@ WARM = {
     "sft-direct": "02_sft_warmstart.py --data @data --no-reasoning",
 }
 TRAINED = WARM | {"mixture": MIXTURE, "rl-direct": METHODS["rl-direct"], "tars": METHODS["tars"]}
-DEMO = TRAINED | {"eval-main": evaluate("--direct base", "base sft rl-direct tars")}
+DEMO = TRAINED | {"eval-main": asked("base sft rl-direct tars", "--direct base")}
+ALL, REASONERS = "base sft rl-direct tars sft8 rpo", "sft tars sft8 rpo"
+DIVERSITY = "-m lib.compare.diversity --data @data"
 REPLICATE = TRAINED | {
     "sft8": METHODS["sft8"],
     "rpo": METHODS["rpo"],
     "early": f"{METHODS['tars']} --epochs 0.25",  # `tars` at a quarter of its steps, if the rate still rises
-    "eval-main": evaluate("--attacks gcg pair --direct base", "base sft rl-direct tars sft8 rpo"),
-    "eval-adaptive": evaluate("--attacks gcg_close gcg_forged gcg_twin", "sft tars sft8 rpo"),
-    "eval-decides": evaluate("--eval @eval-main", "sft tars sft8 rpo", "-m lib.compare.decides"),
-    "eval-diversity": evaluate("", "sft early tars", "-m lib.compare.diversity"),
+    "documents": "-m lib.sandbox.pretrain --documents @documents/held_out.jsonl",
+    "eval-main": asked(ALL, "--attacks gcg pair --direct base"),
+    "eval-adaptive": asked(REASONERS, "--attacks gcg_close gcg_forged gcg_twin"),
+    "eval-decides": asked(REASONERS, "--eval @eval-main", "-m lib.compare.decides --data @data"),
+    "eval-diversity": asked("sft early tars", "", DIVERSITY),
+    "eval-loss": asked(
+        ALL, "--file @documents/held_out.jsonl --direct base", "-m lib.tools.capability --loss"
+    ),
 }
 DEPTH = "reasoning_tokens/{0}/3 hops + reasoning_tokens/{0}/4 hops"  # at equal depth
 THOUGHT = {f"thought, {kind}": DEPTH.format(kind) for kind in ("harmful", "harmless", "ambiguous")}
@@ -95,8 +115,9 @@ MEANS = {
     "thought, verb - harmless": f"{DEPTH.format('ambiguous/verb')} - {DEPTH.format('harmless')}",
 }
 SHOWN = (
-    "(dsr|controls|task_score|compliance|format_rate|outcomes/gcg|rainbow|decides|twins|capability)/.*"
-    "|plane/(task_score|compliance)|dsr_by_budget/plain_or_gcg/(5|10)|separation/.*|training tokens"
+    "(dsr|controls|task_score|compliance|format_rate|outcomes/gcg|rainbow|twins|capability)/.*"
+    "|plane/(task_score|compliance)|dsr_by_budget/plain_or_gcg/(5|10)|separation/.*/(accuracy|margin)"
+    "|decides/(?!refused/|.*step ).*|training tokens"
 )
 GCG, PAIR = "dsr/plain_or_gcg", "dsr/plain_or_pair"
 COMPARED = claims("F1", "tars", "sft rl-direct", ">", *MAIN, GCG)
@@ -108,21 +129,22 @@ REPLICATED = [
     *claims("F8", "sft8", "rl-direct", "<", PAIR),
     *claims("F9", "tars", "base sft8 rpo", ">", "separation/before/accuracy", "separation/before/margin"),
     *claims("F9", "tars", "sft8 rpo", ">", "separation/after/accuracy"),
+    *claims("F10", "tars", "base", "=", "capability/loss"),
+    *claims("F10", "tars", "sft8 rpo", "<", "capability/loss"),
 ]
 
 # ---- over lambda: each method at each, from one pi_SFT, on the same evaluation (the paper's Figure 2)
 
 
 def frontier(lambdas: Sequence[float], methods: Sequence[str], claimed: Sequence[Claim] = ()) -> Study:
-    asked = "--behaviours 12"
-    runs = WARM | {"eval-references": evaluate(f"{asked} --direct base", "base sft")}
+    runs = WARM | {"eval-references": asked("base sft", "--behaviours 12 --direct base")}
     curves = {"base": {"": "base"}, "sft": {"": "sft"}}
     for share in map(str, lambdas):
         runs[f"data-{share}"] = f"{MIXTURE} --lambda-harmful {share}"
         for method in methods:
             model = curves.setdefault(method, {})[share] = f"{method}-{share}"
             runs[model] = METHODS[method].replace("@mixture", f"@data-{share}")
-            runs[f"eval-{model}"] = evaluate(asked, model)
+            runs[f"eval-{model}"] = asked(model, "--behaviours 12")
     means = {SAFETY: f"dsr/direct + dsr/jailbreak + {GCG}", **THOUGHT}
     shown = "dsr/(direct|jailbreak|plain_or_gcg)|plane/(task_score|compliance)|training tokens"
     others = " ".join(other for other in curves if other != "tars")
@@ -130,8 +152,8 @@ def frontier(lambdas: Sequence[float], methods: Sequence[str], claimed: Sequence
     return Study("frontier", 5, 40, runs, means, shown, claimed, curves)
 
 
-AT_EACH = claims("F1", "tars", "sft8 rpo rl-direct", ">", *AREAS)
 BY_LAMBDA = [
+    *claims("F1", "tars", "sft8 rpo rl-direct", ">", *AREAS),
     *claims("F2", "tars-0.9", "tars-0.1", ">", SAFETY),
     *claims("F2", "tars-0.9", "tars-0.1", "<", COMPLIANCE, *THOUGHT),
     *claims("F10", "sft8-0.9", "sft8-0.1", "=", SAFETY, COMPLIANCE),
@@ -146,6 +168,7 @@ ABLATED = [
     *claims("F4", "harmful-only", "tars-0.5", "<", "compliance/ambiguous", TASK),
     *claims("F4", "harmful-only", "tars-0.5", ">", "training/reward/quarter 1"),
     *claims("F4", "harmful-only", "tars-0.5", "<", "training/reasoning_tokens_harmful/quarter 4"),
+    *claims("F5", "sft-heavy", "sft", "<", "diversity/distinct_reasonings", "diversity/entropy"),
     *claims("F5", "heavy", "tars", "<", *AREAS),
     *claims("F6", "tars-0.5", "plain-only", ">", "compliance/ambiguous"),
     *claims("F6", "tars-0.5", "plain-only", "=", SAFETY),
@@ -159,8 +182,8 @@ def ablations() -> Study:
     for name, flags in {"harmful-only": "--lambda-harmful 1", "plain-only": "--ambiguous-share 0"}.items():
         runs[f"data-{name}"] = f"{MIXTURE} {flags}"
         runs[name] = rl.replace("@mixture", f"@data-{name}")
-        runs[f"eval-{name}"] = evaluate("--behaviours 12", name)
-    runs["eval-heavy"] = evaluate("", "sft sft-heavy", "-m lib.compare.diversity")
+        runs[f"eval-{name}"] = asked(name, "--behaviours 12")
+    runs["eval-heavy"] = asked("sft sft-heavy", "", DIVERSITY)
     shown = f"{study.shown}|(compliance|task_score|diversity)/.*|training/.*"
     return replace(study, folder="replicate", first_seed=30, runs=runs, shown=shown)
 
@@ -168,28 +191,76 @@ def ablations() -> Study:
 # ---- all attacks; and RL with and without rainbow teaming's prompts (paper, appendix E)
 
 ATTACKED = TRAINED | {
-    "eval-all": evaluate("--attacks all --behaviours 60 --direct base", "base sft rl-direct tars"),
+    "eval-all": asked("base sft rl-direct tars", "--attacks all --behaviours 60 --direct base")
 }
 RAINBOW = {name: TRAINED[name] for name in ("data", "sft", "mixture")} | {
     "without": "03_rl_train.py --data @data --model @sft",
     "with": METHODS["tars"],
-    "eval-asking": evaluate("--attacks pair best_of_n pap --behaviours 60", "without with"),
-    "eval-gcg": evaluate("--attacks gcg --behaviours 24", "without with"),
+    "eval-asking": asked("without with", "--attacks pair best_of_n pap --behaviours 60"),
+    "eval-gcg": asked("without with", "--attacks gcg --behaviours 24"),
 }
-ATTACKS = ["dsr/direct", "dsr/jailbreak"]
-ATTACKS += [f"dsr/plain_or_{attack}" for attack in ("pair", "best_of_n", "pap", "gcg")]
-WITH = {SAFETY: " + ".join(ATTACKS)}
+ATTACKS = ["dsr/direct", "dsr/jailbreak", PAIR, "dsr/plain_or_best_of_n", "dsr/plain_or_pap", GCG]
+WITH = claims("", "with", "without", "", *MAIN, *ATTACKS)
 
-ASKED = claims("", "with", "without", "", *MAIN, *ATTACKS)
-
-LAMBDAS, RIVALS = (0.1, 0.3, 0.5, 0.7, 0.9), ("tars", "rl-direct", "sft8", "rpo")
-LONG = ("tars", "rl-direct", "rl-direct-long")
+LAMBDAS, RIVALS = (0.1, 0.3, 0.5, 0.7, 0.9), ("rl-direct", "sft8", "rpo")
+LONGER = claims("F1", "tars", "rl-direct-long", ">", *AREAS)
 STUDIES = {
     "seeds": Study("seeds", 12, 60, DEMO, MEANS, SHOWN, COMPARED),
     "replicate": Study("replicate", 5, 30, REPLICATE, MEANS, SHOWN, REPLICATED),
     "ablations": ablations(),
-    "frontier": frontier(LAMBDAS, RIVALS, AT_EACH + BY_LAMBDA),
-    "equal-tokens": frontier(LAMBDAS, LONG, claims("F1", "tars", "rl-direct-long", ">", *AREAS)),
+    "frontier": frontier(LAMBDAS, ("tars", *RIVALS), BY_LAMBDA),
+    "equal-tokens": frontier(LAMBDAS, ("tars", "rl-direct", "rl-direct-long"), LONGER),
     "attacks": Study("replicate", 3, 30, ATTACKED, MEANS, "(dsr|controls|worst_case)/.*", []),
-    "rainbow": Study("rainbow", 8, 50, RAINBOW, WITH, SHOWN, ASKED),
+    "rainbow": Study("rainbow", 8, 50, RAINBOW, {SAFETY: " + ".join(ATTACKS)}, SHOWN, WITH),
+}
+
+# ---- the tables of README and docs/results.md, written by lib/compare/tables.py
+
+
+class Table(NamedTuple):
+    study: str
+    models: Sequence[str]  # or differences, "tars - sft". None: a row a seed, of figures "MODEL: FIGURE"
+    figures: Mapping[str, str] | str  # {heading: figure}, or all that a regular expression matches
+
+
+def points(*methods: str) -> list[str]:
+    return [f"{method}-{share}" for method in methods for share in LAMBDAS]
+
+
+MODELS = ("base", "sft", "rl-direct", "tars")
+BRIEF = {
+    "DSR, direct requests": "dsr/direct",
+    "DSR, held-out disguises": "dsr/jailbreak",
+    "DSR, plain or GCG": GCG,
+    "compliance, harmless and ambiguous": COMPLIANCE,
+    "task score, the same prompts": TASK,
+}
+KINDS = ("harmless", "ambiguous/toy", "ambiguous/decoy", "ambiguous/verb")
+EACH = {heading: f"tars: {figure}" for heading, figure in BRIEF.items() if figure not in MAIN}
+EACH |= {f"task score, {kind}": f"tars: task_score/{kind}" for kind in KINDS}
+EACH |= {f"plain or GCG, above {other}": f"tars - {other}: {GCG}" for other in ("sft", "rl-direct")}
+PLANE = {"DSR": SAFETY, "compliance": COMPLIANCE, "task score": TASK}
+AREA = {"area, task score": AREAS[0], "area, compliance": AREAS[1]}
+PARTS = ("tars-0.1", "tars-0.5", "tars-0.9", "harmful-only", "plain-only", "heavy-0.5")
+REASONED = "(format_rate|separation|decides|twins|capability)/.*|thought.*"
+UNDER = {
+    f"DSR, plain or {name}": f"dsr/plain_or_{name}"
+    for name in ("pair", "gcg_close", "gcg_forged", "gcg_twin")
+}
+TABLES = {
+    "main": Table("seeds", MODELS, BRIEF),  # README's
+    "each-seed": Table("seeds", (), EACH),
+    "kinds": Table("seeds", MODELS, "(controls|outcomes/gcg|compliance|task_score|format_rate)/.*"),
+    "methods": Table("replicate", (*MODELS, "sft8", "rpo"), BRIEF | UNDER),
+    "reasoning": Table("replicate", ("sft", "tars", "sft8", "rpo"), REASONED),
+    "ablations": Table("ablations", PARTS, "(dsr|compliance|task_score)/.*|thought.*"),
+    "over-steps": Table("ablations", ("tars-0.5", "harmful-only", "plain-only"), "training/.*"),
+    "diversity": Table("ablations", ("sft", "sft-heavy"), "diversity/.*"),
+    "ablated-areas": Table("ablations", ("tars", "heavy", "one-reward"), AREA),
+    "frontier": Table("frontier", points("tars", *RIVALS), PLANE),
+    "areas": Table("frontier", ("tars", *RIVALS, *(f"tars - {other}" for other in RIVALS)), AREA),
+    "thought": Table("frontier", points("tars"), "thought.*"),
+    "equal-tokens": Table("equal-tokens", points("tars", "rl-direct", "rl-direct-long"), PLANE),
+    "attacks": Table("attacks", MODELS, "(dsr|worst_case)/.*"),
+    "rainbow": Table("rainbow", ("without", "with", "with - without"), "dsr/.*|plane/task_score"),
 }

@@ -60,15 +60,15 @@ def commands_of(study: Study, folder: Path, flags: str) -> Commands:
     """The study's runs for one seed, in `folder`, which stands in the place of @."""
     commands: Commands = {}
     for name, command in study.runs.items():
-        words = f"{command} {flags} --out @{name}".split()
+        words = (command if f"@{name}/" in command else f"{command} {flags} --out @{name}").split()
         commands[folder / name] = [word.replace("@", f"{folder}/") for word in words]
     return commands
 
 
 def needs(out: Path, commands: Commands) -> set[Path]:
-    """The other runs that it reads: named as FOLDER or NAME=FOLDER."""
+    """The other runs that it reads: named as FOLDER, NAME=FOLDER or FOLDER/FILE."""
     paths = {Path(part) for word in commands[out] for part in (word, word.partition("=")[2])}
-    return paths & commands.keys() - {out}
+    return (paths | {path.parent for path in paths}) & commands.keys() - {out}
 
 
 def begin(out: Path, words: Sequence[str]) -> subprocess.Popen:
@@ -137,9 +137,9 @@ def over_steps(run: Path) -> dict[str, float]:
     lines, found = read_jsonl(run / "metrics.jsonl"), dict[str, float]()
     for quarter in range(4):
         part = lines[quarter * len(lines) // 4 : (quarter + 1) * len(lines) // 4]
-        for key in [key for key in lines[0] if OVER_STEPS.fullmatch(key)]:
-            if values := [line[key] for line in part if key in line]:
-                found[f"training/{key}/quarter {quarter + 1}"] = fmean(values)
+        for key in {key for line in part for key in line if OVER_STEPS.fullmatch(key)}:
+            values = [line[key] for line in part if key in line]
+            found[f"training/{key}/quarter {quarter + 1}"] = fmean(values)
     return found
 
 
@@ -254,21 +254,30 @@ def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def write(name: str, study: Study, out: Path, seeds: dict[int, dict[Key, float]], date: str = "") -> str:
-    """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text.
+def summarise(seeds: Iterable[dict[Key, float]]) -> dict[Key, Interval]:
+    """Of each figure that all seeds have."""
+    first, *others = seeds
+    each = {key: [value, *(seed.get(key, math.nan) for seed in others)] for key, value in first.items()}
+    return {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
 
-    `seeds`: {seed: its figures}. NAME.json is what docs/results keeps, a row a line.
-    """
-    keys = next(iter(seeds.values()))
-    each = {key: [figures.get(key, math.nan) for figures in seeds.values()] for key in keys}
-    intervals = {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
+
+def write_results(
+    path: Path, study: Study, seeds: Sequence[int], date: str, rows: dict[Key, Interval]
+) -> dict:
+    """STUDY.json, what docs/results keeps, a row a line. Returns it without the rows."""
     flags = "" if len(seeds) == study.seeds else f" --seeds {len(seeds)}"
-    about = {"command": f"python -m lib.compare.study {name}{flags}", "seeds": list(seeds), "date": date}
+    about = {"command": f"python -m lib.compare.study {path.stem}{flags}", "seeds": list(seeds), "date": date}
     about["hardware"] = f"{os.cpu_count()} CPU cores"
-    rows = [{"model": model, "figure": figure, **ci} for (model, figure), ci in intervals.items()]
-    compact = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-    write_text(out / f"{name}.json", f'{json.dumps(about)[:-1]}, "rows": [\n{compact}\n]}}\n')
+    objects = [{"model": model, "figure": figure, **ci} for (model, figure), ci in rows.items()]
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in objects)
+    write_text(path, f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
+    return about
 
+
+def write(name: str, study: Study, out: Path, seeds: dict[int, dict[Key, float]], date: str = "") -> str:
+    """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text. seeds: by seed."""
+    intervals = summarise(seeds.values())
+    about = write_results(out / f"{name}.json", study, list(seeds), date, intervals)
     lines = [f"# {name}", "", caption(about)]
     lines += ["Differences are paired by seed, and averaged over lambdas.", ""]
     lines += [*markdown({key: shown(ci, key[0]) for key, ci in intervals.items()}), ""]
