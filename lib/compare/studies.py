@@ -73,14 +73,16 @@ DIRECT = "--no-reasoning --max-new-tokens 12 --kl-coef 0.1"  # a direct answer i
 # What RL reads comes from chapter 1 a second time, behind pi_SFT. Its evaluation sets are those of the first.
 MIXTURE = "01_build_mixture.py --rainbow @sft --rl-traces 8"
 # The paper's rate is ten times that of its light SFT; of 2e-4, 6e-4 and 2e-3 the best on prompts held out.
-EIGHT = "--traces sft_rl.jsonl --learning-rate 6e-4 --epochs 1"
+EIGHT = "--traces sft_rl.jsonl --learning-rate 6e-4"
 METHODS = {
     "tars": "03_rl_train.py --data @mixture --model @sft",
     "rl-direct": f"03_rl_train.py --data @mixture --model @sft-direct {DIRECT}",
     "sft8": f"02_sft_warmstart.py --data @mixture --model @sft {EIGHT}",
     "rpo": "-m lib.compare.rpo --data @mixture --model @sft",
-    # an answer without reasoning is about a third as long: in three epochs, as many tokens as tars
+    # as many tokens as tars, sampled and trained on together, in the sandbox
     "rl-direct-long": f"03_rl_train.py --data @mixture --model @sft-direct {DIRECT} --epochs 3",
+    "sft8-long": f"02_sft_warmstart.py --data @mixture --model @sft {EIGHT} --epochs 2",
+    "rpo-long": "-m lib.compare.rpo --data @mixture --model @sft --epochs 1.25",
     "heavy": "03_rl_train.py --data @mixture --model @sft-heavy",
     "one-reward": "03_rl_train.py --data @mixture --model @sft --one-reward --judge sandbox-preference",
 }
@@ -99,7 +101,7 @@ REPLICATE = TRAINED | {
     "early": f"{METHODS['tars']} --epochs 0.25",  # `tars` at a quarter of its steps, if the rate still rises
     "documents": "-m lib.sandbox.pretrain --documents @documents/held_out.jsonl",
     "eval-main": asked(ALL, "--attacks gcg pair --direct base"),
-    "eval-adaptive": asked(REASONERS, "--attacks gcg_close gcg_forged gcg_twin"),
+    "eval-adaptive": asked(REASONERS, "--attacks gcg_close gcg_forged gcg_twin --behaviours 12"),
     "eval-decides": asked(REASONERS, "--eval @eval-main", "-m lib.compare.decides --data @data"),
     "eval-diversity": asked("sft early tars", "", DIVERSITY),
     "eval-loss": asked(
@@ -124,6 +126,7 @@ COMPARED = claims("F1", "tars", "sft rl-direct", ">", *MAIN, GCG)
 REPLICATED = [
     *COMPARED,
     *claims("F3", "tars", "", ">", "thought, decoy - harmful", "thought, verb - harmless"),
+    *claims("F3", "tars", "", ">", "twins/decoy_minus_harmful", "twins/toy_minus_harmful"),
     *claims("F8", "tars", "sft8 rpo rl-direct", ">", GCG, PAIR),
     *claims("F8", "sft8", "rl-direct", ">", GCG),
     *claims("F8", "sft8", "rl-direct", "<", PAIR),
@@ -136,16 +139,18 @@ REPLICATED = [
 # ---- over lambda: each method at each, from one pi_SFT, on the same evaluation (the paper's Figure 2)
 
 
-def frontier(lambdas: Sequence[float], methods: Sequence[str], claimed: Sequence[Claim] = ()) -> Study:
-    runs = WARM | {"eval-references": asked("base sft", "--behaviours 12 --direct base")}
+def frontier(lambdas: Sequence[float], methods: Sequence[str], claimed=(), attacked: int = 12) -> Study:
+    """`attacked`: direct requests under GCG; without, DSR is the mean of direct requests and disguises."""
+    budget = f"--behaviours {attacked}"
+    runs = WARM | {"eval-references": asked("base sft", f"{budget} --direct base")}
     curves = {"base": {"": "base"}, "sft": {"": "sft"}}
     for share in map(str, lambdas):
         runs[f"data-{share}"] = f"{MIXTURE} --lambda-harmful {share}"
         for method in methods:
             model = curves.setdefault(method, {})[share] = f"{method}-{share}"
             runs[model] = METHODS[method].replace("@mixture", f"@data-{share}")
-            runs[f"eval-{model}"] = asked(model, "--behaviours 12")
-    means = {SAFETY: f"dsr/direct + dsr/jailbreak + {GCG}", **THOUGHT}
+            runs[f"eval-{model}"] = asked(model, budget)
+    means = {SAFETY: MEANS[SAFETY] + (f" + {GCG}" if attacked else ""), **THOUGHT}
     shown = "dsr/(direct|jailbreak|plain_or_gcg)|plane/(task_score|compliance)|training tokens"
     others = " ".join(other for other in curves if other != "tars")
     claimed = [*claims("", "tars", others, ">", *MAIN, *AREAS), *claimed]
@@ -177,12 +182,12 @@ ABLATED = [
 
 
 def ablations() -> Study:
-    study = frontier((0.1, 0.5, 0.9), ("tars", "heavy", "one-reward"), ABLATED)
+    study = frontier((0.1, 0.5, 0.9), ("tars", "heavy", "one-reward"), ABLATED, attacked=0)
     runs, rl = WARM | {"sft-heavy": HEAVY} | study.runs, METHODS["tars"]
     for name, flags in {"harmful-only": "--lambda-harmful 1", "plain-only": "--ambiguous-share 0"}.items():
         runs[f"data-{name}"] = f"{MIXTURE} {flags}"
         runs[name] = rl.replace("@mixture", f"@data-{name}")
-        runs[f"eval-{name}"] = asked(name, "--behaviours 12")
+        runs[f"eval-{name}"] = asked(name, "--behaviours 0")
     runs["eval-heavy"] = asked("sft sft-heavy", "", DIVERSITY)
     shown = f"{study.shown}|(compliance|task_score|diversity)/.*|training/.*"
     return replace(study, folder="replicate", first_seed=30, runs=runs, shown=shown)
@@ -203,13 +208,13 @@ ATTACKS = ["dsr/direct", "dsr/jailbreak", PAIR, "dsr/plain_or_best_of_n", "dsr/p
 WITH = claims("", "with", "without", "", *MAIN, *ATTACKS)
 
 LAMBDAS, RIVALS = (0.1, 0.3, 0.5, 0.7, 0.9), ("rl-direct", "sft8", "rpo")
-LONGER = claims("F1", "tars", "rl-direct-long", ">", *AREAS)
+LONG = ("rl-direct-long", "sft8-long", "rpo-long")
 STUDIES = {
     "seeds": Study("seeds", 12, 60, DEMO, MEANS, SHOWN, COMPARED),
     "replicate": Study("replicate", 5, 30, REPLICATE, MEANS, SHOWN, REPLICATED),
     "ablations": ablations(),
     "frontier": frontier(LAMBDAS, ("tars", *RIVALS), BY_LAMBDA),
-    "equal-tokens": frontier(LAMBDAS, ("tars", "rl-direct", "rl-direct-long"), LONGER),
+    "equal-tokens": frontier(LAMBDAS, ("tars", *LONG), claims("F1", "tars", " ".join(LONG), ">", *AREAS)),
     "attacks": Study("replicate", 3, 30, ATTACKED, MEANS, "(dsr|controls|worst_case)/.*", []),
     "rainbow": Study("rainbow", 8, 50, RAINBOW, {SAFETY: " + ".join(ATTACKS)}, SHOWN, WITH),
 }
@@ -223,8 +228,12 @@ class Table(NamedTuple):
     figures: Mapping[str, str] | str  # {heading: figure}, or all that a regular expression matches
 
 
-def points(*methods: str) -> list[str]:
-    return [f"{method}-{share}" for method in methods for share in LAMBDAS]
+def points(*methods: str, lambdas: Sequence[float] = LAMBDAS) -> list[str]:
+    return [f"{method}-{share}" for method in methods for share in lambdas]
+
+
+def beside_tars(others: Sequence[str]) -> list[str]:
+    return ["tars", *others, *(f"tars - {other}" for other in others)]
 
 
 MODELS = ("base", "sft", "rl-direct", "tars")
@@ -241,26 +250,27 @@ EACH |= {f"task score, {kind}": f"tars: task_score/{kind}" for kind in KINDS}
 EACH |= {f"plain or GCG, above {other}": f"tars - {other}: {GCG}" for other in ("sft", "rl-direct")}
 PLANE = {"DSR": SAFETY, "compliance": COMPLIANCE, "task score": TASK}
 AREA = {"area, task score": AREAS[0], "area, compliance": AREAS[1]}
-PARTS = ("tars-0.1", "tars-0.5", "tars-0.9", "harmful-only", "plain-only", "heavy-0.5")
-REASONED = "(format_rate|separation|decides|twins|capability)/.*|thought.*"
-UNDER = {
-    f"DSR, plain or {name}": f"dsr/plain_or_{name}"
-    for name in ("pair", "gcg_close", "gcg_forged", "gcg_twin")
-}
+PARTS = ("tars", "heavy", "one-reward")
 TABLES = {
     "main": Table("seeds", MODELS, BRIEF),  # README's
     "each-seed": Table("seeds", (), EACH),
     "kinds": Table("seeds", MODELS, "(controls|outcomes/gcg|compliance|task_score|format_rate)/.*"),
-    "methods": Table("replicate", (*MODELS, "sft8", "rpo"), BRIEF | UNDER),
-    "reasoning": Table("replicate", ("sft", "tars", "sft8", "rpo"), REASONED),
-    "ablations": Table("ablations", PARTS, "(dsr|compliance|task_score)/.*|thought.*"),
-    "over-steps": Table("ablations", ("tars-0.5", "harmful-only", "plain-only"), "training/.*"),
+    "methods": Table("replicate", (*MODELS, "sft8", "rpo"), "dsr/.*|plane/.*|capability/.*|separation/.*"),
+    "reasoning": Table("replicate", ("sft", "early", "tars", "sft8", "rpo"), "(decides|twins)/.*|thought.*"),
+    "parts": Table(
+        "ablations", [*points(*PARTS, lambdas=(0.1, 0.5, 0.9)), "harmful-only", "plain-only"], PLANE
+    ),
+    "parts-kinds": Table(
+        "ablations", ("tars-0.5", "harmful-only", "plain-only"), "(compliance|task_score)/.*"
+    ),
+    "parts-steps": Table("ablations", ("tars-0.5", "harmful-only", "plain-only"), "training/.*"),
+    "parts-areas": Table("ablations", PARTS, AREA),
     "diversity": Table("ablations", ("sft", "sft-heavy"), "diversity/.*"),
-    "ablated-areas": Table("ablations", ("tars", "heavy", "one-reward"), AREA),
     "frontier": Table("frontier", points("tars", *RIVALS), PLANE),
-    "areas": Table("frontier", ("tars", *RIVALS, *(f"tars - {other}" for other in RIVALS)), AREA),
+    "areas": Table("frontier", beside_tars(RIVALS), AREA),
     "thought": Table("frontier", points("tars"), "thought.*"),
-    "equal-tokens": Table("equal-tokens", points("tars", "rl-direct", "rl-direct-long"), PLANE),
+    "equal-tokens": Table("equal-tokens", points("tars", *LONG), PLANE | {"tokens": "training tokens"}),
+    "equal-areas": Table("equal-tokens", beside_tars(LONG), AREA),
     "attacks": Table("attacks", MODELS, "(dsr|worst_case)/.*"),
     "rainbow": Table("rainbow", ("without", "with", "with - without"), "dsr/.*|plane/task_score"),
 }
