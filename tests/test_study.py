@@ -127,6 +127,8 @@ def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_
 
     second = launch(tmp_path)
     assert "| DSR | 0.50 [0.50, 0.50]; 0.50 |" in second.communicate()[0] and second.returncode == 0
+    kept = json.loads((tmp_path / "out" / "toy.json").read_text())
+    assert kept["command"] == "python -m lib.compare.study toy" and kept["seeds"] == [1, 2]
     folders = list((tmp_path / "out").glob("seed-*/*/"))
     assert len(folders) == 8
     for folder in folders:
@@ -155,6 +157,8 @@ def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(
 
 # ---- figures
 
+ABOUT = {"command": "python -m ...", "seeds": [7], "date": "2026-11-27", "hardware": "2 CPU cores"}
+
 
 def results(dsr: float, task: float, **sections: dict) -> dict:
     """What stage 4 says of a model; the mean of its three DSRs is `dsr`."""
@@ -178,10 +182,10 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
             evaluations[f"rpo-{share}"] = {f"rpo-{share}": results(dsr, task)}
             evaluations[f"tars-{share}"] = {f"tars-{share}": results(dsr + 0.1 * (i + 1), task)}
         seeds.append(study.read_seed(table, write_seed(tmp_path / f"seed-{i}", **evaluations)))
-    text = study.write("frontier", table, tmp_path, dict(enumerate(seeds)), "2026-11-27")
+    text = study.write("frontier", table, tmp_path, seeds, ABOUT | {"seeds": [0, 1, 2]})
     kept = json.loads((tmp_path / "frontier.json").read_text(), parse_constant=pytest.fail)
     cells = {(row["model"], row["figure"]): row for row in kept["rows"]}
-    assert kept["command"] == "python -m lib.compare.study frontier --seeds 3" and kept["seeds"] == [0, 1, 2]
+    assert {key: kept[key] for key in ABOUT} == ABOUT | {"seeds": [0, 1, 2]}
     gap = cells["tars - rpo", "DSR"]
     half = 4.303 * 0.1 / math.sqrt(3)  # Student's t of three seeds: mean 0.2, standard deviation 0.1
     assert (gap["mean"], gap["low"], gap["high"]) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
@@ -215,7 +219,7 @@ def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_pat
     seed = study.read_seed(STUDIES["seeds"], write_seed(tmp_path, main={"tars": tars, **others}))
     assert seed["tars", "DSR"] == pytest.approx(0.75) and seed["tars", "dsr_by_budget/plain_or_gcg/5"] == 0.25
     assert ("tars", "dsr_by_budget/plain_or_gcg/6") not in seed  # of the curve, two places are shown
-    text = study.write("seeds", STUDIES["seeds"], tmp_path, {60: seed})
+    text = study.write("seeds", STUDIES["seeds"], tmp_path, [seed], ABOUT)
     assert "| thought, decoy - harmful | 3.5 | - | - | - | - | - |" in text
 
 

@@ -254,30 +254,23 @@ def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def summarise(seeds: Iterable[dict[Key, float]]) -> dict[Key, Interval]:
+def summarise(seeds: Sequence[dict[Key, float]]) -> dict[Key, Interval]:
     """Of each figure that all seeds have."""
-    first, *others = seeds
-    each = {key: [value, *(seed.get(key, math.nan) for seed in others)] for key, value in first.items()}
+    each = {key: [seed.get(key, math.nan) for seed in seeds] for key in seeds[0]}
     return {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
 
 
-def write_results(
-    path: Path, study: Study, seeds: Sequence[int], date: str, rows: dict[Key, Interval]
-) -> dict:
-    """STUDY.json, what docs/results keeps, a row a line. Returns it without the rows."""
-    flags = "" if len(seeds) == study.seeds else f" --seeds {len(seeds)}"
-    about = {"command": f"python -m lib.compare.study {path.stem}{flags}", "seeds": list(seeds), "date": date}
-    about["hardware"] = f"{os.cpu_count()} CPU cores"
+def write_results(path: Path, about: dict[str, Any], rows: dict[Key, Interval]) -> None:
+    """STUDY.json, what docs/results keeps: command, seeds, date, hardware, and a row a line."""
     objects = [{"model": model, "figure": figure, **ci} for (model, figure), ci in rows.items()]
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in objects)
     write_text(path, f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
-    return about
 
 
-def write(name: str, study: Study, out: Path, seeds: dict[int, dict[Key, float]], date: str = "") -> str:
-    """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text. seeds: by seed."""
-    intervals = summarise(seeds.values())
-    about = write_results(out / f"{name}.json", study, list(seeds), date, intervals)
+def write(name: str, study: Study, out: Path, seeds: Sequence[dict[Key, float]], about: dict) -> str:
+    """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text."""
+    intervals = summarise(seeds)
+    write_results(out / f"{name}.json", about, intervals)
     lines = [f"# {name}", "", caption(about)]
     lines += ["Differences are paired by seed, and averaged over lambdas.", ""]
     lines += [*markdown({key: shown(ci, key[0]) for key, ci in intervals.items()}), ""]
@@ -321,8 +314,12 @@ def main() -> None:
     for seed in seeds:
         commands |= commands_of(study, out / f"seed-{seed}", f"--preset {args.preset} --seed {seed}")
     run_all(commands, args.jobs)
-    date = max(read_settings(run).get("date", "") for run in commands)  # when the last one was begun
-    print(write(name, study, out, {k: read_seed(study, out / f"seed-{k}") for k in seeds}, date))
+    changed = ["--seeds", str(args.seeds)] if len(seeds) != study.seeds else []
+    changed += ["--preset", args.preset] if args.preset != "sandbox" else []
+    about = {"command": " ".join(["python -m lib.compare.study", name, *changed]), "seeds": list(seeds)}
+    about["date"] = max(read_settings(run).get("date", "") for run in commands)  # when the last one was begun
+    about["hardware"] = f"{os.cpu_count()} CPU cores"
+    print(write(name, study, out, [read_seed(study, out / f"seed-{seed}") for seed in seeds], about))
 
 
 if __name__ == "__main__":
