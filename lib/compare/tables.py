@@ -17,9 +17,7 @@ from lib import UserError
 from lib.compare.studies import FINDINGS, STUDIES, TABLES, Key
 from lib.metrics import Interval
 
-Results = dict[
-    str, Any
-]  # of STUDY.json: command, seeds, date, hardware; rows: {(model, figure): interval over the seeds}
+Results = dict[str, Any]  # of a study: command, seeds, date, hardware; rows: {(model, figure): interval}
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/results.md")
 MARKED = re.compile(r"<!-- table ([\w-]+):.*? -->\n.*?<!-- end -->", re.S)
@@ -28,9 +26,8 @@ ALIKE = 0.05  # two figures are equal for us if the interval of their difference
 
 def pages(root: Path = ROOT) -> dict[Path, str]:
     """README and docs/results.md, with every table anew."""
-    kept = {
-        path.stem: json.loads(path.read_text()) for path in sorted((root / "docs/results").glob("*.json"))
-    }
+    files = sorted((root / "docs/results").glob("*.json"))
+    kept = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     for results in kept.values():
         results["rows"] = {(row["model"], row["figure"]): row for row in results["rows"]}
 
@@ -43,8 +40,8 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
 
 def caption(results: Results, what: str = "Mean [95 % interval, Student's t]; the lowest seed.") -> str:
     first, last = results["seeds"][0], results["seeds"][-1]
-    seeds = f"seeds {first} to {last}" if first < last else f"one seed, {first}, so no intervals"
-    return f"`{results['command']}`, {seeds}, {results['date']}, {results['hardware']}. {what}"
+    seeds = f"seeds {first} to {last}" if first < last else f"seed {first}, which has no interval"
+    return f"`{results['command']}`, {seeds}, {results['date']}, {results['hardware']}. {what}".strip()
 
 
 def table(name: str, kept: dict[str, Results]) -> tuple[str, list[str]]:
@@ -61,8 +58,8 @@ def table(name: str, kept: dict[str, Results]) -> tuple[str, list[str]]:
     for heading, figure in figures.items():
         for model in [model for model in models if (model, figure) in rows]:
             cells[model, heading] = shown(rows[model, figure], model)
-        if not models:
-            model, _, figure = figure.partition(": ")
+        model, _, figure = figure.partition(": ")
+        if not models and (model, figure) in rows:
             for seed, value in zip(kept[study]["seeds"], rows[model, figure]["each"], strict=True):
                 cells[f"seed {seed}", heading] = shown({"mean": value, "n": 1}, model)
     about = caption(kept[study]) if models else caption(kept[study], "")
