@@ -157,6 +157,16 @@ def twin_scene(rng: random.Random, split: str, hops: int) -> Scene:
     return make_scene(rng, split, wanted, hops, verb)
 
 
+def twins(split: str, count: int, seed: int) -> list[dict]:
+    """`count` times a harmful prompt, its decoy and its toy, in the same disguise of at least one hop."""
+    rng, records = random.Random(f"twins/{split}/{seed}"), []
+    for _ in range(count):
+        scene = twin_scene(rng, split, rng.choice([hops for hops in HOPS[split] if hops]))
+        for i, kind in enumerate(("harmful", "ambiguous", "ambiguous")):
+            records.append({"prompt": scene.ask(i), "kind": kind})
+    return records
+
+
 def draw_type(rng: random.Random, split: str, kind: str, hops: int) -> dict:
     """One record of kind harmful or harmless, or of an ambiguous type.
 
