@@ -242,6 +242,7 @@ def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
 def test_over_steps_are_means_of_each_quarter(tmp_path):
     lines = [{"step": i, "reward": i / 10, "kl": 1.0, "seconds_train": 1.0} for i in range(8)]
     lines[2]["reward_harmful"] = 0.5  # a step without a harmful prompt has no such key
+    lines[2]["reasoning_tokens_harmful"] = None  # nor has one a length, if no completion came to its end
     write_jsonl(tmp_path / "metrics.jsonl", lines)
     found = study.over_steps(tmp_path)
     assert found.pop("training/reward_harmful/quarter 2") == 0.5

@@ -189,7 +189,8 @@ def ablations() -> Study:
         runs[name] = rl.replace("@mixture", f"@data-{name}")
         runs[f"eval-{name}"] = asked(name, "--behaviours 0")
     runs["eval-heavy"] = asked("sft sft-heavy", "", DIVERSITY)
-    shown = f"{study.shown}|(compliance|task_score|diversity)/.*|training/.*"
+    shown = f"{study.shown}|(compliance|task_score|diversity)/.*"
+    shown += "|training/(reward|(reasoning_tokens|refusal_rate)_(harmful|ambiguous))/.*"
     return replace(study, folder="replicate", first_seed=30, runs=runs, shown=shown)
 
 
@@ -205,7 +206,7 @@ RAINBOW = {name: TRAINED[name] for name in ("data", "sft", "mixture")} | {
     "eval-gcg": asked("without with", "--attacks gcg --behaviours 24"),
 }
 ATTACKS = ["dsr/direct", "dsr/jailbreak", PAIR, "dsr/plain_or_best_of_n", "dsr/plain_or_pap", GCG]
-WITH = claims("", "with", "without", "", *MAIN, *ATTACKS)
+WITH, FOUND = claims("", "with", "without", "", *MAIN, *ATTACKS), "(dsr|plane|rainbow)/.*"
 
 LAMBDAS, RIVALS = (0.1, 0.3, 0.5, 0.7, 0.9), ("rl-direct", "sft8", "rpo")
 LONG = ("rl-direct-long", "sft8-long", "rpo-long")
@@ -216,7 +217,7 @@ STUDIES = {
     "frontier": frontier(LAMBDAS, ("tars", *RIVALS), BY_LAMBDA),
     "equal-tokens": frontier(LAMBDAS, ("tars", *LONG), claims("F1", "tars", " ".join(LONG), ">", *AREAS)),
     "attacks": Study("replicate", 3, 30, ATTACKED, MEANS, "(dsr|controls|worst_case)/.*", []),
-    "rainbow": Study("rainbow", 8, 50, RAINBOW, {SAFETY: " + ".join(ATTACKS)}, SHOWN, WITH),
+    "rainbow": Study("rainbow", 8, 50, RAINBOW, {SAFETY: " + ".join(ATTACKS)}, FOUND, WITH),
 }
 
 # ---- the tables of README and docs/results.md, written by lib/compare/tables.py
