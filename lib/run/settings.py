@@ -156,7 +156,7 @@ def following(settings: Any, stages: Sequence[str]) -> str:
     """
     out, stage, flags, kept = settings.out, stages[0], dict[str, Any](), FOR_TRAINING
     name = re.sub(r"[^\w.-]+", "-", Path(out).resolve().name) or "model"  # as far as --models allows
-    if stage == "mixture" and settings.sft_prompts:
+    if stage == "mixture" and settings.sft_prompts and not settings.rainbow:
         script, folder, flags = "02_sft_warmstart.py", "sft", {"data": out, "model": settings.trace_model}
     elif stage == "mixture":
         script, folder, flags = "03_rl_train.py", "rl", {"data": out, "model": settings.rainbow}
