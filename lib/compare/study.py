@@ -137,12 +137,10 @@ def over_steps(run: Path) -> dict[str, float]:
     lines, found = read_jsonl(run / "metrics.jsonl"), dict[str, float]()
     for quarter in range(4):
         part = lines[quarter * len(lines) // 4 : (quarter + 1) * len(lines) // 4]
-        values = defaultdict(list)
-        for key, value in [item for line in part for item in line.items() if OVER_STEPS.fullmatch(item[0])]:
-            values[key] += [] if value is None else [value]  # None: no completion closed its reasoning
-        found |= {
-            f"training/{key}/quarter {quarter + 1}": fmean(known) for key, known in values.items() if known
-        }
+        for key in sorted({key for line in part for key in line if OVER_STEPS.fullmatch(key)}):
+            known = [line[key] for line in part if line.get(key) is not None]  # None: no thought was closed
+            if known:
+                found[f"training/{key}/quarter {quarter + 1}"] = fmean(known)
     return found
 
 
