@@ -132,8 +132,8 @@ REPLICATED = [
     *claims("F8", "sft8", "rl-direct", "<", PAIR),
     *claims("F9", "tars", "base sft8 rpo", ">", "separation/before/accuracy", "separation/before/margin"),
     *claims("F9", "tars", "sft8 rpo", ">", "separation/after/accuracy"),
-    *claims("F10", "tars", "base", "=", "capability/loss"),
-    *claims("F10", "tars", "sft8 rpo", "<", "capability/loss"),
+    *claims("F10", "tars", "base", "=", "capability/loss_behind_first"),
+    *claims("F10", "tars", "sft8 rpo", "<", "capability/loss_behind_first"),
 ]
 
 # ---- over lambda: each method at each, from one pi_SFT, on the same evaluation (the paper's Figure 2)
