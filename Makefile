@@ -2,8 +2,8 @@
 # make test        the tests
 # make lint        style, formatting, types
 # make lessons     docs/lessons as notebooks, of the demo's run; makes that if there is none
-# make replicate   the demo's comparison and the ablations over several seeds, half an hour; FLAGS='--seeds 2'
-# make frontier    the paper's Figure 2 over lambda, methods and seeds, an hour and a half
+# make replicate   the methods side by side and the ablations over five seeds, about an hour; FLAGS='--seeds 2'
+# make frontier    the paper's Figure 2 over lambda, methods, seeds, about an hour; FLAGS=--equal-tokens likewise
 # make clean       delete runs/ and the virtual environment
 #
 # Needs Python >= 3.10. All is installed into .venv; a step that was done is not done again, and each stage goes on
