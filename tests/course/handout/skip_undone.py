@@ -1,0 +1,18 @@
+"""In a student's tree: a test that needs an exercise which is not done yet is skipped, and says so.
+
+The exercises' own tests fail: see `make grade`.
+"""
+
+import re
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    text = report.longreprtext + "".join(part for _, part in report.sections)
+    undone = re.search(r"exercise (\w+): make grade E=\1", text)
+    if report.failed and undone and "tests/course" not in item.nodeid:
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {undone[0]}")
+    return report
