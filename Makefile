@@ -3,6 +3,8 @@
 # make lint        style, formatting, types
 # make replicate   the demo's comparison and the ablations over several seeds, half an hour; FLAGS='--seeds 2'
 # make frontier    the paper's Figure 2 over lambda, methods and seeds, an hour and a half
+# make assignment  OUT=folder: a course, a tree for students and one for instructors; FLAGS='--only week3'
+# make grade       which of the course's exercises are solved; E=name: one of them
 # make clean       delete runs/ and the virtual environment
 #
 # Needs Python >= 3.10. All is installed into .venv; a step that was done is not done again, and each stage goes on
@@ -20,7 +22,7 @@ DEMO := runs/demo
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-tars demo-direct test lint replicate frontier clean
+.PHONY: demo demo-tars demo-direct test lint replicate frontier assignment grade clean
 .DELETE_ON_ERROR:
 
 # On two cores: one thread a process, or torch's threads would wait for each other beside any neighbour. Two models
@@ -59,6 +61,13 @@ replicate: $(VENV)/.demo
 
 frontier: $(VENV)/.demo
 	$(RUN) -m lib.compare.study frontier $(FLAGS)
+
+assignment: $(VENV)/.test
+	@test -n "$(OUT)" || { echo "error: where to? make assignment OUT=folder" >&2; exit 2; }
+	$(RUN) -m lib.tools.course $(OUT) $(FLAGS)
+
+grade: $(VENV)/.test
+	@$(RUN) -m lib.tools.grade $(E)
 
 clean:
 	rm -rf runs $(VENV)

@@ -3,9 +3,8 @@
 python -m lib.tools.course course                       # course/student and course/instructor, all exercises
 python -m lib.tools.course course --only week3 wilson   # some of them: the others stay solved
 
-docs/exercises.json says what an exercise is: the files of its marks, its tests, a hint, and slips that the
-tests must tell apart. In the source the marks BEGIN SOLUTION name and END SOLUTION, each behind "### ", stand
-around a body; in tests, lessons and docs BEGIN HIDDEN and END HIDDEN around what students do not get.
+docs/exercises.json says what an exercise is: the files of its marks (lib/tools/marks.py), its tests, a hint,
+and slips that the tests must tell apart. Nothing is done before all of that is verified.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,54 +26,12 @@ from lib import UserError
 from lib.run.command import Flags, run_main
 from lib.run.files import write_json, write_text
 from lib.tools.grade import LIST, chosen, message_of, read_course, read_results
+from lib.tools.marks import check_marks, for_students, parts_of
 
-MARK = re.compile(r"(\s*)### (BEGIN|END) (SOLUTION|HIDDEN) *(\w*)\s*")
 TEXTS = (".py", ".md", ".ipynb")
 TELLING = 30  # characters of a line of a solution: a shorter one may well stand elsewhere
 HANDOUT = Path("tests/course/handout")  # what a tree gets besides
 SECRETS = ("hidden", "left_out", "slips", "reference")  # keys of an exercise that students do not get
-
-
-@dataclass
-class Part:
-    """Of a file: what stands between two marks (kind SOLUTION or HIDDEN), or outside of any (kind "")."""
-
-    kind: str = ""
-    name: str = ""
-    indent: str = ""
-    text: str = ""
-
-
-def parts_of(text: str, path: Path) -> list[Part]:
-    """The whole file in parts, without the marks. UserError for marks that do not pair."""
-    parts, opened = [Part()], 0
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not (mark := MARK.fullmatch(line)):
-            parts[-1].text += line
-            continue
-        indent, edge, kind, name = mark.groups()
-        where = f"{path}:{number}: {edge} {kind}"
-        if edge == "BEGIN" and parts[-1].kind:
-            raise UserError(f"{where} within the mark of line {opened}; end that one first")
-        if edge == "BEGIN" and kind == "SOLUTION" and not name:
-            raise UserError(f"{where} without a name; write the exercise's name behind it")
-        if edge == "END" and parts[-1].kind != kind:
-            raise UserError(f"{where} without its BEGIN {kind}; add that, or take this away")
-        parts.append(Part(kind, name, indent) if edge == "BEGIN" else Part())
-        opened = number
-    if kind := parts[-1].kind:
-        raise UserError(f"{path}:{opened}: BEGIN {kind} is never closed; add END {kind}")
-    return parts
-
-
-def check_marks(files: dict[Path, list[Part]], exercises: list[dict]) -> None:
-    """UserError unless each mark has an exercise that names its file, and the other way round."""
-    marks = {(str(path), part.name) for path in files for part in files[path] if part.kind == "SOLUTION"}
-    listed = {(file, exercise["name"]) for exercise in exercises for file in exercise["files"]}
-    for path, name in sorted(marks - listed):
-        raise UserError(f"{path}: no exercise {name} with this file in {LIST}; add it, or take the mark away")
-    for path, name in sorted(listed - marks):
-        raise UserError(f"{LIST}: exercise {name} has no mark in {path}; add BEGIN SOLUTION {name} there")
 
 
 # ---- the trees ---------------------------------------------------------------------------------------------
@@ -88,16 +44,6 @@ def files_of(root: Path, but: Sequence[Path]) -> Iterator[Path]:
         folders[:] = [n for n in folders if n[0] != "." and n not in ("runs", "__pycache__")]
         folders[:] = [n for n in folders if (here / n).resolve() not in but]
         yield from ((here / n).relative_to(root) for n in names if n[0] != "." or n == ".gitignore")
-
-
-def for_students(parts: list[Part], names: set[str]) -> str:
-    text = ""
-    for part in parts:
-        if part.kind == "SOLUTION" and part.name in names:
-            text += f'{part.indent}raise NotImplementedError("{message_of(part.name)}")\n'
-        elif part.kind != "HIDDEN":
-            text += part.text
-    return text
 
 
 def is_left_out(path: Path, text: str, left_out: list[str]) -> bool:
@@ -181,20 +127,22 @@ def check_suite(tree: Path, tests: Sequence[str]) -> None:
         raise UserError(f"{tree}: its tests fail ({last}), see {tree.name}.log beside it")
 
 
-def check_slip(tree: Path, exercise: dict, slip: dict) -> None:
-    """Put into the solution, it is told by its own message."""
-    name = exercise["name"]
+def check_slips(tree: Path, mine: list[dict], number: int) -> None:
+    """Slip `number` of each exercise is told. They are put in at once: no test needs another exercise."""
     with tempfile.TemporaryDirectory() as folder:
-        copy, changed = shutil.copytree(tree, Path(folder) / "slip"), False
-        for path in [copy / file for file in exercise["files"]]:
-            text = path.read_text(encoding="utf-8")
-            changed |= slip["instead_of"] in text
-            write_text(path, text.replace(slip["instead_of"], slip["write"]))
-        if not changed:
-            raise UserError(f"{LIST}: {name}: its solution has no {slip['instead_of']!r} to slip at")
-        hint = next((hint for hint in graded(copy, name)[name].values() if hint), "solved")
-    if slip["message"] not in hint:
-        raise UserError(f"{name}: with {slip['write']!r} it should say {slip['message']!r}, but: {hint}")
+        copy = shutil.copytree(tree, Path(folder) / "slips")
+        for exercise, slip in [(e, e["slips"][number]) for e in mine]:
+            texts = {copy / file: (copy / file).read_text(encoding="utf-8") for file in exercise["files"]}
+            if not any(slip["instead_of"] in text for text in texts.values()):
+                raise UserError(f"{LIST}: {exercise['name']}: its solution has no {slip['instead_of']!r}")
+            for path, text in texts.items():
+                write_text(path, text.replace(slip["instead_of"], slip["write"]))
+        results = graded(copy)
+    for exercise in mine:
+        name, slip = exercise["name"], exercise["slips"][number]
+        hint = next((hint for hint in results[name].values() if hint), "solved")
+        if slip["message"] not in hint:
+            raise UserError(f"{name}: with {slip['write']!r} it should say {slip['message']!r}, but: {hint}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -215,7 +163,9 @@ def main(argv: list[str] | None = None) -> None:
         partial(check_suite, tree, given.tests) for tree in (instructor, student)
     ]
     jobs += [partial(check_exercises, tree, mine, tree is instructor) for tree in (instructor, student)]
-    jobs += [partial(check_slip, instructor, e, slip) for e in mine for slip in e["slips"]]
+    for number in range(max(len(exercise["slips"]) for exercise in mine)):
+        slipping = [exercise for exercise in mine if len(exercise["slips"]) > number]
+        jobs.append(partial(check_slips, instructor, slipping, number))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             for job in tqdm(
@@ -225,9 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             pool.shutdown(cancel_futures=True)
     work.rename(out)
-    print(
-        f"{len(mine)} exercises, {len(jobs) - 4} slips told apart: {given.out}/student, {given.out}/instructor"
-    )
+    print(f"verified: {len(mine)} exercises. Hand out {given.out}/student, keep {given.out}/instructor")
 
 
 if __name__ == "__main__":

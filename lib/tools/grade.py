@@ -71,7 +71,9 @@ class Outcomes:
         crash = getattr(report.longrepr, "reprcrash", None)
         if crash is None:
             return str(report.longrepr).strip().splitlines()[-1]
-        return f"{crash.message.splitlines()[0]} ({Path(crash.path).name}:{crash.lineno})"
+        message = crash.message.splitlines()[0]
+        own = message.removeprefix("Failed: ")
+        return own if own != message else f"{message} ({Path(crash.path).name}:{crash.lineno})"
 
 
 def outcomes_of(exercises: list[dict]) -> dict[str, dict[str, str]]:

@@ -17,6 +17,7 @@ def test_eight_of_ten():
         "this is the normal (Wald) interval: share +- z times its standard error": [0.5521, 1.0479],
         "this is the normal (Wald) interval, cut at 1": [0.5521, 1.0],
         "the centre is the share itself: Wilson's is drawn towards 1/2": [0.5734, 1.0],
+        "the half width lacks a term: of 24 of 24 the interval has no width": [0.5376, 0.8959],
     }
     near(bounds(8, 10), [0.4902, 0.9433], "the interval of 8 of 10 is wrong", slips)
 
