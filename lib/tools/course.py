@@ -60,7 +60,8 @@ def write_trees(root: Path, out: Path, but: Sequence[Path], mine: list[dict], co
     texts = {path: (root / path).read_text(encoding="utf-8") for path in paths if path.suffix in TEXTS}
     files = {path: parts_of(texts[path], path) for path in texts}
     check_marks(files, course["exercises"])
-    names, secret = {exercise["name"] for exercise in mine}, {}
+    names = {exercise["name"] for exercise in mine}
+    secret: dict[str, str] = {}  # lines of the solutions, and whose they are
     for part in [part for parts in files.values() for part in parts if part.name in names]:
         lines = [line.partition("  #")[0].strip() for line in part.text.splitlines()]
         secret |= {line: part.name for line in lines if len(line) >= TELLING}
