@@ -40,7 +40,7 @@ def pack_rows(parts: Sequence[tuple[Cache, int, Tensor]], column: Tensor, capaci
     """One cache of fixed shape from rows of several, all of which end at `column`, () int64.
 
     parts: (cache, its columns in use, indices (r,) int64 of its rows, which may repeat). What is cut off on
-    the left must be padding. The old are emptied layer by layer: a second whole cache never exists.
+    the left is padding, as `column` is the longest row's. The old are emptied layer by layer, to save memory.
     """
     end, layers = int(column), list[Any]()
     while parts[0][0].layers:
@@ -70,7 +70,7 @@ def _place(pieces: list[tuple[Tensor, Tensor]], columns: int, capacity: int) -> 
 
 
 def repeat_row(cache: Cache, rows: int) -> Cache:
-    """For attacks: `rows` times the one row of `cache`, which stays as it is. Views, copied at an append."""
+    """For GCG: `rows` times the one row of `cache`, which stays as it is. Views, copied at an append."""
     layers: list[Any] = [DynamicLayer() for _ in cache.layers]
     old: list[Any] = cache.layers
     for layer, one in zip(layers, old, strict=True):
@@ -82,9 +82,8 @@ def repeat_row(cache: Cache, rows: int) -> Cache:
 def attention_mask(model: PreTrainedModel, seen: Tensor, queries: int) -> Tensor:
     """The mask of a pass over whole prompts, or of a step (`queries` 1); seen: (rows, columns) bool.
 
-    With SDPA (rows, 1, queries, columns) bool, which saves the model from building it in each step. Padding
-    sees itself: a query that sees nothing gives NaN on some devices. With other attention, such
-    as sliding windows, `seen`, from which the model builds its own.
+    With SDPA (rows, 1, queries, columns) bool; padding sees itself: a query that sees nothing gives NaN on
+    some devices. With other attention, such as sliding windows, `seen`: the model builds a mask of its own.
     """
     if model.config._attn_implementation != "sdpa" or {*layer_types(model)} != {"full_attention"}:
         return seen

@@ -3,7 +3,7 @@
 A language model writes one token at a time, and each needs the keys and values of all tokens before it. So
 one pass reads the prompt and leaves them in a cache; from then on a step feeds one token a row and adds one
 column. GRPO wants several completions of a prompt: it is read once, and its row of the cache is repeated.
-That is `sample_simple`, for one prompt. `sample` writes the very same tokens for many prompts, faster:
+That is `sample_simple`, for one prompt. `sample` writes the same tokens for many prompts, faster:
 
 1. **Unequal lengths share a batch.** Rows are aligned on the right, so that all append at the same column:
 
@@ -15,13 +15,13 @@ That is `sample_simple`, for one prompt. `sample` writes the very same tokens fo
 2. **Rows come and go.** A row that has ended would cost compute until the longest one ends. When a quarter
    has ended, the cache is repacked: they leave, columns that are now padding in every row are cut, and
    waiting completions move in. Longest prompts go first: neighbours are alike in length, and what does not
-   fit into memory fails at once, not after an hour. `max_batch_tokens` bounds rows x columns with every row
-   counted at the full length that it may reach, so it holds to the last step.
-3. **Shapes stay between two repacks.** A step writes its column in place, at a counter on the device, where
-   tokens and who has ended are, too. To look at them the host waits for a GPU: it does every `LOOK` steps. On
-   a CPU a look is free, but columns not yet written cost time: a step attends to those that are.
-4. **Each completion has its own random numbers**, made from its seed. So it depends on its prompt and seed
-   alone: not on batch-mates, budget, order or number of processes; and a lower limit only cuts it short.
+   fit into memory fails early. `max_batch_tokens` bounds rows x columns, each row counted at full length.
+3. **Shapes stay between two repacks**, so nothing is allocated or copied: a step writes its column in place.
+   All of a step is on the device: tokens, who has ended, the column. To read them the host waits for a GPU,
+   so it does every `LOOK` steps, and cuts off what a row drew behind its end. There a step attends to all
+   columns, the unwritten ones masked, which is one shape, as recorded graphs need; on a CPU to the written.
+4. **Each completion has its own random numbers**, made from its seed: whatever its batch-mates, the budget,
+   the order or the number of processes. A lower `max_new_tokens` only cuts it short.
 
 Log-probabilities come from the very logits that are sampled, and logits exist for the last position only: at
 a vocabulary of 150 000, those of whole prompts would be larger than the model. The cache is in lib/cache.py.
@@ -88,7 +88,7 @@ def sample_simple(
         logprobs.append(logprob)
         ended |= torch.isin(token, eos)
     rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
-    return [_completion(ids, values, eos_token_ids) for ids, values in rows]
+    return [_completion(row, values, eos_token_ids) for row, values in rows]
     ### END SOLUTION
 
 
@@ -118,10 +118,10 @@ def sample(
     """Draw `group_size` completions for each prompt, a list of token ids; the result is prompt-major.
 
     Temperature 0 is greedy. logprobs are of the distribution at the given temperature (greedy: at 1), before
-    `top_p` cuts it. `max_batch_tokens` bounds rows x cache columns (None: nothing does). `seeds`: one 63-bit
-    integer for each completion; without them, they are drawn from `generator`. A model in training mode is so
-    again afterwards. Raises ValueError for a setting out of range and for a prompt that is empty or, with
-    max_new_tokens, exceeds the context or the budget; FloatingPointError for logits that are not finite.
+    `top_p` cuts it. `max_batch_tokens` bounds rows x columns of the cache (None: nothing does). `seeds`: a
+    63-bit integer for each completion; without them, they are drawn from `generator`. A model in training
+    mode is so again afterwards. Raises ValueError for a setting out of range and for a prompt that is empty
+    or, with max_new_tokens, exceeds context or budget; FloatingPointError for logits that are not finite.
     """
     budget = sys.maxsize if max_batch_tokens is None else max_batch_tokens
     total = len(prompts) * group_size
@@ -172,13 +172,13 @@ class _Batch:
         self.lengths = self._long([len(prompt) for prompt in prompts]).repeat_interleave(group_size)
         self.drawn = torch.zeros_like(self.seeds)  # number of tokens so far
         self.ended = torch.zeros_like(self.seeds, dtype=torch.bool)
-        # One column more than the limit: a row that has ended draws on, behind its end, until it leaves.
+        # One column more than the limit: a row that has ended draws on, into the one place behind its end.
         self.tokens = torch.zeros(len(seeds), limit + 1, dtype=torch.long, device=model.device)
         self.logprobs = torch.zeros(len(seeds), limit + 1, device=model.device)
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.waiting = [i * group_size + member for i in longest_first for member in range(group_size)]
         self.rows, self.rows_ended = self._long([]), 0  # (rows,) numbers of completions
-        self.columns = self.capacity = 0  # of the cache: filled, and there
+        self.columns = self.capacity = 0  # of the cache: filled, and allocated
         self.fixed_shapes = model.device.type != "cpu"
 
     def _long(self, values: Sequence[int]) -> Tensor:
@@ -188,7 +188,7 @@ class _Batch:
         """The steps from one look of the host to the next: all of one shape, on the device alone."""
         count, window = (LOOK, self.capacity) if self.fixed_shapes else (1, self.columns + 1)
         for layer in self.cache.layers:
-            layer.max_cache_len = window
+            layer.max_cache_len = window  # so many columns are attended to
         for _ in range(min(count, self.capacity - self.columns)):
             self.step(self.mask[..., :window])
             self.columns += 1
@@ -200,7 +200,7 @@ class _Batch:
         ids, positions = self.tokens[rows, newest], self.lengths[rows] + newest
         mask.index_fill_(-1, self.column, True)
         self._draw(rows, self._logits(ids[:, None], positions[:, None], mask, self.cache))
-        self.column += 1
+        self.column += 1  # in place: all layers hold this very tensor
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """ids, positions (rows, T) -> logits (rows, vocab) after the last of them. Extends the cache."""
@@ -217,11 +217,12 @@ class _Batch:
 
     def refill(self, bar: tqdm) -> bool:
         """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""
-        # At first there are no rows, 0 >= 0. Again, since one that moves in may end with its first token.
+        # `while`, since a row that moves in may end with its first token. At first there is none: 0 >= 0.
         while 4 * self.rows_ended >= len(self.rows) or self.columns == self.capacity:
             bar.update(self.rows_ended)
             stay = (~self.ended[self.rows]).nonzero()[:, 0]
             parts = [(self.cache, self.columns, stay)] if len(stay) else []
+            self.cache: Any = None  # if nobody stays, its memory is free for those who come
             self.rows = self.rows[stay]
             if self.waiting:
                 parts += self._admit()
@@ -266,8 +267,8 @@ class _Batch:
         used = self.lengths[self.rows] + self.drawn[self.rows] - 1  # (rows,) the newest is not cached yet
         self.column, most = used.max(), int(self.lengths[self.rows].max()) + self.limit
         self.columns = int(self.column)  # the same, on the host
-        self.capacity = min(most, (self.columns + max(64, self.columns // 4) + 7) // 8 * 8)  # aligned
-        self.cache: Any = pack_rows(parts, self.column, self.capacity)
+        self.capacity = min(most, (self.columns + max(64, self.columns // 4) + 7) // 8 * 8)  # a quarter more
+        self.cache = pack_rows(parts, self.column, self.capacity)
         place = torch.arange(self.capacity, device=used.device)
         seen = (place >= (self.column - used)[:, None]) & (place < self.column)
         self.mask = attention_mask(self.model, seen, 1)
@@ -279,7 +280,7 @@ def uniform(seeds: Tensor, steps: Tensor | int) -> Tensor:
 
     A hash, so no table of numbers is needed. int64 products wrap around as unsigned ones do; a logical right
     shift is the arithmetic one with the copies of the sign masked off. The upper 53 bits are kept, all of
-    float64: of float32's 23, u is 0 once in 8 million draws, and token 0 drawn whatever its probability.
+    float64: with float32's 23, u would be 0 once in 8 million draws, and token 0 drawn however unlikely.
     """
     # The factors are 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed.
     z = seeds + torch.as_tensor(steps + 1) * -0x61C8864680B583EB
@@ -298,8 +299,8 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple[T
     """logits (rows, vocab), u (rows,) float64 in [0, 1) -> tokens int64, their logprobs fp32, (rows,) each.
 
     Inverse CDF: the first token whose cumulative probability exceeds u; one of probability 0 never is. With
-    top_p the same over tokens in order of probability, u scaled to the mass of the smallest such set. Sums
-    are float64: in float32 they are off by more than rare tokens weigh, and in a GPU's blocks not monotone.
+    top_p the same over tokens in order of probability, u scaled to the mass of the fewest that reach it.
+    Sums are float64: in float32 they err by more than rare tokens weigh, and in blocks of a GPU not monotone.
     """
     logits = logits.float()
     if temperature == 0:
