@@ -160,18 +160,18 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(work, ignore_errors=True)
     write_trees(root, work, (out, work), mine, course)
     student, instructor = work / "student", work / "instructor"
-    jobs: list[Callable[[], None]] = [
-        partial(check_suite, tree, given.tests) for tree in (instructor, student)
-    ]
-    jobs += [partial(check_exercises, tree, mine, tree is instructor) for tree in (instructor, student)]
+    jobs: list[Callable[[], None]] = [partial(check_exercises, instructor, mine, solved=True)]
+    jobs.append(partial(check_exercises, student, mine, solved=False))
     for number in range(max(len(exercise["slips"]) for exercise in mine)):
         slipping = [exercise for exercise in mine if len(exercise["slips"]) > number]
         jobs.append(partial(check_slips, instructor, slipping, number))
+    jobs += [
+        partial(check_suite, tree, given.tests) for tree in (instructor, student)
+    ]  # last: they take minutes
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for job in tqdm(
-                as_completed([pool.submit(job) for job in jobs]), "verifying", len(jobs), delay=2
-            ):
+            done = as_completed([pool.submit(job) for job in jobs])
+            for job in tqdm(done, "verifying", len(jobs)):
                 job.result()
         finally:
             pool.shutdown(cancel_futures=True)
