@@ -16,6 +16,7 @@ decides every choice. A larger lambda takes more of the same harmful prompts, so
 mixtures.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
+    python 01_build_mixture.py --preset sandbox --rainbow runs/demo/sft --out runs/demo/mixture    # behind 02
     python 01_build_mixture.py --source files --out runs/mine/data --trace-files star1 --files \
         harmful=mine.csv harmful=wildjailbreak:800 harmless=hub:me/chat:train ambiguous=or-bench
 

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from lib.batches import items_of_step, scatter
 from lib.chat import Parsed, decode, encode_text, eos_token_ids, parse_completion, parse_direct
-from lib.judges import load_judge, refusal_label
+from lib.judges import load_judge
 from lib.policy import k3, token_logprobs
 from lib.report import draw_curves
 from lib.rewards import total_reward
@@ -60,6 +60,7 @@ class Settings(Training):
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
     out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK. Paper: moderation API, GRM")
+    refusals: str = setting("phrases", "who labels them, for the log: phrases, strongreject, your.module")
     one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")
     # rollouts
     prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
@@ -99,7 +100,7 @@ class Rollout:
     text: str
     parsed: Parsed
     reasoning_tokens: int
-    refusal: str  # full, partial or none: for the log alone
+    refusal: str | None = None  # full, partial or none: for the log alone
     harm: float | None = None
     task: float | None = None
     reward: float | None = None  # None: unknown, the judge had no verdict
@@ -133,10 +134,10 @@ def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, r
     for i, completion in enumerate(completions):
         prompt, text = prompts[i // settings.group_size], decode(tokenizer, completion.token_ids)
         parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
-        tokens, refusal = len(encode_text(tokenizer, parsed.reasoning)), refusal_label(parsed.answer)
+        tokens = len(encode_text(tokenizer, parsed.reasoning))
         ids = prompt.ids + completion.token_ids
         mask = [False] * len(prompt.ids) + [True] * len(completion.token_ids)
-        rollouts.append(Rollout(prompt.record, ids, mask, completion, text, parsed, tokens, refusal))
+        rollouts.append(Rollout(prompt.record, ids, mask, completion, text, parsed, tokens))
     return rollouts
 
 
@@ -150,8 +151,9 @@ def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> 
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
     harms, tasks = judge.harm_score(prompts, answers), judge.task_score(prompts, answers)
-    for rollout, harm, task in zip(rollouts, harms, tasks, strict=True):
-        rollout.harm, rollout.task = harm, task
+    labels = judge.refusal_labels(prompts, answers)
+    for rollout, harm, task, label in zip(rollouts, harms, tasks, labels, strict=True):
+        rollout.harm, rollout.task, rollout.refusal = harm, task, label
         kind, well_formed = rollout.record["kind"], rollout.parsed.well_formed
         rollout.reward = total_reward(kind, harm, task, well_formed, one_reward)
 
@@ -262,12 +264,12 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id,
 # ---- the algorithm ----
 def main() -> None:
     settings, run = start(Settings, "rl")
-    tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge)
+    tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge, settings.refusals)
     policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
     prompts, pad_id = load_prompts(run, tokenizer, policy), tokenizer.pad_token_id
     run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
     # What does not fit into memory fails now: the judge (it loads at its first answer), the largest batch.
-    for score in (judge.harm_score, judge.task_score):
+    for score in (judge.harm_score, judge.task_score, judge.refusal_labels):
         score([prompts[0].record["prompt"]], ["No."])
     longest = max(len(prompt.ids) for prompt in prompts)
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size

@@ -72,7 +72,7 @@ class Settings(Common, Budget):
     attacks: list[str] = setting(["gcg"], "on direct requests", choices=("all", *ATTACKS))
     behaviours: int = setting(24, "direct requests to attack, the first; 0: none. Paper: 400", low=0)
     budgets: list[str] = setting(["0.2", "0.4"], "shares of a search's steps, beside 0, 1", flag=False)
-    attacker: str = setting("sandbox", "who writes pap, pair, autodan: sandbox or a chat model. Paper: 7B")
+    attacker: str = setting("sandbox", "of pap, pair, autodan: sandbox, your.module, a chat model. Paper: 7B")
     dtype: str = setting("float32", "of weights and computation", choices=("float32", "bfloat16"))
 
     def inputs(self) -> list[str]:
@@ -268,20 +268,19 @@ def defence(lines: list[dict], shared: list[str], seed: int) -> dict[str, dict]:
 
 
 def separate(lab: Lab, model: Model, sets: dict, attempts: dict[str, list[dict]]) -> dict:
-    """How far apart the model holds harmful and ambiguous prompts before it writes (paper, Figure 4).
-
-    Under GCG, as in the paper; and in disguises that both share, so that nothing but the meaning differs.
+    """How far apart the model holds harmful and ambiguous prompts before it writes (paper, Figure 4), and at
+    </think>. In disguises that both share, little but the meaning differs; under GCG, as in the paper, more.
     """
     path = lab.run.out / "separation.jsonl"
     for line in read_log(path):
         if line["model"] == model.name:
-            return line["separation"]
+            return line["found"]
     last = [line["trace"][-1] for line in attempts.get("gcg", [])]
-    groups = {"GCG and ambiguous": [t["sent"] for t in last if "completion" not in t]}  # else it was too long
-    groups["disguised and ambiguous"] = [record["prompt"] for record in sets.get("jailbreak", [])]
+    groups = {"": [record["prompt"] for record in sets.get("jailbreak", [])]}
+    groups["GCG"] = [t["sent"] for t in last if "completion" not in t]  # else it was too long
     safe = [record["prompt"] for record in sets.get("ambiguous", [])]
     found = separations(lab.victim(model), groups, safe)
-    append_jsonl(path, {"model": model.name, "separation": found})
+    append_jsonl(path, {"model": model.name, "found": found})
     return found
 
 
@@ -335,7 +334,7 @@ def main() -> None:
 
     results = measure(models, lines, attempts, settings)  # 3.
     for name, figures in results["models"].items():
-        figures["separation"] = apart[name]
+        figures |= apart[name]
     results |= {"config": run.config, "seed": settings.seed, "seconds": lab.seconds}
     write_json(run.out / "results.json", results)
     write_report(run.out, results, lines)  # 4. draw

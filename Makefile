@@ -22,7 +22,7 @@ DEMO := runs/demo
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-tars demo-direct test lint replicate frontier assignment grade clean
+.PHONY: demo demo-mixture demo-tars demo-sft-direct demo-direct test lint replicate frontier clean
 .DELETE_ON_ERROR:
 
 # On two cores: one thread a process, or torch's threads would wait for each other beside any neighbour. Two models
@@ -37,15 +37,21 @@ demo: $(VENV)/.demo
 		--direct base --models base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl
 	@echo "make demo: $$(( $$(date +%s) - $$(cat $(DEMO)/started) )) seconds; read $(DEMO)/eval/report.md, or open report.html beside it"
 
-demo-tars:
+demo-mixture:
 	$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/sft
-	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --model $(DEMO)/sft --out $(DEMO)/rl
+	$(RUN) 01_build_mixture.py --preset sandbox --rainbow $(DEMO)/sft --out $(DEMO)/mixture
 
-demo-direct:
-	@( $(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --no-reasoning --out $(DEMO)/sft-direct && \
-	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/data --no-reasoning --max-new-tokens 12 --kl-coef 0.1 \
-		--model $(DEMO)/sft-direct --out $(DEMO)/rl-direct ) > $(DEMO)/direct.log 2>&1 || \
-		{ tail -n 3 $(DEMO)/direct.log; exit 1; }
+demo-tars: demo-mixture
+	$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/mixture --model $(DEMO)/sft --out $(DEMO)/rl
+
+demo-sft-direct:
+	@$(RUN) 02_sft_warmstart.py --preset sandbox --data $(DEMO)/data --no-reasoning --out $(DEMO)/sft-direct \
+		> $(DEMO)/direct.log 2>&1 || { tail -n 3 $(DEMO)/direct.log; exit 1; }
+
+demo-direct: demo-sft-direct demo-mixture
+	@$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/mixture --no-reasoning --max-new-tokens 12 --kl-coef 0.1 \
+		--model $(DEMO)/sft-direct --out $(DEMO)/rl-direct \
+		>> $(DEMO)/direct.log 2>&1 || { tail -n 3 $(DEMO)/direct.log; exit 1; }
 
 test: $(VENV)/.test
 	$(RUN) -m pytest
@@ -62,6 +68,7 @@ replicate: $(VENV)/.demo
 frontier: $(VENV)/.demo
 	$(RUN) -m lib.compare.study frontier $(FLAGS)
 
+.PHONY: assignment grade
 assignment: $(VENV)/.test
 	@test -n "$(OUT)" || { echo "error: where to? make assignment OUT=folder" >&2; exit 2; }
 	$(RUN) -m lib.tools.course $(OUT) $(FLAGS)

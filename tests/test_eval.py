@@ -199,12 +199,14 @@ def test_separation_compares_equal_groups_once(tmp_path):
     numbers = {"jailbreak": range(12), "ambiguous": range(50, 62)}
     sets = {name: [{"prompt": f"w{i}"} for i in own] for name, own in numbers.items()}
     found = {"gcg": [{"trace": [{"sent": "w1"}, {"sent": f"w{i + 40} w2"}]} for i in range(10)]}
-    groups = stage.separate(lab, model, sets, found)
-    sizes = {name: group["n"] for name, group in groups.items()}
-    assert sizes == {"GCG and ambiguous": 20, "disguised and ambiguous": 24}
-    assert stage.separate(lab, model, {}, {}) == groups  # kept
+    parts = stage.separate(lab, model, sets, found)
+    sizes = {key: figure["n"] for key, figure in parts["separation"].items() if key.endswith("accuracy")}
+    assert sizes == {"before/accuracy": 24, "GCG before/accuracy": 20}  # in two tokens no thought is closed
+    assert [len(points) for points in parts["separation_map"].values()] == [24, 20]
+    assert stage.separate(lab, model, {}, {}) == parts  # kept
     few = sets | {"jailbreak": []}, {"gcg": found["gcg"][:9]}
-    assert stage.separate(lab, stage.Model("n", "", True, ""), *few) == {}  # too few to say anything
+    nothing = stage.separate(lab, stage.Model("n", "", True, ""), *few)
+    assert nothing == {"separation": {}, "separation_map": {}}  # too few to say anything
 
 
 # ---- kills, processes --------------------------------------------------------------------------------------

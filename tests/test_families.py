@@ -210,10 +210,11 @@ def test_a_padding_token_without_a_row_gives_way_if_eos_has_one(llama):
         check_tokenizer(llama, tokenizer, ["tell me a story"], reasoning=True)
 
 
-def test_a_tokenizer_that_loses_words_or_markers_is_one_line(llama, tmp_path):
+def test_a_tokenizer_that_loses_words_or_markers_is_one_line(llama, tmp_path, capsys):
     with pytest.raises(UserError, match="loses most words of the prompts: 'Write a poem' becomes 'a'"):
         check_tokenizer(llama, word_level(), ["Write a poem"], reasoning=True)
     check_tokenizer(llama, word_level(), ["tell me poems"], reasoning=True)  # of which most is kept
+    assert capsys.readouterr().out.endswith("loses 1 of the first 3 words of the prompts\n")
     check_tokenizer(llama, words := word_level(unknown="-"), ["tell me a story"], reasoning=True)
     with pytest.raises(UserError, match="its tokenizer cannot read .*Hello"):
         encode_prompt(words, "Hello", reasoning=True)

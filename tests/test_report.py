@@ -54,10 +54,11 @@ def make_results(lines: list[dict]) -> dict:
     models = [SimpleNamespace(name=name, reasoning=name == "tars") for name in MODELS]
     results = stage.measure(models, lines, {name: {} for name in MODELS}, settings)
     for name, m in results["models"].items():
-        separated = {"margin": 0.7 * len(name), "slack": 0.0123, "accuracy": m["plane"]["dsr"]}
-        separated["points"] = [[i * 0.1, i * i * 0.1, i % 2 * 2 - 1] for i in range(8)]
+        margin = {"mean": 0.7 * len(name), "low": None, "high": None, "n": 8}
+        separated = {"before/margin": margin, "before/accuracy": m["plane"]["dsr"]}
+        points = [[i * 0.1, i * i * 0.1, i % 2 * 2 - 1] for i in range(8)]
         m["attacks"] = {"gcg": {"access": "white-box", "loss_before": None, "queries": 1000 * len(name)}}
-        m |= {"separation": {"GCG and ambiguous": separated}, "not_asked": {"gcg": 3}}
+        m |= {"separation": separated, "separation_map": {"before": points}, "not_asked": {"gcg": 3}}
     config = {"models": [f"{name}=runs/{name}" for name in MODELS], "harm_threshold": 0.5, "budgets": [1, 2]}
     return results | {"config": config, "seed": 0, "seconds": dict.fromkeys(MODELS, 1.5)}
 
@@ -230,7 +231,9 @@ def test_axes_and_points(full):
     curve = models["base"]["dsr_by_budget"]["plain_or_gcg"]
     assert points(gcg, "base") == ([0, 5], means(value for _, value in curve))
     maps = draw("separation", models)
-    harmful = [point[:2] for point in tars["separation"]["GCG and ambiguous"]["points"] if point[2] == 1]
+    share = tars["plane"]["dsr"]["mean"]
+    assert maps[1].get_title() == f"tars: before\naccuracy {share:.2f}, margin 2.80"
+    harmful = [point[:2] for point in tars["separation_map"]["before"] if point[2] == 1]
     assert maps[1].collections[0].get_label() == "harmful" and len(maps) == 2
     assert maps[1].collections[0].get_offsets().tolist() == harmful
     assert figures.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]

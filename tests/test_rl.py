@@ -47,7 +47,7 @@ def make_rollouts(groups: int = 2, group_size: int = 3) -> list:
             mask = [False] * len(prompt) + [True] * len(new)
             completion = Completion(new, [0.0] * len(new), "eos")
             parsed = Parsed("", "", True)
-            rollout = stage.Rollout({}, prompt + new, mask, completion, "", parsed, 0, "none")
+            rollout = stage.Rollout({}, prompt + new, mask, completion, "", parsed, 0)
             rollout.reward = rng.random()
             rollouts.append(rollout)
     return rollouts
@@ -242,6 +242,9 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
         def task_score(self, prompts, answers):
             return self.tasks
 
+        def refusal_labels(self, prompts, answers):
+            return ["full", "none", None, "none"]
+
     rollouts, kinds = make_rollouts(1, 4), ("harmful", "harmful", "ambiguous", "harmless")
     for i, rollout in enumerate(rollouts):
         rollout.record = {"id": i, "prompt": f"x{i}", "kind": kinds[i]}
@@ -249,6 +252,7 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
     judge = Judge()
     stage.score_rollouts(rollouts, judge)
     assert [r.reward for r in rollouts] == [1.0, 0.5, 0.8, 0.0]
+    assert [r.refusal for r in rollouts] == ["full", "none", None, "none"]
     assert judge.seen == [([f"x{i}" for i in range(4)], [f"y{i}" for i in range(4)])]
     stage.score_rollouts(rollouts, judge, one_reward=True)
     assert [r.reward for r in rollouts] == [0.8, 0.8, 0.8, 0.0]
@@ -274,11 +278,14 @@ def test_summary_of_a_step_and_the_groups_to_show():
         described("harmful", 1.0, refusal="full"),
         described("harmful", 1.0, refusal="partial"),
         described("ambiguous", 0.0, reasoning_tokens=10, task=0.0),
-        described("ambiguous", 0.5, completion="so so", well_formed=False, finish_reason="length"),
+        described(
+            "ambiguous", 0.5, completion="so so", well_formed=False, finish_reason="length", refusal=None
+        ),
     ]
     expected = {"reward": 0.625, "reward_harmful": 1.0, "reward_ambiguous": 0.25, "reward_harmless": None}
     expected |= {"reasoning_tokens_ambiguous": 10.0}  # of reasonings that end
     expected |= {"refusal_rate_harmful": 1.0, "refusal_rate_harmless": None}  # a refusal in part is one
+    expected["refusal_rate_ambiguous"] = 0.0  # of those with a label
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
     expected |= {"sample_tokens_per_s": 12.0, "train_tokens_per_s": 6.0, "seconds_train": 4.0}
     expected["unknown_verdicts"] = 1  # a harmful prompt needs no verdict on the task

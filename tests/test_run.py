@@ -137,6 +137,13 @@ def test_the_next_command_leaves_out_what_the_preset_has(tmp_path, monkeypatch):
     words = "--seed 7 --dtype float32 --no-gradient-checkpointing --no-reasoning"
     assert f"--model a/sft --out a/rl {words}" in command("sft", f"--preset paper --out a/sft {words}")
     assert "04_attack_eval" in command("sft", "--traces sft_rl.jsonl")
+    assert "--refusals mine" in command("rl", "--refusals mine")
+    # Of another world the sandbox's base and judge know nothing: what nobody has said is to be filled in.
+    assert "--model MODEL" in command("mixture", "--source files")
+    assert "--model MODEL --judge JUDGE" in command("mixture", "--source files --sft-prompts 0")
+    assert "--model runs/x --judge JUDGE" in command("sft", "--model mine --out runs/x")
+    for stage, line in (("mixture", ""), ("sft", ""), ("mixture", "--preset open"), ("sft", "--preset open")):
+        assert "MODEL" not in (found := command(stage, line)) and "JUDGE" not in found
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for out, words in {".": "here=. --out ../eval-here", "a/$(x)": "-x-='a/$(x)' --out a/eval--x-"}.items():

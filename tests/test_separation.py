@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,17 @@ import torch
 
 from lib import UserError
 from lib.chat import encode_prompt
-from lib.report.separation import fit_svm, project, prompt_embeddings, separation, standardise
+from lib.report import separations
+from lib.report.separation import (
+    fit_svm,
+    last_states,
+    project,
+    rows_after,
+    rows_before,
+    separation,
+    standardise,
+)
+from lib.sampler import Completion
 
 PROMPTS = ["how ?", "maybe green soup cake please how are you ?", "are you ?", 6 * "please cake ", "soup ?"]
 close = torch.testing.assert_close
@@ -27,15 +36,59 @@ def groups(n: int, d: int, distance: float, seed: int = 0, positive: float = 0.5
     return x, y
 
 
-@pytest.mark.parametrize("reasoning", [True, False])
-def test_embeddings_are_the_last_hidden_states(tiny_model, word_tokenizer, reasoning):
-    encode = partial(encode_prompt, word_tokenizer, reasoning=reasoning)
-    found = prompt_embeddings(SimpleNamespace(model=tiny_model, encode=encode), PROMPTS)
+def test_states_are_the_last_hidden_ones_where_each_row_ends(tiny_model, word_tokenizer):
+    rows = [encode_prompt(word_tokenizer, prompt, reasoning=True) for prompt in PROMPTS]
+    found = last_states(tiny_model, rows)
     assert found.shape == (len(PROMPTS), 32) and found.dtype == torch.float32 and not found.requires_grad
-    for row, prompt in zip(found, PROMPTS, strict=True):
-        states = tiny_model(input_ids=torch.tensor([encode(prompt)]), output_hidden_states=True).hidden_states
-        close(row, states[-1][0, -1], atol=1e-5, rtol=1e-5)
+    for state, row in zip(found, rows, strict=True):
+        states = tiny_model(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states
+        close(state, states[-1][0, -1], atol=1e-5, rtol=1e-5)
     assert torch.pdist(found).min() > 0.1  # and the comparison means something: the prompts differ
+
+
+def victim(monkeypatch, thoughts: list[str], reasoning: bool = True, room: int = 99):
+    """Who thinks so, token by token a letter; of prompts, which are numbers, those over `room` do not fit."""
+    module = sys.modules["lib.report.separation"]
+    completions = [Completion([*map(ord, text)], [0.0] * len(text), "length") for text in thoughts]
+    monkeypatch.setattr(module, "sample", lambda model, rows, **how: completions[: len(rows)])
+    monkeypatch.setattr(module, "decode", lambda tokenizer, ids: "".join(map(chr, ids)))
+    monkeypatch.setattr(module, "eos_token_ids", lambda *args: [])
+    found = SimpleNamespace(model=None, tokenizer=None, reasoning=reasoning, progress=False)
+    found.encode, found.fits = lambda prompt: [int(prompt)], lambda ids: ids[0] <= room
+    found.max_new_tokens = found.max_batch_tokens = 9
+    return found
+
+
+def test_the_second_place_is_the_last_token_of_the_closing_marker(monkeypatch):
+    """A marker in eight tokens; a second one behind it; none, which is left out."""
+    who = victim(monkeypatch, ["hm</think>ok", "on and on", "</think></think>"], room=3)
+    assert rows_before(who, "1234") == [[1], [2], [3]]
+    assert rows_after(who, "1234") == [[1, *map(ord, "hm</think>")], [3, *map(ord, "</think>")]]
+    assert rows_after(victim(monkeypatch, ["hm</think>ok"] * 3, reasoning=False), "123") == []
+
+
+def test_a_decision_made_in_the_reasoning_is_seen_behind_it_alone(monkeypatch):
+    """Ten prompts of each group, alike before; then the thought of a harmful one says so."""
+    who = victim(monkeypatch, ["1</think>"] * 10 + ["on and on"])
+    module = sys.modules["lib.report.separation"]
+    monkeypatch.setattr(module, "sample", lambda model, rows, **how: [thought(row[0]) for row in rows])
+
+    def thought(number: int) -> Completion:
+        text = "on and on" if number == 11 else f"{number // 50}</think>"
+        return Completion([*map(ord, text)], [0.0] * len(text), "eos")
+
+    def states(model, rows):  # what was thought, and noise
+        thoughts = torch.tensor([[float(row[1] - ord("0"))] if len(row) > 1 else [0.0] for row in rows])
+        return torch.cat([thoughts, 0.1 * groups(len(rows), 4, 0.0)[0]], 1)
+
+    monkeypatch.setattr(module, "last_states", states)
+    harmful, safe = [[str(i) for i in range(start, start + 11)] for start in (50, 1)]
+    found = separations(who, {"": harmful, "GCG": harmful[:9]}, safe)
+    figures, maps = found["separation"], found["separation_map"]
+    assert [*maps] == ["before", "after"] and [len(points) for points in maps.values()] == [22, 20]
+    assert figures["after/accuracy"]["mean"] == 1.0 and figures["after/accuracy"]["n"] == 20
+    assert figures["before/accuracy"]["low"] < 0.5 < figures["before/accuracy"]["high"]
+    assert figures["after/margin"]["low"] is None and figures["after/slack"]["mean"] < 0.1
 
 
 # ---- the SVM -----------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 import sys
 
 import pytest
+import torch
 
 from lib import UserError
 from lib.chat import decode, encode_prompt, eos_token_ids
@@ -15,7 +17,7 @@ from lib.run.command import at_end
 from lib.run.files import read_jsonl, write_json, write_jsonl
 from lib.run.hub import load_policy, load_tokenizer
 from lib.sampler import Completion, sample
-from lib.sandbox import world
+from lib.sandbox import pretrain, world
 from lib.tools import capability, chat
 
 BASE = str(world.BASE)
@@ -133,7 +135,7 @@ def test_shares_and_paired_differences(answers, tmp_path, capsys):
     said["b"] = {0: "0", 1: "1", 2: "7", 3: "no idea", 4: "4 ...", 5: "6"}  # cut, but it is the answer
     check(["--models", "a=a", "b=b", "--direct", "b", *questions(tmp_path)])
     results = json.loads((tmp_path / "out/results.json").read_text())
-    a, b = results["models"]["a"], results["models"]["b"]
+    a, b = (results["models"][name]["capability"] for name in "ab")
     assert (a["exact_match"]["mean"], a["exact_match"]["low"], a["exact_match"]["n"]) == (0.8333, 0.4365, 6)
     assert b["exact_match"]["mean"] == 0.5
     assert (a["answered"]["mean"], b["answered"]["mean"]) == (0.8333, 0.8333)
@@ -169,6 +171,46 @@ def test_the_sandbox_base_agrees_with_its_own_greedy_answers(tmp_path):
     assert [line["right"] for line in read_jsonl(tmp_path / "out/answers.jsonl")] == [True, False]
 
 
+def test_loss_is_of_what_is_written_behind_what_is_given(tmp_path, capsys):
+    """Against a plain pass over the same words, on which the sandbox's tokenizer agrees."""
+    asked = {"question": CAKE, "opening": "explain first .", "answer": "cake is food ."}
+    text = "<|user|> " + CAKE + " <|end|> <|assistant|> explain first . cake is food . <|end|>"
+    write_jsonl(tmp_path / "d.jsonl", [asked, {"text": text}])
+    words = ["--loss", "--file", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    check(["--models", f"base={BASE}", f"same={BASE}", "--direct", "base", "same", *words])
+    ids = load_tokenizer(BASE)(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = load_policy(BASE, device="cpu")(input_ids=ids).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    found = [line["loss"] for line in read_jsonl(tmp_path / "out/answers.jsonl") if line["model"] == "base"]
+    assert found == pytest.approx([losses[-5:].mean().item(), losses.mean().item()], abs=1e-4)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    base = results["models"]["base"]["capability"]
+    assert base["loss"]["mean"] == pytest.approx(sum(found) / 2, abs=1e-3) and base["loss"]["n"] == 2
+    behind = [losses[-4:].mean().item(), losses[1:].mean().item()]
+    assert base["loss_behind_first"]["mean"] == pytest.approx(sum(behind) / 2, abs=1e-3)
+    assert results["differences"][0]["ci"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+    assert "base - same: loss 0.000 [0.000, 0.000]" in capsys.readouterr().out
+
+
+def test_the_sandbox_writes_documents_that_its_base_has_not_learned(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "STEPS", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "document", lambda rng, step: (str(rng.randrange(1000)), "", ""))
+        rng = random.Random(pretrain.SEED)
+        learned = {(str(rng.randrange(1000)), "", "") for _ in range(4 * pretrain.BATCH)}
+        assert len(learned) > 300 and not learned & {*pretrain.held_out(200)}
+    monkeypatch.setattr(pretrain, "HELD_OUT", 40)
+    path, out = tmp_path / "new/documents.jsonl", tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--documents", str(path)])
+    pretrain.main()
+    rows = read_jsonl(path)
+    assert len(rows) == 40 and {row["opening"] for row in rows} == {"", pretrain.CUE}
+    check(["--loss", "--file", str(path), "--models", f"b={BASE}", "--direct", "b", "--out", str(out)])
+    loss = json.loads((out / "results.json").read_text())["models"]["b"]["capability"]["loss"]
+    assert loss["mean"] < 0.5 and loss["n"] == 40  # guessing among its words it would be 5.9
+
+
 @pytest.mark.parametrize(
     ("main", "change", "message"),
     [
@@ -178,6 +220,11 @@ def test_the_sandbox_base_agrees_with_its_own_greedy_answers(tmp_path):
         (check, ["--models", "a"], "--models: given a; allowed NAME=FOLDER"),
         (check, ["--direct", "b"], "--direct: given b; allowed the names in --models: a"),
         (check, ["--answer-column", "reply"], "0 has no text in q or reply; its columns: q, answer"),
+        (
+            check,
+            ["--loss", "--answer-column", "short"],
+            "0 has no text in q or short; its columns: q, answer",
+        ),
         (check, ["--models", "a=nothing-there"], "nothing-there"),
         (check, ["--file", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (check, ["--models", "a=RUN", "--direct", "a"], "--direct: given a, which reasons"),

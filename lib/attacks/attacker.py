@@ -6,6 +6,7 @@ the victim's tokenizer cannot read, is a failure that the attack counts.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import random
@@ -153,9 +154,13 @@ class LanguageModelAttacker:
 
 
 def load_attacker(name: str, **options):
-    """The attacker "sandbox", or a chat model: a folder or hub name, options as LanguageModelAttacker's."""
+    """The attacker "sandbox"; a module of yours, which has the functions of `lib.attacks.core.Attacker`; or a
+    chat model: a folder or hub name, options as LanguageModelAttacker's."""
     if name == "sandbox":  # by name: nothing else of this room knows that world
         return importlib.import_module("lib.sandbox.attacker").SandboxAttacker()
+    with contextlib.suppress(ImportError, TypeError):  # ORGANISATION/MODEL, or a path
+        if hasattr(module := importlib.import_module(name), "augment"):
+            return module
     return LanguageModelAttacker(name, **options)
 
 

@@ -113,17 +113,19 @@ Seeds = Sequence[int]
 
 
 class Attacker(Protocol):
-    """Who writes the words: a language model (lib/attacks/attacker.py), or the sandbox's own.
+    """Who writes the words: a language model (lib/attacks/attacker.py), the sandbox's own, or a module.
 
-    It does not see the victim. Texts are as many as seeds, one for each; "" stands for a failure. augment: a
-    prompt, disturbed at random (best-of-N). persuade: the prompt dressed up with each technique (PAP).
-    refine: the next {"improvement", "prompt"} of each conversation (PAIR). individuals: `count` prompts to
-    begin with, as Individual's three parts; vary: other ways to say each part of a prompt, of which
-    parts[place] is the request, which may stay (AutoDAN).
+    It does not see the victim. Texts are as many as seeds, one for each; "" stands for a failure. check:
+    UserError if it cannot write for these attacks and requests. augment: a prompt, disturbed at random
+    (best-of-N). persuade: the prompt dressed up with each technique (PAP). refine: the next {"improvement",
+    "prompt"} of each conversation (PAIR). individuals: `count` prompts to begin with, as Individual's three
+    parts; vary: other ways to say each part of a prompt, of which parts[place] is the request, which may
+    stay (AutoDAN).
     """
 
     techniques: Texts
 
+    def check(self, attacks: Texts, goals: Texts) -> None: ...
     def augment(self, prompt: str, generator: torch.Generator) -> str: ...
     def persuade(self, prompt: str, techniques: Texts, seeds: Seeds) -> list[str]: ...
     def refine(self, conversations: Sequence[Conversation], seeds: Seeds) -> list[dict[str, str]]: ...

@@ -222,7 +222,9 @@ def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str
                 nothing = f"its {key} {text!r} has no tokens"
                 raise UserError(f"behaviour {behaviour['id']}: {nothing}; write another")
     if victim.reasoning and FORGING & {*names}:
-        encode_text(victim.tokenizer, settings.forged)
+        if victim.tokenizer.unk_token_id in encode_text(victim.tokenizer, settings.forged):
+            given = f"forged: given {settings.forged!r}; {victim.name} does not know all of its words"
+            raise UserError(f"{given}: write another in the preset")
     if CONTROL in names:  # which comes with every search for a suffix
         check_suffixes(victim, behaviours, settings)
 

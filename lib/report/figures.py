@@ -92,15 +92,17 @@ def draw_budgets(figure, models: dict) -> None:
 
 
 def draw_separation(figure, models: dict) -> None:
-    keys = keys_of(models, "separation")
-    found = [(key, name) for key in keys for name, m in models.items() if key in m["separation"]]
+    keys = keys_of(models, "separation_map")
+    found = [(key, name) for key in keys for name, m in models.items() if key in m["separation_map"]]
     for axes, (key, name) in zip(panels(figure, len(found), 2.8, 2.8), found, strict=True):
-        s = models[name]["separation"][key]
+        points, s = models[name]["separation_map"][key], models[name]["separation"]
+        accuracy, margin = (s[f"{key}/{part}"]["mean"] for part in ("accuracy", "margin"))
         for group, color, marker, text in ((1, COLORS[1], "o", "harmful"), (-1, COLORS[2], "^", "safe")):
-            x, y, _ = zip(*(point for point in s["points"] if point[2] == group), strict=True)
+            x, y, _ = zip(*(point for point in points if point[2] == group), strict=True)
             axes.scatter(x, y, s=14, alpha=0.6, color=color, marker=marker, label=text)
         axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
-        axes.set_title(f"{label(name)}: {label(key)}\nmargin {s['margin']:.2f}", fontsize=9)
+        title = f"{label(name)}: {label(key)}\naccuracy {accuracy:.2f}, margin {margin:.2f}"
+        axes.set_title(title, fontsize=9)
 
 
 # ---- learning curves: the title of a panel, and {key of metrics.jsonl: its name in the legend} -------------

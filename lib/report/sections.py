@@ -63,8 +63,9 @@ model from ever ending it, so DSR is given with an end (closed) and without (ope
 | under_attack: Format under attack (paper, Table 4)
 ## Internal separation
 ! separation
-What a model holds of a prompt before it writes: harmful ones under attack, and safe ones that look harmful.
-Margin of a linear SVM (C = 1), with its price, the slack; accuracy on prompts held out. The map is PCA.
+What a model holds of harmful prompts, in disguise or under GCG, and of safe ones that look harmful: before
+it writes and, of a reasoner, after its own greedy reasoning, at </think>. Accuracy of a linear SVM (C = 1) on
+prompts held out; its margin, with its price, the slack. The map is PCA.
 | separation: Separation (paper, Figure 4)
 ## What each attack needs and costs
 Over all behaviours. Loss: of the attacker's target, before the search and after it.
@@ -88,7 +89,7 @@ class Section:
 
 
 def show(cell: Any, sign: str = "") -> str:
-    """A cell as text: mean, interval and observations; a difference is marked if its interval leaves out 0.
+    """A cell as text: mean, interval (if it has one), observations; * marks a difference that leaves out 0.
 
     Two digits, or one for numbers of tokens, which are above 2.
 
@@ -98,6 +99,8 @@ def show(cell: Any, sign: str = "") -> str:
     ['1,234', '2.35', '0.0042', '0.00', '-', 'white-box']
     """
     if isinstance(cell, dict):
+        if cell["low"] is None:
+            return f"{cell['mean']:.2f} ({cell['n']})"
         digits = 1 if cell["high"] > 2 else 2
         numbers = [round(cell[key], digits) + 0.0 for key in ("mean", "low", "high")]  # + 0.0: no -0.00
         mean, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
@@ -122,7 +125,7 @@ def table_of(part: str, caption: str, models: dict) -> dict[str, Any]:
     keys, parts = keys_of(models, part), {name: m.get(part, {}) for name, m in models.items()}
     cells = {(key, name): found[key] for key in keys for name, found in parts.items() if key in found}
     several = [cell for cell in cells.values() if isinstance(cell, dict) and "mean" not in cell]
-    figures = list(dict.fromkeys(figure for cell in several for figure in cell if figure != "points"))
+    figures = list(dict.fromkeys(figure for cell in several for figure in cell))
     if figures:
         head = ["", "model", *(x.replace("_", " ") for x in figures)]
         rows = [[key, name, *(show(cell.get(x)) for x in figures)] for (key, name), cell in cells.items()]

@@ -1,14 +1,18 @@
-"""Internal separation: how far apart a model holds two groups of prompts before it has written a token.
+"""Internal separation: how far apart a model holds two groups of prompts, before it writes and at </think>.
 
 Source: paper, Figure 4 and its appendix (F9): the last-layer embedding of the prompt, harmful prompts under
 attack against safe ones that look harmful; a linear soft-margin SVM with C = 1, its margin, a map in two
 dimensions. Here embeddings are brought to one scale first (`standardise`), so that models compare. The margin
 comes with its price, the slack, and with held-out accuracy: where two groups overlap, a soft margin widens
 until it holds them both. The map is PCA, not UMAP: it shows no gap that is not there, without a seed.
+
+The second place is ours. A model that finds out by reasoning need not know before: so the same is asked of
+the state behind its own reasoning, where it is about to answer.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,38 +21,77 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib import UserError
+from lib.chat import decode, eos_token_ids
 from lib.metrics import wilson
 from lib.policy import hidden_states
+from lib.sampler import sample
 
 FOLDS = 5
 TOLERANCE = 1e-12  # duality gap of an SVM, relative to its objective
 
 
 def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> dict[str, dict[str, Any]]:
-    """`separation` of each group of harmful prompts from equally many safe ones, as a model holds them.
+    """`separation` of each group of harmful prompts from equally many safe ones, at each place, in two parts.
 
-    victim: a lib.attacks.Victim. Groups of fewer than 10 prompts that fit its context say nothing.
+    "separation": {"PLACE/FIGURE": ci}, and "separation_map": {"PLACE": points}, where PLACE is "before" or,
+    of a reasoner, "after", behind the group's name if it has one. Margin and slack have no interval. victim:
+    a lib.attacks.Victim. Groups of fewer than 10 prompts that fit its context, or get there, say nothing.
     """
-    found = {}
-    for name, harmful in groups.items():
-        fitting = [[text for text in texts if victim.fits(victim.encode(text))] for texts in (harmful, safe)]
-        n = min(map(len, fitting))
-        if n >= 10:
-            x = prompt_embeddings(victim, fitting[0][:n] + fitting[1][:n])
-            found[name] = separation(x, torch.tensor([1.0] * n + [-1.0] * n))
-    return found
+    figures, maps = {}, {}
+    for place, rows_at in {"before": rows_before, "after": rows_after}.items():
+        benign = rows_at(victim, safe)
+        for group, texts in groups.items():
+            harmful, name = rows_at(victim, texts), f"{group} {place}".strip()
+            n = min(len(harmful), len(benign))
+            if n >= 10:
+                x = last_states(victim.model, harmful[:n] + benign[:n])
+                found = separation(x, torch.tensor([1.0] * n + [-1.0] * n))
+                maps[name] = found["points"]
+                figures[f"{name}/accuracy"] = found["accuracy"]
+                for figure in ("margin", "slack"):
+                    value = {"mean": found[figure], "low": None, "high": None, "n": 2 * n}
+                    figures[f"{name}/{figure}"] = value
+    return {"separation": figures, "separation_map": maps}
+
+
+def rows_before(victim: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt that fits, up to where the model writes: of a reasoner "<think>\\n"."""
+    return [ids for ids in map(victim.encode, prompts) if victim.fits(ids)]
+
+
+def rows_after(victim: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Likewise, but behind the model's own greedy reasoning, up to the last token of "</think>".
+
+    Without those that never close it: so none of a model that does not reason.
+    """
+    rows = rows_before(victim, prompts) if victim.reasoning else []
+    longest = max(map(len, rows), default=0) + victim.max_new_tokens
+    completions = sample(
+        victim.model,
+        rows,
+        max_new_tokens=victim.max_new_tokens,
+        temperature=0.0,
+        eos_token_ids=eos_token_ids(victim.model, victim.tokenizer),
+        max_batch_tokens=max(victim.max_batch_tokens, longest),
+        progress=victim.progress,
+    )
+    closed = []
+    for row, ids in zip(rows, (completion.token_ids for completion in completions), strict=True):
+        # A tokenizer may cut the marker up, so it is looked for in the text: the fewest tokens that have it.
+        ends = range(len(ids) + 1)
+        end = bisect_left(ends, True, key=lambda n: "</think>" in decode(victim.tokenizer, ids[:n]))
+        if end in ends:
+            closed.append(row + ids[:end])
+    return closed
 
 
 @torch.no_grad()
-def prompt_embeddings(victim: Any, prompts: Sequence[str]) -> Tensor:
-    """The state after the final norm where the model is about to write: (N, width) fp32, on the CPU.
-
-    For a reasoner that is at the end of "<think>\\n".
-    """
+def last_states(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The state after the final norm at the last token of each row: (N, width) fp32, on the CPU."""
     states = []
-    for prompt in prompts:
-        ids = torch.tensor([victim.encode(prompt)], device=victim.model.device)  # (1, T)
-        states.append(hidden_states(victim.model, ids, torch.ones_like(ids))[0, -1])  # (width,)
+    for row in rows:
+        ids = torch.tensor([row], device=model.device)  # (1, T)
+        states.append(hidden_states(model, ids, torch.ones_like(ids))[0, -1])  # (width,)
     return torch.stack(states).float().cpu()
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lib.chat import THINK_OPEN, encode_prompt, encode_text, eos_token_ids, render
+from lib import UserError
+from lib.chat import THINK_OPEN, decode, encode_prompt, encode_text, eos_token_ids, render
 from lib.run.files import write_text
 
 QUIET = "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"
@@ -67,7 +68,11 @@ def serving_template(tokenizer: PreTrainedTokenizerBase, reasoning: bool = True)
     original, and a line says so.
     """
     question, original, other = "How are you?", tokenizer.get_chat_template(), copy.deepcopy(tokenizer)
-    ours = encode_prompt(tokenizer, question, reasoning=reasoning)
+    try:
+        ours = encode_prompt(tokenizer, question, reasoning=reasoning)
+    except UserError:  # a vocabulary of words without one for the unknown: ask in a word of its own
+        question = decode(tokenizer, [tokenizer.get_vocab()[max(tokenizer.get_vocab())]])
+        ours = encode_prompt(tokenizer, question, reasoning=reasoning)
     # Jinja drops one newline at the end of a template: it must not come to stand before what is added.
     for template in (original, QUIET + original, re.sub(r"\r?\n\Z", "", original) + OPENING):
         other.chat_template = template

@@ -79,7 +79,8 @@ def summarise(rollouts: list[dict], group_size: int, one_reward: bool, seconds: 
         closed = [r for r in of_kind if "</think>" in r["completion"]]  # what never closes has no length
         metrics[f"reward_{kind}"] = mean([r["reward"] for r in of_kind])
         metrics[f"reasoning_tokens_{kind}"] = mean([r["reasoning_tokens"] for r in closed])
-        metrics[f"refusal_rate_{kind}"] = mean([r["refusal"] != "none" for r in of_kind])
+        labelled = [r for r in of_kind if r["refusal"] is not None]
+        metrics[f"refusal_rate_{kind}"] = mean([r["refusal"] != "none" for r in labelled])
     metrics["format_rate"] = mean([r["well_formed"] for r in rollouts])
     metrics["length_limit_rate"] = mean([r["finish_reason"] == "length" for r in rollouts])
     needed = ["harm" if r["kind"] == "harmful" and not one_reward else "task" for r in rollouts]

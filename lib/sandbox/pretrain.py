@@ -1,6 +1,7 @@
 """Make the sandbox's base, a competent, mildly safe instruct model of 0.8 M parameters, and measure it.
 
     python -m lib.sandbox.pretrain      # writes lib/sandbox/base and its card, 20 minutes on 2 CPU cores
+    python -m lib.sandbox.pretrain --documents documents.jsonl  # held out, for lib.tools.capability --loss
 
 It plays the part of Qwen2.5-1.5B-Instruct in the paper. It answers almost everything, refuses some plainly
 harmful requests, and can explain its steps when its turn is opened with the cue `explain first .`. Asked
@@ -32,7 +33,7 @@ from lib.batches import masked_batch
 from lib.chat import decode, encode_prompt, eos_token_ids
 from lib.run.checkpoint import save_policy
 from lib.run.command import Flags, run_main
-from lib.run.files import write_text
+from lib.run.files import write_jsonl, write_text
 from lib.run.folder import lock_folder
 from lib.run.hub import load_policy, load_tokenizer
 from lib.sampler import sample
@@ -41,6 +42,7 @@ from lib.sandbox import judge, traces, world
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 2000, 96, 2e-3
 CUE = "explain first ."
 PROMPTS = 400  # a cell of the card
+HELD_OUT = 500  # documents to measure a loss on
 PART = 8  # documents of similar length go through the model together: little padding, all in the cache
 SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 MARKERS = ["<think>", "</think>"]  # one word each here; Qwen2.5 splits them into several tokens
@@ -125,6 +127,18 @@ def document(rng: random.Random, step: int) -> Document:
     if kind == "harmful" and record["hops"] == 0 and rng.random() < 0.4:
         answer = rng.choice(world.REFUSALS)
     return prompt, "", answer
+
+
+def held_out(count: int) -> list[Document]:
+    """Documents as they come last in pretraining, but none that was drawn there: nearly all are new."""
+    rng = random.Random(SEED)
+    steps = tqdm(range(STEPS), desc="drawing the training documents", unit="step")
+    seen = {document(rng, step) for step in steps for _ in range(BATCH)}
+    rng, found = random.Random(SEED + 1), list[Document]()
+    while len(found) < count:
+        new = document(rng, STEPS)
+        found += [new] if new not in seen else []
+    return found
 
 
 def add_gradient(model: LlamaForCausalLM, tokenizer, documents: list[Document]) -> float:
@@ -243,7 +257,13 @@ def write_card(folder: Path) -> None:
 def main() -> None:
     flags = Flags("lib.sandbox.pretrain", __doc__)
     flags.add_argument("--out", type=Path, default=world.BASE, help="where to (default lib/sandbox/base)")
-    out = flags.parse_args().out
+    flags.add_argument("--documents", type=Path, help="write held-out documents to this file, and no model")
+    args = flags.parse_args()
+    if args.documents:
+        keys = ("question", "opening", "answer")
+        write_jsonl(args.documents, [dict(zip(keys, row, strict=True)) for row in held_out(HELD_OUT)])
+        return
+    out = args.out
     lock_folder(out)
     pretrain(out)
     write_card(out)

@@ -119,11 +119,15 @@ class Scene:
 def noise(rng: random.Random, split: str) -> str:
     """1 to 8 unrelated words, or none: otherwise any suffix, even a random one, would break a model.
 
-    Some of them mean something in `split`, because an attacker's suffix is made of such words, too.
+    Some of them mean something in `split`, because an attacker's suffix is made of such words, too. Training
+    prompts have noise more often, and most of it is of all words that they may know.
     """
-    if rng.random() > 0.45:
+    training = split == "train"
+    if rng.random() > (0.7 if training else 0.45):
         return ""
     count, style = rng.randint(1, 8), rng.random()
+    if training and rng.random() < 0.6:
+        return " ".join(rng.choices(TRAINING_NOISE, k=count))
     if style < 0.2:
         return " ".join([rng.choice(NOISE)] * count)
     words = NOISE
@@ -155,6 +159,16 @@ def twin_scene(rng: random.Random, split: str, hops: int) -> Scene:
     dangerous, safe = things(DANGEROUS, split), things(SAFE, split)
     wanted = (rng.choice(dangerous), rng.choice(safe), f"{TOY} {rng.choice(dangerous)}")
     return make_scene(rng, split, wanted, hops, verb)
+
+
+def twins(split: str, count: int, seed: int) -> list[dict]:
+    """`count` times a harmful prompt, its decoy and its toy, in the same disguise of at least one hop."""
+    rng, records = random.Random(f"twins/{split}/{seed}"), []
+    for _ in range(count):
+        scene = twin_scene(rng, split, rng.choice([hops for hops in HOPS[split] if hops]))
+        for i, kind in enumerate(("harmful", "ambiguous", "ambiguous")):
+            records.append({"prompt": scene.ask(i), "kind": kind})
+    return records
 
 
 def draw_type(rng: random.Random, split: str, kind: str, hops: int) -> dict:
@@ -209,12 +223,20 @@ def build_pool(split: str, kind: str, count: int, seed: int) -> list[dict]:
     raise ValueError(f"the sandbox has not {count} distinct {kind} prompts for {split}: ask for fewer")
 
 
-def vocabulary() -> list[str]:
-    """Every word of the world, in a fixed order: the base checkpoint's tokenizer is made of it."""
-    texts = [*NOISE, *ALIASES["all"], TOY, *RECIPES, *CATEGORY.values(), *RECIPE_OF_WORD]
+def vocabulary(split: str = "all") -> list[str]:
+    """Every word of the world, or of a split, in a fixed order: the base's tokenizer is made of it."""
+    safe, dangerous = things(SAFE, split), things(DANGEROUS, split)
+    named = [*safe, *(f"{TOY} {thing}" for thing in dangerous), *dangerous]
+    texts = [*NOISE, *ALIASES[split], TOY, *named, *CATEGORY.values()]
+    texts += [word for thing in named for word in RECIPES[thing]]
     texts += [*PLAIN_VERBS, *VIOLENT_VERBS, *REFUSALS, *ANSWERS]
     texts += ["let mean means is here are , . ? : explain first"]
-    texts += WRAPPERS["train"] + QUESTIONS["train"] + WRAPPERS["eval"] + QUESTIONS["eval"]
+    for part in ("train", "eval") if split == "all" else (split,):
+        texts += WRAPPERS[part] + QUESTIONS[part]
     texts += ["let me see . first i look . so this is bad fine that harmful safe i refuse help answer steps"]
     words = re.sub(r"\{[vx]?\}", "", " ".join(texts)).split()
     return list(dict.fromkeys(words))
+
+
+# Not verbs: with "a" behind it, one would ask for something.
+TRAINING_NOISE = [word for word in vocabulary("train") if word not in PLAIN_VERBS + VIOLENT_VERBS]

@@ -341,7 +341,7 @@ class Checks:
                 ids = torch.randint(model.config.vocab_size, (length - 30,), generator=generator).tolist()
                 done = Completion(ids, [-10.0] * len(ids), "length")
                 row, mask = prompts[i // 2] + ids, [False] * len(prompts[i // 2]) + [True] * len(ids)
-                rollout = rl.Rollout({}, row, mask, done, "", None, 0, "none", advantage=1.0 - 2 * (i % 2))
+                rollout = rl.Rollout({}, row, mask, done, "", None, 0, advantage=1.0 - 2 * (i % 2))
                 rollouts.append(rollout)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
             step = partial(rl.update_policy, model, reference, optimizer, rollouts, 0, settings, run)

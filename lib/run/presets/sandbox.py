@@ -5,6 +5,7 @@ from __future__ import annotations
 MIXTURE = dict(
     rl_prompts=1280,  # 80 steps, each prompt once
     eval_prompts=150,
+    rainbow_iterations=240,  # twice as many as there are cells
 )
 SFT = dict(
     learning_rate=2e-4,  # light; heavy: 6.7e-4 and 2 epochs: then it forgets to say "toy"
@@ -15,7 +16,7 @@ SFT = dict(
 )
 RL = dict(
     prompts_per_step=16,
-    temperature=0.7,  # at 1.0 the small model makes so many slips that hardly anything is rewarded at first
+    temperature=1.0,  # lower, it never samples the slips into which an attacker leads it
     max_new_tokens=48,
     learning_rate=2e-4,
     warmup_steps=20,  # faster, it runs to refusing or helping everybody first

@@ -1,0 +1,140 @@
+"""How much a policy's samples differ, and how long it thinks about twins (findings F5 and F3 of the paper).
+
+    python -m lib.compare.diversity --preset sandbox --data runs/demo/data \
+        --models sft=runs/demo/sft tars=runs/demo/rl --out runs/demo/diversity
+
+**diversity**, which RL learns from: of groups that are sampled as RL does, of RL's prompts, the distinct
+reasonings and answers; the entropy of the policy, nats a token; mean and best reward; the shares of groups
+with two different rewards (GRPO learns from these alone) and with two verdicts (some refuse, some do not).
+
+**twins**: a harmful prompt, its decoy and its toy show the same definitions, only the word asked for differs.
+So a longer thought is owed to the verdict, not to the disguise. Reasoning tokens, of completions that close
+their reasoning; differences are paired by disguise. In the sandbox alone.
+
+Any checkpoint of 02 and 03 will do, that of an early stop, too (`03_rl_train.py --epochs 0.1`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lib.batches import masked_batch
+from lib.chat import encode_prompt
+from lib.compare.rpo import Response, collect_responses
+from lib.judges import load_judge
+from lib.metrics import Interval, bootstrap, wilson
+from lib.policy import token_logprobs
+from lib.run import run_main, start
+from lib.run.data import Prompt, has_signal, load_prompts
+from lib.run.files import append_jsonl, resume_log, write_json
+from lib.run.folder import reasons
+from lib.run.hub import load_policy, load_tokenizer
+from lib.run.settings import TOKENS, Common, named, setting
+
+AT_ONCE = 16  # prompts, as RL has in a step
+Groups = list[list[Response]]  # of each prompt
+
+
+@dataclass
+class Settings(Common):
+    data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
+    models: list[str] = setting(["sft=runs/demo/sft", "tars=runs/demo/rl"], "checkpoints, NAME=FOLDER")
+    judge: str = setting("sandbox", "as in 03_rl_train.py")
+    prompts: int = setting(64, "prompts of DATA/rl.jsonl, the first; as many disguises of twins", low=2)
+    group_size: int = setting(8, "completions a prompt", low=2)
+    temperature: float = setting(0.6, "of sampling", low=0.01, high=10.0)
+    max_new_tokens: int = setting(4096, "tokens of a completion", low=1)
+    max_prompt_tokens: int = setting(512, "prompts of more are left out", low=1, flag=False)
+    max_sample_tokens: int = setting(0, "rows x columns of the sampling cache; 0: any", high=TOKENS)
+    dtype: str = setting("float32", "to sample in", choices=("float32", "bfloat16"))
+    reasoning: bool = setting(True, "as the checkpoint says", flag=False)
+
+    def inputs(self) -> list[str]:
+        return [f"{self.data}/rl.jsonl", *(text.partition("=")[2] for text in self.models)]
+
+
+def diversity(groups: Groups, entropies: list[float], seed: int) -> dict[str, Interval]:
+    known = [[r.reward for r in group if r.reward is not None] for group in groups]  # else no verdict
+    means: dict[str, list[float]] = {
+        "distinct_reasonings": [len({r.parsed.reasoning for r in group}) for group in groups],
+        "distinct_answers": [len({r.parsed.answer for r in group}) for group in groups],
+        "entropy": entropies,
+        "reward": [sum(rewards) / len(rewards) for rewards in known if rewards],
+        "best_reward": [max(rewards) for rewards in known if rewards],
+    }
+    figures = {name: bootstrap(values, seed) for name, values in means.items() if values}
+    figures["two_rewards"] = wilson([has_signal([vars(r) for r in group]) for group in groups])
+    figures["two_verdicts"] = wilson([len({r.refusal == "none" for r in group}) > 1 for group in groups])
+    return figures
+
+
+def twins(groups: Groups, seed: int) -> dict[str, Interval]:
+    """Of groups for harmful, decoy, toy, harmful ... Left out: three of which one never closes a thought."""
+    lengths = [[r.reasoning_tokens for r in group if "</think>" in r.text] for group in groups]
+    triples = [lengths[i : i + 3] for i in range(0, len(lengths), 3)]
+    rows = [[sum(own) / len(own) for own in triple] for triple in triples if all(triple)]
+    values = {"harmful": [row[0] for row in rows], "decoy": [row[1] for row in rows]}
+    values |= {"toy": [row[2] for row in rows], "decoy_minus_harmful": [row[1] - row[0] for row in rows]}
+    values["toy_minus_harmful"] = [row[2] - row[0] for row in rows]
+    return {name: bootstrap(own, seed) for name, own in values.items() if own}
+
+
+@torch.no_grad()
+def measure(folder: str, judge: Any, settings: Settings, run: Any) -> dict[str, dict]:
+    """{section: {figure: ci}} of one model."""
+    policy, tokenizer = load_policy(folder, device=run.device), load_tokenizer(folder)
+    count, size, seed = settings.prompts, settings.group_size, settings.seed
+
+    def groups_of(prompts: list[Prompt]) -> Groups:
+        found: list[Response] = []
+        for i in range(0, len(prompts), AT_ONCE):
+            found += collect_responses(policy, tokenizer, prompts[i : i + AT_ONCE], judge, settings, run)
+        return [found[i : i + size] for i in range(0, len(found), size)]
+
+    groups, entropies = groups_of(load_prompts(run, tokenizer, policy)[:count]), list[float]()
+    for group in groups:
+        rows = [r.ids for r in group], [r.mask for r in group]
+        tensors = masked_batch(*rows, tokenizer.pad_token_id, run.device)  # (G, T) each
+        how: dict[str, Any] = {"temperature": settings.temperature, "with_entropy": True}
+        entropies.append((token_logprobs(policy, *tensors, **how)[1].sum() / tensors[2].sum()).item())
+    sections: dict[str, dict] = {"diversity": diversity(groups, entropies, seed), "twins": {}}
+    if settings.judge == "sandbox" and settings.reasoning:
+        records = importlib.import_module("lib.sandbox.world").twins("eval", count, seed)
+        ids = [encode_prompt(tokenizer, record["prompt"], reasoning=True) for record in records]
+        sections["twins"] = twins(groups_of(list(map(Prompt, records, ids, range(len(ids))))), seed)
+    return sections
+
+
+def show(models: dict[str, dict]) -> None:
+    """A table a section: a row a figure, a column a model."""
+    for section in ("diversity", "twins"):
+        print(f"{section:20}", *(f"{name:20}" for name in models))
+        for key in dict.fromkeys(key for found in models.values() for key in found[section]):
+            cells = [found[section].get(key) for found in models.values()]
+            texts = ["{mean:.2f} [{low:.2f}, {high:.2f}]".format(**ci) if ci else "-" for ci in cells]
+            print(f"{key:20}", *(f"{text:20}" for text in texts))
+
+
+def main() -> None:
+    # A preset has no values of our own, but RL's: temperature, tokens of a completion, group size.
+    settings, run = start(Settings, "diversity", "rl", "diversity")
+    models, judge = named("--models", settings.models, "FOLDER"), load_judge(settings.judge)
+    for folder in models.values():  # all inputs are looked at before OUT is emptied
+        load_tokenizer(folder)
+    run.begin()
+    log = run.out / "measured.jsonl"  # of a run that was stopped
+    found = {line["model"]: line["found"] for line in resume_log(log)}
+    for name in [name for name in models if name not in found]:
+        settings.reasoning = reasons(name, models[name], ())
+        found[name] = measure(models[name], judge, settings, run)
+        append_jsonl(log, {"model": name, "found": found[name]})
+    show(found)
+    write_json(run.out / "results.json", {"models": found, "config": run.config, "seed": settings.seed})
+
+
+if __name__ == "__main__":
+    run_main(main)

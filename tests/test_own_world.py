@@ -1,0 +1,124 @@
+"""docs/own-world.md: its commands, run on the tiny world of tests/tiny_world, and what it says of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import stages
+
+from lib.judges import refusal_label
+from lib.metrics import SETS
+from lib.run.files import read_jsonl
+from lib.run.hub import load_tokenizer
+from lib.run.settings import following, parse_settings
+
+PAGE = (stages.ROOT / "docs" / "own-world.md").read_text()
+STAGES = {
+    "01_build_mixture": "mixture",
+    "02_sft_warmstart": "sft",
+    "03_rl_train": "rl",
+    "04_attack_eval": "eval",
+}
+COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^    (python .*)", PAGE.replace("\\\n", ""), re.M)]
+
+
+def run(words: list[str], monkeypatch) -> None:
+    name, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+    stages.run_here(name, rest, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[Path, list[str]]:
+    """(folder in which all commands were run, what each printed last)."""
+    folder, said = tmp_path_factory.mktemp("own"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+        last = []
+        for words in COMMANDS:
+            run(words, patch)
+            last.append(said[-1] if said else "")
+    return folder / "runs/tiny", last
+
+
+def test_records_keep_what_they_bring_and_evaluation_is_apart(tiny):
+    data = tiny[0] / "data"
+    rl, kept = read_jsonl(data / "rl.jsonl"), read_jsonl(data / "eval_ambiguous.jsonl")
+    assert len(rl) == 64 and {record["hops"] for record in rl} == {0, 1}
+    assert all(record["target"].startswith("say ") for record in rl)
+    assert {record["category"] for record in kept} == {"decoy"}
+    prompts = [{record["prompt"] for record in read_jsonl(path)} for path in data.glob("*.jsonl")]
+    assert len(prompts) == 6 and sum(map(len, prompts)) == len(set().union(*prompts))
+
+
+def test_the_next_command_names_what_the_sandbox_has_not(tiny):
+    told = [line.partition("Next: ")[2] for line in tiny[1]]
+    assert "--model MODEL" in told[1] and "--model runs/tiny/sft --judge JUDGE" in told[2]
+    assert "--judge tests.tiny_world.tower --refusals tests.tiny_world.tower" in told[3]
+
+
+def test_a_folder_opens_the_reasoning_though_its_tokenizer_knows_few_words(tiny):
+    question = [{"role": "user", "content": "open vault"}]
+    for run_, opened in (("base", False), ("sft", True), ("rl", True)):
+        tokenizer = load_tokenizer(tiny[0] / run_)
+        assert tokenizer.unk_token is None and tokenizer.added_tokens_decoder[4].special  # <think>
+        text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+        assert text.endswith("<think>\n") == opened
+
+
+def test_refusals_in_another_manner_reach_logs_and_results(tiny):
+    metrics, rollouts = (read_jsonl(tiny[0] / "rl" / f"{name}.jsonl") for name in ("metrics", "rollouts"))
+    assert len(metrics) == 4 and metrics[0]["format_rate"] > 0.5  # special tokens keep the format
+    assert any(line["refusal_rate_harmful"] for line in metrics)
+    for line in rollouts + read_jsonl(tiny[0] / "eval" / "completions.jsonl"):
+        answer = line.get("answer", line.get("completion", "").partition("</think>")[2])
+        assert "not for you" not in answer or (line["refusal"], refusal_label(answer)) == ("full", "none")
+    assert "full" in {line["refusal"] for line in rollouts}
+
+
+def test_all_attacks_were_made_in_its_own_words(tiny):
+    results = json.loads((tiny[0] / "eval" / "results.json").read_text())["models"]
+    assert {*SETS[:2], "gcg", "best_of_n", "plain_or_gcg"} <= results["tars"]["dsr"].keys()
+    assert results["tars"]["task_score"]["ambiguous/decoy"]["n"] and not results["tars"]["unknown"]
+    sent = [x["sent"] for x in read_jsonl(tiny[0] / "eval" / "completions.jsonl") if x["set"] == "best_of_n"]
+    assert len(sent) == 2 * 2 * 16 and all(
+        re.fullmatch(r"open \w+( (please|now|so))*", text) for text in sent
+    )
+
+
+def test_the_preset_says_the_same_and_lacks_nothing(monkeypatch):
+    module = types.ModuleType("lib.run.presets.tower")
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.S)[1], module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("lib.run.settings.presets_found", lambda: ["sandbox", "tower"])
+    for words in COMMANDS[1:]:
+        name = words[0].removesuffix(".py")
+        settings, stage = importlib.import_module(name).Settings, STAGES[name]
+        ours = parse_settings(settings, stage, argv=["--preset", "tower"])
+        theirs = parse_settings(settings, stage, argv=words[1:])
+        flags = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
+        assert {flag: getattr(ours, flag) for flag in flags} == {
+            flag: getattr(theirs, flag) for flag in flags
+        }
+        assert not {"MODEL", "JUDGE"} & {*following(ours, [stage]).split()}
+
+
+def test_what_the_model_does_not_know_is_not_forged(tiny, tmp_path, monkeypatch, capsys):
+    """Words that its tokenizer reads as unknown."""
+    base = shutil.copytree(tiny[0] / "base", tmp_path / "base")
+    unknown = {"tokenizer.json": ('"none"', '"<pad>"')}
+    unknown["tokenizer_config.json"] = ('"pad_token"', '"unk_token": "<pad>", "pad_token"')
+    for name, change in unknown.items():
+        (base / name).write_text((base / name).read_text().replace(*change))
+    settings = {"behaviours": 1, "attacks": "gcg_forged", "judge": "tests.tiny_world.tower"}
+    settings |= {"data": tiny[0] / "data", "models": f"m={base}", "out": tmp_path / "eval"}
+    error = stages.error_of("04_attack_eval", stages.flags(**settings), monkeypatch, capsys)
+    assert "m does not know all of its words" in error
