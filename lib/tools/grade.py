@@ -81,8 +81,9 @@ def outcomes_of(exercises: list[dict]) -> dict[str, dict[str, str]]:
     import pytest  # here, because students may look at the help without it
 
     outcomes, files = Outcomes(), [exercise["tests"] for exercise in exercises]
-    own = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", f"--confcutdir={TESTS}"]
-    pytest.main([*own, *files], plugins=[outcomes])
+    options = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", f"--confcutdir={TESTS}"]
+    options.append("--continue-on-collection-errors")  # one broken file must not hide the others
+    pytest.main([*options, *files], plugins=[outcomes])
     return {exercise["name"]: outcomes.found[exercise["tests"]] for exercise in exercises}
 
 
