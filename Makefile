@@ -1,8 +1,8 @@
 # make demo        the whole recipe on the sandbox, in minutes: three models, their evaluation, figures
 # make test        the tests
 # make lint        style, formatting, types
-# make replicate   the demo's comparison and the ablations over several seeds, half an hour; FLAGS='--seeds 2'
-# make frontier    the paper's Figure 2 over lambda, methods and seeds, an hour and a half
+# make replicate   the methods side by side and the ablations over five seeds, about an hour; FLAGS='--seeds 2'
+# make frontier    the paper's Figure 2 over lambda, methods, seeds, about an hour; FLAGS=--equal-tokens likewise
 # make assignment  OUT=folder: a course, a tree for students and one for instructors; FLAGS='--only week3'
 # make grade       which of the course's exercises are solved; E=name: one of them
 # make clean       delete runs/ and the virtual environment

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_all_attacks_were_made_in_its_own_words(tiny):
 
 def test_the_preset_says_the_same_and_lacks_nothing(monkeypatch):
     module = types.ModuleType("lib.run.presets.tower")
-    exec(re.search(r"```python\n(.*?)```", PAGE, re.S)[1], module.__dict__)
+    exec(textwrap.dedent(re.search(r"^    MIXTURE = .*?(?=\n\n)", PAGE, re.M | re.S)[0]), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("lib.run.settings.presets_found", lambda: ["sandbox", "tower"])
     for words in COMMANDS[1:]:

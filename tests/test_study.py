@@ -20,7 +20,13 @@ from lib.run.files import write_json, write_jsonl
 from lib.run.settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
-STAGES = {"01": ("mixture",), "02": ("sft",), "03": ("rl",), "04": ("eval",), "-m": ("rl", "rpo")}
+STAGES = {
+    "01": ("mixture",),
+    "02": ("sft",),
+    "03": ("rl",),
+    "04": ("eval",),
+    "lib.compare.rpo": ("rl", "rpo"),
+}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -28,16 +34,29 @@ def test_every_run_is_a_command_that_its_chapter_accepts_and_comes_after_what_it
     known: dict[Path, set[Path]] = {}
     commands = study.commands_of(STUDIES[name], tmp_path, "--preset sandbox --seed 7")
     for out, (script, *words) in commands.items():
-        module = importlib.import_module(words.pop(0) if script == "-m" else script.removesuffix(".py"))
-        cls = getattr(module, "EvalSettings", None) or module.Settings
-        settings = parse_settings(cls, *STAGES[script[:2]], argv=words)
+        name = words.pop(0) if script == "-m" else script.removesuffix(".py")
+        stages = STAGES.get(name if script == "-m" else name[:2], ("none",))
+        if name == "lib.sandbox.pretrain":  # no run of a stage
+            assert words == ["--documents", f"{out}/held_out.jsonl"] and not study.needs(out, commands)
+            known[out] = set()
+            continue
+        settings = parse_settings(importlib.import_module(name).Settings, *stages, argv=words)
         assert settings.seed == 7 and settings.out == str(out)
         needed = study.needs(out, commands)
         before = needed.union(*(known[path] for path in needed))
-        reads = [getattr(settings, key, "") for key in ("model", "data", "rainbow")]
+        reads = [getattr(settings, key, "") for key in ("model", "data", "rainbow", "eval")]
         reads += [path.partition("=")[2] for path in getattr(settings, "models", [])]
+        reads.append(str(Path(getattr(settings, "file", "")).parent))
         assert {path for path in map(Path, reads) if path.is_relative_to(tmp_path)} <= before
         known[out] = before
+
+
+def test_studies_that_share_a_folder_mean_the_same_by_the_same_name():
+    shared: dict[tuple[str, str], set[str]] = {}
+    for table in STUDIES.values():
+        for name, command in table.runs.items():
+            shared.setdefault((table.folder, name), set()).add(command)
+    assert not {key: commands for key, commands in shared.items() if len(commands) > 1}
 
 
 def test_methods_of_the_frontier_start_from_one_pi_sft_and_are_asked_the_same(tmp_path):
@@ -45,6 +64,9 @@ def test_methods_of_the_frontier_start_from_one_pi_sft_and_are_asked_the_same(tm
     few, contents = "--seed 3 --rl-prompts 40 --sft-prompts 20 --eval-prompts 6", []
     for name in ("data", "data-0.1", "data-0.9"):
         words = study.commands_of(STUDIES["frontier"], tmp_path, few)[tmp_path / name]
+        if "--rainbow" in words:  # a search against a model is not what this is about
+            at = words.index("--rainbow")
+            del words[at : at + 2]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         contents.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.jsonl")})
     for name in contents[0].keys() - {"rl.jsonl"}:
@@ -105,6 +127,8 @@ def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_
 
     second = launch(tmp_path)
     assert "| DSR | 0.50 [0.50, 0.50]; 0.50 |" in second.communicate()[0] and second.returncode == 0
+    kept = json.loads((tmp_path / "out" / "toy.json").read_text())
+    assert kept["command"] == "python -m lib.compare.study toy" and kept["seeds"] == [1, 2]
     folders = list((tmp_path / "out").glob("seed-*/*/"))
     assert len(folders) == 8
     for folder in folders:
@@ -133,6 +157,8 @@ def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(
 
 # ---- figures
 
+ABOUT = {"command": "python -m ...", "seeds": [7], "date": "2026-11-27", "hardware": "2 CPU cores"}
+
 
 def results(dsr: float, task: float, **sections: dict) -> dict:
     """What stage 4 says of a model; the mean of its three DSRs is `dsr`."""
@@ -156,9 +182,10 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
             evaluations[f"rpo-{share}"] = {f"rpo-{share}": results(dsr, task)}
             evaluations[f"tars-{share}"] = {f"tars-{share}": results(dsr + 0.1 * (i + 1), task)}
         seeds.append(study.read_seed(table, write_seed(tmp_path / f"seed-{i}", **evaluations)))
-    text = study.write("frontier", table, tmp_path, seeds)
-    rows = json.loads((tmp_path / "frontier.json").read_text(), parse_constant=pytest.fail)
-    cells = {(row["model"], row["figure"]): row for row in rows}
+    text = study.write("frontier", table, tmp_path, seeds, ABOUT | {"seeds": [0, 1, 2]})
+    kept = json.loads((tmp_path / "frontier.json").read_text(), parse_constant=pytest.fail)
+    cells = {(row["model"], row["figure"]): row for row in kept["rows"]}
+    assert {key: kept[key] for key in ABOUT} == ABOUT | {"seeds": [0, 1, 2]}
     gap = cells["tars - rpo", "DSR"]
     half = 4.303 * 0.1 / math.sqrt(3)  # Student's t of three seeds: mean 0.2, standard deviation 0.1
     assert (gap["mean"], gap["low"], gap["high"]) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
@@ -189,11 +216,11 @@ def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_pat
     tars = results(0.7, 0.9, reasoning_tokens={key: {"mean": mean} for key, mean in tokens.items()})
     tars["dsr_by_budget"] = {"plain_or_gcg": [[5, {"mean": 0.25}], [6, {"mean": 0.2}]]}
     others = {model: results(0.2, 0.5) for model in ("rl-direct", "base", "sft")}
-    seed = study.read_seed(STUDIES["replicate"], write_seed(tmp_path, main={"tars": tars, **others}))
+    seed = study.read_seed(STUDIES["seeds"], write_seed(tmp_path, main={"tars": tars, **others}))
     assert seed["tars", "DSR"] == pytest.approx(0.75) and seed["tars", "dsr_by_budget/plain_or_gcg/5"] == 0.25
     assert ("tars", "dsr_by_budget/plain_or_gcg/6") not in seed  # of the curve, two places are shown
-    text = study.write("replicate", STUDIES["replicate"], tmp_path, [seed])
-    assert "| F3, decoy - harmful | 3.5 | - | - | - | - | - |" in text
+    text = study.write("seeds", STUDIES["seeds"], tmp_path, [seed], ABOUT)
+    assert "| thought, decoy - harmful | 3.5 | - | - | - | - | - |" in text
 
 
 def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
@@ -204,13 +231,25 @@ def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
         del found["dsr"]["plain_or_gcg"]
     folder = write_seed(tmp_path, asking=asking, gcg=dict.fromkeys(asking, results(0.9, 0.1)))
     harm = {"plain": {"mean": 0.4}, "archive": {"mean": 0.7}}
-    write_json(folder / "data-with" / "rainbow" / "archive.json", {"filled": 0.9, "harm": harm})
+    write_json(folder / "mixture" / "rainbow" / "archive.json", {"filled": 0.9, "harm": harm})
     seed = study.read_seed(STUDIES["rainbow"], folder)
     assert seed["with - without", "dsr/direct"] == pytest.approx(0.4)
     assert seed["with", "plane/task_score"] == 0.5
     assert seed["with", "dsr/plain_or_gcg"] == pytest.approx(0.8)  # which the second alone has
-    assert (seed["with", "rainbow/harm/archive"], seed["with", "rainbow/filled"]) == (0.7, 0.9)
-    assert ("without", "rainbow/filled") not in seed
+    assert (seed["mixture", "rainbow/harm/archive"], seed["mixture", "rainbow/filled"]) == (0.7, 0.9)
+
+
+def test_over_steps_are_means_of_each_quarter(tmp_path):
+    lines = [{"step": i, "reward": i / 10, "kl": 1.0, "seconds_train": 1.0} for i in range(8)]
+    lines[2]["reward_harmful"] = 0.5  # a step without a harmful prompt has no such key
+    lines[2]["reasoning_tokens_harmful"] = None  # nor has one a length, if no completion came to its end
+    write_jsonl(tmp_path / "metrics.jsonl", lines)
+    found = study.over_steps(tmp_path)
+    assert found.pop("training/reward_harmful/quarter 2") == 0.5
+    quarters = dict(enumerate((0.05, 0.25, 0.45, 0.65), start=1))
+    assert found == pytest.approx({f"training/reward/quarter {i}": mean for i, mean in quarters.items()})
+    write_jsonl(tmp_path / "metrics.jsonl", lines[:2])  # fewer steps than quarters
+    assert study.over_steps(tmp_path)["training/reward/quarter 4"] == pytest.approx(0.1)
 
 
 def test_training_tokens_are_those_sampled_and_those_trained_on(tmp_path):

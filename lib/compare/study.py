@@ -1,14 +1,19 @@
-"""Comparisons over seeds: the tables of lib/compare/studies.py, run by the chapters' own commands.
+"""Comparisons over seeds: the studies of lib/compare/studies.py, run by the chapters' own commands.
 
-    python -m lib.compare.study replicate     # base, pi_SFT, RL without and with reasoning: 20 minutes
+    python -m lib.compare.study seeds         # the demo at twelve seeds
+    python -m lib.compare.study replicate     # the methods side by side, under GCG, PAIR, adaptive attacks
     python -m lib.compare.study ablations     # other lambdas, harmful prompts alone, heavy SFT, and others
-    python -m lib.compare.study frontier      # the paper's Figure 2, methods x lambda: 90 minutes on 2 cores
+    python -m lib.compare.study frontier      # the paper's Figure 2, methods x lambda
     python -m lib.compare.study equal-tokens  # RL without reasoning, for as many tokens as RL with it
+    python -m lib.compare.study attacks       # all attacks
     python -m lib.compare.study rainbow       # RL with and without the prompts of rainbow teaming
+    python -m lib.compare.study --write-docs  # the tables of README and docs, from docs/results
 
 Each run is a process of its own on one core, begun once what it needs is there. Stop it whenever you like:
-the same command goes on. OUT/seed-K/NAME is a run, NAME.log beside it its output; OUT/STUDY.md, .json and
-.png are the result.
+the same command goes on. OUT/seed-K/NAME is a run, NAME.log beside it its output; OUT/STUDY.json, .md and
+.png are the result. No table of README and docs/results.md is written by hand: copy STUDY.json to
+docs/results, put `<!-- table NAME: -->` and `<!-- end -->` where table NAME of studies.py belongs, and
+--write-docs fills in what is between.
 """
 
 from __future__ import annotations
@@ -31,18 +36,21 @@ from typing import Any
 from tqdm import tqdm
 
 from lib import UserError
-from lib.compare.studies import COMPLIANCE, SAFETY, STUDIES, TASK, Study
+from lib.compare.studies import COMPLIANCE, SAFETY, STUDIES, TASK, Claim, Curves, Key, Study
+from lib.compare.tables import caption, markdown, pages, shown
 from lib.metrics import Interval
 from lib.run.command import Flags, number, run_main
-from lib.run.files import read_jsonl, write_json, write_text
+from lib.run.files import read_jsonl, write_text
 from lib.run.folder import lock_folder, read_settings
 
-Key = tuple[str, str]  # a model, a method or a difference; and a figure of it
-Curves = dict[str, dict[str, str]]
 Commands = dict[Path, list[str]]  # a run's folder, OUT/seed-K/NAME: arguments for `python`
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond 10 the last one, a little too wide.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-SECTIONS = "dsr dsr_by_budget controls plane task_score compliance format_rate reasoning_tokens".split()
+SECTIONS = (
+    "dsr dsr_by_budget controls worst_case outcomes plane task_score compliance format_rate reasoning_tokens "
+    "separation decides diversity twins capability"
+).split()
+OVER_STEPS = re.compile("reward|reward_.*|reasoning_tokens_.*|refusal_rate_.*")  # of metrics.jsonl
 
 
 # ---- running
@@ -52,15 +60,15 @@ def commands_of(study: Study, folder: Path, flags: str) -> Commands:
     """The study's runs for one seed, in `folder`, which stands in the place of @."""
     commands: Commands = {}
     for name, command in study.runs.items():
-        words = f"{command} {flags} --out @{name}".split()
+        words = (command if f"@{name}/" in command else f"{command} {flags} --out @{name}").split()
         commands[folder / name] = [word.replace("@", f"{folder}/") for word in words]
     return commands
 
 
 def needs(out: Path, commands: Commands) -> set[Path]:
-    """The other runs that it reads: named as FOLDER or NAME=FOLDER."""
+    """The other runs that it reads: named as FOLDER, NAME=FOLDER or FOLDER/FILE."""
     paths = {Path(part) for word in commands[out] for part in (word, word.partition("=")[2])}
-    return paths & commands.keys() - {out}
+    return (paths | {path.parent for path in paths}) & commands.keys() - {out}
 
 
 def begin(out: Path, words: Sequence[str]) -> subprocess.Popen:
@@ -124,6 +132,18 @@ def training_tokens(run: Path) -> float:
     return round(total)
 
 
+def over_steps(run: Path) -> dict[str, float]:
+    """Of a run of stage 3, the means over each quarter of its steps: {"training/reward/quarter 1": ...}."""
+    lines, found = read_jsonl(run / "metrics.jsonl"), dict[str, float]()
+    for quarter in range(4):
+        part = lines[quarter * len(lines) // 4 : (quarter + 1) * len(lines) // 4]
+        for key in sorted({key for line in part for key in line if OVER_STEPS.fullmatch(key)}):
+            known = [line[key] for line in part if line.get(key) is not None]  # None: no thought was closed
+            if known:
+                found[f"training/{key}/quarter {quarter + 1}"] = fmean(known)
+    return found
+
+
 def flat(results: Any, path: str) -> dict[str, float]:
     """Every mean in a section of results.json, under its path; of a curve [[steps, ci], ...] under its steps.
 
@@ -139,31 +159,32 @@ def flat(results: Any, path: str) -> dict[str, float]:
 
 
 def read_seed(study: Study, folder: Path) -> dict[Key, float]:
-    """Of what two evaluations measured, the first one's; what a model's training has cost, and what rainbow
-    teaming found for it. Then the study's means, areas and differences.
+    """Of what two evaluations measured, the first one's; how a model's training went, what it has cost, and
+    what rainbow teaming found (of a mixture). Then the study's means, areas and claims.
     """
     models: dict[str, dict[str, float]] = defaultdict(dict)
-    for name in [name for name in study.runs if name.startswith("eval-")]:
-        measured = json.loads((folder / name / "results.json").read_text())["models"]
-        for model, results in measured.items():
-            for section in SECTIONS:
-                models[model] = flat(results.get(section, {}), section) | models[model]
+    for name in study.runs:
+        if name.startswith("eval-"):
+            measured = json.loads((folder / name / "results.json").read_text())["models"]
+            for model, results in measured.items():
+                for section in SECTIONS:
+                    models[model] = flat(results.get(section, {}), section) | models[model]
+        if (path := folder / name / "rainbow" / "archive.json").exists():
+            archive = json.loads(path.read_text())
+            models[name] = flat(archive["harm"], "rainbow/harm") | {"rainbow/filled": archive["filled"]}
     figures: dict[Key, float] = {}
     for model, found in models.items():
         if (folder / model / "metrics.jsonl").exists():
             found["training tokens"] = training_tokens(folder / model)
-        if (path := folder / f"data-{model}" / "rainbow" / "archive.json").exists():
-            archive = json.loads(path.read_text())
-            found |= flat(archive["harm"], "rainbow/harm") | {"rainbow/filled": archive["filled"]}
+            found |= over_steps(folder / model)
         figures |= {(model, name): mean_of(found, spec) for name, spec in study.means.items()}
         figures |= {(model, name): value for name, value in found.items() if re.fullmatch(study.shown, name)}
     for method, curve in study.curves.items():
         for axis in (TASK, COMPLIANCE):
             points = [(figures[model, SAFETY], figures[model, axis]) for model in curve.values()]
             figures[method, f"area, {axis}"] = dominated_area(points)
-    for (ours, other), names in study.claims.items():
-        for name in names:
-            figures[f"{ours} - {other}", name] = difference(figures, study.curves, ours, other, name)
+    for claim in [claim for claim in study.claims if claim.other]:
+        figures[claim.key] = difference(figures, study.curves, claim)
     return figures
 
 
@@ -190,12 +211,15 @@ def dominated_area(points: Iterable[tuple[float, float]]) -> float:
     return area
 
 
-def difference(figures: dict[Key, float], curves: Curves, ours: str, other: str, name: str) -> float:
-    """Of two models; of methods at equal lambda, then averaged: what has no lambda is the same at each."""
-    if (ours, name) in figures:
-        return figures[ours, name] - figures[other, name]
-    pairs = [(model, curves[other].get(share, other)) for share, model in curves[ours].items()]
-    return fmean(figures[a, name] - figures[b, name] for a, b in pairs)
+def difference(figures: dict[Key, float], curves: Curves, claim: Claim) -> float:
+    """Of two models; of methods at equal lambda, then averaged: what has no lambda is the same at each.
+    NaN where a figure is missing.
+    """
+    _, ours, other, _, name = claim
+    pairs = [(ours, other)]
+    if (ours, name) not in figures and ours in curves:
+        pairs = [(model, curves[other].get(share, other)) for share, model in curves[ours].items()]
+    return fmean(figures.get((a, name), math.nan) - figures.get((b, name), math.nan) for a, b in pairs)
 
 
 # ---- over the seeds
@@ -212,25 +236,6 @@ def over_seeds(values: Sequence[float]) -> Interval:
     low, high = (None, None) if half is None else (round(mean - half, 4), round(mean + half, 4))
     each = [round(value, 4) for value in values]
     return {"mean": round(mean, 4), "low": low, "high": high, "n": n, "each": each}
-
-
-def shown(ci: Interval, sign: str) -> str:
-    """0.83 [0.71, 0.95]; 0.77: mean, interval, lowest seed; of one seed its value."""
-    digits = 0 if abs(ci["mean"]) > 100 else 1 if abs(ci["mean"]) > 2 else 2
-    numbers = [ci["mean"], ci["low"], ci["high"], min(ci["each"])] if ci["n"] > 1 else [ci["mean"]]
-    mean, *rest = (f"{round(x, digits) + 0.0:{sign},.{digits}f}" for x in numbers)  # + 0.0: no -0.00
-    return f"{mean} [{rest[0]}, {rest[1]}]; {rest[2]}" if rest else mean
-
-
-def table(intervals: dict[Key, Interval]) -> list[str]:
-    """Markdown: models and differences by figures, the longer side down."""
-    cells = {key: shown(ci, "+" if " - " in key[0] else "") for key, ci in intervals.items()}
-    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    if len(columns) > len(rows):
-        rows, columns, cells = columns, rows, {key[::-1]: cell for key, cell in cells.items()}
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[row, *(cells.get((row, column), "-") for column in columns)] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
@@ -250,22 +255,33 @@ def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def write(name: str, study: Study, out: Path, seeds: Sequence[dict[Key, float]]) -> str:
-    """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text."""
+def summarise(seeds: Sequence[dict[Key, float]]) -> dict[Key, Interval]:
+    """Of each figure that all seeds have."""
     each = {key: [seed.get(key, math.nan) for seed in seeds] for key in seeds[0]}
-    intervals = {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
-    rows = [{"model": model, "figure": figure, **ci} for (model, figure), ci in intervals.items()]
-    write_json(out / f"{name}.json", rows)
-    many = f"Mean over {len(seeds)} seeds [95 % interval, Student's t]; the lowest seed."
-    lines = [f"# {name}", "", many if len(seeds) > 1 else "One seed: no intervals."]
-    lines += ["Differences are paired by seed, and averaged over lambdas.", "", *table(intervals), ""]
+    return {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
+
+
+def write_results(path: Path, about: dict[str, Any], rows: dict[Key, Interval]) -> None:
+    """STUDY.json, what docs/results keeps: command, seeds, date, hardware, and a row a line."""
+    objects = [{"model": model, "figure": figure, **ci} for (model, figure), ci in rows.items()]
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in objects)
+    write_text(path, f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
+
+
+def write(name: str, study: Study, out: Path, seeds: Sequence[dict[Key, float]], about: dict) -> str:
+    """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text."""
+    intervals = summarise(seeds)
+    write_results(out / f"{name}.json", about, intervals)
+    lines = [f"# {name}", "", caption(about)]
+    lines += ["Differences are paired by seed, and averaged over lambdas.", ""]
+    lines += [*markdown({key: shown(ci, key[0]) for key, ci in intervals.items()}), ""]
     specs = {key: spec.replace(" - ", ", minus mean of ") for key, spec in study.means.items()}
     lines += [f"- {key}: mean of {spec}" for key, spec in specs.items()]
     with contextlib.suppress(ImportError):  # without matplotlib, the table says the same
         from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained")
-        points = {model: {"": model} for model, _ in each if " - " not in model}
+        points = {model: {"": model} for model, name in intervals if name == TASK and " - " not in model}
         draw(figure, study.curves or points, intervals)
         figure.savefig(out / f"{name}.png", dpi=150)
         lines += ["", f"![safety against help]({name}.png)"]
@@ -275,13 +291,22 @@ def write(name: str, study: Study, out: Path, seeds: Sequence[dict[Key, float]])
 
 def main() -> None:
     flags, whole = Flags("lib.compare.study", __doc__), number(int, 1, 1000)
-    flags.add_argument("study", choices=list(STUDIES))
+    flags.add_argument("study", nargs="?", choices=list(STUDIES))
     flags.add_argument("--seeds", type=whole, help="how many; of one there is no interval")
     flags.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="runs at a time, a core each")
     flags.add_argument("--preset", default="sandbox", help="of all runs (default sandbox)")
-    flags.add_argument("--out", help="folder (default runs/replicate, runs/frontier or runs/rainbow)")
+    flags.add_argument("--out", help="folder (default runs/replicate, runs/frontier and so on)")
+    flags.add_argument("--equal-tokens", action="store_true", help="the study equal-tokens")
+    flags.add_argument("--write-docs", action="store_true", help="the tables of README and docs, no study")
     args = flags.parse_args()
-    study = STUDIES[args.study]
+    if args.write_docs:
+        for page, text in pages().items():
+            write_text(page, text)
+        return
+    name = "equal-tokens" if args.equal_tokens else args.study
+    if not name:
+        raise UserError(f"study: none given; allowed {', '.join(STUDIES)}; or --write-docs")
+    study = STUDIES[name]
     out = Path(args.out or f"runs/{study.folder}")
     lock_folder(out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
@@ -290,7 +315,12 @@ def main() -> None:
     for seed in seeds:
         commands |= commands_of(study, out / f"seed-{seed}", f"--preset {args.preset} --seed {seed}")
     run_all(commands, args.jobs)
-    print(write(args.study, study, out, [read_seed(study, out / f"seed-{seed}") for seed in seeds]))
+    changed = ["--seeds", str(args.seeds)] if len(seeds) != study.seeds else []
+    changed += ["--preset", args.preset] if args.preset != "sandbox" else []
+    about = {"command": " ".join(["python -m lib.compare.study", name, *changed]), "seeds": list(seeds)}
+    about["date"] = max(read_settings(run).get("date", "") for run in commands)  # when the last one was begun
+    about["hardware"] = f"{os.cpu_count()} CPU cores"
+    print(write(name, study, out, [read_seed(study, out / f"seed-{seed}") for seed in seeds], about))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ TABLES: dict[str, dict[str, tuple[Callable, str]]] = {  # what opens it, (model,
     "refusal_labels": {"strongreject": (partial(grader, "strongreject", parse_refusal), GRADER)},
 }
 OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.refusals", "phrases": "lib.judges.refusals"}
+OWN["sandbox-preference"] = "lib.sandbox.preference"
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
 HINT = "HARM+TASK names two; NAME=MODEL a model; NAME@DEVICE a device: cpu, mps, cuda, cuda:NUMBER"
 

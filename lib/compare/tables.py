@@ -1,0 +1,123 @@
+"""The tables of README and docs/results.md, from docs/results/STUDY.json: none has a number by hand.
+
+`python -m lib.compare.study --write-docs` writes table NAME between the two lines
+
+    <!-- table NAME: the command that gave its numbers -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lib import UserError
+from lib.compare.studies import FINDINGS, STUDIES, TABLES, Key
+from lib.metrics import Interval
+
+Results = dict[str, Any]  # of a study: command, seeds, date, hardware; rows: {(model, figure): interval}
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/results.md")
+MARKED = re.compile(r"<!-- table ([\w-]+):.*? -->\n.*?<!-- end -->", re.S)
+ALIKE = 0.05  # two figures are equal for us if the interval of their difference lies within
+
+
+def pages(root: Path = ROOT) -> dict[Path, str]:
+    """README and docs/results.md, with every table anew."""
+    files = sorted((root / "docs/results").glob("*.json"))
+    kept = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    for results in kept.values():
+        results["rows"] = {(row["model"], row["figure"]): row for row in results["rows"]}
+
+    def anew(mark: re.Match) -> str:
+        commands, lines = findings(kept) if mark[1] == "findings" else table(mark[1], kept)
+        return "\n".join([f"<!-- table {mark[1]}: {commands} -->", *lines, "<!-- end -->"])
+
+    return {root / page: MARKED.sub(anew, (root / page).read_text(encoding="utf-8")) for page in PAGES}
+
+
+def caption(results: Results, what: str = "Mean [95 % interval, Student's t]; the lowest seed.") -> str:
+    first, last = results["seeds"][0], results["seeds"][-1]
+    seeds = f"seeds {first} to {last}" if first < last else f"seed {first}, which has no interval"
+    return f"`{results['command']}`, {seeds}, {results['date']}, {results['hardware']}. {what}".strip()
+
+
+def table(name: str, kept: dict[str, Results]) -> tuple[str, list[str]]:
+    """(the command that gave its numbers, its lines). UserError where there is no such table, or no study."""
+    if name not in TABLES:
+        raise UserError(f"table {name}: unknown; allowed findings, {', '.join(TABLES)}")
+    study, models, figures = TABLES[name]
+    if study not in kept:
+        made = f"runs/{STUDIES[study].folder}/{study}.json"
+        raise UserError(f"table {name}: no docs/results/{study}.json: run the study, then copy {made} there")
+    rows, cells = kept[study]["rows"], dict[Key, str]()
+    if isinstance(figures, str):
+        figures = {figure: figure for _, figure in rows if re.fullmatch(figures, figure)}
+    for heading, figure in figures.items():
+        for model in [model for model in models if (model, figure) in rows]:
+            cells[model, heading] = shown(rows[model, figure], model)
+        model, _, figure = figure.partition(": ")
+        if not models and (model, figure) in rows:
+            for seed, value in zip(kept[study]["seeds"], rows[model, figure]["each"], strict=True):
+                cells[f"seed {seed}", heading] = shown({"mean": value, "n": 1}, model)
+    about = caption(kept[study]) if models else caption(kept[study], "")
+    return kept[study]["command"], [about, "", *markdown(cells)]
+
+
+def findings(kept: dict[str, Results]) -> tuple[str, list[str]]:
+    """Likewise F1 to F10: what each claim of the studies that are kept gave, and what follows from that."""
+    cells, used = dict[Key, str](), dict[str, Results]()
+    for finding, what in FINDINGS.items():
+        measured, verdicts = list[str](), set[str]()
+        for name in [name for name in STUDIES if name in kept]:
+            for claim in [claim for claim in STUDIES[name].claims if claim.finding == finding]:
+                if ci := kept[name]["rows"].get(claim.key):
+                    used[name], found = kept[name], verdict(ci, claim.sign)
+                    value = shown(ci, " - ").partition(";")[0]
+                    measured.append(f"{claim.key[0]}, {claim.figure}: {value} {claim.sign} 0: {found}")
+                    verdicts.add(found)
+        whole = "in part" if "yes" in verdicts else "not reproduced" if "no" in verdicts else "open"
+        cells[finding, "the paper finds"] = what
+        cells[finding, "measured here"] = "; ".join(measured) or "not run"
+        cells[finding, "verdict"] = "reproduced" if verdicts == {"yes"} else whole
+    how = f"Mean differences [95 % interval, Student's t], paired by seed; = 0: within {ALIKE} of it."
+    captions = [line for results in used.values() for line in (caption(results, ""), "")]
+    commands = "; ".join(results["command"] for results in used.values())
+    return commands, [*captions, how, "", *markdown(cells)]
+
+
+def verdict(ci: Interval, sign: str) -> str:
+    """Whether the interval of a difference bears out that it is > 0, < 0 or = 0: yes, no, or open.
+
+    >>> [verdict({"low": 0.1, "high": 0.3}, sign) for sign in "><="]
+    ['yes', 'no', 'no']
+    >>> [verdict({"low": -0.04, "high": 0.05}, sign) for sign in "><="]
+    ['open', 'open', 'yes']
+    """
+    if ci["low"] is None:  # of one seed
+        return "open"
+    low, high = ci["low"], ci["high"]
+    above, below, alike = low > 0, high < 0, max(-low, high) <= ALIKE
+    yes, no = {">": (above, below), "<": (below, above), "=": (alike, low > ALIKE or high < -ALIKE)}[sign]
+    return "yes" if yes else "no" if no else "open"
+
+
+def shown(ci: Interval, model: str) -> str:
+    """0.83 [0.71, 0.95]; 0.77: mean, interval, lowest seed; of one its value. A difference has a sign."""
+    sign = "+" if " - " in model else ""
+    digits = 0 if abs(ci["mean"]) > 100 else 1 if abs(ci["mean"]) > 2 else 2
+    numbers = [ci["mean"], ci["low"], ci["high"], min(ci["each"])] if ci["n"] > 1 else [ci["mean"]]
+    mean, *rest = (f"{round(x, digits) + 0.0:{sign},.{digits}f}" for x in numbers)  # + 0.0: no -0.00
+    return f"{mean} [{rest[0]}, {rest[1]}]; {rest[2]}" if rest else mean
+
+
+def markdown(cells: dict[Key, str]) -> list[str]:
+    """A table of models by figures, the longer side down."""
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    if len(columns) > len(rows):
+        rows, columns, cells = columns, rows, {key[::-1]: cell for key, cell in cells.items()}
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[row, *(cells.get((row, column), "-") for column in columns)] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]

@@ -1,0 +1,112 @@
+"""The tables of README and docs: each number comes from docs/results, and findings follow from intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lib import UserError
+from lib.compare import study, tables
+from lib.compare.studies import FINDINGS, STUDIES, TABLES
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_pages_are_what_write_docs_makes_of_the_results_that_are_kept():
+    for page, text in tables.pages().items():
+        assert page.read_text(encoding="utf-8") == text, f"{page}: python -m lib.compare.study --write-docs"
+    files = list((ROOT / "docs/results").glob("*.json"))
+    assert {path.stem for path in files} <= STUDIES.keys()
+    assert sum(path.stat().st_size for path in files) <= 300_000
+
+
+def test_tables_and_claims_name_models_that_their_study_has():
+    for name, spec in TABLES.items():
+        chosen = STUDIES[spec.study]
+        known = (
+            chosen.runs.keys() | chosen.curves.keys() | {claim.key[0] for claim in chosen.claims} | {"base"}
+        )
+        named = spec.models or {figure.partition(": ")[0] for figure in spec.figures.values()}
+        assert set(named) <= known, name
+    for chosen in STUDIES.values():
+        named = {model for claim in chosen.claims for model in (claim.ours, claim.other) if model}
+        assert named <= chosen.runs.keys() | chosen.curves.keys() | {"base"}
+    assert FINDINGS.keys() == {claim.finding for chosen in STUDIES.values() for claim in chosen.claims} - {""}
+
+
+def make_root(tmp_path: Path, results: str, readme: str) -> Path:
+    (tmp_path / "docs/results").mkdir(parents=True)
+    (tmp_path / "docs/results.md").write_text(results)
+    (tmp_path / "README.md").write_text(readme)
+    return tmp_path
+
+
+def keep(root: Path, name: str, figures: dict[tuple[str, str], list[float]]) -> list[str]:
+    """As a study writes it, and a person copies it; its lines."""
+    path, first = root / "docs/results" / f"{name}.json", STUDIES[name].first_seed
+    rows = {key: study.over_seeds(values) for key, values in figures.items()}
+    count = len(next(iter(figures.values())))
+    about = {"command": f"python -m lib.compare.study {name}", "seeds": list(range(first, first + count))}
+    study.write_results(path, about | {"date": "2026-11-27", "hardware": "2 CPU cores"}, rows)
+    return path.read_text().splitlines()
+
+
+def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else(tmp_path, monkeypatch):
+    readme = "# TARS\n\nBefore.\n\n<!-- table main: -->\nold | 0.99 |\n<!-- end -->\n\nBehind, by hand: 12.\n"
+    pages = make_root(tmp_path, "<!-- table each-seed: -->\n<!-- end -->\n", readme)
+    monkeypatch.setattr(study, "pages", lambda: tables.pages(pages))
+    monkeypatch.setattr("sys.argv", ["study", "--write-docs"])
+    with pytest.raises(UserError, match=r"no docs/results/seeds.json.*copy runs/seeds/seeds.json there"):
+        study.main()
+    figures = {
+        ("tars", figure.partition(": ")[2]): [0.9, 1.0, 1.0]
+        for figure in TABLES["each-seed"].figures.values()
+    }
+    figures |= {("sft", "dsr/plain_or_gcg"): [0.2, 0.3, 0.4]}
+    figures |= {(f"tars - {other}", "dsr/plain_or_gcg"): [0.25, 0.5, 0.75] for other in ("sft", "rl-direct")}
+    keep(pages, "seeds", figures)
+    study.main()
+    text, seeds = (pages / "README.md").read_text(), (pages / "docs/results.md").read_text()
+    assert text.startswith("# TARS\n\nBefore.\n\n<!-- table main: python -m lib.compare.study seeds -->\n")
+    assert text.endswith("|\n<!-- end -->\n\nBehind, by hand: 12.\n") and "old" not in text
+    assert "`python -m lib.compare.study seeds`, seeds 60 to 62, 2026-11-27, 2 CPU cores. Mean [" in text
+    # 4.303 * 0.0577 / sqrt(3) = 0.143 on either side of 0.967
+    assert "| DSR, direct requests | 0.97 [0.82, 1.11]; 0.90 |" in text.replace(" - |", "")
+    assert "0.30 [0.05, 0.55]; 0.20" in text
+    assert seeds.count("0.90") == len(figures) - 3 and "+0.50" in seeds and "seed 61" in seeds
+    before = text
+    study.main()
+    assert (pages / "README.md").read_text() == before
+
+    (pages / "README.md").write_text("<!-- table mine: -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match="table mine: unknown; allowed findings, main, "):
+        study.main()
+
+
+def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
+    """F6: compliance with ambiguous prompts is higher, DSR is equal. F2: what is missing is not judged."""
+    root = make_root(tmp_path, "<!-- table findings: -->\n<!-- end -->\n", "")
+    close = {("tars-0.5 - plain-only", "DSR"): [0.01, 0.0, -0.01, 0.0, 0.0]}
+    higher = {("tars-0.5 - plain-only", "compliance/ambiguous"): [0.2, 0.3, 0.2, 0.3, 0.2]}
+    both = {("harmful-only - tars-0.5", "compliance/ambiguous"): [0.1, -0.3, 0.2, 0.3, 0.2]}
+    lower = {("heavy - tars", "area, plane/task_score"): [0.1, 0.11, 0.1, 0.11, 0.1]}
+    lower |= {("heavy - tars", "area, plane/compliance"): [-0.1, -0.11, -0.1, -0.11, -0.1]}
+    worse = {("tars - one-reward", "area, plane/task_score"): [-0.1, -0.11, -0.1, -0.11, -0.1]}
+    keep(root, "ablations", close | higher | both | lower | worse)
+    text = tables.pages(root)[root / "docs/results.md"]
+    verdicts = {
+        line.split(" | ")[0][2:]: line.split(" | ")[-1][:-2] for line in text.splitlines() if "| F" in line
+    }
+    assert verdicts["F6"] == "reproduced" and verdicts["F4"] == "open" and verdicts["F5"] == "in part"
+    assert verdicts["F7"] == "not reproduced" and verdicts["F1"] == "open"
+    assert "tars-0.5 - plain-only, compliance/ambiguous: +0.24 [+0.17, +0.31] > 0: yes" in text
+    assert "not run | open |" in text and "study ablations -->" in text
+
+
+def test_kept_results_are_one_row_a_line(tmp_path):
+    root = make_root(tmp_path, "", "")
+    lines = keep(root, "seeds", {("tars", "dsr/direct"): [1.0, 0.98765], ("sft", "dsr/direct"): [0.5, 0.25]})
+    assert len(lines) == 4 and json.loads(lines[1].rstrip(","))["each"] == [1.0, 0.9877]
+    assert json.loads("\n".join(lines))["seeds"] == [60, 61]
