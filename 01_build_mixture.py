@@ -112,6 +112,7 @@ class Taken:
 
     def take(self, records: list[dict], owner: str, most: int | None = None) -> list[dict]:
         """The records whose prompt nobody has, at most `most`: `owner` has them now."""
+        ### BEGIN SOLUTION no_leak
         kept: list[dict] = []
         for record in records:
             key = same_prompt(record["prompt"])
@@ -125,13 +126,16 @@ class Taken:
                 reason = "duplicate" if before == owner else f"in {before}"
                 self.dropped[reason if key else "empty"] += 1
         return kept
+        ### END SOLUTION
 
 
 def prompts_needed(settings: Settings) -> dict[str, int]:
     """RL prompts by kind: a share lambda of all is harmful, `ambiguous_share` of the others ambiguous."""
+    ### BEGIN SOLUTION mixture
     harmful = round(settings.lambda_harmful * settings.rl_prompts)
     ambiguous = round(settings.ambiguous_share * (settings.rl_prompts - harmful))
     return {"harmful": harmful, "harmless": settings.rl_prompts - harmful - ambiguous, "ambiguous": ambiguous}
+    ### END SOLUTION
 
 
 def mix(pool: sources.Pool, settings: Settings) -> list[dict]:

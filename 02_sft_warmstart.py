@@ -119,6 +119,7 @@ def train_step(model, optimizer, batch: list[Example], pad_id: int, most: int, r
 
     With share=True each process computes its part of it, in micro-batches of at most `most` tokens.
     """
+    ### BEGIN SOLUTION sft_loss
     tokens = sum(sum(example.mask) for example in batch)  # of all processes: their shares add up to the mean
     total = 0.0
     for _, ids, attention_mask, mask in run.micro_batches(batch, pad_id, most, share=True):
@@ -127,6 +128,7 @@ def train_step(model, optimizer, batch: list[Example], pad_id: int, most: int, r
         total += loss.item()
     loss = run.total(total) / tokens
     return {"loss": loss, "grad_norm": run.clip_and_step(optimizer, loss)}
+    ### END SOLUTION
 
 
 @torch.no_grad()

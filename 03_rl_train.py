@@ -171,6 +171,7 @@ def group_advantages(rewards: Tensor, std_normalisation: bool, eps: float = 1e-6
     tensor([[ 0.5000, -0.5000,  0.0000],
             [ 0.0000,  0.0000,  0.0000]])
     """
+    ### BEGIN SOLUTION advantages
     rewards = rewards.double()  # in fp32 eight times 1/3 has a std near 0, but not 0, to divide by
     known = ~rewards.isnan()
     centred = (rewards - rewards.nanmean(dim=1, keepdim=True)).where(known, 0.0)
@@ -178,6 +179,7 @@ def group_advantages(rewards: Tensor, std_normalisation: bool, eps: float = 1e-6
         return centred.float()
     variance = (centred**2).sum(dim=1, keepdim=True) / (known.sum(dim=1, keepdim=True) - 1).clamp(min=1)
     return (centred / (variance.sqrt() + eps)).float()
+    ### END SOLUTION
 
 
 def assign_advantages(rollouts: list[Rollout], settings: Settings) -> None:
@@ -206,12 +208,14 @@ def grpo_loss(
     All log-probabilities are of the distribution that was sampled, at --temperature. The KL is not weighed by
     the ratio: from the second update on a batch it is an estimate from slightly older samples.
     """
+    ### BEGIN SOLUTION grpo_loss
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
     gain = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])  # (B, T)
     kl = kl_estimate(logprobs, reference_logprobs, settings.kl_estimator)
     per_token = (settings.kl_coef * kl - gain) * completion_mask
     return (per_token.sum(dim=1) * weights).sum()
+    ### END SOLUTION
 
 
 def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id, settings, run) -> dict:
@@ -222,6 +226,7 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id,
     Returns the loss, per-token means over all processes (kl, entropy, and sampler_gap: how far the sampler's
     log-probabilities are from these), and the gradient norm before clipping.
     """
+    ### BEGIN SOLUTION update_policy
     total_tokens = run.total(sum(len(r.completion.token_ids) for r in rollouts))
     total_rollouts = run.total(len(rollouts))
     sums = dict.fromkeys(("loss", "kl", "entropy", "sampler_gap"), 0.0)
@@ -253,6 +258,7 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id,
     sums = run.total(sums)
     means = {name: value if name == "loss" else value / total_tokens for name, value in sums.items()}
     return means | {"grad_norm": run.clip_and_step(optimizer, sums["loss"])}  # stops if either is not finite
+    ### END SOLUTION
 
 
 # ---- the algorithm ----
@@ -314,10 +320,12 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
     as long as the two are near. k3 grows as e^gap, so it is clamped, with no gradient beyond
     (`lib.policy.k3`).
     """
+    ### BEGIN SOLUTION kl
     gap = reference_logprobs - logprobs
     if estimator == "k1":
         return -gap
     return gap**2 / 2 if estimator == "k2" else k3(gap)
+    ### END SOLUTION
 
 
 if __name__ == "__main__":

@@ -87,17 +87,20 @@ class Settings(Common, Budget):
 
 def gradient(slot: Slot, suffix: Tensor) -> Tensor:
     """suffix (S,) int64 -> d loss / d one-hot rows, (S, vocab) fp32. Negative: that token lowers the loss."""
+    ### BEGIN SOLUTION gcg_gradient
     with slot.watched_embeddings() as seen:  # the embeddings become leaves of the graph
         logits = slot.logits(suffix[None])[0]  # (T, vocab), the predictions of the target's T tokens
     loss = F.cross_entropy(logits, slot.target)
     slope = torch.autograd.grad(loss, seen[0])[0][0, : len(suffix)]  # (S, width) d loss / d embedding
     return slot.by_token(slope)  # slope @ table.T, (S, vocab), since embedding = one-hot row @ table
+    ### END SOLUTION
 
 
 def propose(
     slopes: Tensor, suffix: Tensor, allowed: Tensor, budget: Budget, generator: torch.Generator
 ) -> Tensor:
     """slopes (S, vocab), suffix (S,), allowed (vocab,) bool -> N <= gcg_width different swaps, (N, S)."""
+    ### BEGIN SOLUTION gcg_propose
     promise = (-slopes).masked_fill(~allowed, -torch.inf)  # (S, vocab)
     promise[torch.arange(len(suffix)), suffix] = -torch.inf  # a swap must change something
     top_k = min(budget.gcg_top_k, int(allowed.sum()) - 1)
@@ -106,6 +109,7 @@ def propose(
     candidates = suffix.repeat(len(swaps), 1)  # (N, S)
     candidates[torch.arange(len(swaps)), swaps // top_k] = tokens[swaps]
     return candidates
+    ### END SOLUTION
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@
 # make lessons     docs/lessons as notebooks, of the demo's run; makes that if there is none
 # make replicate   the methods side by side and the ablations over five seeds, about an hour; FLAGS='--seeds 2'
 # make frontier    the paper's Figure 2 over lambda, methods, seeds, about an hour; FLAGS=--equal-tokens likewise
+# make assignment  OUT=folder: a course, a tree for students and one for instructors; FLAGS='--only week3'
+# make grade       which of the course's exercises are solved; E=name: one of them
 # make clean       delete runs/ and the virtual environment
 #
 # Needs Python >= 3.10. All is installed into .venv; a step that was done is not done again, and each stage goes on
@@ -70,6 +72,14 @@ replicate: $(VENV)/.demo
 
 frontier: $(VENV)/.demo
 	$(RUN) -m lib.compare.study frontier $(FLAGS)
+
+.PHONY: assignment grade
+assignment: $(VENV)/.test
+	@test -n "$(OUT)" || { echo "error: where to? make assignment OUT=folder" >&2; exit 2; }
+	$(RUN) -m lib.tools.course $(OUT) $(FLAGS)
+
+grade: $(VENV)/.test
+	@$(RUN) -m lib.tools.grade $(E)
 
 clean:
 	rm -rf runs $(VENV)

@@ -57,11 +57,13 @@ def parse_completion(text: str) -> Parsed:
     >>> parse_completion("</think>")
     Parsed(reasoning='', answer='', well_formed=True)
     """
+    ### BEGIN SOLUTION format
     reasoning, closed, answer = text.partition("</think>")
     if not closed:
         reasoning, answer = "", text
     well_formed = text.count("</think>") == 1 and "<think>" not in text
     return Parsed(reasoning.strip(), answer.strip(), well_formed)
+    ### END SOLUTION
 
 
 def parse_direct(text: str) -> Parsed:
@@ -99,6 +101,7 @@ def encode_example(
     (paper, appendix F; at sampling the prompt has "<think>\\n" already, but others may run the model without
     this library). With None it is the answer and the end-of-turn token.
     """
+    ### BEGIN SOLUTION learned_tokens
     ids = _encode_turn(tokenizer, [{"role": "user", "content": prompt}], reasoning is not None)
     if reasoning is None:
         completion = encode_text(tokenizer, answer.strip())
@@ -107,6 +110,7 @@ def encode_example(
         completion = encode_text(tokenizer, THINK_OPEN) + encode_text(tokenizer, text)
     completion.append(_end_of_turn_id(tokenizer, str(tokenizer.chat_template)))
     return ids + completion, [False] * len(ids) + [True] * len(completion)
+    ### END SOLUTION
 
 
 def _encode_turn(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], reasoning: bool) -> list[int]:

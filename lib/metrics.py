@@ -30,12 +30,14 @@ def wilson(hits: Sequence[bool]) -> Interval:
     >>> wilson([True] * 24)  # 24 of 24 does not mean that the share is 1
     {'mean': 1.0, 'low': 0.862, 'high': 1.0, 'n': 24}
     """
+    ### BEGIN SOLUTION wilson
     n = len(hits)
     share = sum(hits) / n
     scale = 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / scale
     half = Z / scale * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     return _interval(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    ### END SOLUTION
 
 
 def bootstrap(values: Sequence[float], seed: int) -> Interval:

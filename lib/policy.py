@@ -56,6 +56,7 @@ def token_logprobs(
     pass, which computes each again. Raises ValueError if the mask holds a token that has nothing before it:
     such a token has no conditional probability.
     """
+    ### BEGIN SOLUTION token_logprobs
     if temperature <= 0:
         raise ValueError(f"temperature {temperature} must be > 0")
     attention_mask, completion_mask = attention_mask.bool(), completion_mask.bool()
@@ -79,6 +80,7 @@ def token_logprobs(
     zeros = torch.zeros(input_ids.shape, dtype=torch.float32, device=logprobs.device)
     logprobs, entropy = (zeros.index_put((row, column), part) for part in (logprobs, entropy))
     return (logprobs, entropy) if with_entropy else logprobs
+    ### END SOLUTION
 
 
 def _head_logprobs(
@@ -190,13 +192,15 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def k3(gap: Tensor) -> Tensor:
-    """KL(p || q) by token, from samples of p; gap = log q - log p: e^gap - gap - 1 (Schulman), any shape.
+    """KL(p || q) by token, from samples of p: Schulman's estimator k3 of gap = log q - log p, any shape.
 
     Clamped to at most 10, with no gradient beyond, as in verl: at a gap of 15.5 the term would be 5.4e6, and
     after clipping the gradient nothing else would be learned. (The inner clamp keeps e^gap finite.)
     """
+    ### BEGIN SOLUTION kl
     gap = gap.clamp(-20, 20)
     return (gap.exp() - gap - 1).clamp(max=10)
+    ### END SOLUTION
 
 
 def context_of(config: PreTrainedConfig) -> int:

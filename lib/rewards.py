@@ -73,6 +73,7 @@ def total_reward(
     >>> total_reward("harmful", harm=None, task=0.8, well_formed=False)  # r_f = 0, whatever the judge says
     0.0
     """
+    ### BEGIN SOLUTION rewards
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
     for score in (harm, task):
@@ -86,3 +87,4 @@ def total_reward(
     if r is None:
         return None if well_formed else 0.0
     return r_f * r
+    ### END SOLUTION

@@ -71,6 +71,7 @@ def sample_simple(
     eos_token_ids: Sequence[int],
 ) -> list[Completion]:
     """One completion of one prompt for each seed; the model is in eval mode. All else as in `sample`."""
+    ### BEGIN SOLUTION sample_simple
     given = ([prompt], seeds, eos_token_ids)
     ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
     cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()  # `cache=`: transformers >= 5.24
@@ -88,6 +89,7 @@ def sample_simple(
         ended |= torch.isin(token, eos)
     rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
     return [_completion(row, values, eos_token_ids) for row, values in rows]
+    ### END SOLUTION
 
 
 def _completion(ids: list[int], logprobs: list[float], eos: Sequence[int]) -> Completion:
