@@ -9,6 +9,7 @@ import torch
 
 from lib import UserError
 from lib.run.hub import load_policy, load_tokenizer
+from lib.run.text import same_prompt
 from lib.sandbox import judge, pretrain, traces, world
 
 KINDS = ("harmful", "harmless", "ambiguous")
@@ -104,8 +105,18 @@ def test_pools_are_distinct_and_always_the_same():
     assert len({record["prompt"] for record in pool}) == 300
     assert {record["category"] for record in pool} == set(world.AMBIGUOUS_TYPES)
     assert pool != world.build_pool("train", "ambiguous", 300, 4)
-    told = "".join(record["prompt"] + record["target"] for record in pool)  # the base has learned just these
-    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "1dd35074be11b9ff"
+    drawn = [world.draw_type(random.Random(i), "all", "toy", i % 5) for i in range(300)]  # the base's
+    drawn += world.build_pool("eval", "ambiguous", 300, 3)
+    told = "".join(record["prompt"] + record["target"] for record in drawn)
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "dad10f6681835dc6"
+
+
+def test_noise_of_training_asks_for_nothing_and_shows_nothing_of_evaluation():
+    pool = world.build_pool("train", "harmful", 1500, 5)
+    assert all(len(judge.resolution(record["prompt"])) == record["hops"] + 1 for record in pool)
+    own = {*world.vocabulary("eval")} - {*world.vocabulary("train")}
+    assert len(own) > 100 and not own & {word for record in pool for word in record["prompt"].split()}
+    assert len({same_prompt(record["prompt"]) for record in pool}) == 1500
 
 
 @pytest.fixture(scope="module")
