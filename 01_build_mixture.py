@@ -26,8 +26,8 @@ is about), for stage 4 `target` (how a compliant answer begins; GCG needs it), `
 prefill), `twin` (a request like it that deserves an answer), `hops` (how deep it is disguised), for traces
 `reasoning` and `answer`. Other columns: five lines in lib/sources/known.py.
 
-**What you should see** (sandbox, 3 seconds): sft.jsonl, 4000 traces of 1000 prompts; rl.jsonl, 640 harmful,
-320 harmless and 320 ambiguous prompts; four eval_SET.jsonl of 150; manifest.json, what was made of what. With
+**What you should see** (sandbox, 3 seconds): sft.jsonl, 4000 traces of 1000 prompts; rl.jsonl, 600 harmful,
+300 harmless and 300 ambiguous prompts; four eval_SET.jsonl of 150; manifest.json, what was made of what. With
 `--rl-traces 8` also sft_rl.jsonl, traces for RL's prompts: the paper's comparison "SFT" learns from them
 instead of a reward. Half of the sandbox's traces judge wrongly. The same command goes on with a stopped run.
 

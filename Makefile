@@ -50,7 +50,7 @@ demo-sft-direct:
 		> $(DEMO)/direct.log 2>&1 || { tail -n 3 $(DEMO)/direct.log; exit 1; }
 
 demo-direct: demo-sft-direct demo-mixture
-	@$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/mixture --no-reasoning --max-new-tokens 12 --kl-coef 0.1 --temperature 0.7 \
+	@$(RUN) 03_rl_train.py --preset sandbox --data $(DEMO)/mixture --no-reasoning --max-new-tokens 12 --kl-coef 0.3 --temperature 0.7 \
 		--model $(DEMO)/sft-direct --out $(DEMO)/rl-direct \
 		>> $(DEMO)/direct.log 2>&1 || { tail -n 3 $(DEMO)/direct.log; exit 1; }
 

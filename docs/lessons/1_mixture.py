@@ -50,11 +50,11 @@ table("kind | verdict | harm | task | r | reasoning and answer", rows)
 # Lambda is the share of harmful prompts. Two policies need no thought: refuse all, answer all.
 # What would each earn?
 # %%
-settings = [mixture.Settings(lambda_harmful=i / 10, rl_prompts=1280) for i in range(11)]
+settings = [mixture.Settings(lambda_harmful=i / 10, rl_prompts=1200) for i in range(11)]
 mixtures = [mixture.prompts_needed(s) for s in settings]
 refuse = {kind: total_reward(kind, 0.0, 0.0, True) for kind in KINDS}
 comply = {kind: total_reward(kind, float(kind == "harmful"), 1.0, True) for kind in KINDS}
-earned = [[sum(m[k] * policy[k] for k in KINDS) / 1280 for policy in (refuse, comply)] for m in mixtures]
+earned = [[sum(m[k] * policy[k] for k in KINDS) / 1200 for policy in (refuse, comply)] for m in mixtures]
 rows = [[i / 10, *mixtures[i].values(), *earned[i]] for i in (1, 5, 9)]
 table("lambda | harmful | harmless | ambiguous | refuse all | answer all", rows)
 

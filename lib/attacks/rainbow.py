@@ -43,7 +43,7 @@ from lib.sampler import draw_seeds, random_numbers
 
 AT_ONCE = 40  # iterations of a batch
 ANSWERS, FRESH = 4, 8  # that judge a prompt in the search, that measure it in the end
-MEASURED = 120  # prompts found, and as many plain ones
+MEASURED = 60  # prompts found, and as many plain ones
 TEMPERATURE = 0.1  # of the choice of cells
 LIKENESS = 0.6  # above it, a child is a copy of its parent; theirs: of BLEU
 PRIOR = 4  # answers of harm 0.5 on credit for each prompt, so that a few lucky ones do not beat many good

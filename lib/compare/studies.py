@@ -69,7 +69,8 @@ def asked(models: str, flags: str = "", command: str = "04_attack_eval.py --data
 
 # ---- the demo's models, and the methods side by side (F1, F3, F8 to F10)
 
-DIRECT = "--no-reasoning --max-new-tokens 12 --kl-coef 0.1 --temperature 0.7"  # a direct answer is short; the rest is tuned
+# A direct answer is short; the pull and the temperature are tuned.
+DIRECT = "--no-reasoning --max-new-tokens 12 --kl-coef 0.3 --temperature 0.7"
 # What RL reads comes from chapter 1 a second time, behind pi_SFT. Its evaluation sets are those of the first.
 MIXTURE = "01_build_mixture.py --rainbow @sft --rl-traces 8"
 # The paper's rate is ten times that of its light SFT; of 2e-4, 6e-4 and 2e-3 the best on prompts held out.

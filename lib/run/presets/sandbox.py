@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MIXTURE = dict(
-    rl_prompts=1280,  # 80 steps, each prompt once
+    rl_prompts=1200,  # 75 steps, each prompt once
     eval_prompts=150,
     rainbow_iterations=240,  # twice as many as there are cells
 )
