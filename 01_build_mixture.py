@@ -209,14 +209,6 @@ def write_traces(
     return made
 
 
-def check_traces(traced: sources.Traced, sft: list[dict], rl: list[dict], settings: Settings) -> None:
-    """UserError where --trace-files have not what is asked for."""
-    if traced and len(sft) < settings.sft_prompts:
-        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(sft)}")
-    if traced and settings.rl_traces and not any(same_prompt(record["prompt"]) in traced for record in rl):
-        raise UserError(f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; give 0")
-
-
 def main() -> None:
     settings, run = start(Settings, "mixture")
     check(settings)
@@ -239,7 +231,7 @@ def main() -> None:
     from_pool = sources.take_sft(pool, train, settings)
     sft = sft or from_pool
     rl = mix(pool, settings)
-    check_traces(traced, sft, rl, settings)
+    sources.check_traces(traced, sft, rl, settings)
 
     run.begin()  # after all has been read: a mistake in it costs no earlier run
     if settings.rainbow:

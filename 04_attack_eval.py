@@ -48,7 +48,7 @@ from lib import attacks, metrics
 from lib.attacks import ATTACKS, Budget, Lab, Model, Slot, Tries, a_try
 from lib.judges import load_judge
 from lib.metrics import BENIGN, CONTROLS, SETS, wilson
-from lib.report import separations, write_report
+from lib.report import differences, separations, served_by_prompt, write_report
 from lib.run import run_main, start
 from lib.run.files import append_jsonl, read_log, write_json
 from lib.run.settings import Common, setting
@@ -301,8 +301,8 @@ def measure(models: list[Model], lines: list[dict], attempts: dict, settings: Se
         figures[model.name] = {"reasoning": model.reasoning, **safety, **answers, "plane": plane}
         figures[model.name] |= {"not_asked": dict(unasked), "attacks": cost}
         held = {f"DSR, {name}": own for name, own in outcomes(mine).items() if name in safety["dsr"]}
-        by_prompt[model.name] = {**held, **metrics.served_by_prompt(mine)}
-    return {"models": figures, "differences": metrics.differences(by_prompt, settings.seed)}
+        by_prompt[model.name] = {**held, **served_by_prompt(mine)}
+    return {"models": figures, "differences": differences(by_prompt, settings.seed)}
 
 
 # ---- the chapter -------------------------------------------------------------------------------------------

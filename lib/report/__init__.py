@@ -2,6 +2,7 @@
 
     write_report(out, results, completions)    report.html, report.md and figures: what stage 4 measured
     separations(victim, groups, safe)          inside a model: harmful against safe prompts (paper, Figure 4)
+    served_by_prompt, differences              models in pairs, on the same prompts
     draw_curves(metrics_path, png_path)        what stages 2 and 3 have logged, as small panels
 
 Skip it at first: the numbers come from lib/metrics.py, and here they are only shown: sections.py is what the
@@ -21,12 +22,13 @@ from jinja2 import Environment
 
 from lib.metrics import deciding
 from lib.report.figures import draw_curves, draw_figures
+from lib.report.paired import differences, served_by_prompt
 from lib.report.sections import Section, sections, show
 from lib.report.separation import separations
 from lib.run.files import write_text
 from lib.run.text import visible
 
-__all__ = ["draw_curves", "separations", "write_report"]
+__all__ = ["differences", "draw_curves", "separations", "served_by_prompt", "write_report"]
 PROMPTS = 500  # of each set, in a page
 
 

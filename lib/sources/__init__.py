@@ -13,11 +13,22 @@ Tests: tests/test_sources.py, tests/test_mixture.py, tests/test_traces.py.
 
 from lib.sources.known import EVAL_SETS, Pool
 from lib.sources.manifest import manifest, summary
-from lib.sources.reading import HELP, Source, Traced, hold_out, parse_word, read_pool, read_traces, take_sft
+from lib.sources.reading import (
+    HELP,
+    Source,
+    Traced,
+    check_traces,
+    hold_out,
+    parse_word,
+    read_pool,
+    read_traces,
+    take_sft,
+)
 from lib.sources.tables import read_table, text_of
 
-__all__ = ["EVAL_SETS", "HELP", "Pool", "Source", "Traced", "hold_out", "manifest", "parse_word", "read_pool"]
-__all__ += ["read_table", "read_traces", "summary", "take_sft", "text_of", "write_traces"]
+__all__ = ["EVAL_SETS", "HELP", "Pool", "Source", "Traced", "check_traces", "hold_out", "manifest"]
+__all__ += ["parse_word", "read_pool", "read_table", "read_traces", "summary", "take_sft", "text_of"]
+__all__ += ["write_traces"]
 
 
 def write_traces(records, count: int, settings, use) -> list:

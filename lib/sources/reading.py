@@ -191,3 +191,11 @@ def take_sft(pool: Pool, sources: list[Source], settings) -> list[dict]:
     if not sft:
         sft, pool["harmful"] = pool["harmful"][:count], pool["harmful"][count:]
     return sft[:count]
+
+
+def check_traces(traced: Traced, sft: list[dict], rl: list[dict], settings: Any) -> None:
+    """UserError where --trace-files have not what is asked for."""
+    if traced and len(sft) < settings.sft_prompts:
+        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; the trace files have {len(sft)}")
+    if traced and settings.rl_traces and not any(same_prompt(record["prompt"]) in traced for record in rl):
+        raise UserError(f"--rl-traces: --trace-files have none for the {len(rl)} RL prompts; give 0")
