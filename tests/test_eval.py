@@ -167,7 +167,8 @@ def test_what_is_too_long_is_not_asked_and_in_no_figure(folder, tmp_path, monkey
     for name in ("harmful", "harmless"):
         change_first(folder, name, prompt=LONG)
     names = "--attacks gcg gcg_twin gcg_universal prefill_answer"
-    out = run(folder, tmp_path / "eval", names)
+    known = {"forged": "w1 w2 ."}  # words that the models know
+    out = run(folder, tmp_path / "eval", names, **known)
     found = results_of(out)
     tried = [x["trace"] for x in read_jsonl(out / "attacks.jsonl") if x["attack"] == "gcg"]
     assert [len(trace) for trace in tried] == [1, 4, 1, 4]  # nothing is searched that could not be sent
@@ -180,7 +181,7 @@ def test_what_is_too_long_is_not_asked_and_in_no_figure(folder, tmp_path, monkey
         assert (counted.pop("direct"), counted.pop("jailbreak")) == (3, 4) and {*counted.values()} == {1}
         assert model["compliance"]["harmless"]["n"] == 3 and not model["unknown"]
     monkeypatch.setattr(attacks.session, "load_policy", None)  # nothing is asked again
-    assert results_of(run(folder, out, names)) == found
+    assert results_of(run(folder, out, names, **known)) == found
 
 
 def test_sets_that_stage_1_did_not_write_and_attacks_are_left_out(folder, tmp_path):
@@ -241,7 +242,7 @@ def test_what_is_finished_is_not_done_again_and_what_stands_twice_is(made, finis
 
 def test_two_processes_find_and_answer_what_one_does(made, tmp_path, monkeypatch):
     words = f"{SHORT} --data {made}/data --models thinker={made}/thinker direct={made}/direct --judge stages"
-    words += " --behaviours 3 --gcg-steps 2 --attacks gcg gcg_universal prefill_answer --out"
+    words += " --behaviours 3 --gcg-steps 2 --attacks gcg gcg_universal gcg_close --out"
     one, two = tmp_path / "one", tmp_path / "two"
     group = run_group("04_attack_eval", [*words.split(), str(two)], tmp_path / "log")
     run_here("04_attack_eval", [*words.split(), str(one)], monkeypatch)
