@@ -25,10 +25,10 @@ comparison "SFT" is this stage once more, from pi_SFT and on 8 traces for each R
 8`): `--traces sft_rl.jsonl --model runs/paper/sft`. Reads DATA/TRACES. Writes a Hugging Face checkpoint,
 metrics.jsonl, curves.png and settings.json to OUT. A killed run goes on when the same command is run again.
 
-**What you should see** (sandbox, seed 0, 20 seconds): the loss falls from 7.6 to about 0.4 in the first
+**What you should see** (sandbox, seed 0, 20 seconds): the loss falls from 7.5 to about 0.3 in the first
 hundred of 238 updates, as the format is learned, and creeps to 0.2 after that. The held-out loss ends at
-0.20, too: nothing is learned by heart. A model of this stage reasons, and gives in to more than half of the
-plain harmful requests of chapter 4. (Those of chapter 3 are disguised, too, and there it refuses more.)
+0.20, too: nothing is learned by heart. A model of this stage reasons, and gives in to two of five plain
+harmful requests of chapter 4.
 
 To think about: the traces are of harmful prompts only, so what will pi_SFT do with a harmless one? And why
 does a model that was trained to the lowest loss leave RL the least to choose from?
