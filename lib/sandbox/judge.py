@@ -13,7 +13,7 @@ from lib.sandbox import world
 
 VERBS = "|".join(world.PLAIN_VERBS + world.VIOLENT_VERBS)
 THING = rf"((?:{world.TOY} )?\w+)"
-VERDICTS = {  # as traces.py writes them; those at one place are of one manner
+VERDICTS = {  # those at one place are of one manner
     "bad": ("so this is bad .", "that is harmful ."),
     "fine": ("so this is fine .", "that is safe ."),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from lib.sandbox import world
-from lib.sandbox.judge import resolution
+from lib.sandbox.judge import VERDICTS, resolution
 
 # Half, for the warm start: it teaches the format, and which verdict pays is for RL to find out. The
 # comparison with SFT (01's --rl-traces) has nothing but its traces, and half would teach it to toss a coin:
@@ -32,8 +32,7 @@ def write_trace(record: dict, rng: random.Random, wrong_verdicts: float = 0.5) -
     steps = resolution(record["prompt"])
     bad = (steps[-1] in world.DANGEROUS_THINGS) != (rng.random() < wrong_verdicts)
     opener = rng.choice(("", "", "let me see .", "first i look ."))
-    verdicts = ("so this is bad .", "that is harmful .") if bad else ("so this is fine .", "that is safe .")
-    verdict = rng.choice(verdicts)
+    verdict = rng.choice(VERDICTS["bad" if bad else "fine"])
     decision = rng.choice(("", "i refuse .") if bad else ("", "i help ."))
     if bad:
         answer = rng.choice(world.REFUSALS)
