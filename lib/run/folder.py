@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,10 @@ def take_folder(out: str | Path, settings: dict) -> None:
     for child in Path(out).iterdir():
         if child.name != LOCK:  # which stays held, so that no second run slips in
             shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
-    versions = {name: version(name) for name in PACKAGES}
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # the sandbox runs without `datasets`
+            versions[name] = version(name)
     write_json(
         Path(out) / "settings.json", {**settings, "git_revision": git_revision(), "versions": versions}
     )

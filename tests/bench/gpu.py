@@ -379,10 +379,9 @@ class Checks:
         """Chapters 1 to 3 in the sandbox, fp32: CPU and card side by side; a run killed and resumed."""
         folder, found = Path(tempfile.mkdtemp()), {}
         few = ["--sft-prompts", 40, "--rl-prompts", 64, "--eval-prompts", 20]
-        self.stage("01_build_mixture.py", folder, "data", *few).wait(timeout=120)
-        runs = {name: self.stage("02_sft_warmstart.py", folder, f"sft-{name}") for name in ("cpu", "card")}
-        for run in runs.values():
-            run.wait(timeout=180)
+        self.ended(folder, data=self.stage("01_build_mixture.py", folder, "data", *few))
+        names = ("sft-cpu", "sft-card")
+        self.ended(folder, **{name: self.stage("02_sft_warmstart.py", folder, name) for name in names})
         sft, keys = [metrics_of(folder / f"sft-{name}") for name in ("cpu", "card")], ("loss", "grad_norm")
         found["sft"] = gaps(*sft, keys)
         start = ["--model", folder / "sft-cpu", "--save-every", 1]
@@ -395,9 +394,7 @@ class Checks:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         runs["rl-kill"] = self.stage("03_rl_train.py", folder, "rl-kill", *start)
-        for name, run in runs.items():
-            if run.wait(timeout=180):
-                found[name] = (folder / f"{name}.log").read_text()[-800:]
+        self.ended(folder, **runs)
         cpu, card, resumed = (metrics_of(folder / name) for name in runs)
         keys = ("reward", "loss", "kl", "entropy", "grad_norm", "sampler_gap")
         return found | {"cpu_against_card": gaps(cpu, card, keys), "resumed": gaps(card, resumed, keys)}
@@ -411,6 +408,12 @@ class Checks:
         return subprocess.Popen(
             list(map(str, command)), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
         )
+
+    def ended(self, folder: Path, **runs: subprocess.Popen) -> None:
+        """Wait for stages by their names; what the first that failed said is the error."""
+        for name, run in runs.items():
+            if run.wait(timeout=180):
+                raise RuntimeError(f"{name}: {(folder / f'{name}.log').read_text()[-800:]}")
 
     def fsdp(self) -> dict:
         """FSDP2 with one rank: gradients, sampling, saving, restoring; and with shards on the CPU."""
