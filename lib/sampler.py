@@ -19,7 +19,8 @@ That is `sample_simple`, for one prompt. `sample` writes the same tokens for man
 3. **Shapes stay between two repacks**, so nothing is allocated or copied: a step writes its column in place.
    All of a step is on the device: tokens, who has ended, the column. To read them the host waits for a GPU,
    so it does every `LOOK` steps, and cuts off what a row drew behind its end. There a step attends to all
-   columns, the unwritten ones masked, which is one shape, as recorded graphs need; on a CPU to the written.
+   columns, the unwritten ones masked. So it can be recorded, and its 1,400 kernels be launched at once:
+   one by one, the host needs longer for that than the card for its work. On a CPU, to the written columns.
 4. **Each completion has its own random numbers**, made from its seed: whatever its batch-mates, the budget,
    the order or the number of processes. A lower `max_new_tokens` only cuts it short.
 
@@ -179,7 +180,8 @@ class _Batch:
         self.waiting = [i * group_size + member for i in longest_first for member in range(group_size)]
         self.rows, self.rows_ended = self._long([]), 0  # (rows,) numbers of completions
         self.columns = self.capacity = 0  # of the cache: filled, and allocated
-        self.fixed_shapes = model.device.type != "cpu"
+        self.fixed_shapes, self.records = model.device.type != "cpu", model.device.type == "cuda"
+        self.graph: Any = None  # a recorded step, torch.cuda.CUDAGraph
 
     def _long(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
@@ -189,8 +191,13 @@ class _Batch:
         count, window = (LOOK, self.capacity) if self.fixed_shapes else (1, self.columns + 1)
         for layer in self.cache.layers:
             layer.max_cache_len = window  # so many columns are attended to
+        mask = self.mask[..., :window]
         for _ in range(min(count, self.capacity - self.columns)):
-            self.step(self.mask[..., :window])
+            if self.graph:
+                self.graph.replay()
+            else:
+                self.step(mask)  # the first one runs as it is, and sets up what libraries need
+                self.graph = self.record(mask) if self.records else None
             self.columns += 1
         self.rows_ended = int(self.ended[self.rows].sum())  # waits for the device
 
@@ -201,6 +208,17 @@ class _Batch:
         mask.index_fill_(-1, self.column, True)
         self._draw(rows, self._logits(ids[:, None], positions[:, None], mask, self.cache))
         self.column += 1  # in place: all layers hold this very tensor
+
+    def record(self, mask: Tensor) -> torch.cuda.CUDAGraph | None:
+        """A step's kernels, not run. None if it waits for the device, as where experts are chosen."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                self.step(mask)
+        except RuntimeError as error:
+            tqdm.write(f"note: this model's steps cannot be recorded, so sampling is slower: {error}"[:200])
+            self.records = False
+        return graph if self.records else None
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """ids, positions (rows, T) -> logits (rows, vocab) after the last of them. Extends the cache."""
@@ -213,7 +231,7 @@ class _Batch:
         token, logprob = self.choose(logits, uniform(self.seeds[rows], slot))
         self.tokens[rows, slot], self.logprobs[rows, slot] = token, logprob
         self.drawn[rows] = slot + ~ended  # those that had ended before this draw do not count it
-        self.ended[rows] = ended | torch.isin(token, self.eos) | (slot + 1 >= self.limit)
+        self.ended[rows] = ended | (token[:, None] == self.eos).any(1) | (slot + 1 >= self.limit)
 
     def refill(self, bar: tqdm) -> bool:
         """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""
@@ -223,6 +241,7 @@ class _Batch:
             stay = (~self.ended[self.rows]).nonzero()[:, 0]
             parts = [(self.cache, self.columns, stay)] if len(stay) else []
             self.cache: Any = None  # if nobody stays, its memory is free for those who come
+            self.graph = None
             self.rows = self.rows[stay]
             if self.waiting:
                 parts += self._admit()

@@ -23,7 +23,7 @@ from lib.run.checkpoint import save_policy
 from lib.run.checks import check_tokenizer
 from lib.run.hub import load_policy, load_tokenizer
 from lib.sampler import sample
-from tests.bench.graphs import FixedBatch, sampling_by
+from tests.bench.decoders import FixedBatch, sampling_by
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lib.sampler
 from lib.sampler import Completion, draw, sample, sample_simple, uniform
-from tests.bench.graphs import FixedBatch
+from tests.bench.decoders import FixedBatch
 
 SANDBOX = Path(__file__).parents[1] / "lib" / "sandbox" / "base"
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)

@@ -39,7 +39,7 @@ from lib.run.checkpoint import save_policy
 from lib.run.hub import load_policy
 from lib.run.shards import full_weights
 from lib.sampler import sample
-from tests.bench.graphs import DECODERS, sampling_by
+from tests.bench.decoders import DECODERS, sampling_by
 
 BUDGET = Budget(gcg_steps=1, gcg_width=4, gcg_top_k=4, gcg_suffix_tokens=4, gcg_init="please")
 SECONDS, NEW, TOLERANCE = 60, 12, 1e-3  # for an architecture; tokens of a completion; nats

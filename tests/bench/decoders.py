@@ -1,0 +1,37 @@
+"""The sampler's steps in other manners, to compare: they write the tokens of `lib.sampler.sample`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from lib import sampler
+
+
+class FixedBatch(sampler._Batch):
+    """Shapes as on a GPU, on a CPU, too."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.fixed_shapes = True
+
+
+class OneByOne(sampler._Batch):
+    """Nothing is recorded, on a GPU either: each kernel is launched by itself."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.records = False
+
+
+@contextlib.contextmanager
+def sampling_by(batch: type[sampler._Batch]) -> Iterator[None]:
+    """While it lasts `lib.sampler.sample` decodes with this class."""
+    before, sampler._Batch = sampler._Batch, batch
+    try:
+        yield
+    finally:
+        sampler._Batch = before
+
+
+DECODERS = {"ours": sampler._Batch, "fixed_shapes": FixedBatch, "one_by_one": OneByOne}
