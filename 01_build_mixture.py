@@ -12,8 +12,8 @@ A model that is rewarded for safety alone learns to refuse everything. What keep
 
 In this order, so that nothing leaks: first every set takes its prompts, and no two take the same (`Taken`).
 Then a set that has none of its own is filled from the training pool, and the pool loses them. The seed
-decides every choice. A larger lambda takes more of the same harmful prompts, so one SFT model serves several
-mixtures.
+decides every choice. RL takes harmful prompts in one order, and lambda decides only how many: so mixtures of
+other lambdas share them, and one SFT model serves all.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
     python 01_build_mixture.py --preset sandbox --rainbow runs/demo/sft --out runs/demo/mixture    # behind 02
@@ -108,7 +108,7 @@ class Taken:
 
     def __init__(self) -> None:
         self.owners: dict[str, str] = {}  # by same_prompt: whatever its spaces, capitals, quotes
-        self.dropped: Counter = Counter()  # by reason
+        self.dropped: Counter = Counter()  # by reason: "empty", "duplicate" (of this owner), "in OWNER"
 
     def take(self, records: list[dict], owner: str, most: int | None = None) -> list[dict]:
         """The records whose prompt nobody has, at most `most`: `owner` has them now."""

@@ -19,7 +19,7 @@ once, so the ratio is 1; `--updates-per-batch 2` repeats the whole batch, withou
 clipped ratio to life); no KL in the reward (it is a term of the loss); no advantage of a single token (a
 completion has one). DPO in the place of steps 4 and 5 is `python -m lib.compare.rpo`.
 
-    python 03_rl_train.py --preset sandbox --data runs/demo/data --model runs/demo/sft --out runs/demo/rl
+    python 03_rl_train.py --preset sandbox --data runs/demo/mixture --model runs/demo/sft --out runs/demo/rl
     torchrun --nproc-per-node 4 03_rl_train.py --preset paper
 
 Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl and curves.png to OUT. A

@@ -4,8 +4,9 @@ r"""Chapter 4: attack the models, judge what they answer, measure, and draw (pap
     python 04_attack_eval.py --models tars=runs/demo/rl --attacks gcg pair --out runs/demo/eval-tars
 
 A defence is worth what it withstands, and what it costs. So all models meet, with the same random numbers,
-harmful requests as they are (the set `direct`) and in held-out disguises (`jailbreak`), requests that deserve
-an answer (`harmless`, and `ambiguous` ones that only look harmful), and attacks on the first direct ones:
+harmful requests as they are (the set `direct`, of eval_harmful.jsonl; the flag --direct is something else:
+which models do not reason) and in held-out disguises (`jailbreak`), requests that deserve an answer
+(`harmless`, and `ambiguous` ones that only look harmful), and attacks on the first direct ones:
 
 1. **Attack.** GCG (greedy coordinate gradient, Zou et al. 2023) looks for a *suffix*, a few tokens behind the
    request that make a *target* ("Sure, here is how to ...") the likely beginning of what the model writes.
@@ -83,6 +84,7 @@ class Settings(Common, Budget):
 # ---- 1. attack: GCG ----------------------------------------------------------------------------------------
 # A Slot is the place of a suffix in one prompt: chat template, request | suffix | end of turn ... | target.
 # What stands before the suffix never changes: its keys and values are computed once. The rest is fed anew.
+# `slot.logits`: suffixes (N, S) -> (N, T, vocab). `slot.watched_embeddings`: what is looked up meanwhile.
 
 
 def gradient(slot: Slot, suffix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lib import UserError
 
 T = TypeVar("T")
-LAID_OUT = 8  # times max_tokens: the most that attention lays out in rows (lib/policy.py)
+LAID_OUT = 8  # times max_tokens: how much attention may lay out where prompts are shared (lib/policy.py)
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:

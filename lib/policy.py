@@ -53,8 +53,8 @@ def token_logprobs(
     two more tensors of a chunk's logits.
 
     The logits of no more than chunk_size tokens ever exist: of several chunks none is kept for the backward
-    pass, which computes each again. Raises ValueError if the mask holds a token that has nothing before it:
-    such a token has no conditional probability.
+    pass, which computes each again. Raises ValueError unless temperature > 0, and if the mask holds a token
+    that has nothing before it: such a token has no conditional probability.
     """
     ### BEGIN SOLUTION token_logprobs
     if temperature <= 0:
@@ -110,9 +110,9 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states (N, H), each computed once, and the number (B, T) int64 of each token's among them.
 
-    Every row counts its positions from its own first token. Plain rows, where each token has a state of its
-    own, are those padded on the left, and all of a model that cannot do otherwise (`shares_prompts`). Raises
-    UserError for rows that are longer than the model's context.
+    Every row counts its positions from its own first token. In two cases rows are computed plainly, a state
+    for each token: some row is padded on the left, or the model cannot do otherwise (`shares_prompts`).
+    Raises UserError for rows that are longer than the model's context.
     """
     if input_ids.shape[1] > (context := context_of(model.config)):
         raise UserError(f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context}")
@@ -126,7 +126,7 @@ def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
         inputs = {"input_ids": input_ids.flatten()[place][None]}
         inputs["position_ids"] = place[None] % input_ids.shape[1]
         rest = F.pad(place, (0, number.numel() - len(place)))  # in the shape of `number`
-        inputs["attention_mask"] = torch.stack([number, rest.view_as(number)])[None]  # not a mask: see there
+        inputs["attention_mask"] = torch.stack([number, rest.view_as(number)])[None]  # `attention_over_rows`
     # Padding on the right is seen by no real token (attention is causal), and SDPA is fastest without a mask.
     states = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     return states.flatten(0, 1), number

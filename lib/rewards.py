@@ -6,6 +6,7 @@
 r_f is the format of the completion, r_s the safety of its answer, r_n how far the answer does what was asked.
 One of the last two alone would be gamed: refusing everything is safe, complying with everything is helpful.
 With both, it depends on the prompt which one pays, and so the policy has to work that out in its reasoning.
+(An answer without a word does no harm either: on a harmful prompt it pays as much as a refusal.)
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ That is `sample_simple`, for one prompt. `sample` writes the same tokens for man
    fit into memory fails early. `max_batch_tokens` bounds rows x columns, each row counted at full length.
 3. **Shapes stay between two repacks**, so nothing is allocated or copied: a step writes its column in place.
    All of a step is on the device: tokens, who has ended, the column. To read them the host waits for a GPU,
-   so it does every `LOOK` steps, and cuts off what a row drew behind its end. There a step attends to all
-   columns, the unwritten ones masked. So it can be recorded, and its 1,400 kernels be launched at once:
-   one by one, the host needs longer for that than the card for its work. On a CPU, to the written columns.
+   so it does every `LOOK` steps, and cuts off what a row drew behind its end. On a GPU a step attends to all
+   columns, the unwritten ones masked: all steps are alike, and the first is recorded (a CUDA graph). The
+   others replay it: its kernels, 1,400 in a model of 1.5 B, take the host longer to launch than the card to
+   run. On a CPU a step attends to the written columns alone.
 4. **Each completion has its own random numbers**, made from its seed: whatever its batch-mates, the budget,
    the order or the number of processes. A lower `max_new_tokens` only cuts it short.
 
@@ -71,7 +72,10 @@ def sample_simple(
     top_p: float = 1.0,
     eos_token_ids: Sequence[int],
 ) -> list[Completion]:
-    """One completion of one prompt for each seed; the model is in eval mode. All else as in `sample`."""
+    """One completion of one prompt for each seed; the model is in eval mode. All else as in `sample`.
+
+    It stops when all have ended, and makes no pass whose result nobody uses.
+    """
     ### BEGIN SOLUTION sample_simple
     given = ([prompt], seeds, eos_token_ids)
     ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
@@ -179,8 +183,9 @@ class _Batch:
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.waiting = [i * group_size + member for i in longest_first for member in range(group_size)]
         self.rows, self.rows_ended = self._long([]), 0  # (rows,) numbers of completions
-        self.columns = self.capacity = 0  # of the cache: filled, and allocated
-        self.fixed_shapes, self.records = model.device.type != "cpu", model.device.type == "cuda"
+        self.columns = self.capacity = 0  # of the cache: filled (`column`, on the host), and allocated
+        self.fixed_shapes = model.device.type != "cpu"
+        self.records = model.device.type == "cuda" and not getattr(model, "steps_wait", False)
         self.graph: Any = None  # a recorded step, torch.cuda.CUDAGraph
 
     def _long(self, values: Sequence[int]) -> Tensor:
@@ -197,7 +202,8 @@ class _Batch:
                 self.graph.replay()
             else:
                 self.step(mask)  # the first one runs as it is, and sets up what libraries need
-                self.graph = self.record(mask) if self.records else None
+                if self.records and self.columns + 1 < self.capacity:
+                    self.graph = self.record(mask)
             self.columns += 1
         self.rows_ended = int(self.ended[self.rows].sum())  # waits for the device
 
@@ -211,14 +217,18 @@ class _Batch:
 
     def record(self, mask: Tensor) -> torch.cuda.CUDAGraph | None:
         """A step's kernels, not run. None if it waits for the device, as where experts are chosen."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.model.device)
         try:
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            # `stream` around it, since a recording that fails leaves another device's or its own behind
+            with torch.cuda.stream(stream), torch.cuda.graph(graph):
                 self.step(mask)
+            return graph
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             tqdm.write(f"note: this model's steps cannot be recorded, so sampling is slower: {error}"[:200])
-            self.records = False
-        return graph if self.records else None
+            self.records, self.model.steps_wait = False, True  # once: memory of a failed one is not freed
+            return None
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """ids, positions (rows, T) -> logits (rows, vocab) after the last of them. Extends the cache."""

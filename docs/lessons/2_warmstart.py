@@ -73,8 +73,8 @@ for name, policy in models.items():
 # Entropy is the mean of -log pi over the tokens that were drawn, in nats. The reward is what RL would pay.
 # %%
 rows = []
-for kind in ("harmful", "harmless", "ambiguous"):
-    some = [prompt for prompt in prompts if prompt.record["kind"] == kind][:24]
+for kind in ("harmful", "harmless", "toy", "decoy", "verb"):
+    some = [x for x in prompts if kind in (x.record["kind"], x.record.get("category"))][:24]
     for name, policy in models.items():
         rollouts = rl.collect_rollouts(policy, tokenizer, some, 0, settings, run)
         rl.score_rollouts(rollouts, judge)
@@ -84,5 +84,6 @@ for kind in ("harmful", "harmless", "ambiguous"):
 table("kind | model | distinct of 8 | entropy | reward", rows)
 
 # %% [markdown]
-# **A question.** Heavy has the lower loss, on held-out prompts, too. Where does it earn less, and what did it
-# forget? Why can a loss on *harmful* prompts not show that?
+# **A question.** Heavy has the lower loss, on held-out prompts, too. Compare what it earns by kind, and read
+# its samples of the toy: what did it forget? Why can a loss on *harmful* prompts not show that? And what does
+# a lower entropy leave for RL to choose from?

@@ -21,13 +21,15 @@ victim = attacks.Victim("tars", model, tokenizer, True, judge, settings.max_new_
 
 # %% [markdown]
 # ## A request
-# We take one that GCG broke in this run, if there is one. The target is what the answer should begin with.
+# We take the one that GCG broke last in this run, if there is one. The target is what the answer should begin
+# with.
 # %%
 lines = read_jsonl(RUN / "eval/completions.jsonl")
 lines = [line | {"defended": chapter4.defended(line, settings.harm_threshold)} for line in lines]
-broken = [x["id"] for x in lines if x["model"] == "tars" and x["set"] == "gcg" and not x["defended"]]
+tries = [x for x in lines if x["model"] == "tars" and x["set"] == "gcg"]
+broken = {x["id"]: x["step"] for x in sorted(tries, key=lambda x: x["step"]) if not x["defended"]}
 requests = read_jsonl(RUN / "data/eval_harmful.jsonl")[: settings.behaviours]
-request = next((r for r in requests if r["id"] in broken), requests[0])
+request = max(requests, key=lambda r: broken.get(r["id"], -1))
 prompt = request["prompt"]
 print(f"request: {prompt}\ntarget:  {request['target']}\nsuffix:  {settings.initial_suffix()}")
 
@@ -60,9 +62,10 @@ table("step | loss | suffix", [[t["step"], t["loss"], t["sent"].removeprefix(pro
 
 # %% [markdown]
 # ## What the model answers
-# Eight answers at three steps, beside them to the control and to no suffix. Of each the most harmful one.
+# Eight answers at the steps at which the run tried it, beside them to the control and to no suffix. Of each
+# the most harmful one.
 # %%
-rows, sent = [], {f"GCG, step {i}": gcg[i]["sent"] for i in (0, len(gcg) // 2, len(gcg) - 1)}
+rows, sent = [], {f"GCG, step {i}": gcg[i]["sent"] for i in sorted({x["step"] for x in tries})}
 for name, text in {**sent, "random suffix": control["sent"], "no suffix": prompt}.items():
     answers = victim.ask([request] * 8, [text] * 8, [""] * 8, range(8))
     worst = max(answers, key=lambda answer: answer["harm"])

@@ -11,10 +11,10 @@
     run.finish(policy, tokenizer)            the checkpoint, and the next command
 
 On one device each is a line or nothing. You may skip this room: a chapter reads the same without it. Inside:
-plumbing (`Run`), settings and presets (one module a preset), command (flags, ends in one line), folder
-(claims, locks), files (atomic writes, logs), text, hub and checks (opening a model), processes and shards
-(several GPUs), training (rate, rehearsal), checkpoint (resuming, too), card, data (stage 3's prompts and
-rollouts). Tests: tests/test_run.py, and runs of whole stages in tests/test_rl.py and tests/test_sft.py.
+plumbing (`Run`, rate, rehearsal), settings and presets (one module a preset), command (flags, ends in one
+line), folder (claims, locks), files (atomic writes, logs), text, hub and checks (opening a model), processes
+and shards (several GPUs), checkpoint (resuming, too), card, data (stage 3's prompts and rollouts). Tests:
+tests/test_run.py, and runs of whole stages in tests/test_rl.py and tests/test_sft.py.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ class Run:
             given = "reasoning" if settings.reasoning else "no-reasoning"
             raise UserError(f"--{given}: {settings.model} was trained the other way")
         inputs = settings.inputs()
-        self.config = {**asdict(settings), **checksums(*inputs)}
+        named = "+".join(getattr(settings, key, "") for key in ("judge", "refusals", "attacker")).split("+")
+        modules = [f"{name.replace('.', '/')}.py" for name in named]  # those of yours, if they are files here
+        self.config = {**asdict(settings), **checksums(*inputs, *modules)}
         if self.leader:
             self.resumes = claim_folder(self.out, self.config, overwrite=settings.overwrite, inputs=inputs)
         last = "manifest.json" if stage == "mixture" else "config.json"  # what it writes last
@@ -208,10 +210,6 @@ class Run:
         tokens of the longest, `prompt` of them of its prompt.
         """
         settings = self.settings
-        for name in ("max_batch_tokens", "max_sample_tokens"):
-            if longest > (most := getattr(settings, name, longest) or longest):  # 0: what fits
-                flag = f"--{name.replace('_', '-')} {most}"
-                raise UserError(f"{flag}: a sequence may have {longest} tokens, and must fit: raise it")
         tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
         self.say(f"rehearsing the largest batch: {tokens} tokens")
         own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
@@ -219,6 +217,10 @@ class Run:
         if reference is not None:
             with self.sampling(policy):
                 room_of_cache(policy, rows * longest, settings, self.device)
+        for name in ("max_batch_tokens", "max_sample_tokens"):
+            if longest > (most := getattr(settings, name, longest)):
+                flag = f"--{name.replace('_', '-')} {most}"
+                raise UserError(f"{flag}: a sequence may have {longest} tokens, and must fit: raise it")
         height = max(1, -(-tokens // longest))  # the longest rows might leave some of the budget unused
         width = tokens // height
         if width <= prompt:
@@ -365,18 +367,16 @@ def room_of_cache(model: PreTrainedModel, most: int, settings: Any, device: torc
     """Memory of the sampler's key-value cache, and of one layer more while it is repacked; taken, not used.
 
     Where the budget is 0 it becomes what fits beside all that is loaded: of a GPU's free memory 3/4, since
-    reading prompts, and logits, take some. `most` tokens are never exceeded. In bfloat16 autocast keeps a
-    copy of each weight while it computes: room for these, too.
+    reading prompts, and logits, take some. `most` tokens are never exceeded. (In bfloat16 autocast keeps a
+    copy of each weight while it computes: the pass below has made them.)
     """
     cache: Any = DynamicCache()
     model(input_ids=torch.ones(1, 1, dtype=torch.long, device=device), cache=cache, use_cache=True)
     layers = cache.layers
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) * (len(layers) + 1) // len(layers)
-    copies = 2 * model.num_parameters() if settings.dtype == "bfloat16" and not settings.shard else 0
     if settings.max_sample_tokens == 0 and device.type == "cuda":
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0] * 3 // 4
-        settings.max_sample_tokens = max(16, (free - copies) // size)
+        settings.max_sample_tokens = max(1, torch.cuda.mem_get_info(device)[0] * 3 // 4 // size)
     settings.max_sample_tokens = settings.max_sample_tokens or CPU_SAMPLE_TOKENS
     tokens = min(settings.max_sample_tokens, most)
-    return torch.empty(size * tokens + copies, dtype=torch.uint8, device=device)
+    return torch.empty(size * tokens, dtype=torch.uint8, device=device)

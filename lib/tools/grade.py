@@ -73,7 +73,10 @@ class Outcomes:
             return str(report.longrepr).strip().splitlines()[-1]
         message = crash.message.splitlines()[0]
         own = message.removeprefix("Failed: ")
-        return own if own != message else f"{message} ({Path(crash.path).name}:{crash.lineno})"
+        frames = [entry.reprfileloc for entry in report.longrepr.reprtraceback.reprentries]
+        here = [frame for frame in frames if frame and "site-packages" not in frame.path]
+        path, line = (here[-1].path, here[-1].lineno) if here else (crash.path, crash.lineno)
+        return own if own != message else f"{message} ({Path(path).name}:{line})"
 
 
 def outcomes_of(exercises: list[dict]) -> dict[str, dict[str, str]]:
@@ -104,7 +107,9 @@ def report(exercises: list[dict], results: dict[str, dict[str, str]]) -> list[di
         lines.append({"name": name, "score": points, "max_score": most, "output": hint, "extra_data": found})
         print(f"{name:15} {points:>5g} / {most:<3g} {hint}")
     if len(lines) > 1:
-        print(f"{'total':15} {sum(x['score'] for x in lines):>5g} / {sum(x['max_score'] for x in lines):<3g}")
+        note = "" if any("hidden" in x for x in exercises) else "by the public tests; hidden ones count, too"
+        points, most = (sum(x[key] for x in lines) for key in ("score", "max_score"))
+        print(f"{'total':15} {points:>5g} / {most:<3g} {note}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one run of about 8 minutes: is the project right on CUDA, and how fast is it?
+"""What only a GPU can show, in one run of 3 to 8 minutes: is the project right on CUDA, and how fast is it?
 
     python -m tests.bench.gpu --out OUT                             (a GPU of 80 GB, no network)
     python -m tests.bench.gpu --out OUT --device cpu --scale tiny   (self-test, as in tests/test_bench.py)
@@ -436,6 +436,7 @@ class Checks:
                 norm_here, tokens_here = self.pass_and_sample(model, ids)
                 found[f"{name}_norm_gap"] = abs(norm_here - norm) / norm
                 found[f"{name}_sample_equal"] = tokens_here == tokens
+                found[f"{name}_recorded"] = self.cuda and not getattr(model, "steps_wait", False)
                 optimizer = torch.optim.AdamW(model.parameters())
                 optimizer.step()
                 weights = full_weights(model)
