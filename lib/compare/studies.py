@@ -212,7 +212,7 @@ WITH, FOUND = claims("", "with", "without", "", *MAIN, *ATTACKS), "(dsr|plane|ra
 LAMBDAS, RIVALS = (0.1, 0.3, 0.5, 0.7, 0.9), ("rl-direct", "sft8", "rpo")
 LONG = ("rl-direct-long", "sft8-long", "rpo-long")
 STUDIES = {
-    "seeds": Study("seeds", 12, 60, DEMO, MEANS, SHOWN, COMPARED),
+    "seeds": Study("seeds", 12, 72, DEMO, MEANS, SHOWN, COMPARED),
     "replicate": Study("replicate", 5, 30, REPLICATE, MEANS, SHOWN, REPLICATED),
     "ablations": ablations(),
     "frontier": frontier(LAMBDAS, ("tars", *RIVALS), BY_LAMBDA),

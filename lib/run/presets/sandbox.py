@@ -21,6 +21,7 @@ RL = dict(
     learning_rate=2e-4,
     warmup_steps=20,  # faster, it runs to refusing or helping everybody first
     decay=True,  # once the reward saturates, later steps would only add noise
+    kl_coef=0.05,  # the paper's 1e-3 does not lead back from refusing everybody, where no group has a signal
     weight_decay=0.0,
     adam_eps=1e-5,
     epochs=1.0,
