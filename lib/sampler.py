@@ -37,7 +37,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -217,10 +217,11 @@ class _Batch:
 
     def record(self, mask: Tensor) -> torch.cuda.CUDAGraph | None:
         """A step's kernels, not run. None if it waits for the device, as where experts are chosen."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.model.device)
+        graph, device = torch.cuda.CUDAGraph(), self.model.device
+        present, aside = torch.cuda.current_stream(device), _stream_aside(device)
         try:
-            # `stream` around it, since a recording that fails leaves another device's or its own behind
-            with torch.cuda.stream(stream), torch.cuda.graph(graph):
+            # `present` around it: a recording that fails leaves its own behind
+            with torch.cuda.stream(present), torch.cuda.graph(graph, stream=aside):
                 self.step(mask)
             return graph
         except torch.OutOfMemoryError:
@@ -302,6 +303,11 @@ class _Batch:
         seen = (place >= (self.column - used)[:, None]) & (place < self.column)
         self.mask = attention_mask(self.model, seen, 1)
         self.rows_ended = int(self.ended[self.rows].sum())
+
+
+@lru_cache
+def _stream_aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one to record in on each: libraries keep memory for every stream
 
 
 def uniform(seeds: Tensor, steps: Tensor | int) -> Tensor:

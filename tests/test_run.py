@@ -295,6 +295,21 @@ def test_another_run_is_refused_looking_empties_nothing_and_overwrite_does(out):
     assert sorted(p.name for p in out.iterdir()) == [".lock", "settings.json"]  # the lock stays held
 
 
+def test_an_edited_judge_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = importlib.import_module("03_rl_train").Settings(judge="mine", model="none", out="out")
+    for text in ("first", "first", "second"):
+        Path("mine.py").write_text(text)
+        run = Run(settings, ["rl"])
+        if text == "second":
+            with pytest.raises(UserError, match="sha256 of mine.py"):
+                run.join()
+        else:
+            run.join()
+            run.begin()
+        at_end.close()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("file", ["a.jpg", "settings.json"])
 def test_a_folder_that_is_no_run_is_neither_used_nor_emptied(tmp_path, file, overwrite):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lib.sampler
 from lib.sampler import Completion, draw, sample, sample_simple, uniform
-from tests.bench.decoders import FixedBatch
+from tests.bench.decoders import FixedBatch, Replayed
 
 SANDBOX = Path(__file__).parents[1] / "lib" / "sandbox" / "base"
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -72,11 +72,13 @@ KINDS = {"Qwen2": {}, "Llama": {"num_key_value_heads": 4}, "Mistral": {"sliding_
 KINDS["Olmo2"] = {"attn_implementation": "eager"}
 
 
-@pytest.fixture(params=["cpu", "gpu"], ids="shapes as on a {}".format)
+BATCHES = {"cpu": lib.sampler._Batch, "gpu": FixedBatch, "recorded": Replayed}
+
+
+@pytest.fixture(params=BATCHES, ids="shapes as on a {}".format)
 def shapes(request, monkeypatch):
     """A CPU attends to the columns that are written; a GPU to all, and 16 steps pass between two looks."""
-    if request.param == "gpu":
-        monkeypatch.setattr(lib.sampler, "_Batch", FixedBatch)
+    monkeypatch.setattr(lib.sampler, "_Batch", BATCHES[request.param])
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -250,7 +250,8 @@ def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
             axes.plot(*dots, ".", color=line.get_color(), alpha=0.4)
             for share, *place in zip(curve, *means, strict=True):
                 axes.annotate(share, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axes.set(xlabel=SAFETY, ylabel=axis, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+        ylabel = axis.removeprefix("plane/").replace("_", " ")
+        axes.set(xlabel=SAFETY, ylabel=ylabel, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 from lib import sampler
 
@@ -14,6 +17,17 @@ class FixedBatch(sampler._Batch):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.fixed_shapes = True
+
+
+class Replayed(FixedBatch):
+    """As if recorded, on a CPU, too: what is replayed is the step, with the mask that it had."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.records = True
+
+    def record(self, mask) -> Any:
+        return SimpleNamespace(replay=partial(self.step, mask))
 
 
 class OneByOne(sampler._Batch):
