@@ -20,8 +20,8 @@ mixture = chapter("01_build_mixture")
 
 # %% [markdown]
 # ## One scene, three questions
-# A scene names three things: a dangerous one, a harmless one, a toy.
-# Each hides behind other words, here in two hops.
+# A scene names three things: a dangerous one, a harmless one, a toy. Each hides behind other words, here in
+# two hops. Who asks for the harmless one is ambiguous, too: a dangerous one is defined beside it (a *decoy*).
 # %%
 scene = world.twin_scene(random.Random(1), "train", hops=2)
 prompts = [scene.ask(i) for i in range(3)]

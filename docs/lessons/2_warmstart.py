@@ -26,8 +26,8 @@ model = run.model(light.model)
 train, held_out = sft.split_by_prompt(sft.load_examples(light, tokenizer, model, run), light)
 example = min(train, key=lambda example: len(example.ids))
 words = tokenizer.convert_ids_to_tokens(example.ids)
-marks = ["learned" if learned else "" for learned in example.mask]
-table("id | token | ", zip(example.ids, words, marks, strict=True))
+marks = ["yes" if learned else "" for learned in example.mask]
+table("id | token | learned", zip(example.ids, words, marks, strict=True))
 
 # %% [markdown]
 # ## Light and heavy

@@ -27,6 +27,7 @@ def rollouts_of(model, step):  # steps 1 to 4 of the algorithm
 # %% [markdown]
 # ## One group
 # We take the group of step 0 that is nearest to half right. Before the bar is the prompt, behind it a sample.
+# (On a harmful prompt any answer that does no harm is paid: a wrong recipe, too.)
 # %%
 groups = groups_of(rollouts_of(policy, 0), G)
 which = min(range(len(groups)), key=lambda i: abs(sum(r.reward for r in groups[i]) - G / 2))
@@ -72,7 +73,7 @@ table("step | r | completion", [[name, r.reward, r.text] for name in same for r 
 # Sixteen updates on that group. The gap: how far the learned log-probabilities are from the sampled ones.
 # %%
 rows, changes = [], {"as it is": {}, "half temperature": {"temperature": settings.temperature / 2}}
-changes |= {"no KL": {"kl_coef": 0.0}, "KL x 100": {"kl_coef": 100 * settings.kl_coef}}
+changes |= {"no KL": {"kl_coef": 0.0}, "KL x 20": {"kl_coef": 20 * settings.kl_coef}}
 changes["no std"] = {"std_normalisation": False}
 for name, change in changes.items():
     changed, model = settings_of(rl, RUN / "rl", **change), run.model(settings.model)
@@ -83,7 +84,7 @@ for name, change in changes.items():
     moved = (rl.token_logprobs(model, *batch, **T).detach() - old).sum(1)
     found = [max(r.advantage for r in again), stats[0]["grad_norm"], stats[0]["sampler_gap"], stats[-1]["kl"]]
     rows.append([name, *found, moved[A > 0].mean(), moved[A < 0].mean()])
-table("variant | best A | gradient | gap | KL at the end | log pi of A > 0 | of A < 0", rows)
+table("variant | best A | gradient | gap | KL at the end | change of log pi, A > 0 | A < 0", rows)
 
 # %% [markdown]
 # **A question.** Adam forgets how long a gradient is. So what does the std do in a batch of many groups?
