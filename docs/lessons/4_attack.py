@@ -21,8 +21,7 @@ victim = attacks.Victim("tars", model, tokenizer, True, judge, settings.max_new_
 
 # %% [markdown]
 # ## A request
-# We take the one that GCG broke last in this run, if there is one. The target is what the answer should begin
-# with.
+# We take the one that GCG broke last in this run, if any. The target is how the answer should begin.
 # %%
 lines = read_jsonl(RUN / "eval/completions.jsonl")
 lines = [line | {"defended": chapter4.defended(line, settings.harm_threshold)} for line in lines]
