@@ -135,7 +135,7 @@ def search(slots: list[Slot], budget: Budget, generator: torch.Generator, on_ste
     def mean_losses(suffixes: Tensor) -> Tensor:  # (N, S) -> (N,)
         return torch.stack([losses(slot, suffixes) for slot in slots]).mean(0)
 
-    suffix = best_suffix = slots[0].start  # (S,)
+    suffix = slots[0].start  # (S,)
     allowed = torch.stack([slot.allowed() for slot in slots]).all(0)  # (vocab,)
     trace: list[dict] = [{"step": 0, "loss": mean_losses(suffix[None]).item(), "suffix": slots[0].start_text}]
     for step in range(1, budget.gcg_steps + 1):
@@ -152,9 +152,6 @@ def search(slots: list[Slot], budget: Budget, generator: torch.Generator, on_ste
             suffix = candidates[i]
             if found[i].item() < best["loss"]:
                 best |= {"loss": found[i].item(), "suffix": texts[i]}
-                best_suffix = suffix
-            if budget.gcg_from_best:  # not the paper's way
-                suffix = best_suffix
         trace.append(best)
         on_step()
     return trace

@@ -236,13 +236,12 @@ def watch_gradients(monkeypatch) -> list[tuple[str, list[int]]]:
     return seen
 
 
-def test_from_the_best_the_gradient_is_always_taken_at_the_best(model, tokenizer, monkeypatch):
+def test_the_search_goes_on_from_the_best_candidate_even_if_it_is_worse(model, tokenizer, monkeypatch):
     budget, seen = replace(BUDGET, gcg_width=4, gcg_steps=12), watch_gradients(monkeypatch)
-    for from_best in (False, True):
-        seen.clear()
-        trace = attack(model, tokenizer, BEHAVIOURS[:1], replace(budget, gcg_from_best=from_best))[0].trace
-        best = [tokenizer.encode(suffix_of(BEHAVIOURS[0], point)) for point in trace[:-1]]
-        assert ([suffix for _, suffix in seen] == best) == from_best
+    trace = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0].trace
+    best = [tokenizer.encode(suffix_of(BEHAVIOURS[0], point)) for point in trace[:-1]]
+    suffixes = [suffix for _, suffix in seen]
+    assert len(suffixes) == len(best) and suffixes != best
 
 
 def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(

@@ -24,7 +24,6 @@ class Budget:
     gcg_suffix_tokens: int = setting(8, "length of the suffix. Paper: 20", low=1, high=1000, flag=False)
     gcg_init: str = setting("please", "the initial suffix is this word repeated. Paper: !", flag=False)
     gcg_ban_target: bool = setting(False, "keep the target's tokens out of it. Paper: no", flag=False)
-    gcg_from_best: bool = setting(False, "vary the best so far, not the last. Paper: no", flag=False)
     universal_behaviours: int = setting(8, "that share a suffix. Its paper: 25", low=1, flag=False)
     samples: int = setting(16, "tries of best_of_n. Its own paper: 10000", low=1, flag=False)
     techniques: int = setting(8, "that pap tries. Its own paper: 40", low=1, flag=False)
