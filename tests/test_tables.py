@@ -71,7 +71,7 @@ def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else
     text, seeds = (pages / "README.md").read_text(), (pages / "docs/results.md").read_text()
     assert text.startswith("# TARS\n\nBefore.\n\n<!-- table main: python -m lib.compare.study seeds -->\n")
     assert text.endswith("|\n<!-- end -->\n\nBehind, by hand: 12.\n") and "old" not in text
-    assert "`python -m lib.compare.study seeds`, seeds 60 to 62, 2026-11-27, 2 CPU cores. Mean [" in text
+    assert "`python -m lib.compare.study seeds`, seeds 72 to 74, 2026-11-27, 2 CPU cores. Mean [" in text
     # 4.303 * 0.0577 / sqrt(3) = 0.143 on either side of 0.967
     assert "| DSR, direct requests | 0.97 [0.82, 1.11]; 0.90 |" in text.replace(" - |", "")
     assert "0.30 [0.05, 0.55]; 0.20" in text
@@ -109,4 +109,4 @@ def test_kept_results_are_one_row_a_line(tmp_path):
     root = make_root(tmp_path, "", "")
     lines = keep(root, "seeds", {("tars", "dsr/direct"): [1.0, 0.98765], ("sft", "dsr/direct"): [0.5, 0.25]})
     assert len(lines) == 4 and json.loads(lines[1].rstrip(","))["each"] == [1.0, 0.9877]
-    assert json.loads("\n".join(lines))["seeds"] == [60, 61]
+    assert json.loads("\n".join(lines))["seeds"] == [72, 73]
