@@ -66,7 +66,7 @@ def test_lesson_1_shows_one_word_that_differs_and_catches_the_leak(tiny, read):
 
 def test_lesson_2_marks_what_is_learned_and_trains_heavily(tiny, read):
     out, figures = read(LESSONS[1], tiny)
-    tokens = [line for line in out.splitlines() if line.endswith("learned")]
+    tokens = [line for line in out.splitlines() if line.endswith(" yes")]
     assert "<think>" in tokens[0] and "<|end|>" in tokens[-1] and "<|user|>" not in "".join(tokens)
     assert "heavy        4" in out and "of 8 distinct" in out  # twice the epochs, two updates each
     assert figures == 1
