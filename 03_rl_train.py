@@ -25,9 +25,9 @@ completion has one). DPO in the place of steps 4 and 5 is `python -m lib.compare
 Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.jsonl and curves.png to OUT. A
 step is a function of the saved state and (seed, step): a killed run goes on, on a CPU with the same bits.
 
-**What you should see** (sandbox, seed 0, a minute): the reward climbs from 0.3 to about 0.9 in 50 of 75 steps.
-At first nearly every group of a step has a signal; at the end 9 of 16 have none, since all eight answers are
-alike. Refusals rise from 0.5 to 0.9 on harmful prompts, and fall from 0.5 to 0 on all others.
+**What you should see** (sandbox, seed 0, a minute): the reward climbs from 0.3 to about 0.9 in 50 of 75
+steps. At first nearly every group of a step has a signal; at the end 9 of 16 have none, since all eight
+answers are alike. Refusals rise from 0.5 to 0.9 on harmful prompts, and fall from 0.5 to 0 on all others.
 Read rollouts.jsonl: the early groups disagree with themselves about what a prompt is, the late ones do not.
 
 To think about: why must the harmless prompts be in the mixture, when all that is wanted is safety? And what
