@@ -24,7 +24,7 @@ from lib.policy import shares_prompts, token_logprobs
 from lib.run.card import describe
 from lib.run.checkpoint import PROGRESS, load_progress, save_policy, save_progress
 from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
-from lib.run.files import append_jsonl
+from lib.run.files import append_jsonl, read_log
 from lib.run.folder import checksums, claim_folder, date_of_run, read_settings, take_folder
 from lib.run.hub import load_policy
 from lib.run.processes import pick_device, start_processes, stop_processes
@@ -329,6 +329,10 @@ class Run:
             draw(self.out / "metrics.jsonl", self.out / "curves.png")
             for path in self.out.glob(f"*{PROGRESS}*"):  # from now on it is a checkpoint like any other
                 path.unlink()
+        for line in read_log(self.out / "rollouts.jsonl")[-1:]:
+            prompt, text = (" ".join(line[key].split()) for key in ("prompt", "completion"))
+            self.say(f"a sample: {prompt} => {text} (reward {line['reward']})")
+        self.say(f"its curves: {self.out}/curves.png; to talk to it: python -m lib.tools.chat {self.out}")
         self.say(f"wrote {self.out}. Next: {following(self.settings, self.stages)}")
         self.stop()
 
