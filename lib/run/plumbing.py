@@ -63,7 +63,8 @@ class Run:
             given = "reasoning" if settings.reasoning else "no-reasoning"
             raise UserError(f"--{given}: {settings.model} was trained the other way")
         inputs = settings.inputs()
-        named = "+".join(getattr(settings, key, "") for key in ("judge", "refusals", "attacker")).split("+")
+        keys = ("judge", "refusals", "attacker", "rainbow_judge", "rainbow_attacker")
+        named = "+".join(getattr(settings, key, "") for key in keys).split("+")
         modules = [f"{name.replace('.', '/')}.py" for name in named]  # those of yours, if they are files here
         self.config = {**asdict(settings), **checksums(*inputs, *modules)}
         if self.leader:
@@ -329,10 +330,12 @@ class Run:
             draw(self.out / "metrics.jsonl", self.out / "curves.png")
             for path in self.out.glob(f"*{PROGRESS}*"):  # from now on it is a checkpoint like any other
                 path.unlink()
-        for line in read_log(self.out / "rollouts.jsonl")[-1:]:
-            prompt, text = (" ".join(line[key].split()) for key in ("prompt", "completion"))
-            self.say(f"a sample: {prompt} => {text} (reward {line['reward']})")
-        self.say(f"its curves: {self.out}/curves.png; to talk to it: python -m lib.tools.chat {self.out}")
+            for line in read_log(self.out / "rollouts.jsonl")[-1:]:
+                prompt, text = (" ".join(line[key].split()) for key in ("prompt", "completion"))
+                self.say(f"a sample: {prompt} => {text} (reward {line['reward']})")
+            if (curves := self.out / "curves.png").exists():  # where matplotlib is
+                self.say(f"its curves: {curves}")
+        self.say(f"to talk to it: python -m lib.tools.chat {self.out}")
         self.say(f"wrote {self.out}. Next: {following(self.settings, self.stages)}")
         self.stop()
 
