@@ -224,10 +224,6 @@ class Checks:
                     got = sample(model, prompts, temperature=0.0, max_batch_tokens=budget, **how)
                 equal = [g.token_ids == e for g, e in zip(got, expected, strict=True)]
                 found[f"{name}_equal{'_with_budget' if budget else ''}"] = sum(equal) / len(equal)
-        waits = model.register_forward_hook(lambda module, given, output: output.logits.sum().item() and None)
-        got = sample(model, prompts, temperature=0.0, **how)  # steps that cannot be recorded
-        waits.remove()
-        found["waiting_equal"] = [g.token_ids for g in got] == expected
         for dtype in ("float32", "bfloat16"):
             with precision(self.device, dtype), torch.no_grad():
                 gaps = []
@@ -237,7 +233,10 @@ class Checks:
                     full = token_logprobs(model, ids, torch.ones_like(mask), mask, temperature=0.6)[mask]
                     gaps.append((full - torch.tensor(done.logprobs, device=self.device)).abs())
             found[f"sampler_gap_{dtype}"] = torch.cat(gaps).mean().item()
-        return found
+        # last: from here on no step of this model is recorded, since one could not be
+        model.register_forward_hook(lambda module, given, output: output.logits.sum().item() and None)
+        got = sample(model, prompts, temperature=0.0, **how)
+        return found | {"waiting_equal": [g.token_ids for g in got] == expected}
 
     def decode(self) -> dict:
         """Tokens a second of the sampler beside `generate`, and the card's own limit.
