@@ -31,8 +31,8 @@ def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.
     moments = states.get_optimizer_state_dict(model, optimizer, options=FULL)
     if run.leader:
         try:
-            with atomic(run.out / PROGRESS) as path, path.open("wb") as file:
-                torch.save({"model": weights, "optimizer": moments, "step": step, "extra": run.state}, file)
+            with atomic(run.out / PROGRESS) as path:
+                torch.save({"model": weights, "optimizer": moments, "step": step, "extra": run.state}, path)
         except RuntimeError as error:  # torch's own, when it cannot go on writing
             raise UserError(f"cannot write {run.out / PROGRESS}: {error}") from error
 
