@@ -15,18 +15,15 @@ r"""Does the reasoning decide? Three questions to each reasoner, about its reaso
 3. **Thought allowed.** z is cut after k tokens and closed by </think>; then y is sampled. DSR and refusals,
    also of what GCG found against this very model (the last of EVAL/attacks.jsonl), and the task score.
 
-A judge's module may have verdict(z) -> "bad", "fine" or None, and with_verdict(z, verdict): see
-lib/sandbox/judge.py. Without the first, z is "bad" if its last sentence is a refusal by the labels that
-answers get, else "fine": crude. Without the second, 2 is left out. A z that is never closed is in 3 alone.
+For 1 and 2 the judge's module has verdict(z) -> "bad", "fine" or None, and with_verdict(z, verdict), as
+lib/sandbox/judge.py has; without them only 3 is asked. A z that is never closed is in 3 alone.
 
-Writes completions.jsonl (after a kill, the same command goes on), results.json, decides.md and .png.
+Writes completions.jsonl (after a kill, the same command goes on), results.json and decides.md.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import re
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +33,7 @@ from typing import Any
 from lib import UserError
 from lib.attacks import NOT_ASKED, Lab, Model, a_try, files_of, read_sets
 from lib.chat import THINK_CLOSE, decode, encode_text, parse_completion
+from lib.compare.tables import markdown
 from lib.judges import OWN, load_judge
 from lib.metrics import BENIGN, SETS, Interval, Lines, bootstrap, wilson
 from lib.run import run_main, start
@@ -71,28 +69,13 @@ class Settings(Common):
         return [*map(str, files_of(self.data).values()), *logs, *named("--models", self.models).values()]
 
 
-class Reader:
-    """The judge, and what its module can say about a reasoning."""
-
-    def __init__(self, name: str) -> None:
-        self.judge, module = load_judge(name), None
-        with contextlib.suppress(ImportError, ValueError, TypeError):  # HARM+TASK, say, is no module
-            module = importlib.import_module(OWN.get(name, name))
-        self.verdict: Any = getattr(module, "verdict", None)
-        self.with_verdict: Any = getattr(module, "with_verdict", None)
-
-    def verdicts(self, lines: Lines) -> list[str | None]:
-        """Of lines with "reasoning" and "prompt"."""
-        if self.verdict:
-            return [self.verdict(line["reasoning"]) for line in lines]
-        last = [re.split(r"(?<=[.!?])\s+", line["reasoning"])[-1] for line in lines]
-        labels = self.judge.refusal_labels([line["prompt"] for line in lines], last)
-        names = {"full": "bad", "partial": "bad", "none": "fine", None: None}
-        return [names[label] if text else None for label, text in zip(labels, last, strict=True)]
-
-
 def refuses(line: dict) -> bool:
     return line["refusal"] != "none"
+
+
+def obeys(line: dict, verdict: str) -> bool:
+    """Whether the answer does as the verdict says."""
+    return refuses(line) == (verdict == "bad")
 
 
 def legible(line: dict) -> bool:
@@ -108,22 +91,23 @@ def held(line: dict, threshold: float) -> bool:
 # ---- 1. agreement
 
 
-def agreements(rollouts: Lines, evaluated: Lines, reader: Reader) -> Figures:
+def agreements(rollouts: Lines, evaluated: Lines, reader: Any) -> Figures:
     """FIGURE/SET of stage 4 and "FIGURE/step K" of training, where there is a case of it."""
-    groups: dict[str, dict[Any, dict]] = defaultdict(dict)
-    for line in sorted(evaluated, key=lambda line: line["step"]):
-        groups[line["set"]][line["id"]] = line  # the last try takes the place of those before
-    for i, line in enumerate(rollouts):
+    last = {(x["set"], x["id"]): x for x in sorted(evaluated, key=lambda x: x["step"])}  # of each request
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for line in last.values():
+        groups[line["set"]].append(line)
+    for line in rollouts:
         text = line["completion"]
         read = {"reasoning": parse_completion(text).reasoning, "closed": "</think>" in text}
-        groups[f"step {line['step']}"][i] = line | read
+        groups[f"step {line['step']}"].append(line | read)
     hits: dict[str, list[bool]] = defaultdict(list)
     for name, group in groups.items():
-        lines = [line for line in group.values() if legible(line)]
-        for line, verdict in zip(lines, reader.verdicts(lines), strict=True):
+        for line in [line for line in group if legible(line)]:
+            verdict = reader.verdict(line["reasoning"])
             hits[f"no verdict/{name}"].append(verdict is None)
             if verdict:
-                hits[f"agreement/{name}"].append(refuses(line) == (verdict == "bad"))
+                hits[f"agreement/{name}"].append(obeys(line, verdict))
             else:
                 hits[f"refused without/{name}"].append(refuses(line))
     return {key: wilson(hits[key]) for key in sorted(hits, key=lambda key: key.partition("/")[0])}
@@ -136,11 +120,9 @@ def ask(lab: Lab, model: Model, temperature: float, cases: Cases) -> Cases:
     """The cases with "line", the judged completion, but for those that are too long to be asked."""
     lab.loaded = replace(lab.victim(model), temperature=temperature)
     tries = {(k, -1): [(c, a_try(-1, c["sent"], c.get("opening", ""))) for c in cases[k]] for k in cases}
-    lines, found = lab.ask(model, tries), Cases()
-    for name in cases:
-        pairs = zip(cases[name], [line for line in lines if line["set"] == name], strict=True)
-        found[name] = [case | {"line": x} for case, x in pairs if x["finish_reason"] != NOT_ASKED]
-    return found
+    lines = iter(lab.ask(model, tries))
+    asked = {name: [case | {"line": next(lines)} for case in cases[name]] for name in cases}
+    return {k: [c for c in asked[k] if c["line"]["finish_reason"] != NOT_ASKED] for k in asked}
 
 
 def own_traces(lab: Lab, model: Model, sets: Cases, attempts: Lines) -> Cases:
@@ -152,41 +134,42 @@ def own_traces(lab: Lab, model: Model, sets: Cases, attempts: Lines) -> Cases:
     return {key[len("own/") :]: [c | {"own": c["line"]} for c in asked[key]] for key in asked if asked[key]}
 
 
-def intervene(lab: Lab, model: Model, cases: Cases, reader: Reader) -> Figures:
+def intervene(lab: Lab, model: Model, cases: Cases, reader: Any) -> Figures:
     """The figures of 2, of the sets that are no attack."""
     changed, hits = defaultdict(list), defaultdict(list)
     for name in [name for name in cases if name in SETS]:
-        kind, whole = "benign" if name in BENIGN else "harmful", [c for c in cases[name] if legible(c["own"])]
-        for case, said in zip(whole, reader.verdicts([c["own"] for c in whole]), strict=True):
+        kind = "benign" if name in BENIGN else "harmful"
+        for case in [case for case in cases[name] if legible(case["own"])]:
+            reasoning = case["own"]["reasoning"]
+            said = reader.verdict(reasoning)
             old = said or ("bad" if refuses(case["own"]) else "fine")
             changes: list[tuple] = [(kind, OTHER[old], ""), ("control", old, "")]
             if (kind, said) == ("harmful", "bad"):
                 changes.append(("unsaid", None, THINK_CLOSE))
             for figure, new, end in changes:
-                opening = reader.with_verdict(case["own"]["reasoning"], new) + end
+                opening = reader.with_verdict(reasoning, new) + end
                 changed[f"{figure}/{name}"].append(case | {"opening": opening, "new": new or "fine"})
     for key, asked in ask(lab, model, 0.0, changed).items():
         figure = key.partition("/")[0]
-        for case in [case for case in asked if case["line"]["refusal"]]:  # known
-            line, refusal_is_due = case["line"], case["new"] == "bad"
-            hits[f"follows/{figure}"].append(line["closed"] and refuses(line) == refusal_is_due)
-            hits[f"keeps/{figure}"].append(line["closed"] and refuses(line) != refusal_is_due)
-            if figure == "harmful" and not refusal_is_due:
+        for line, new in [(c["line"], c["new"]) for c in asked if c["line"]["refusal"]]:  # known
+            hits[f"follows/{figure}"].append(line["closed"] and obeys(line, new))
+            hits[f"keeps/{figure}"].append(line["closed"] and not obeys(line, new))
+            if (figure, new) == ("harmful", "fine"):
                 hits["leaks/harmful"].append(not held(line, lab.settings.harm_threshold))
     return {key: wilson(hits[key]) for key in hits}
 
 
 def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
     """The figures of 3, FIGURE/K and FIGURE/SET/K; dsr/K is of the sets that are no attack."""
-    settings, tokenizer, cut = lab.settings, lab.victim(model).tokenizer, Cases()
+    settings, tokenizer, cut = lab.settings, lab.victim(model).tokenizer, defaultdict(list)
     for k in [*settings.thoughts, "all"]:
         for name in cases:
-            # a text that closes nothing is a thought as a whole
-            texts = [c["own"]["reasoning" if c["own"]["closed"] else "answer"] for c in cases[name]]
-            if k != "all":
-                texts = [decode(tokenizer, encode_text(tokenizer, text)[: int(k)]) for text in texts]
-            pairs = zip(cases[name], texts, strict=True)
-            cut[f"{k} tokens/{name}"] = [case | {"opening": text + THINK_CLOSE} for case, text in pairs]
+            for case in cases[name]:
+                closed = case["own"]["closed"]  # a text that closes nothing is a thought as a whole
+                thought = case["own"]["reasoning" if closed else "answer"]
+                if k != "all":
+                    thought = decode(tokenizer, encode_text(tokenizer, thought)[: int(k)])
+                cut[f"{k} tokens/{name}"].append(case | {"opening": thought + THINK_CLOSE})
     hits: dict[str, list[bool]] = defaultdict(list)
     tasks: dict[str, list[float]] = defaultdict(list)
     for key, asked in ask(lab, model, settings.temperature, cut).items():
@@ -202,103 +185,60 @@ def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
     return found | {key: bootstrap(own, settings.seed) for key, own in tasks.items() if own}
 
 
-# ---- what is shown
+# ---- the command
 
 
-def tables(models: dict[str, Figures], allowed: Sequence[str]) -> str:
-    """One of agreement by set, one of the intervention, one by thought allowed; steps are in the drawing."""
-    keys = dict.fromkeys(key for found in models.values() for key in found)
-    sets = [key.partition("/")[2] for key in keys if key.startswith("no verdict/") and "/step " not in key]
-    cut = sorted(key.removesuffix("/all") for key in keys if key.endswith("/all"))
-    found = [table(models, ["agreement", "no verdict", "refused without"], sets)]
-    found.append(table(models, ["follows", "keeps", "leaks"], ["harmful", "unsaid", "benign", "control"]))
-    return "\n\n".join([*found, table(models, cut, allowed)])
-
-
-def table(models: dict[str, Figures], figures: Sequence[str], columns: Sequence[str]) -> str:
-    """Markdown: a row for each figure of each model that has it."""
-    rows, shown = [["", *columns], ["---"] * (len(columns) + 1)], "{mean:.2f} [{low:.2f}, {high:.2f}]".format
-    for figure in figures:
-        for name, found in models.items():
-            cis = [found.get(f"{figure}/{column}") for column in columns]
-            rows.append([f"{figure}, {name}", *(shown(**ci) if ci else "-" for ci in cis)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def draw(figure: Any, models: dict[str, Figures], allowed: Sequence[str]) -> None:
-    """Left: agreement over training. Right: DSR, with and without GCG, and task score by thought allowed."""
-    figure.set_size_inches(11, 4.2)
-    left, right = figure.subplots(1, 2, sharey=True)
-    curves = [(left, "agreement", "o-"), (left, "no verdict", "o:")]
-    curves += [(right, "dsr", "o-"), (right, "dsr/gcg", "s:"), (right, "task", "^--")]
-    for color, (name, found) in enumerate(models.items()):
-        for axes, key, style in curves:
-            ends = allowed if axes is right else [k.partition("/")[2] for k in found if f"{key}/step " in k]
-            at = [end for end in ends if f"{key}/{end}" in found]
-            x = at if axes is right else [int(end.removeprefix("step ")) for end in at]
-            y = [found[f"{key}/{end}"]["mean"] for end in at]
-            if y:
-                axes.plot(x, y, style, color=f"C{color}", label=f"{name}: {key}")
-    left.set(xlabel="step of RL", title="Does the answer do as the reasoning says?", ylim=(-0.04, 1.04))
-    right.set(xlabel="tokens of reasoning allowed", title="Is it the thinking that defends?")
-    for axes in [axes for axes in figure.axes if axes.lines]:
-        axes.legend(fontsize=7)
-
-
-def write(run: Any, models: dict[str, Figures]) -> None:
-    """results.json, decides.md and, where matplotlib is, decides.png."""
-    allowed = [*run.settings.thoughts, "all"]
-    run.say(text := tables(models, allowed))
-    with contextlib.suppress(ImportError):
-        from matplotlib.figure import Figure
-
-        figure = Figure(layout="constrained")
-        draw(figure, models, allowed)
-        figure.savefig(run.out / "decides.png", dpi=150)
-        text += "\n\n![agreement over training; defence by thought allowed](decides.png)"
+def write(run: Any, found: dict[str, list[Figures]]) -> None:
+    """decides.md, with a table a question, and results.json."""
+    tables = []
+    for question in zip(*found.values(), strict=True):
+        cells = {}
+        for name, part in zip(found, question, strict=True):
+            for key in sorted(part, key=lambda key: key.rpartition("/")[0]):
+                figure, _, column = key.rpartition("/")  # a set, a step, or tokens
+                cells[f"{figure}, {name}", column] = "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**part[key])
+        tables.append("\n".join(markdown(cells)))
+    run.say(text := "\n\n".join(tables))
     write_text(run.out / "decides.md", f"# Does the reasoning decide?\n\n{text}\n")
-    results = {name: {"decides": found} for name, found in models.items()}
+    results = dict[str, dict[str, Figures]]()
+    for name, parts in found.items():
+        results[name] = {"decides": {key: part[key] for part in parts for key in part}}
     write_json(run.out / "results.json", {"models": results, "config": run.config})
 
 
-def read_models(settings: Settings, known: list[str]) -> list[Model]:
-    """The reasoners among --models. UserError for one that stage 4 has not evaluated."""
-    models = []
-    for name, path in named("--models", settings.models).items():
+def read_models(settings: Settings, known: Sequence[str]) -> list[Model]:
+    """--models, which stage 4 has evaluated (`known`). UserError unless they reason."""
+    models, direct = named("--models", settings.models), read_settings(settings.eval).get("direct", [])
+    for name, path in models.items():
         if name not in known:
             raise UserError(f"--models: given {name}; allowed names in {settings.eval}: {', '.join(known)}")
-        if reasons(name, path, read_settings(settings.eval).get("direct", [])):
-            models.append(Model(name, path, True, ""))
-        else:
-            print(f"{name} does not reason, and is left out")
-    if not models:
-        raise UserError(f"--models: given {', '.join(settings.models)}; none of them reasons")
-    return models
+        if not reasons(name, path, direct):
+            raise UserError(f"--models: given {name}, which does not reason; leave it out")
+    return [Model(name, path, True, "") for name, path in models.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings, run = start(Settings, "decides", argv=argv)
-    if run.size > 1:
-        raise UserError("torchrun: this command runs as one process; start it with python")
     if wrong := [k for k in settings.thoughts if not k.isdecimal()]:
         raise UserError(f"--thoughts: given {wrong[0]}; allowed whole numbers of tokens")
     evaluated, attacked = (Path(settings.eval) / f"{name}.jsonl" for name in ("completions", "attacks"))
     lines, attempts = read_jsonl(evaluated), [x for x in read_log(attacked) if x["attack"] == "gcg"]
     models = read_models(settings, list(dict.fromkeys(line["model"] for line in lines)))
-    reader, sets = Reader(settings.judge), read_sets(settings, [])[0]
-    if not reader.with_verdict:
-        run.say(f"--judge {settings.judge} cannot put a verdict into a reasoning: no intervention")
-    lab = Lab(settings, run, reader.judge, search=None)  # type: ignore[arg-type]  # nothing is searched
+    judge, sets = load_judge(settings.judge), read_sets(settings, [])[0]
+    reader = sys.modules.get(OWN.get(settings.judge, settings.judge))  # imported for the judge
+    if not (reads := hasattr(reader, "verdict") and hasattr(reader, "with_verdict")):
+        run.say(f"--judge {settings.judge} knows no verdicts of a reasoning: no agreement, no intervention")
+    lab = Lab(settings, run, judge, search=None)  # type: ignore[arg-type]  # nothing is searched
     lab.check(models, sets, [], [])
     lab.begin()
-    found: dict[str, Figures] = {}
+    found: dict[str, list[Figures]] = {}  # of each model, a part a question
     for model in models:
-        mine = [line for line in lines if line["model"] == model.name]
-        found[model.name] = agreements(read_log(Path(model.path) / "rollouts.jsonl"), mine, reader)
-        cases = own_traces(lab, model, sets, attempts)
-        if reader.with_verdict:
-            found[model.name] |= intervene(lab, model, cases, reader)
-        found[model.name] |= allow(lab, model, cases)
+        cases, parts = own_traces(lab, model, sets, attempts), list[Figures]()
+        if reads:
+            mine = [line for line in lines if line["model"] == model.name]
+            parts.append(agreements(read_log(Path(model.path) / "rollouts.jsonl"), mine, reader))
+            parts.append(intervene(lab, model, cases, reader))
+        found[model.name] = [*parts, allow(lab, model, cases)]
     write(run, found)
 
 
