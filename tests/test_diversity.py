@@ -10,14 +10,13 @@ import pytest
 import torch
 from stages import write_data
 
-from lib import UserError
 from lib.chat import Parsed
 from lib.compare import diversity
 from lib.compare.rpo import Response
 from lib.run.files import write_json
 from lib.run.hub import load_policy
 from lib.sampler import Completion
-from lib.sandbox import judge, world
+from lib.sandbox import world
 
 
 def response(thought: str, answer: str = "", refusal: str = "none", reward: float | None = 1.0, closed=True):
@@ -63,55 +62,40 @@ def test_twins_are_compared_by_disguise_and_what_is_never_closed_is_left_out():
     assert diversity.twins([group(0)] * 3, seed=0) == diversity.twins([], seed=0) == {}
 
 
-def test_the_worlds_twins_differ_in_the_word_asked_for_and_in_the_verdict():
-    records = world.twins("eval", 20, 0)
-    for i in range(0, 60, 3):
-        texts = [record["prompt"].split() for record in records[i : i + 3]]
-        assert sum(len(set(column)) > 1 for column in zip(*texts, strict=True)) == 1
-    asked = [judge.resolution(record["prompt"])[-1] in world.DANGEROUS_THINGS for record in records]
-    assert asked == [record["kind"] == "harmful" for record in records] == [True, False, False] * 20
-    assert records == world.twins("eval", 20, 0) != world.twins("eval", 20, 1)
-
-
-@pytest.fixture
-def runs(tmp_path):
-    """DATA, and the base model as a reasoner and as one that answers at once."""
-    write_data(tmp_path / "data")
-    for name, reasoning in (("thinker", True), ("direct", False)):
-        folder = shutil.copytree(world.BASE, tmp_path / name)
-        write_json(folder / "settings.json", {"reasoning": reasoning})
-    return tmp_path
-
-
-def measured(runs, monkeypatch, *flags: str) -> dict:
-    words = f"--data {runs}/data --models t={runs}/thinker d={runs}/direct --out {runs}/out --device cpu"
+def measured(folder, monkeypatch, *flags: str) -> dict:
+    """Of the base model as a reasoner and as one that answers at once."""
+    if not (folder / "data").exists():
+        write_data(folder / "data")
+        for name in ("thinker", "direct"):
+            shutil.copytree(world.BASE, folder / name)
+            write_json(folder / name / "settings.json", {"reasoning": name == "thinker"})
+    words = (
+        f"--data {folder}/data --models t={folder}/thinker d={folder}/direct --out {folder}/out --device cpu"
+    )
     words += " --prompts 3 --group-size 2 --max-new-tokens 8 --temperature 0.5"
     monkeypatch.setattr(sys, "argv", ["diversity", *words.split(), *flags])
     diversity.main()
-    return json.loads((runs / "out/results.json").read_text())["models"]
+    return json.loads((folder / "out/results.json").read_text())["models"]
 
 
-def test_a_run_measures_each_model_once_and_prints_its_tables(runs, monkeypatch, capsys):
-    found, drawn = measured(runs, monkeypatch), []
+def test_a_run_measures_each_model_once_and_prints_its_tables(tmp_path, monkeypatch, capsys):
+    found, drawn = measured(tmp_path, monkeypatch), []
     assert [*found["t"]] == ["diversity", "twins"] and found["d"]["twins"] == {}
     assert found["d"]["diversity"]["distinct_reasonings"]["mean"] == 1.0  # none at all
     assert found["t"]["diversity"]["entropy"]["n"] == 3
     tables = capsys.readouterr().out
-    assert "diversity            t                    d" in tables and "\ntwins  " in tables
-    assert "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**found["d"]["diversity"]["entropy"]) in tables
+    assert "|  | t | d |" in tables and "| two_rewards | 0.00 [0.00, 0.56] |" in tables
 
     monkeypatch.setattr(diversity, "load_policy", lambda *args, **how: drawn.append(args))
-    assert measured(runs, monkeypatch) == found and not drawn
-    with pytest.raises(UserError, match="--prompts 3, now 4"):
-        measured(runs, monkeypatch, "--prompts", "4")
+    assert measured(tmp_path, monkeypatch) == found and not drawn
 
 
-def test_entropy_is_that_of_the_distribution_that_is_sampled(runs, monkeypatch):
+def test_entropy_is_that_of_the_distribution_that_is_sampled(tmp_path, monkeypatch):
     """Against plain passes over what was sampled, at the sampling temperature."""
     seen: list[Response] = []
     collect = diversity.collect_responses
     monkeypatch.setattr(diversity, "collect_responses", lambda *a: seen.extend(x := collect(*a)) or x)
-    entropy = measured(runs, monkeypatch)["d"]["diversity"]["entropy"]["mean"]
+    entropy = measured(tmp_path, monkeypatch)["d"]["diversity"]["entropy"]["mean"]
     model, groups = load_policy(world.BASE, device="cpu"), [seen[-6:][i : i + 2] for i in (0, 2, 4)]
     each = []
     for group in groups:

@@ -20,16 +20,18 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lib.batches import masked_batch
 from lib.chat import encode_prompt
 from lib.compare.rpo import Response, collect_responses
+from lib.compare.tables import markdown
 from lib.judges import load_judge
 from lib.metrics import Interval, bootstrap, wilson
 from lib.policy import token_logprobs
 from lib.run import run_main, start
-from lib.run.data import Prompt, has_signal, load_prompts
+from lib.run.data import Prompt, groups_of, has_signal, load_prompts, mean
 from lib.run.files import append_jsonl, resume_log, write_json
 from lib.run.folder import reasons
 from lib.run.hub import load_policy, load_tokenizer
@@ -74,49 +76,38 @@ def diversity(groups: Groups, entropies: list[float], seed: int) -> dict[str, In
 
 def twins(groups: Groups, seed: int) -> dict[str, Interval]:
     """Of groups for harmful, decoy, toy, harmful ... Left out: three of which one never closes a thought."""
-    lengths = [[r.reasoning_tokens for r in group if "</think>" in r.text] for group in groups]
-    triples = [lengths[i : i + 3] for i in range(0, len(lengths), 3)]
-    rows = [[sum(own) / len(own) for own in triple] for triple in triples if all(triple)]
-    values = {"harmful": [row[0] for row in rows], "decoy": [row[1] for row in rows]}
-    values |= {"toy": [row[2] for row in rows], "decoy_minus_harmful": [row[1] - row[0] for row in rows]}
-    values["toy_minus_harmful"] = [row[2] - row[0] for row in rows]
-    return {name: bootstrap(own, seed) for name, own in values.items() if own}
+    lengths = [mean([r.reasoning_tokens for r in group if "</think>" in r.text]) for group in groups]
+    rows = [row for row in zip(lengths[::3], lengths[1::3], lengths[2::3], strict=True) if None not in row]
+    harmful, decoy, toy = np.array(rows, dtype=float).reshape(-1, 3).T
+    values = {"harmful": harmful, "decoy": decoy, "toy": toy}
+    values |= {"decoy_minus_harmful": decoy - harmful, "toy_minus_harmful": toy - harmful}
+    return {name: bootstrap(own, seed) for name, own in values.items() if rows}
 
 
 @torch.no_grad()
 def measure(folder: str, judge: Any, settings: Settings, run: Any) -> dict[str, dict]:
     """{section: {figure: ci}} of one model."""
     policy, tokenizer = load_policy(folder, device=run.device), load_tokenizer(folder)
-    count, size, seed = settings.prompts, settings.group_size, settings.seed
 
-    def groups_of(prompts: list[Prompt]) -> Groups:
+    def sampled(prompts: list[Prompt]) -> Groups:
         found: list[Response] = []
         for i in range(0, len(prompts), AT_ONCE):
             found += collect_responses(policy, tokenizer, prompts[i : i + AT_ONCE], judge, settings, run)
-        return [found[i : i + size] for i in range(0, len(found), size)]
+        return groups_of(found, settings.group_size)
 
-    groups, entropies = groups_of(load_prompts(run, tokenizer, policy)[:count]), list[float]()
+    groups, entropies = sampled(load_prompts(run, tokenizer, policy)[: settings.prompts]), list[float]()
     for group in groups:
         rows = [r.ids for r in group], [r.mask for r in group]
         tensors = masked_batch(*rows, tokenizer.pad_token_id, run.device)  # (G, T) each
         how: dict[str, Any] = {"temperature": settings.temperature, "with_entropy": True}
         entropies.append((token_logprobs(policy, *tensors, **how)[1].sum() / tensors[2].sum()).item())
-    sections: dict[str, dict] = {"diversity": diversity(groups, entropies, seed), "twins": {}}
+    sections: dict[str, dict] = {"diversity": diversity(groups, entropies, settings.seed), "twins": {}}
     if settings.judge == "sandbox" and settings.reasoning:
-        records = importlib.import_module("lib.sandbox.world").twins("eval", count, seed)
-        ids = [encode_prompt(tokenizer, record["prompt"], reasoning=True) for record in records]
-        sections["twins"] = twins(groups_of(list(map(Prompt, records, ids, range(len(ids))))), seed)
+        world = importlib.import_module("lib.sandbox.world")
+        records = enumerate(world.twins("eval", settings.prompts, settings.seed))
+        prompts = [Prompt(r, encode_prompt(tokenizer, r["prompt"], reasoning=True), i) for i, r in records]
+        sections["twins"] = twins(sampled(prompts), settings.seed)
     return sections
-
-
-def show(models: dict[str, dict]) -> None:
-    """A table a section: a row a figure, a column a model."""
-    for section in ("diversity", "twins"):
-        print(f"{section:20}", *(f"{name:20}" for name in models))
-        for key in dict.fromkeys(key for found in models.values() for key in found[section]):
-            cells = [found[section].get(key) for found in models.values()]
-            texts = ["{mean:.2f} [{low:.2f}, {high:.2f}]".format(**ci) if ci else "-" for ci in cells]
-            print(f"{key:20}", *(f"{text:20}" for text in texts))
 
 
 def main() -> None:
@@ -132,7 +123,11 @@ def main() -> None:
         settings.reasoning = reasons(name, models[name], ())
         found[name] = measure(models[name], judge, settings, run)
         append_jsonl(log, {"model": name, "found": found[name]})
-    show(found)
+    cells = dict[tuple[str, str], str]()
+    for name, sections in found.items():
+        for figure, ci in (sections["diversity"] | sections["twins"]).items():
+            cells[figure, name] = "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**ci)
+    print(*markdown(cells), sep="\n")
     write_json(run.out / "results.json", {"models": found, "config": run.config, "seed": settings.seed})
 
 
