@@ -31,7 +31,7 @@ from lib.judges import load_judge
 from lib.metrics import Interval, bootstrap, wilson
 from lib.policy import token_logprobs
 from lib.run import run_main, start
-from lib.run.data import Prompt, groups_of, has_signal, load_prompts, mean
+from lib.run.data import Prompt, has_signal, load_prompts, mean
 from lib.run.files import append_jsonl, resume_log, write_json
 from lib.run.folder import reasons
 from lib.run.hub import load_policy, load_tokenizer
@@ -88,12 +88,13 @@ def twins(groups: Groups, seed: int) -> dict[str, Interval]:
 def measure(folder: str, judge: Any, settings: Settings, run: Any) -> dict[str, dict]:
     """{section: {figure: ci}} of one model."""
     policy, tokenizer = load_policy(folder, device=run.device), load_tokenizer(folder)
+    size, seed = settings.group_size, settings.seed
 
     def sampled(prompts: list[Prompt]) -> Groups:
         found: list[Response] = []
         for i in range(0, len(prompts), AT_ONCE):
             found += collect_responses(policy, tokenizer, prompts[i : i + AT_ONCE], judge, settings, run)
-        return groups_of(found, settings.group_size)
+        return [found[i : i + size] for i in range(0, len(found), size)]
 
     groups, entropies = sampled(load_prompts(run, tokenizer, policy)[: settings.prompts]), list[float]()
     for group in groups:
@@ -101,12 +102,12 @@ def measure(folder: str, judge: Any, settings: Settings, run: Any) -> dict[str, 
         tensors = masked_batch(*rows, tokenizer.pad_token_id, run.device)  # (G, T) each
         how: dict[str, Any] = {"temperature": settings.temperature, "with_entropy": True}
         entropies.append((token_logprobs(policy, *tensors, **how)[1].sum() / tensors[2].sum()).item())
-    sections: dict[str, dict] = {"diversity": diversity(groups, entropies, settings.seed), "twins": {}}
+    sections: dict[str, dict] = {"diversity": diversity(groups, entropies, seed), "twins": {}}
     if settings.judge == "sandbox" and settings.reasoning:
         world = importlib.import_module("lib.sandbox.world")
-        records = enumerate(world.twins("eval", settings.prompts, settings.seed))
+        records = enumerate(world.twins("eval", settings.prompts, seed))
         prompts = [Prompt(r, encode_prompt(tokenizer, r["prompt"], reasoning=True), i) for i, r in records]
-        sections["twins"] = twins(sampled(prompts), settings.seed)
+        sections["twins"] = twins(sampled(prompts), seed)
     return sections
 
 

@@ -95,7 +95,7 @@ WARM = {
 TRAINED = WARM | {"mixture": MIXTURE, "rl-direct": METHODS["rl-direct"], "tars": METHODS["tars"]}
 DEMO = TRAINED | {"eval-main": asked("base sft rl-direct tars", "--direct base")}
 ALL, REASONERS = "base sft rl-direct tars sft8 rpo", "sft tars sft8 rpo"
-DIVERSITY = "-m lib.compare.diversity --data @data"
+DIVERSITY, LOSS = "-m lib.compare.diversity --data @data", "-m lib.tools.capability --loss"
 REPLICATE = TRAINED | {
     "sft8": METHODS["sft8"],
     "rpo": METHODS["rpo"],
@@ -105,9 +105,7 @@ REPLICATE = TRAINED | {
     "eval-adaptive": asked(REASONERS, "--attacks gcg_close gcg_forged gcg_twin --behaviours 12"),
     "eval-decides": asked(REASONERS, "--eval @eval-main", "-m lib.compare.decides --data @data"),
     "eval-diversity": asked("sft early tars", "", DIVERSITY),
-    "eval-loss": asked(
-        ALL, "--file @documents/held_out.jsonl --direct base", "-m lib.tools.capability --loss"
-    ),
+    "eval-loss": asked(ALL, "--file @documents/held_out.jsonl --direct base", LOSS),
 }
 DEPTH = "reasoning_tokens/{0}/3 hops + reasoning_tokens/{0}/4 hops"  # at equal depth
 THOUGHT = {f"thought, {kind}": DEPTH.format(kind) for kind in ("harmful", "harmless", "ambiguous")}
@@ -197,9 +195,8 @@ def ablations() -> Study:
 
 # ---- all attacks; and RL with and without rainbow teaming's prompts (paper, appendix E)
 
-ATTACKED = TRAINED | {
-    "eval-all": asked("base sft rl-direct tars", "--attacks all --behaviours 60 --direct base")
-}
+EVERY = "--attacks all --behaviours 60 --direct base"
+ATTACKED = TRAINED | {"eval-all": asked("base sft rl-direct tars", EVERY)}
 RAINBOW = {name: TRAINED[name] for name in ("data", "sft", "mixture")} | {
     "without": "03_rl_train.py --data @data --model @sft",
     "with": METHODS["tars"],
@@ -222,12 +219,8 @@ STUDIES = {
 }
 
 # ---- the tables of README and docs/results.md, written by lib/compare/tables.py
-
-
-class Table(NamedTuple):
-    study: str
-    models: Sequence[str]  # or differences, "tars - sft". None: a row a seed, of figures "MODEL: FIGURE"
-    figures: Mapping[str, str] | str  # {heading: figure}, or all that a regular expression matches
+# By name: a study; models, or differences; and figures, {heading: figure}, or all that a regular expression
+# matches. Without models, a row a seed, of figures "MODEL: FIGURE".
 
 
 def points(*methods: str, lambdas: Sequence[float] = LAMBDAS) -> list[str]:
@@ -253,26 +246,23 @@ EACH |= {f"plain or GCG, above {other}": f"tars - {other}: {GCG}" for other in (
 PLANE = {"DSR": SAFETY, "compliance": COMPLIANCE, "task score": TASK}
 AREA = {"area, task score": AREAS[0], "area, compliance": AREAS[1]}
 PARTS = ("tars", "heavy", "one-reward")
-TABLES = {
-    "main": Table("seeds", MODELS, BRIEF),  # README's
-    "each-seed": Table("seeds", (), EACH),
-    "kinds": Table("seeds", MODELS, "(controls|outcomes/gcg|compliance|task_score|format_rate)/.*"),
-    "methods": Table("replicate", (*MODELS, "sft8", "rpo"), "dsr/.*|plane/.*|capability/.*|separation/.*"),
-    "reasoning": Table("replicate", ("sft", "early", "tars", "sft8", "rpo"), "(decides|twins)/.*|thought.*"),
-    "parts": Table(
-        "ablations", [*points(*PARTS, lambdas=(0.1, 0.5, 0.9)), "harmful-only", "plain-only"], PLANE
-    ),
-    "parts-kinds": Table(
-        "ablations", ("tars-0.5", "harmful-only", "plain-only"), "(compliance|task_score)/.*"
-    ),
-    "parts-steps": Table("ablations", ("tars-0.5", "harmful-only", "plain-only"), "training/.*"),
-    "parts-areas": Table("ablations", PARTS, AREA),
-    "diversity": Table("ablations", ("sft", "sft-heavy"), "diversity/.*"),
-    "frontier": Table("frontier", points("tars", *RIVALS), PLANE),
-    "areas": Table("frontier", beside_tars(RIVALS), AREA),
-    "thought": Table("frontier", points("tars"), "thought.*"),
-    "equal-tokens": Table("equal-tokens", points("tars", *LONG), PLANE | {"tokens": "training tokens"}),
-    "equal-areas": Table("equal-tokens", beside_tars(LONG), AREA),
-    "attacks": Table("attacks", MODELS, "(dsr|worst_case)/.*"),
-    "rainbow": Table("rainbow", ("without", "with", "with - without"), "dsr/.*|plane/task_score"),
+SIDES = ("tars-0.5", "harmful-only", "plain-only")
+TABLES: dict[str, tuple[str, Sequence[str], Mapping[str, str] | str]] = {
+    "main": ("seeds", MODELS, BRIEF),  # README's
+    "each-seed": ("seeds", (), EACH),
+    "kinds": ("seeds", MODELS, "(controls|outcomes/gcg|compliance|task_score|format_rate)/.*"),
+    "methods": ("replicate", (*MODELS, "sft8", "rpo"), "dsr/.*|plane/.*|capability/.*|separation/.*"),
+    "reasoning": ("replicate", ("sft", "early", "tars", "sft8", "rpo"), "(decides|twins)/.*|thought.*"),
+    "parts": ("ablations", [*points(*PARTS, lambdas=(0.1, 0.5, 0.9)), "harmful-only", "plain-only"], PLANE),
+    "parts-kinds": ("ablations", SIDES, "(compliance|task_score)/.*"),
+    "parts-steps": ("ablations", SIDES, "training/.*"),
+    "parts-areas": ("ablations", PARTS, AREA),
+    "diversity": ("ablations", ("sft", "sft-heavy"), "diversity/.*"),
+    "frontier": ("frontier", points("tars", *RIVALS), PLANE),
+    "areas": ("frontier", beside_tars(RIVALS), AREA),
+    "thought": ("frontier", points("tars"), "thought.*"),
+    "equal-tokens": ("equal-tokens", points("tars", *LONG), PLANE | {"tokens": "training tokens"}),
+    "equal-areas": ("equal-tokens", beside_tars(LONG), AREA),
+    "attacks": ("attacks", MODELS, "(dsr|worst_case)/.*"),
+    "rainbow": ("rainbow", ("without", "with", "with - without"), "dsr/.*|plane/task_score"),
 }

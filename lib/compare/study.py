@@ -18,7 +18,6 @@ docs/results, put `<!-- table NAME: -->` and `<!-- end -->` where table NAME of 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -39,6 +38,7 @@ from lib import UserError
 from lib.compare.studies import COMPLIANCE, SAFETY, STUDIES, TASK, Claim, Curves, Key, Study
 from lib.compare.tables import caption, markdown, pages, shown
 from lib.metrics import Interval
+from lib.report import save
 from lib.run.command import Flags, number, run_main
 from lib.run.files import read_jsonl, write_text
 from lib.run.folder import lock_folder, read_settings
@@ -120,15 +120,15 @@ def training_tokens(run: Path) -> float:
     and trains on `batch_size` traces an update: words, which are tokens in the sandbox, two markers, an end.
     """
     lines, total = read_jsonl(run / "metrics.jsonl"), 0.0
-    if "seconds_train" not in lines[0]:
-        settings = read_settings(run)
-        traces = read_jsonl(Path(settings["data"]) / settings["traces"])
-        length = fmean(len(f"{trace['reasoning']} {trace['answer']}".split()) + 3 for trace in traces)
-        return round(len(lines) * settings["batch_size"] * length)
-    for x in lines:
+    for x in [x for x in lines if "seconds_train" in x]:
         used = x["pairs"] / (x["pairs"] + x["tied_pairs"]) if "pairs" in x else 1.0
         total += x["sample_tokens_per_s"] * x["seconds_sample"]
         total += x["train_tokens_per_s"] * x["seconds_train"] * used
+    if not total:
+        settings = read_settings(run)
+        traces = read_jsonl(Path(settings["data"]) / settings["traces"])
+        words = fmean(len(f"{trace['reasoning']} {trace['answer']}".split()) + 3 for trace in traces)
+        total = len(lines) * settings["batch_size"] * words
     return round(total)
 
 
@@ -238,56 +238,43 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return {"mean": round(mean, 4), "low": low, "high": high, "n": n, "each": each}
 
 
-def draw(figure: Any, curves: Curves, intervals: dict[Key, Interval]) -> None:
+def draw(figure: Any, data: tuple[Curves, dict[Key, Interval]]) -> None:
     """The paper's Figure 2: safety to the right, help upwards; the means, and every seed as a dot."""
+    curves, rows = data
     figure.set_size_inches(10, 4.8)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, axis in zip(panels, (TASK, COMPLIANCE), strict=True):
         for method, curve in curves.items():
-            x, y = ([intervals[model, name] for model in curve.values()] for name in (SAFETY, axis))
-            means, dots = ([[ci[key] for ci in side] for side in (x, y)] for key in ("mean", "each"))
-            (line,) = axes.plot(*means, "o-", label=method)
-            axes.plot(*dots, ".", color=line.get_color(), alpha=0.4)
-            for share, *place in zip(curve, *means, strict=True):
+            x, y = ([rows[model, name] for model in curve.values()] for name in (SAFETY, axis))
+            (line,) = axes.plot([ci["mean"] for ci in x], [ci["mean"] for ci in y], "o-", label=method)
+            for share, across, up in zip(curve, x, y, strict=True):
+                axes.plot(across["each"], up["each"], ".", color=line.get_color(), alpha=0.4)
+                place = (across["mean"], up["mean"])
                 axes.annotate(share, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
         ylabel = axis.removeprefix("plane/").replace("_", " ")
         axes.set(xlabel=SAFETY, ylabel=ylabel, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-
-
-def summarise(seeds: Sequence[dict[Key, float]]) -> dict[Key, Interval]:
-    """Of each figure that all seeds have."""
-    each = {key: [seed.get(key, math.nan) for seed in seeds] for key in seeds[0]}
-    return {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
-
-
-def write_results(path: Path, about: dict[str, Any], rows: dict[Key, Interval]) -> None:
-    """STUDY.json, what docs/results keeps: command, seeds, date, hardware, and a row a line."""
-    objects = [{"model": model, "figure": figure, **ci} for (model, figure), ci in rows.items()]
-    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in objects)
-    write_text(path, f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 def write(name: str, study: Study, out: Path, seeds: Sequence[dict[Key, float]], about: dict) -> str:
-    """NAME.json, NAME.md and, where matplotlib is, NAME.png in `out`; returns the text."""
-    intervals = summarise(seeds)
-    write_results(out / f"{name}.json", about, intervals)
-    lines = [f"# {name}", "", caption(about)]
-    lines += ["Differences are paired by seed, and averaged over lambdas.", ""]
-    lines += [*markdown({key: shown(ci, key[0]) for key, ci in intervals.items()}), ""]
-    specs = {key: spec.replace(" - ", ", minus mean of ") for key, spec in study.means.items()}
-    lines += [f"- {key}: mean of {spec}" for key, spec in specs.items()]
-    with contextlib.suppress(ImportError):  # without matplotlib, the table says the same
-        from matplotlib.figure import Figure
+    """NAME.json, what docs/results keeps: `about`, and a row a line of each figure that all seeds have;
+    NAME.md and, where matplotlib is, NAME.png. Returns the text.
+    """
+    each = {key: [seed.get(key, math.nan) for seed in seeds] for key in seeds[0]}
+    rows = {key: over_seeds(values) for key, values in each.items() if not any(map(math.isnan, values))}
+    objects = [{"model": model, "figure": figure, **ci} for (model, figure), ci in rows.items()]
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in objects)
+    write_text(out / f"{name}.json", f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
-        figure = Figure(layout="constrained")
-        points = {model: {"": model} for model, name in intervals if name == TASK and " - " not in model}
-        draw(figure, study.curves or points, intervals)
-        figure.savefig(out / f"{name}.png", dpi=150)
-        lines += ["", f"![safety against help]({name}.png)"]
-    write_text(out / f"{name}.md", "\n".join([*lines, ""]))
-    return "\n".join(lines)
+    text = [f"# {name}", "", caption(about), "Differences are paired by seed, and averaged over lambdas.", ""]
+    text += [*markdown({key: shown(ci, key[0]) for key, ci in rows.items()}), ""]
+    specs = {key: spec.replace(" - ", ", minus mean of ") for key, spec in study.means.items()}
+    text += [f"- {key}: mean of {spec}" for key, spec in specs.items()]
+    points = {model: {"": model} for model, name in rows if name == TASK and " - " not in model}
+    if save(draw, (study.curves or points, rows), out / f"{name}.png"):
+        text += ["", f"![safety against help]({name}.png)"]
+    write_text(out / f"{name}.md", "\n".join([*text, ""]))
+    return "\n".join(text)
 
 
 def main() -> None:
@@ -295,7 +282,6 @@ def main() -> None:
     flags.add_argument("study", nargs="?", choices=list(STUDIES))
     flags.add_argument("--seeds", type=whole, help="how many; of one there is no interval")
     flags.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="runs at a time, a core each")
-    flags.add_argument("--preset", default="sandbox", help="of all runs (default sandbox)")
     flags.add_argument("--out", help="folder (default runs/replicate, runs/frontier and so on)")
     flags.add_argument("--equal-tokens", action="store_true", help="the study equal-tokens")
     flags.add_argument("--write-docs", action="store_true", help="the tables of README and docs, no study")
@@ -311,16 +297,18 @@ def main() -> None:
     out = Path(args.out or f"runs/{study.folder}")
     lock_folder(out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
-    commands: Commands = {}
     seeds = range(study.first_seed, study.first_seed + (args.seeds or study.seeds))
+    commands: Commands = {}
     for seed in seeds:
-        commands |= commands_of(study, out / f"seed-{seed}", f"--preset {args.preset} --seed {seed}")
+        commands |= commands_of(study, out / f"seed-{seed}", f"--preset sandbox --seed {seed}")
     run_all(commands, args.jobs)
-    changed = ["--seeds", str(args.seeds)] if len(seeds) != study.seeds else []
-    changed += ["--preset", args.preset] if args.preset != "sandbox" else []
-    about = {"command": " ".join(["python -m lib.compare.study", name, *changed]), "seeds": list(seeds)}
-    about["date"] = max(read_settings(run).get("date", "") for run in commands)  # when the last one was begun
-    about["hardware"] = f"{os.cpu_count()} CPU cores"
+    changed = f" --seeds {args.seeds}" if len(seeds) != study.seeds else ""
+    about = {
+        "command": f"python -m lib.compare.study {name}{changed}",
+        "seeds": list(seeds),
+        "date": max(read_settings(run).get("date", "") for run in commands),  # when the last one was begun
+        "hardware": f"{os.cpu_count()} CPU cores",
+    }
     print(write(name, study, out, [read_seed(study, out / f"seed-{seed}") for seed in seeds], about))
 
 
