@@ -20,13 +20,7 @@ from lib.run.files import write_json, write_jsonl
 from lib.run.settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
-STAGES = {
-    "01": ("mixture",),
-    "02": ("sft",),
-    "03": ("rl",),
-    "04": ("eval",),
-    "lib.compare.rpo": ("rl", "rpo"),
-}
+STAGES = {"01": ["mixture"], "02": ["sft"], "03": ["rl"], "04": ["eval"], "lib.compare.rpo": ["rl", "rpo"]}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -35,7 +29,7 @@ def test_every_run_is_a_command_that_its_chapter_accepts_and_comes_after_what_it
     commands = study.commands_of(STUDIES[name], tmp_path, "--preset sandbox --seed 7")
     for out, (script, *words) in commands.items():
         name = words.pop(0) if script == "-m" else script.removesuffix(".py")
-        stages = STAGES.get(name if script == "-m" else name[:2], ("none",))
+        stages = STAGES.get(name if script == "-m" else name[:2], ["none"])
         if name == "lib.sandbox.pretrain":  # no run of a stage
             assert words == ["--documents", f"{out}/held_out.jsonl"] and not study.needs(out, commands)
             known[out] = set()
@@ -57,21 +51,6 @@ def test_studies_that_share_a_folder_mean_the_same_by_the_same_name():
         for name, command in table.runs.items():
             shared.setdefault((table.folder, name), set()).add(command)
     assert not {key: commands for key, commands in shared.items() if len(commands) > 1}
-
-
-def test_methods_of_the_frontier_start_from_one_pi_sft_and_are_asked_the_same(tmp_path):
-    """Whatever the lambda, the traces and the evaluation are the same bytes; the RL prompts are not."""
-    few, contents = "--seed 3 --rl-prompts 40 --sft-prompts 20 --eval-prompts 6", []
-    for name in ("data", "data-0.1", "data-0.9"):
-        words = study.commands_of(STUDIES["frontier"], tmp_path, few)[tmp_path / name]
-        if "--rainbow" in words:  # a search against a model is not what this is about
-            at = words.index("--rainbow")
-            del words[at : at + 2]
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        contents.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.jsonl")})
-    for name in contents[0].keys() - {"rl.jsonl"}:
-        assert contents[0][name] == contents[1][name] == contents[2][name], name
-    assert contents[1]["rl.jsonl"] != contents[2]["rl.jsonl"] and "sft_rl.jsonl" in contents[1]
 
 
 # ---- running: a study of programs that write a line every 20 ms and go on where they were
@@ -157,7 +136,7 @@ def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(
 
 # ---- figures
 
-ABOUT = {"command": "python -m ...", "seeds": [7], "date": "2026-11-27", "hardware": "2 CPU cores"}
+ABOUT = {"command": "python -m ...", "seeds": [7, 8, 9], "date": "2026-11-27", "hardware": "2 CPU cores"}
 
 
 def results(dsr: float, task: float, **sections: dict) -> dict:
@@ -182,10 +161,11 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
             evaluations[f"rpo-{share}"] = {f"rpo-{share}": results(dsr, task)}
             evaluations[f"tars-{share}"] = {f"tars-{share}": results(dsr + 0.1 * (i + 1), task)}
         seeds.append(study.read_seed(table, write_seed(tmp_path / f"seed-{i}", **evaluations)))
-    text = study.write("frontier", table, tmp_path, seeds, ABOUT | {"seeds": [0, 1, 2]})
-    kept = json.loads((tmp_path / "frontier.json").read_text(), parse_constant=pytest.fail)
+    text = study.write("frontier", table, tmp_path, seeds, ABOUT)
+    lines = (tmp_path / "frontier.json").read_text()
+    kept = json.loads(lines, parse_constant=pytest.fail)
     cells = {(row["model"], row["figure"]): row for row in kept["rows"]}
-    assert {key: kept[key] for key in ABOUT} == ABOUT | {"seeds": [0, 1, 2]}
+    assert kept | ABOUT == kept and len(lines.splitlines()) == len(cells) + 2  # a row a line
     gap = cells["tars - rpo", "DSR"]
     half = 4.303 * 0.1 / math.sqrt(3)  # Student's t of three seeds: mean 0.2, standard deviation 0.1
     assert (gap["mean"], gap["low"], gap["high"]) == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
@@ -197,17 +177,11 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
         ("rpo", "area, plane/task_score"): [area] * 3,
         ("tars - rpo", "area, plane/task_score"): [0.08, 0.16, 0.24],
     }
-    for key, values in each.items():
-        assert cells[key]["each"] == pytest.approx(values, abs=1e-4), key
+    assert {key: cells[key]["each"] for key in each} == {key: pytest.approx(each[key]) for key in each}
     assert text.strip() == (tmp_path / "frontier.md").read_text().strip()
     assert "| tars-0.5 | 0.60 [0.35, 0.85]; 0.50 |" in text and "+0.20 [-0.05, +0.45]; +0.10 |" in text
     pytest.importorskip("matplotlib")
     assert "(frontier.png)" in text and (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_student_t_by_the_table():
-    ci = study.over_seeds([1.0, 2.0, 3.0, 4.0])  # 3.182 * 1.291 / 2 = 2.054
-    assert (ci["mean"], ci["low"], ci["high"], ci["n"]) == (2.5, 0.446, 4.554, 4)
 
 
 def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_path):
@@ -217,24 +191,21 @@ def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_pat
     tars["dsr_by_budget"] = {"plain_or_gcg": [[5, {"mean": 0.25}], [6, {"mean": 0.2}]]}
     others = {model: results(0.2, 0.5) for model in ("rl-direct", "base", "sft")}
     seed = study.read_seed(STUDIES["seeds"], write_seed(tmp_path, main={"tars": tars, **others}))
-    assert seed["tars", "DSR"] == pytest.approx(0.75) and seed["tars", "dsr_by_budget/plain_or_gcg/5"] == 0.25
+    assert seed["tars", "dsr_by_budget/plain_or_gcg/5"] == 0.25
     assert ("tars", "dsr_by_budget/plain_or_gcg/6") not in seed  # of the curve, two places are shown
     text = study.write("seeds", STUDIES["seeds"], tmp_path, [seed], ABOUT)
     assert "| thought, decoy - harmful | 3.5 | - | - | - | - | - |" in text
 
 
 def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
-    attacks = {f"plain_or_{attack}": {"mean": 0.4} for attack in ("pair", "best_of_n", "pap")}
-    asking = {"without": results(0.2, 0.5), "with": results(0.6, 0.5)}
-    for found in asking.values():
-        found["dsr"] |= attacks
+    first = {name: results(dsr, 0.5) for name, dsr in (("without", 0.2), ("with", 0.6))}
+    for found in first.values():
         del found["dsr"]["plain_or_gcg"]
-    folder = write_seed(tmp_path, asking=asking, gcg=dict.fromkeys(asking, results(0.9, 0.1)))
+    folder = write_seed(tmp_path, asking=first, gcg=dict.fromkeys(first, results(0.9, 0.1)))
     harm = {"plain": {"mean": 0.4}, "archive": {"mean": 0.7}}
     write_json(folder / "mixture" / "rainbow" / "archive.json", {"filled": 0.9, "harm": harm})
     seed = study.read_seed(STUDIES["rainbow"], folder)
-    assert seed["with - without", "dsr/direct"] == pytest.approx(0.4)
-    assert seed["with", "plane/task_score"] == 0.5
+    assert seed["with", "plane/task_score"] == 0.5 and seed["with", "dsr/direct"] == 0.6
     assert seed["with", "dsr/plain_or_gcg"] == pytest.approx(0.8)  # which the second alone has
     assert (seed["mixture", "rainbow/harm/archive"], seed["mixture", "rainbow/filled"]) == (0.7, 0.9)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,14 @@ def test_pages_are_what_write_docs_makes_of_the_results_that_are_kept():
 
 
 def test_tables_and_claims_name_models_that_their_study_has():
-    for name, spec in TABLES.items():
-        chosen = STUDIES[spec.study]
-        known = (
-            chosen.runs.keys() | chosen.curves.keys() | {claim.key[0] for claim in chosen.claims} | {"base"}
-        )
-        named = spec.models or {figure.partition(": ")[0] for figure in spec.figures.values()}
-        assert set(named) <= known, name
-    for chosen in STUDIES.values():
-        named = {model for claim in chosen.claims for model in (claim.ours, claim.other) if model}
-        assert named <= chosen.runs.keys() | chosen.curves.keys() | {"base"}
+    known = {}
+    for name, chosen in STUDIES.items():
+        models, claims = chosen.runs.keys() | chosen.curves.keys() | {"base"}, chosen.claims
+        assert {claim.ours for claim in claims} | {claim.other for claim in claims} <= models | {""}
+        known[name] = models | {claim.key[0] for claim in claims}
+    for name, (study_, models, figures) in TABLES.items():
+        assert {*models} <= known[study_], name
+        assert models or {figure.partition(": ")[0] for figure in figures.values()} <= known[study_]
     assert FINDINGS.keys() == {claim.finding for chosen in STUDIES.values() for claim in chosen.claims} - {""}
 
 
@@ -43,14 +42,13 @@ def make_root(tmp_path: Path, results: str, readme: str) -> Path:
     return tmp_path
 
 
-def keep(root: Path, name: str, figures: dict[tuple[str, str], list[float]]) -> list[str]:
-    """As a study writes it, and a person copies it; its lines."""
-    path, first = root / "docs/results" / f"{name}.json", STUDIES[name].first_seed
-    rows = {key: study.over_seeds(values) for key, values in figures.items()}
-    count = len(next(iter(figures.values())))
-    about = {"command": f"python -m lib.compare.study {name}", "seeds": list(range(first, first + count))}
-    study.write_results(path, about | {"date": "2026-11-27", "hardware": "2 CPU cores"}, rows)
-    return path.read_text().splitlines()
+def keep(root: Path, name: str, figures: dict[tuple[str, str], list[float]]) -> None:
+    """As a study writes it, and a person copies it."""
+    seeds = [dict(zip(figures, values, strict=True)) for values in zip(*figures.values(), strict=True)]
+    numbers = [STUDIES[name].first_seed + i for i in range(len(seeds))]
+    about = {"command": f"python -m lib.compare.study {name}", "seeds": numbers, "date": "2026-11-27"}
+    study.write(name, replace(STUDIES[name], curves={}), root, seeds, about | {"hardware": "2 CPU cores"})
+    shutil.move(root / f"{name}.json", root / "docs/results")
 
 
 def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else(tmp_path, monkeypatch):
@@ -61,8 +59,7 @@ def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else
     with pytest.raises(UserError, match=r"no docs/results/seeds.json.*copy runs/seeds/seeds.json there"):
         study.main()
     figures = {
-        ("tars", figure.partition(": ")[2]): [0.9, 1.0, 1.0]
-        for figure in TABLES["each-seed"].figures.values()
+        ("tars", figure.partition(": ")[2]): [0.9, 1.0, 1.0] for figure in TABLES["each-seed"][2].values()
     }
     figures |= {("sft", "dsr/plain_or_gcg"): [0.2, 0.3, 0.4]}
     figures |= {(f"tars - {other}", "dsr/plain_or_gcg"): [0.25, 0.5, 0.75] for other in ("sft", "rl-direct")}
@@ -103,10 +100,3 @@ def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
     assert verdicts["F7"] == "not reproduced" and verdicts["F1"] == "open"
     assert "tars-0.5 - plain-only, compliance/ambiguous: +0.24 [+0.17, +0.31] > 0: yes" in text
     assert "not run | open |" in text and "study ablations -->" in text
-
-
-def test_kept_results_are_one_row_a_line(tmp_path):
-    root = make_root(tmp_path, "", "")
-    lines = keep(root, "seeds", {("tars", "dsr/direct"): [1.0, 0.98765], ("sft", "dsr/direct"): [0.5, 0.25]})
-    assert len(lines) == 4 and json.loads(lines[1].rstrip(","))["each"] == [1.0, 0.9877]
-    assert json.loads("\n".join(lines))["seeds"] == [72, 73]
