@@ -56,9 +56,7 @@ class Settings(Training):
     temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01, high=10.0)
     max_new_tokens: int = setting(4096, "tokens of a response. Paper: 4096", low=1)
     max_prompt_tokens: int = setting(512, "prompts of more are left out", low=1, flag=False)
-    max_sample_tokens: int = setting(
-        0, "rows x columns of the sampling cache; 0: what fits", low=0, high=TOKENS
-    )
+    max_sample_tokens: int = setting(0, "rows x columns of the sampling cache; 0: what fits", high=TOKENS)
     learning_rate: float = setting(3e-4, "peak rate of AdamW. Paper: 3e-4", low=0.0, high=1.0)
     epochs: float = setting(3.0, "passes over the prompts. Paper: 3", low=0.01, high=1000.0)
     rollouts_every: int = setting(5, "steps between groups in rollouts.jsonl", low=1, flag=False)

@@ -68,16 +68,16 @@ def table(name: str, kept: dict[str, Results]) -> tuple[str, list[str]]:
 
 def findings(kept: dict[str, Results]) -> tuple[str, list[str]]:
     """Likewise F1 to F10: what each claim of the studies that are kept gave, and what follows from that."""
+    claims = [(name, claim) for name in STUDIES if name in kept for claim in STUDIES[name].claims]
     cells, used = dict[Key, str](), dict[str, Results]()
     for finding, what in FINDINGS.items():
         measured, verdicts = list[str](), set[str]()
-        for name in [name for name in STUDIES if name in kept]:
-            for claim in [claim for claim in STUDIES[name].claims if claim.finding == finding]:
-                if ci := kept[name]["rows"].get(claim.key):
-                    used[name], found = kept[name], verdict(ci, claim.sign)
-                    value = shown(ci, " - ").partition(";")[0]
-                    measured.append(f"{claim.key[0]}, {claim.figure}: {value} {claim.sign} 0: {found}")
-                    verdicts.add(found)
+        for name, claim in claims:
+            if claim.finding == finding and (ci := kept[name]["rows"].get(claim.key)):
+                used[name], found = kept[name], verdict(ci, claim.sign)
+                value = shown(ci, " - ").partition(";")[0]
+                measured.append(f"{claim.key[0]}, {claim.figure}: {value} {claim.sign} 0: {found}")
+                verdicts.add(found)
         whole = "in part" if "yes" in verdicts else "not reproduced" if "no" in verdicts else "open"
         cells[finding, "the paper finds"] = what
         cells[finding, "measured here"] = "; ".join(measured) or "not run"
@@ -96,12 +96,12 @@ def verdict(ci: Interval, sign: str) -> str:
     >>> [verdict({"low": -0.04, "high": 0.05}, sign) for sign in "><="]
     ['open', 'open', 'yes']
     """
-    if ci["low"] is None:  # of one seed
-        return "open"
     low, high = ci["low"], ci["high"]
-    above, below, alike = low > 0, high < 0, max(-low, high) <= ALIKE
-    yes, no = {">": (above, below), "<": (below, above), "=": (alike, low > ALIKE or high < -ALIKE)}[sign]
-    return "yes" if yes else "no" if no else "open"
+    if low is None:  # of one seed
+        return "open"
+    yes = {">": low > 0, "<": high < 0, "=": max(-low, high) <= ALIKE}
+    no = {">": high < 0, "<": low > 0, "=": low > ALIKE or high < -ALIKE}
+    return "yes" if yes[sign] else "no" if no[sign] else "open"
 
 
 def shown(ci: Interval, model: str) -> str:
