@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import math
@@ -120,12 +119,6 @@ def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_
 
 
 def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(tmp_path):
-    """And so is a folder in which another study writes."""
-    (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert "a run is writing there" in launch(tmp_path).communicate()[1]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
     process = launch(tmp_path, {"a": "", "b": " --fail", "c": " --data @a"}, seeds=1)
     line = process.communicate()[1].splitlines()[-1]
     assert process.returncode == 2
@@ -215,10 +208,8 @@ def test_over_steps_are_means_of_each_quarter(tmp_path):
     lines[2]["reward_harmful"] = 0.5  # a step without a harmful prompt has no such key
     lines[2]["reasoning_tokens_harmful"] = None  # nor has one a length, if no completion came to its end
     write_jsonl(tmp_path / "metrics.jsonl", lines)
-    found = study.over_steps(tmp_path)
-    assert found.pop("training/reward_harmful/quarter 2") == 0.5
-    quarters = dict(enumerate((0.05, 0.25, 0.45, 0.65), start=1))
-    assert found == pytest.approx({f"training/reward/quarter {i}": mean for i, mean in quarters.items()})
+    means = {f"training/reward/quarter {i}": mean for i, mean in enumerate((0.05, 0.25, 0.45, 0.65), start=1)}
+    assert study.over_steps(tmp_path) == pytest.approx(means | {"training/reward_harmful/quarter 2": 0.5})
     write_jsonl(tmp_path / "metrics.jsonl", lines[:2])  # fewer steps than quarters
     assert study.over_steps(tmp_path)["training/reward/quarter 4"] == pytest.approx(0.1)
 

@@ -58,9 +58,8 @@ def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else
     monkeypatch.setattr("sys.argv", ["study", "--write-docs"])
     with pytest.raises(UserError, match=r"no docs/results/seeds.json.*copy runs/seeds/seeds.json there"):
         study.main()
-    figures = {
-        ("tars", figure.partition(": ")[2]): [0.9, 1.0, 1.0] for figure in TABLES["each-seed"][2].values()
-    }
+    of_tars = [figure.partition(": ")[2] for figure in TABLES["each-seed"][2].values()]
+    figures = {("tars", figure): [0.9, 1.0, 1.0] for figure in of_tars}
     figures |= {("sft", "dsr/plain_or_gcg"): [0.2, 0.3, 0.4]}
     figures |= {(f"tars - {other}", "dsr/plain_or_gcg"): [0.25, 0.5, 0.75] for other in ("sft", "rl-direct")}
     keep(pages, "seeds", figures)
@@ -73,9 +72,8 @@ def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else
     assert "| DSR, direct requests | 0.97 [0.82, 1.11]; 0.90 |" in text.replace(" - |", "")
     assert "0.30 [0.05, 0.55]; 0.20" in text
     assert seeds.count("0.90") == len(figures) - 3 and "+0.50" in seeds and "seed 73" in seeds
-    before = text
     study.main()
-    assert (pages / "README.md").read_text() == before
+    assert (pages / "README.md").read_text() == text
 
     (pages / "README.md").write_text("<!-- table mine: -->\n<!-- end -->\n")
     with pytest.raises(UserError, match="table mine: unknown; allowed findings, main, "):
@@ -93,9 +91,8 @@ def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
     worse = {("tars - one-reward", "area, plane/task_score"): [-0.1, -0.11, -0.1, -0.11, -0.1]}
     keep(root, "ablations", close | higher | both | lower | worse)
     text = tables.pages(root)[root / "docs/results.md"]
-    verdicts = {
-        line.split(" | ")[0][2:]: line.split(" | ")[-1][:-2] for line in text.splitlines() if "| F" in line
-    }
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| F")]
+    verdicts = {row[0]: row[-1] for row in rows}
     assert verdicts["F6"] == "reproduced" and verdicts["F4"] == "open" and verdicts["F5"] == "in part"
     assert verdicts["F7"] == "not reproduced" and verdicts["F1"] == "open"
     assert "tars-0.5 - plain-only, compliance/ambiguous: +0.24 [+0.17, +0.31] > 0: yes" in text
