@@ -1,8 +1,8 @@
 """The room of attacks: what chapter 4 sends against a model, beside GCG, which stands in the chapter.
 
-An attack is a function (victim, behaviours, budget, generators, on_step[, search or attacker]) -> Attempts,
-one for each behaviour, with a trace of what it tried and what that cost. A behaviour is a record with id,
-prompt and target, and has its own random numbers: nothing depends on its neighbours. An attacker must have:
+An attack is a function (victim, attempts, budget, helper): of each attempt, one a behaviour, it fills the
+trace of what it tried, and counts what that cost. `helper` is chapter 4's search, or the attacker, who writes
+its words. An attempt has its own random numbers: nothing depends on its neighbours. Who attacks must have:
 
     white-box   weights: gradients         gcg.py, over suffix.py (a suffix as text and as tokens)
     score       likelihoods of its choice  autodan.py
@@ -21,9 +21,9 @@ from lib.attacks.core import Attempt, Budget, a_try
 from lib.attacks.rainbow import search
 from lib.attacks.session import Lab, Model, Tries, files_of, read_models, read_sets, summary
 from lib.attacks.suffix import Slot, first_exact, surviving
-from lib.attacks.table import ATTACKS, CONTROL, chosen, steps_of
+from lib.attacks.table import ATTACKS, CONTROL, chosen
 from lib.attacks.victim import NOT_ASKED, Victim
 
 __all__ = ["ATTACKS", "CONTROL", "NOT_ASKED", "Attempt", "Budget", "Lab", "Model", "Slot", "Tries", "Victim"]
-__all__ += ["a_try", "chosen", "files_of", "first_exact", "read_models", "read_sets", "steps_of", "summary"]
+__all__ += ["a_try", "chosen", "files_of", "first_exact", "read_models", "read_sets", "summary"]
 __all__ += ["search", "surviving"]

@@ -1,15 +1,15 @@
-"""What all attacks have in common: what they may spend, what they tried, and who writes their words."""
+"""What all attacks have in common: what they may spend, and what they tried at what cost."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim, encode_each
+from lib.attacks.victim import NOT_ASKED, Victim, encode_each
 from lib.run.settings import TOKENS, setting
 from lib.sampler import draw_seeds
 
@@ -43,117 +43,64 @@ class Budget:
         return " ".join([self.gcg_init] * self.gcg_suffix_tokens)
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """What an attack did to one behaviour.
-
-    trace: one entry a step, {"step", "sent": the whole text, "opening": words put into the model's mouth,
-    "loss": of the target or None}. Of an attack that searches, entry k is the best so far; of one that asks
-    it is the k-th try and holds the judged "completion", too, and of PAP the name of its "technique". Where
-    nothing could be searched, the completion is UNANSWERED.
-    """
-
-    id: str
-    trace: list[dict[str, Any]]
-    cost: dict[str, float]
+COSTS = {
+    "queries": 0,  # texts that the victim read, or scored
+    "forward_tokens": 0,
+    "backward_tokens": 0,
+    "attacker_tokens": 0,  # written by the attacker's own model
+    "empty": 0,  # times that it wrote nothing that the victim can read
+    "did_not_survive": 0,  # candidates whose text came back as other tokens
+}
 
 
 @dataclass
-class Cost:
-    """Counted while an attack runs."""
+class Attempt:
+    """What an attack does to one behaviour: it fills the trace, and counts the cost.
 
-    queries: int = 0  # texts that the victim read, or scored
-    forward_tokens: int = 0
-    backward_tokens: int = 0
-    attacker_tokens: int = 0  # written by the attacker's own model
-    empty: int = 0  # times that it wrote nothing that the victim can read
-    did_not_survive: int = 0  # candidates whose text came back as other tokens
-    started: float = field(default_factory=time.perf_counter)
+    behaviour: {"id", "prompt", "target": how a compliant answer begins, "prefill": the words to open one
+    with, "twin": a request that deserves an answer}. trace: one entry a step, see `a_try`. Of an attack that
+    searches, entry k is the best so far; of one that asks it is a try, and holds the judged "completion",
+    too, and of PAP the name of its "technique".
+    """
+
+    behaviour: dict[str, Any]
+    generator: torch.Generator = field(default_factory=torch.Generator)  # its own random numbers
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    cost: dict[str, int] = field(default_factory=COSTS.copy)
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def prompt(self) -> str:
+        return self.behaviour["prompt"]
 
     def written(self, victim: Victim, texts: Sequence[str]) -> None:
         """By the attacker. Measured in the victim's tokens; what it cannot read is a failed try."""
         lengths = [len(ids or []) for ids in encode_each(victim.tokenizer, texts)]
-        self.attacker_tokens += sum(lengths)
-        self.empty += lengths.count(0)
+        self.cost["attacker_tokens"] += sum(lengths)
+        self.cost["empty"] += lengths.count(0)
 
-    def total(self) -> dict[str, float]:
-        counts = {key: value for key, value in vars(self).items() if key != "started"}
-        return counts | {"seconds": round(time.perf_counter() - self.started, 3)}
-
-
-@dataclass(frozen=True)
-class Individual:
-    """A prompt of AutoDAN's population. The request is kept whole; the sentences around it may change."""
-
-    before: tuple[str, ...]
-    request: str
-    after: tuple[str, ...]
-
-    def text(self) -> str:
-        return " ".join(part for part in (*self.before, self.request, *self.after) if part)
-
-
-@dataclass
-class Conversation:
-    """One of PAIR's streams, as its attacker sees it: never the victim's reasoning.
-
-    exchanges: the last ones, oldest first, each {"improvement", "prompt": what the attacker wrote, "answer":
-    the victim's, "rating": of that, from 1 (refused) to 10 (fulfilled)}.
-    """
-
-    goal: str
-    target: str  # how the victim's answer should begin; "" where the behaviour does not say
-    stream: int  # its number: a language model's strategy goes by it
-    exchanges: list[dict[str, Any]] = field(default_factory=list)
-
-
-Texts = Sequence[str]
-Seeds = Sequence[int]
-
-
-class Attacker(Protocol):
-    """Who writes the words: a language model (lib/attacks/attacker.py), the sandbox's own, or a module.
-
-    It does not see the victim. Texts are as many as seeds, one for each; "" stands for a failure. check:
-    UserError if it cannot write for these attacks and requests. augment: a prompt, disturbed at random
-    (best-of-N). persuade: the prompt dressed up with each technique (PAP). refine: the next {"improvement",
-    "prompt"} of each conversation (PAIR). individuals: `count` prompts to begin with, as Individual's three
-    parts; vary: other ways to say each part of a prompt, of which parts[place] is the request, which may
-    stay (AutoDAN).
-    """
-
-    techniques: Texts
-
-    def check(self, attacks: Texts, goals: Texts) -> None: ...
-    def augment(self, prompt: str, generator: torch.Generator) -> str: ...
-    def persuade(self, prompt: str, techniques: Texts, seeds: Seeds) -> list[str]: ...
-    def refine(self, conversations: Sequence[Conversation], seeds: Seeds) -> list[dict[str, str]]: ...
-    def individuals(self, goal: str, count: int, seeds: Seeds) -> list[tuple]: ...
-    def vary(self, parts: Texts, place: int, goal: str, seeds: Seeds) -> list[str]: ...
-
-
-def ask_all(
-    victim: Victim, behaviours: Sequence[dict], tries: Sequence[list[dict]], generators, costs: Sequence[Cost]
-) -> None:
-    """Send all tries of all behaviours at once, and write the completions into them."""
-    rows = zip(behaviours, tries, generators, costs, strict=True)
-    flat = [(b, t, draw_seeds(g, 1)[0], cost) for b, own, g, cost in rows for t in own]
-    sent, openings = [t["sent"] for _, t, _, _ in flat], [t["opening"] for _, t, _, _ in flat]
-    answers = victim.ask([b for b, *_ in flat], sent, openings, [seed for _, _, seed, _ in flat])
-    for (_, attempt, _, cost), answer in zip(flat, answers, strict=True):
-        attempt["completion"] = answer
-        if answer["finish_reason"] != NOT_ASKED:
-            cost.queries += 1
-            cost.forward_tokens += len(victim.encode(attempt["sent"], attempt["opening"])) + answer["tokens"]
+    def line(self) -> dict[str, Any]:
+        """Of attacks.jsonl."""
+        seconds = round(time.perf_counter() - self.began, 3)
+        return {"id": self.behaviour["id"], "trace": self.trace, "cost": {**self.cost, "seconds": seconds}}
 
 
 def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) -> dict[str, Any]:
+    """sent: the whole text; opening: words put into the model's mouth; loss: of the target, or None."""
     return {"step": step, "sent": sent, "opening": opening, "loss": loss}
 
 
-def too_long(behaviour: dict, sent: str, cost: Cost) -> Attempt:
-    """Of a behaviour for which nothing is searched, since what would be sent is too long: not asked."""
-    return Attempt(behaviour["id"], [a_try(0, sent) | {"completion": dict(UNANSWERED)}], cost.total())
+def ask_all(victim: Victim, tries: Sequence[tuple[Attempt, dict]]) -> None:
+    """Send all tries at once. Each gets its completion, and goes into its attempt's trace."""
+    seeds = [draw_seeds(attempt.generator, 1)[0] for attempt, _ in tries]
+    answers = victim.ask([(attempt.behaviour, new) for attempt, new in tries], seeds)
+    for (attempt, new), answer in zip(tries, answers, strict=True):
+        new["completion"] = answer
+        attempt.trace.append(new)
+        if answer["finish_reason"] != NOT_ASKED:
+            attempt.cost["queries"] += 1
+            read = len(victim.encode(new["sent"], new["opening"]))
+            attempt.cost["forward_tokens"] += read + answer["tokens"]
 
 
 def attach(prompt: str, suffix: str) -> str:

@@ -14,69 +14,73 @@ For a model without reasoning the first four are the same, so it is attacked by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from lib import UserError
-from lib.attacks.core import Attempt, Budget, Cost, a_try, ask_all, attach, too_long
-from lib.attacks.suffix import Slot, check_target, surviving
+from lib.attacks.core import Attempt, Budget, a_try, ask_all, attach
+from lib.attacks.suffix import Slot, surviving
 from lib.attacks.victim import Victim
 from lib.chat import THINK_CLOSE
 
-CONTROL = "random_suffix"
 RANDOM_TRIES = 256  # tokens drawn for a position of a random suffix, until one survives the round trip
 TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compliant one
 
 
-def gcg(variant: str, victim, behaviours, budget, generators, on_step, search) -> list[Attempt]:
+def gcg(variant: str, victim, attempts, budget, search) -> None:
     """One suffix for each behaviour."""
-    attempts = []
-    for behaviour, generator in zip(behaviours, generators, strict=True):
-        cost, spend = Cost(), budget
-        slot = Slot(victim, behaviour, aim(variant, victim, behaviour, budget, generator, cost), budget, cost)
-        if not slot.fits:
-            attempts.append(too_long(behaviour, behaviour["prompt"], cost))
-            continue
-        if variant == CONTROL:
-            draw_suffix(slot, generator)
-            spend = replace(budget, gcg_steps=0)
-        trace = search([slot], spend, generator, on_step)
-        attempts.append(_attempt(behaviour, trace, cost.total()))
-    return attempts
+    for attempt in attempts:
+        slot = Slot(victim, attempt, aim(variant, victim, attempt, budget), budget)
+        search_and_attach([slot], [attempt], budget, search)
 
 
-def universal_gcg(victim, behaviours, budget, generators, on_step, search) -> list[Attempt]:
+def universal_gcg(victim, attempts, budget, search) -> None:
     """One suffix, searched for the first few behaviours and tried on all: does it carry over?"""
-    first = behaviours[: budget.universal_behaviours]
-    slots = {b["id"]: Slot(victim, b, check_target(b), budget, Cost()) for b in first}
-    slots = {name: slot for name, slot in slots.items() if slot.fits}
-    if not slots:
-        return [too_long(b, b["prompt"], Cost()) for b in behaviours]
-    trace = search(list(slots.values()), budget, generators[0], on_step)
-    costs = {name: slot.cost.total() for name, slot in slots.items()}
-    free = dict.fromkeys(Cost().total(), 0.0)  # a behaviour that it was not searched for costs nothing more
-    return [_attempt(b, trace, costs.get(b["id"], free)) for b in behaviours]
+    first = attempts[: budget.universal_behaviours]
+    slots = [Slot(victim, attempt, attempt.behaviour["target"], budget) for attempt in first]
+    search_and_attach(slots, attempts, budget, search)
 
 
-def aim(variant: str, victim: Victim, behaviour: dict, budget: Budget, generator, cost: Cost) -> str:
+def random_suffix(victim, attempts, budget, search) -> None:
+    """The search is to make no step, and so reports the loss at its start."""
+    for attempt in attempts:
+        slot = Slot(victim, attempt, attempt.behaviour["target"], budget)
+        draw_suffix(slot, attempt.generator)
+        search_and_attach([slot], [attempt], replace(budget, gcg_steps=0), search)
+
+
+def search_and_attach(slots: list[Slot], attempts: list[Attempt], budget: Budget, search: Callable) -> None:
+    """Search in the slots that fit, and put what is found behind all prompts. Where none fits, what is sent
+    is too long to be asked."""
+    slots = [slot for slot in slots if slot.fits]
+    start: dict[str, Any] = {"step": 0, "suffix": budget.initial_suffix(), "loss": None}
+    found = search(slots, budget, attempts[0].generator) if slots else [start]
+    for attempt in attempts:
+        for best in found:
+            sent = attach(attempt.prompt, best["suffix"])
+            attempt.trace.append(a_try(best["step"], sent, loss=best["loss"]))
+
+
+def aim(variant: str, victim: Victim, attempt: Attempt, budget: Budget) -> str:
     """The target, with the reasoning that the variant puts before it."""
-    target = check_target(behaviour)
-    if variant in ("gcg", CONTROL):
+    target = attempt.behaviour["target"]
+    if variant == "gcg":
         return target
     if variant == "gcg_close":
         return THINK_CLOSE + target
-    own = own_reasoning(victim, behaviour, generator, cost) if variant == "gcg_twin" else ""
+    own = own_reasoning(victim, attempt) if variant == "gcg_twin" else ""
     return (own or budget.forged) + THINK_CLOSE + target
 
 
-def own_reasoning(victim: Victim, behaviour: dict, generator: torch.Generator, cost: Cost) -> str:
+def own_reasoning(victim: Victim, attempt: Attempt) -> str:
     """The first compliant one of a few reasonings about the behaviour's "twin"; "" if there is none."""
-    twin = {**behaviour, "prompt": behaviour["twin"], "context": ""}
-    tries = [a_try(k, twin["prompt"]) for k in range(TWIN_SAMPLES)]
-    ask_all(victim, [twin], [tries], [generator], [cost])
-    answers = [attempt["completion"] for attempt in tries]
+    behaviour = {**attempt.behaviour, "prompt": attempt.behaviour["twin"], "context": ""}
+    twin = replace(attempt, behaviour=behaviour, trace=[])  # at the cost of the attempt
+    ask_all(victim, [(twin, a_try(k, twin.prompt)) for k in range(TWIN_SAMPLES)])
+    answers = [asked["completion"] for asked in twin.trace]
     own = (a["reasoning"] for a in answers if a["well_formed"] and a["refusal"] == "none" and a["reasoning"])
     return next(own, "")
 
@@ -98,7 +102,7 @@ def draw_suffix(slot: Slot, generator: torch.Generator) -> None:
 
 def check_suffixes(victim: Victim, behaviours: Sequence[dict], budget: Budget) -> None:
     """UserError where no suffix can be searched for: before the first search."""
-    slots = [Slot(victim, b, check_target(b), budget, Cost()) for b in behaviours]
+    slots = [Slot(victim, Attempt(b), b["target"], budget) for b in behaviours]
     able = [slot for slot in slots if slot.fits]
     if not able:
         raise UserError(
@@ -106,8 +110,3 @@ def check_suffixes(victim: Victim, behaviours: Sequence[dict], budget: Budget) -
             f"room for an answer in the context of {victim.name}: lower it"
         )
     draw_suffix(able[0], torch.Generator().manual_seed(0))
-
-
-def _attempt(behaviour: dict, trace: list[dict], cost: dict[str, float]) -> Attempt:
-    tries = [a_try(t["step"], attach(behaviour["prompt"], t["suffix"]), loss=t["loss"]) for t in trace]
-    return Attempt(behaviour["id"], tries, cost)

@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.attacks.attacker import LanguageModelAttacker
+from lib.attacks.core import a_try
 from lib.attacks.victim import Victim
 from lib.metrics import Interval, bootstrap
 from lib.run.checks import check_tokenizer
-from lib.run.files import append_jsonl, resume_log, write_json, write_jsonl
+from lib.run.files import append_jsonl, read_jsonl, resume_log, write_json, write_jsonl
 from lib.run.folder import read_settings
 from lib.run.hub import dtype_to_infer, load_policy, load_tokenizer
 from lib.run.text import same_prompt
@@ -114,10 +115,10 @@ class PaperGrid:
 
 @dataclass
 class Rainbow:
-    """A search. Its `folder` gets archive-N.jsonl, a line an iteration, and fresh.jsonl, which grow; then
-    archive.json (the share of cells filled, mean harm of the prompts found and of plain ones) and
-    prompts.jsonl. After a kill the same call ends with the same files: all chance is a function of (seed,
-    archive, batch), and an unfinished batch is done again."""
+    """A search. Its `folder` gets archive-N.jsonl, which grows by a line an iteration; then archive.json (the
+    share of cells filled, mean harm of the prompts found and of plain ones) and prompts.jsonl. After a kill
+    the same call ends with the same files: all chance is a function of (seed, archive, batch), and an
+    unfinished batch is done again."""
 
     victim: Any
     grid: Any
@@ -130,6 +131,8 @@ class Rainbow:
     def records(self, count: int, archives: int, iterations: int) -> list[dict]:
         """`count` records of up to `archives` archives (paper: 800, 7, 1000 iterations each); UserError if
         these hold fewer. Of more, a random choice stays: the best would be the luckiest."""
+        if (finished := self.folder / "prompts.jsonl").exists():
+            return read_jsonl(finished)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tried = set(map(same_prompt, self.starts))
         records: list[dict] = []
@@ -148,7 +151,7 @@ class Rainbow:
         harm["plain"] = self.measure(self._choice(self.starts, len(found), "plain"))
         write_json(self.folder / "archive.json", {"filled": filled, "harm": harm})
         chosen = self._choice(records, count, "records")
-        write_jsonl(self.folder / "prompts.jsonl", chosen)
+        write_jsonl(finished, chosen)
         return chosen
 
     def fill(self, number: int, iterations: int) -> Archive:
@@ -209,26 +212,18 @@ class Rainbow:
 
     def ask(self, prompts: list[str], count: int, seeds: list[int]) -> list[dict]:
         """{"answers", "harms"}, of `count` each, for each prompt."""
-        sent = [prompt for prompt in prompts for _ in range(count)]
-        got = self.victim.ask([{"prompt": prompt} for prompt in sent], sent, [""] * len(sent), seeds)
+        tries = [({"prompt": prompt}, a_try(0, prompt)) for prompt in prompts for _ in range(count)]
+        got = self.victim.ask(tries, seeds)
         parts = [got[k : k + count] for k in range(0, len(got), count)]
         return [{"answers": [g["answer"] for g in p], "harms": [g["harm"] for g in p]} for p in parts]
 
     def measure(self, prompts: list[str]) -> Interval:
-        """Mean harm of FRESH answers to each, which no search has seen. Each is saved as its block ends. The
-        interval is over prompts: for those found too narrow, since they have ancestors in common."""
-        path = self.folder / "fresh.jsonl"
-        harms: dict[str, Harms] = {line["prompt"]: line["harms"] for line in resume_log(path)}
-        todo = [prompt for prompt in prompts if prompt not in harms]
-        for begin in tqdm(range(0, len(todo), AT_ONCE), desc="fresh answers", unit="batch", disable=not todo):
-            block = todo[begin : begin + AT_ONCE]
-            drawn = [draw_seeds(random_numbers(self.seed, f"fresh/{prompt}"), FRESH) for prompt in block]
-            answered = self.ask(block, FRESH, [seed for seeds in drawn for seed in seeds])
-            for prompt, got in zip(block, answered, strict=True):
-                harms[prompt] = got["harms"]
-                append_jsonl(path, {"prompt": prompt, "harms": got["harms"]})
-        known = [_verdicts(harms[prompt]) for prompt in prompts]
-        return bootstrap([sum(own) / len(own) for own in known if own], self.seed)
+        """Mean harm of FRESH answers to each, which no search has seen. The interval is over prompts: for
+        those found too narrow, since they have ancestors in common."""
+        drawn = [draw_seeds(random_numbers(self.seed, f"fresh/{prompt}"), FRESH) for prompt in prompts]
+        answered = self.ask(prompts, FRESH, [seed for seeds in drawn for seed in seeds])
+        known = [_verdicts(own["harms"]) for own in answered]
+        return bootstrap([sum(harms) / len(harms) for harms in known if harms], self.seed)
 
     def _choice(self, items: list, count: int, label: str) -> list:
         """A random choice, in the order given; all, if there are no more."""

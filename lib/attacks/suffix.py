@@ -10,47 +10,47 @@ back as other tokens is dropped and counted; else an attack may report a suffix 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
 from lib import UserError
-from lib.attacks.core import Budget, Cost, attach
+from lib.attacks.core import Attempt, Budget, attach
 from lib.attacks.victim import Victim, encode_each
 from lib.cache import repeat_row
 from lib.chat import encode_text
 from lib.policy import table_rows
-from lib.run.settings import TOKENS
 
 VOCABULARY_PART = 8192  # rows of the table that a gradient looks at at a time: all may be a gigabyte
 CPU_TOKENS = 2048  # a batch of candidates that stays in a CPU's caches: a tenth less time in the sandbox
 
 
 class Slot:
-    """One behaviour: the token ids around its suffix, and the key-value cache of all that stands before it.
+    """The place of a suffix in one request: the token ids around it, the key-value cache of those before.
 
-    `fits`: it can be sent with a suffix, answered, and scored on the target. Only then may it be read.
+    `fits`: it can be sent with a suffix, answered, and scored on the target. Only then may it be read, at
+    most `at_once` suffixes in a batch.
 
     A forward pass is fed suffix, rest and target only; the cached prefix is shared. All candidates of a
     behaviour have equal length, so nothing is padded, and the result is that of a plain forward pass.
     """
 
-    def __init__(self, victim: Victim, behaviour: dict, target: str, budget: Budget, cost: Cost) -> None:
-        self.victim, self.model, self.tokenizer, self.cost = victim, victim.model, victim.tokenizer, cost
-        self.prompt, self.start_text = behaviour["prompt"], budget.initial_suffix()
+    def __init__(self, victim: Victim, attempt: Attempt, target: str, budget: Budget) -> None:
+        self.victim, self.model, self.tokenizer = victim, victim.model, victim.tokenizer
+        self.prompt, self.cost, self.start_text = attempt.prompt, attempt.cost, budget.initial_suffix()
         # Draw the answer out of the model, do not hand it in; a reasoning before it may be handed in.
-        self.banned = check_target(behaviour) if budget.gcg_ban_target else ""
+        self.banned = attempt.behaviour["target"] if budget.gcg_ban_target else ""
         device, target_ids = self.model.device, encode_text(self.tokenizer, target)
-        self.batch_tokens = min(budget.max_batch_tokens, CPU_TOKENS if device.type == "cpu" else TOKENS)
-        self.prefix, start, self.rest = around_suffix(victim, behaviour, budget)
+        self.prefix, start, self.rest = around_suffix(victim, attempt.behaviour, budget)
         self.start = torch.tensor(start)  # (S,) int64
         self.target = torch.tensor(target_ids, device=device)  # (T,)
         self.tail = torch.tensor(self.rest + target_ids[:-1], device=device)  # the last is only predicted
         self.fits = victim.fits([*self.prefix, *start, *self.rest], len(target_ids))
+        most = min(budget.max_batch_tokens, CPU_TOKENS) if device.type == "cpu" else budget.max_batch_tokens
+        self.at_once = max(1, most // (len(self.prefix) + len(start) + len(self.tail)))
 
     @cached_property
     @torch.no_grad()
@@ -71,8 +71,8 @@ class Slot:
         return logits
 
     def _count(self, ids: Tensor) -> None:
-        self.cost.queries += len(ids)
-        self.cost.forward_tokens += ids.numel()
+        self.cost["queries"] += len(ids)
+        self.cost["forward_tokens"] += ids.numel()
 
     @contextlib.contextmanager
     def watched_embeddings(self) -> Iterator[list[Tensor]]:
@@ -84,7 +84,7 @@ class Slot:
 
         def keep(_: torch.nn.Module, inputs: tuple, embeds: Tensor) -> Tensor:
             seen.append(embeds.detach().requires_grad_())
-            self.cost.backward_tokens += embeds.shape[1]
+            self.cost["backward_tokens"] += embeds.shape[1]
             return seen[0].clone()  # CTRL scales in place
 
         _ = self.cache  # the prefix is read before anybody listens
@@ -100,23 +100,6 @@ class Slot:
         tokens = torch.arange(table_rows(self.model), device=slope.device).split(VOCABULARY_PART)
         products = [slope @ self.model.get_input_embeddings()(part).T for part in tokens]
         return torch.cat(products, dim=1).float().cpu()
-
-    def in_batches(self, function: Callable[[Tensor], Tensor], suffixes: Tensor) -> Tensor:
-        """function((n, S)) -> (n,), of all (N, S): (N,) on the CPU. Out of memory, half as many at a time."""
-        row = len(self.prefix) + suffixes.shape[1] + len(self.tail)
-        values, done = [torch.empty(0)], 0
-        while done < len(suffixes):
-            part = suffixes[done : done + max(1, self.batch_tokens // row)]
-            try:
-                values.append(function(part).cpu())
-                done += len(part)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-                half = len(part) // 2
-                self.batch_tokens = half * row
-                tqdm.write(f"out of memory with {len(part)} candidates at a time: from now on {half}")
-        return torch.cat(values)
 
     def allowed(self) -> Tensor:
         """(vocab,) bool: printable ASCII, neither special nor added, as <think> may be, nor banned."""
@@ -135,7 +118,7 @@ def surviving(slots: Sequence[Slot], candidates: Tensor) -> tuple[Tensor, list[s
         texts, prompt = [text.strip() for text in decoded], slot.prompt.strip()
         alone, *again = encode_each(slot.tokenizer, [prompt, *(attach(prompt, text) for text in texts)])
         kept = [i for i, ids in enumerate(candidates.tolist()) if again[i] == [*(alone or []), *ids]]
-        slot.cost.did_not_survive += len(candidates) - len(kept)
+        slot.cost["did_not_survive"] += len(candidates) - len(kept)
         candidates, texts = candidates[kept], [texts[i] for i in kept]
     return candidates, texts
 
@@ -146,7 +129,7 @@ def first_exact(slots: Sequence[Slot], suffixes: Tensor, texts: Sequence[str], l
         sent = [slot.victim.encode(attach(slot.prompt, texts[i])) for slot in slots]
         if sent == [[*slot.prefix, *suffixes[i].tolist(), *slot.rest] for slot in slots]:
             return i
-        slots[0].cost.did_not_survive += 1
+        slots[0].cost["did_not_survive"] += 1
     return None
 
 
@@ -162,15 +145,3 @@ def around_suffix(victim: Victim, behaviour: dict, budget: Budget) -> tuple[list
             f"the prompt of {behaviour['id']} ({victim.name}); allowed a word that is one known token"
         )
     return prefix, suffix, rest
-
-
-def target_of(behaviour: dict) -> str:
-    """The behaviour's target; "" if there is none."""
-    return (behaviour.get("target") or "").strip()
-
-
-def check_target(behaviour: dict) -> str:
-    """The behaviour's target; UserError if there is none."""
-    if not (target := target_of(behaviour)):
-        raise UserError(f"behaviour {behaviour['id']}: attacks need a target; add one, or set --behaviours 0")
-    return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,7 @@ class Victim:
     temperature: float
     max_batch_tokens: int = 16384
     system: str = ""  # a system prompt of its own
-    progress: bool = True  # show a bar where an answer takes long
+    progress: bool = True  # show a bar where something takes long
 
     def encode(self, sent: str, opening: str = "") -> list[int]:
         """Token ids of what it reads. `opening`: put into its mouth, behind the "<think>\\n" of a reasoner.
@@ -51,16 +50,20 @@ class Victim:
         """Whether these tokens, and the answer or `behind` further ones, are within the model's context."""
         return len(ids) + max(self.max_new_tokens, behind) <= context_of(self.model.config)
 
-    def ask(
-        self, behaviours: Sequence[dict], sent: Sequence[str], openings: Sequence[str], seeds: Sequence[int]
-    ) -> list[dict]:
-        """What it answers to each text, judged; all four of one length. Each answer has a seed, and does
-        not depend on what else is asked. A text that is too long, or that it cannot read, gets UNANSWERED."""
-        answers, prompts = [dict(UNANSWERED) for _ in sent], {}  # row -> ids, of what can be sent
-        for row, (text, opening) in enumerate(zip(sent, openings, strict=True)):
-            with contextlib.suppress(UserError):  # an attacker may write what it cannot read: a failed try
-                if self.fits(ids := self.encode(text, opening)):
-                    prompts[row] = ids
+    def sendable(self, sent: str, opening: str = "", behind: int = 0) -> list[int]:
+        """Its token ids; none if it does not fit or cannot be read: of an attacker that is a failed try."""
+        try:
+            ids = self.encode(sent, opening)
+        except UserError:
+            return []
+        return ids if self.fits(ids, behind) else []
+
+    def ask(self, tries: Sequence[tuple[dict, dict]], seeds: Sequence[int]) -> list[dict]:
+        """What it answers to each try at a behaviour, judged. Each answer has a seed, and does not depend on
+        what else is asked. A text that is too long, or that it cannot read, gets UNANSWERED."""
+        answers = [dict(UNANSWERED) for _ in tries]
+        prompts = {row: self.sendable(new["sent"], new["opening"]) for row, (_, new) in enumerate(tries)}
+        prompts = {row: ids for row, ids in prompts.items() if ids}
         if not prompts:
             return answers
         # One that exceeds a batch's budget goes alone: the budget must not decide what is asked.
@@ -79,8 +82,8 @@ class Victim:
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"{self.name}: {error}") from error
         for row, completion in zip(prompts, completions, strict=True):
-            answers[row] = self._read(openings[row], completion)
-        self.judged([behaviours[row] for row in prompts], [answers[row] for row in prompts])
+            answers[row] = self._read(tries[row][1]["opening"], completion)
+        self.judged([tries[row][0] for row in prompts], [answers[row] for row in prompts])
         return answers
 
     def _read(self, opening: str, completion: Completion) -> dict[str, Any]:
