@@ -44,7 +44,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from lib import attacks, metrics
 from lib.attacks import ATTACKS, Budget, Lab, Model, Slot, Tries, a_try
@@ -138,8 +137,7 @@ def search(slots: list[Slot], budget: Budget, generator: torch.Generator) -> lis
     suffix = slots[0].start  # (S,)
     allowed = torch.stack([slot.allowed() for slot in slots]).all(0)  # (vocab,)
     trace: list[dict] = [{"step": 0, "loss": mean_losses(suffix[None]).item(), "suffix": slots[0].start_text}]
-    steps, hidden = range(1, budget.gcg_steps + 1), not slots[0].victim.progress
-    for step in tqdm(steps, "GCG", delay=2, leave=False, disable=hidden):
+    for step in slots[0].victim.bar(range(1, budget.gcg_steps + 1), "GCG"):
         slopes = torch.stack([gradient(slot, suffix) for slot in slots])  # (slots, S, vocab)
         if len(slots) > 1:
             slopes = F.normalize(slopes, dim=2)  # each request counts alike

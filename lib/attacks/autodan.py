@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-from tqdm import tqdm
 
 from lib.attacks.core import Attempt, Budget, a_try
 from lib.attacks.victim import Victim
@@ -62,8 +61,7 @@ def evolve(victim: Victim, attempt: Attempt, budget: Budget, attacker) -> None:
     people = [Individual(*parts) for parts in attacker.individuals(attempt.prompt, len(seeds), seeds)]
     attempt.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # an empty scene is a failure
     losses, scores = list[float](), dict[str, float]()
-    generations, shown = range(budget.generations + 1), {"delay": 2, "leave": False}
-    for generation in tqdm(generations, "generations", disable=not victim.progress, **shown):
+    for generation in victim.bar(range(budget.generations + 1), "generations"):
         if generation:
             ranked = [people[i] for i in sorted(range(len(people)), key=losses.__getitem__)]
             kept = max(1, round(ELITE_SHARE * len(people)))
@@ -73,8 +71,13 @@ def evolve(victim: Victim, attempt: Attempt, budget: Budget, attacker) -> None:
             else:
                 scores = word_scores(people, losses, scores)
                 children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
-            for i in to_rewrite(elite, children, budget.mutation, rng):
-                children[i] = rewritten(children[i], victim, attempt, attacker)
+            # Rewritten are some at random, and all that are there already. The original has no such guard, and
+            # 256 prompts. Of 24, copies of the fittest would soon fill the places.
+            seen = set(elite)
+            for i, child in enumerate(children):
+                if rng.random() < budget.mutation or child in seen:
+                    children[i] = rewritten(child, victim, attempt, attacker)
+                seen.add(child)
             people = elite + children
         losses = target_losses(victim, attempt, [p.text() for p in people], budget)
         best = min(range(len(people)), key=losses.__getitem__)
@@ -158,17 +161,6 @@ def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: r
         return tuple(map(" ".join, split))
 
     return replace(person, before=paragraph(person.before), after=paragraph(person.after))
-
-
-def to_rewrite(elite: People, children: People, rate: float, rng: random.Random) -> list[int]:
-    """Which children to rewrite: some at random, and all that are there already. The original has no such
-    guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places."""
-    kept, chosen = set(elite), []
-    for i, child in enumerate(children):
-        if rng.random() < rate or child in kept:
-            chosen.append(i)
-        kept.add(child)
-    return chosen
 
 
 def rewritten(person: Individual, victim: Victim, attempt: Attempt, attacker) -> Individual:

@@ -139,8 +139,8 @@ class Lab:
         first = sets["direct"][:8]
         for model in models:
             victim = self.victim(model)
-            for name, path in files_of(self.settings.data).items():
-                check_prompts(victim, sets[name], path)
+            for name, records in sets.items():
+                check_prompts(victim, records, FILES[name])
             pair, prompts = (victim.model, victim.tokenizer), [record["prompt"] for record in first]
             check_tokenizer(*pair, prompts, reasoning=model.reasoning, system=model.system)
             if behaviours:
@@ -187,9 +187,8 @@ class Lab:
         numbers = random_numbers(self.settings.seed, f"{key['set']}/{key['step']}")  # the same for all models
         seeded = zip(asked, draw_seeds(numbers, len(asked)), strict=True)
         mine = self.run.share([pair for pair in seeded if "completion" not in pair[0][1]])
-        answers = []
-        if mine:  # as above: what an attack has asked already is not asked again
-            answers = self.victim(model).ask([new for new, _ in mine], [seed for _, seed in mine])
+        # As above; and what an attack has asked already is not asked again.
+        answers = self.victim(model).ask([a for a, _ in mine], [seed for _, seed in mine]) if mine else []
         found, lines = iter(self.run.gather_lists(answers)), []
         for record, attempt in asked:
             line = {name: record[name] for name in COPIED if name in record}
@@ -198,26 +197,19 @@ class Lab:
         return lines
 
 
-def check_prompts(victim: Victim, records: list[dict], path: Path) -> None:
-    fitting = []
-    for record in records:
-        try:
-            fitting.append(victim.fits(victim.encode(record["prompt"])))
-        except UserError as error:
-            raise UserError(f"{path}: {record['id']}: {error}") from error
-    if not any(fitting):
+def check_prompts(victim: Victim, records: list[dict], file: str) -> None:
+    """UserError for a prompt that the model's tokenizer cannot read, and if none fits the context."""
+    if not any([victim.fits(victim.encode(record["prompt"])) for record in records]):  # a list: all are read
         flag = "--max-new-tokens" if victim.reasoning else "answer_tokens"
-        given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {path} exceed"
+        given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {file} exceed"
         raise UserError(f"{given} the context of {victim.name}: lower it, or leave the model out")
 
 
 def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str], settings: Any) -> None:
     """UserError for what an attack needs and the model's tokenizer cannot read."""
-    for behaviour in behaviours:
-        for key in ("target", "prefill", "twin"):
-            if behaviour[key] and not encode_text(victim.tokenizer, behaviour[key]):
-                nothing = f"its {key} {behaviour[key]!r} has no tokens"
-                raise UserError(f"behaviour {behaviour['id']}: {nothing}; write another")
+    for text in [behaviour[key] for behaviour in behaviours for key in ("target", "prefill", "twin")]:
+        if text and not encode_text(victim.tokenizer, text):
+            raise UserError(f"{victim.name}: {text!r} has no tokens; write another target, prefill or twin")
     if victim.reasoning and FORGING & {*names}:
         if victim.tokenizer.unk_token_id in encode_text(victim.tokenizer, settings.forged):
             given = f"forged: given {settings.forged!r}; {victim.name} does not know all of its words"

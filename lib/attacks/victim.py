@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
@@ -34,7 +35,7 @@ class Victim:
     temperature: float
     max_batch_tokens: int = 16384
     system: str = ""  # a system prompt of its own
-    progress: bool = True  # show a bar where something takes long
+    progress: bool = True  # show bars
 
     def encode(self, sent: str, opening: str = "") -> list[int]:
         """Token ids of what it reads. `opening`: put into its mouth, behind the "<think>\\n" of a reasoner.
@@ -49,6 +50,10 @@ class Victim:
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
         """Whether these tokens, and the answer or `behind` further ones, are within the model's context."""
         return len(ids) + max(self.max_new_tokens, behind) <= context_of(self.model.config)
+
+    def bar(self, steps: Sequence[int], name: str) -> Iterable[int]:
+        """The steps of a search, with a bar where they take long."""
+        return tqdm(steps, name, unit="step", delay=2, leave=False, disable=not self.progress)
 
     def sendable(self, sent: str, opening: str = "", behind: int = 0) -> list[int]:
         """Its token ids; none if it does not fit or cannot be read: of an attacker that is a failed try."""
