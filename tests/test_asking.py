@@ -21,7 +21,7 @@ from test_attacks import (
 )
 
 from lib import UserError
-from lib.attacks import ATTACKS, NOT_ASKED, Attempt, autodan
+from lib.attacks import ATTACKS, NOT_ASKED, Attempt, autodan, core
 from lib.attacks import attacker as attacker_module
 from lib.attacks.attacker import Conversation, LanguageModelAttacker, parse_reply
 from lib.attacks.autodan import Individual
@@ -203,14 +203,13 @@ def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat():
 
 
 READ = {
-    GOOD: "Please bake.",
     f"Here it is:\n```json\n{GOOD}\n```\nGood luck!": "Please bake.",
     f"I use {{braces}} now. {GOOD} {{}}": "Please bake.",
-    '{"prompt": " a\nb\\n\\"c\\" ", "improvement": "", "more": 1}': 'a\nb\n"c"',  # a real line break
+    '{"prompt": " a\nb\n\\"c\\" ", "improvement": "", "more": 1}': 'a\nb\n"c"',  # a real line break
 }
 MALFORMED = ["Please bake.", '{"improvement": "x"}', '{"a":' * 3_000, GOOD[:-2]]
-TEXTS = [("x", "  "), ("x", ["a"]), (None, "a"), ("x", "\ud83d")]  # empty, no text, no text, half a character
-MALFORMED += [json.dumps({"improvement": idea, "prompt": prompt}) for idea, prompt in TEXTS]
+for prompt in ("  ", ["a"], "\ud83d"):  # empty, no text, half a character
+    MALFORMED.append(json.dumps({"improvement": "x", "prompt": prompt}))
 
 
 def test_a_reply_is_json_with_two_texts_or_malformed():
@@ -237,7 +236,7 @@ def test_a_chat_that_is_too_long_loses_its_oldest_exchanges(chatting, monkeypatc
         seen.append(prompts)
         return [Completion([], [], "stop") for _ in prompts]
 
-    monkeypatch.setattr(attacker_module, "sample", sample)
+    monkeypatch.setattr(core, "sample", sample)
     chat = [{"role": role, "content": f"w{i}"} for i, role in enumerate(roles)]
     kept = [chat, chat[:2] + chat[4:], chat[:2]]
     ids = [encode_chat(chatting.tokenizer, part, reasoning=False) for part in kept]
@@ -330,9 +329,8 @@ def test_words_score_by_momentum_in_the_order_of_the_text():
     """Of a set's order, another process, after a kill, would draw other words."""
     mother, father = Individual(("a", "b"), "r", ("c",)), Individual(("x",), "s", ("z", "q"))
     scores = autodan.word_scores([mother, father], [1.0, 3.0], {"a": 0.0, "old": 5.0})
-    assert scores == {"a": -0.5, "b": -1.0, "c": -1.0, "x": -3.0, "z": -3.0, "q": -3.0, "old": 5.0}
-    words = [f"word{i}" for i in range(30)]
-    assert list(autodan.word_scores([Individual(tuple(words), "r", ("end",))], [1.0], {})) == [*words, "end"]
+    expected = {"a": -0.5, "old": 5.0, "b": -1.0, "c": -1.0, "x": -3.0, "z": -3.0, "q": -3.0}
+    assert list(scores.items()) == list(expected.items())
 
 
 def test_parents_are_drawn_by_softmax_of_minus_the_loss():
@@ -359,19 +357,16 @@ def test_pairs_cross_and_words_give_way_at_the_rate(rate):
     assert long.text().split().count("x") >= 3  # five words of a paragraph, at most
 
 
-@pytest.mark.parametrize("request_becomes", ["r", "new r"])
-def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer, request_becomes):
+def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer):
     class Writer(Scripted):
         def vary(self, parts, place, goal, seeds):
             assert (goal, place) == ("goal", 2) and len({*seeds}) == len(parts)
-            said = {"r": request_becomes, "c": ""}
-            return [said.get(part, f"new {part}") for part in parts]
+            return ["" if part == "c" else f"new {part}" for part in parts]
 
     attempt, old = Attempt({"prompt": "goal"}), Individual(("a", "b"), "r", ("c", "d"))
     new = autodan.rewritten(old, victim_of(model, tokenizer), attempt, Writer())
-    assert new == Individual(("new a", "new b"), request_becomes, ("c", "new d"))  # what it cannot say stays
-    words = 6 + 2 * (request_becomes != "r")
-    assert (attempt.cost["empty"], attempt.cost["attacker_tokens"]) == (1, words)
+    assert new == Individual(("new a", "new b"), "new r", ("c", "new d"))  # what it cannot say stays
+    assert (attempt.cost["empty"], attempt.cost["attacker_tokens"]) == (1, 8)
 
 
 # ---- the sandbox's attacker --------------------------------------------------------------------------------

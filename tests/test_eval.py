@@ -202,11 +202,7 @@ def test_separation_compares_equal_groups_once(tmp_path):
     parts = stage.separate(lab, model, sets, found)
     sizes = {key: figure["n"] for key, figure in parts["separation"].items() if key.endswith("accuracy")}
     assert sizes == {"before/accuracy": 24, "GCG before/accuracy": 20}  # in two tokens no thought is closed
-    assert [len(points) for points in parts["separation_map"].values()] == [24, 20]
     assert stage.separate(lab, model, {}, {}) == parts  # kept
-    few = sets | {"jailbreak": []}, {"gcg": found["gcg"][:9]}
-    nothing = stage.separate(lab, stage.Model("n", "", True, ""), *few)
-    assert nothing == {"separation": {}, "separation_map": {}}  # too few to say anything
 
 
 # ---- kills, processes --------------------------------------------------------------------------------------
@@ -266,7 +262,6 @@ def without_unknown(folder: Path) -> None:
 
 MISTAKES = [  # flags, what changes in the first harmful record, and in the preset
     ("--direct other", {}, {}, "--direct: given other; allowed the names in --models: thinker, direct"),
-    ("--direct thinker", {}, {}, "--direct: given thinker, which reasons"),
     ("--systems other=Kind.", {}, {}, "--systems: given other; allowed the names in --models"),
     ("--attacks pap --attacker /nowhere", {}, {}, "/nowhere"),
     ("--max-new-tokens 500", {}, {}, "--max-new-tokens: given 500; with it all prompts of"),
@@ -274,7 +269,6 @@ MISTAKES = [  # flags, what changes in the first harmful record, and in the pres
     ("", {"prompt": "w1 Hello"}, {}, "its tokenizer cannot read"),
     ("", {"target": "Hello"}, {}, "its tokenizer cannot read 'Hello'"),
     ("", {"target": "nothing"}, {}, "'nothing' has no tokens"),
-    ("--attacks prefill_answer", {"prefill": "Hello"}, {}, "its tokenizer cannot read 'Hello'"),
     ("--attacks gcg_forged", {}, {}, "its tokenizer cannot read 'let me see"),
     ("", {}, {"gcg_init": "w1 w2"}, "gcg_init: given w1 w2; 3 of it make 6 tokens behind the prompt of"),
     ("", {}, {"gcg_suffix_tokens": 120}, "gcg_suffix_tokens: given 120; with so many no request"),

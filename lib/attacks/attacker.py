@@ -19,11 +19,12 @@ from typing import Any, Protocol
 import torch
 
 from lib import UserError
-from lib.chat import decode, encode_chat, eos_token_ids
+from lib.attacks.core import write
+from lib.chat import decode, encode_chat
 from lib.policy import context_of
 from lib.run.checks import check_tokenizer
 from lib.run.hub import load_policy, load_tokenizer
-from lib.sampler import draw_seeds, sample
+from lib.sampler import draw_seeds
 
 Texts = Sequence[str]
 Seeds = Sequence[int]
@@ -91,6 +92,7 @@ class Attacker(Protocol):
 class LanguageModelAttacker:
     """See `Attacker`. `max_new_tokens` bounds each text but PAIR's."""
 
+    name = "--attacker"
     techniques: Texts = tuple(TECHNIQUES)
 
     def __init__(self, name: str, max_new_tokens: int, max_batch_tokens: int, **placed) -> None:
@@ -115,8 +117,7 @@ class LanguageModelAttacker:
     def reply(self, chats: Sequence[Chat], seeds: Seeds, limit: int, top_p: float = 1.0) -> list[str]:
         """What it writes next in each chat, at most `limit` tokens; each text depends on its own seed alone.
 
-        A chat that is too long for its context loses its oldest exchanges; what still is gets "". One that
-        exceeds a batch's budget goes alone: what is written must not depend on the budget.
+        A chat that is too long for its context loses its oldest exchanges; what still is gets "".
         """
         if (room := context_of(self.model.config) - limit) < 1:
             raise UserError(f"--attacker: texts of {limit} tokens exceed its context: lower their number")
@@ -128,21 +129,8 @@ class LanguageModelAttacker:
                 ids = encode_chat(self.tokenizer, chat, reasoning=False)
             if len(ids) <= room:
                 prompts[i] = ids
-        longest = limit + max(map(len, prompts.values()), default=0)
-        try:
-            written = sample(
-                self.model,
-                list(prompts.values()),
-                max_new_tokens=limit,
-                top_p=top_p,
-                eos_token_ids=eos_token_ids(self.model, self.tokenizer),
-                seeds=[seeds[i] for i in prompts],
-                max_batch_tokens=max(self.max_batch_tokens, longest),
-                progress=True,
-            )
-        except (ValueError, FloatingPointError) as error:
-            raise UserError(f"--attacker: {error}") from error
-        texts = {i: decode(self.tokenizer, c.token_ids) for i, c in zip(prompts, written, strict=True)}
+        written = write(self, prompts, seeds, limit, top_p=top_p, progress=True)
+        texts = {i: decode(self.tokenizer, completion.token_ids) for i, completion in written.items()}
         return [texts.get(i, "") for i in range(len(chats))]
 
     def augment(self, prompt: str, generator: torch.Generator) -> str:

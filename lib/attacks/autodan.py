@@ -23,8 +23,7 @@ from itertools import chain
 
 import torch
 
-from lib.attacks.core import Attempt, Budget, a_try
-from lib.attacks.victim import Victim
+from lib.attacks.core import Attempt, Budget, Victim, a_try
 from lib.batches import masked_batch
 from lib.chat import encode_text
 from lib.policy import token_logprobs
@@ -71,8 +70,8 @@ def evolve(victim: Victim, attempt: Attempt, budget: Budget, attacker) -> None:
             else:
                 scores = word_scores(people, losses, scores)
                 children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
-            # Rewritten are some at random, and all that are there already. The original has no such guard, and
-            # 256 prompts. Of 24, copies of the fittest would soon fill the places.
+            # Rewritten are some at random, and all that are there already. The original has no such guard,
+            # and 256 prompts. Of 24, copies of the fittest would soon fill the places.
             seen = set(elite)
             for i, child in enumerate(children):
                 if rng.random() < budget.mutation or child in seen:

@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.attacks.attacker import Attacker, load_attacker
-from lib.attacks.core import Attempt
+from lib.attacks.core import Attempt, Victim
 from lib.attacks.gcg import check_suffixes
 from lib.attacks.table import ATTACKS, CONTROL
-from lib.attacks.victim import Victim
 from lib.chat import encode_text
 from lib.metrics import SETS
 from lib.rewards import KINDS
