@@ -272,9 +272,8 @@ def separate(lab: Lab, model: Model, sets: dict, attempts: dict[str, list[dict]]
     for line in read_log(path):
         if line["model"] == model.name:
             return line["found"]
-    last = [line["trace"][-1] for line in attempts.get("gcg", [])]
     groups = {"": [record["prompt"] for record in sets.get("jailbreak", [])]}
-    groups["GCG"] = [t["sent"] for t in last]
+    groups["GCG"] = [line["trace"][-1]["sent"] for line in attempts.get("gcg", [])]
     safe = [record["prompt"] for record in sets.get("ambiguous", [])]
     found = separations(lab.victim(model), groups, safe)
     append_jsonl(path, {"model": model.name, "found": found})

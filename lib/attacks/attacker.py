@@ -169,15 +169,15 @@ class LanguageModelAttacker:
         return [*texts[:place], parts[place], *texts[place:]]
 
 
-def load_attacker(name: str, **options) -> Attacker:
+def load_attacker(name: str, *limits: int, **placed) -> Attacker:
     """The attacker "sandbox"; a module of yours, which has the functions of `Attacker`; or a chat model: a
-    folder or hub name, options as LanguageModelAttacker's."""
+    folder or hub name, with limits as LanguageModelAttacker has them."""
     if name == "sandbox":  # by name: nothing else of this room knows that world
         return importlib.import_module("lib.sandbox.attacker").SandboxAttacker()
     with contextlib.suppress(ImportError, TypeError):  # ORGANISATION/MODEL, or a path
         if hasattr(module := importlib.import_module(name), "augment"):
             return module
-    return LanguageModelAttacker(name, **options)
+    return LanguageModelAttacker(name, *limits, **placed)
 
 
 def messages_of(talk: Conversation) -> Chat:

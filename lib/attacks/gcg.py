@@ -99,23 +99,18 @@ def draw_suffix(slot: Slot, generator: torch.Generator) -> None:
         drawn = tokens[torch.randint(max(1, len(tokens)), (tries, 1), generator=generator)]
         suffixes, texts = surviving([slot], torch.cat([suffixes[:1].expand(tries, -1), drawn], dim=1))
         if not texts:
-            raise UserError(
-                f"--attacks: {slot.victim.name}: of {len(tokens)} tokens that may stand in a suffix none "
-                "survives decoding and encoding: leave random_suffix and gcg out"
-            )
+            none = f"of {len(tokens)} tokens that may stand in a suffix none survives decoding and encoding"
+            raise UserError(f"--attacks: {slot.victim.name}: {none}: leave random_suffix and gcg out")
     slot.start, slot.start_text = suffixes[0], texts[0]
 
 
 def check_suffixes(victim: Victim, behaviours: Sequence[dict], budget: Budget) -> None:
     """UserError where no suffix can be searched for: before the first search."""
     slots = [Slot(victim, Attempt(b), b["target"], budget) for b in behaviours]
-    able = [slot for slot in slots if slot.fits]
-    if not able:
-        raise UserError(
-            f"gcg_suffix_tokens: given {budget.gcg_suffix_tokens}; with so many no request leaves "
-            f"room for an answer in the context of {victim.name}: lower it"
-        )
-    draw_suffix(able[0], torch.Generator().manual_seed(0))
+    if not any(slot.fits for slot in slots):
+        given = f"gcg_suffix_tokens: given {budget.gcg_suffix_tokens}; with so many no request leaves room"
+        raise UserError(f"{given} for an answer in the context of {victim.name}: lower it")
+    draw_suffix(slots[0], torch.Generator().manual_seed(0))
 
 
 # ---- a suffix behind a prompt, as text and as tokens -------------------------------------------------------
@@ -146,10 +141,9 @@ class Slot:
         begin = next((i for i, (a, b) in enumerate(zip(plain, full, strict=False)) if a != b), len(plain))
         self.prefix, start, self.rest = full[:begin], full[begin : begin + count], full[begin + count :]
         if self.prefix + self.rest != plain or len(start) != count or self.tokenizer.unk_token_id in start:
-            raise UserError(
-                f"gcg_init: given {budget.gcg_init}; {count} of it make {len(full) - len(plain)} tokens behind "
-                f"the prompt {self.prompt!r} ({victim.name}); allowed a word that is one known token"
-            )
+            made = f"{count} of it make {len(full) - len(plain)} tokens behind the prompt {self.prompt[:40]!r}"
+            allowed = f"({victim.name}); allowed a word that is one known token"
+            raise UserError(f"gcg_init: given {budget.gcg_init}; {made} {allowed}")
         device, target_ids = self.model.device, encode_text(self.tokenizer, target)
         self.start = torch.tensor(start)  # (S,) int64
         self.target = torch.tensor(target_ids, device=device)  # (T,)

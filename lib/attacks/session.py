@@ -123,9 +123,8 @@ class Lab:
 
     @cached_property
     def attacker(self) -> Attacker:
-        settings = self.settings
-        limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
-        return load_attacker(settings.attacker, **self.how, **limits)
+        limits = self.settings.attacker_tokens, self.settings.max_batch_tokens
+        return load_attacker(self.settings.attacker, *limits, **self.how)
 
     def check(self, models: list[Model], sets: dict, behaviours: list[dict], names: Sequence[str]) -> None:
         """Tries attacker, models and judge, and encodes what models will read: a fault costs no search.
