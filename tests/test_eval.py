@@ -270,7 +270,7 @@ MISTAKES = [  # flags, what changes in the first harmful record, and in the pres
     ("", {"target": "Hello"}, {}, "its tokenizer cannot read 'Hello'"),
     ("", {"target": "nothing"}, {}, "'nothing' has no tokens"),
     ("--attacks gcg_forged", {}, {}, "its tokenizer cannot read 'let me see"),
-    ("", {}, {"gcg_init": "w1 w2"}, "gcg_init: given w1 w2; 3 of it make 6 tokens behind the prompt of"),
+    ("", {}, {"gcg_init": "w1 w2"}, "gcg_init: given w1 w2; 3 of it make 6 tokens behind 'w0 w1"),
     ("", {}, {"gcg_suffix_tokens": 120}, "gcg_suffix_tokens: given 120; with so many no request"),
 ]
 

@@ -141,7 +141,7 @@ class Slot:
         begin = next((i for i, (a, b) in enumerate(zip(plain, full, strict=False)) if a != b), len(plain))
         self.prefix, start, self.rest = full[:begin], full[begin : begin + count], full[begin + count :]
         if self.prefix + self.rest != plain or len(start) != count or self.tokenizer.unk_token_id in start:
-            made = f"{count} of it make {len(full) - len(plain)} tokens behind the prompt {self.prompt[:40]!r}"
+            made = f"{count} of it make {len(full) - len(plain)} tokens behind {self.prompt[:40]!r}"
             allowed = f"({victim.name}); allowed a word that is one known token"
             raise UserError(f"gcg_init: given {budget.gcg_init}; {made} {allowed}")
         device, target_ids = self.model.device, encode_text(self.tokenizer, target)
