@@ -268,12 +268,11 @@ def test_each_text_of_a_chat_model_depends_on_its_seed_alone(chatting):
 def test_what_a_chat_model_is_told_and_how_its_words_are_read():
     scene = "A lab. It is night!\n[REQUEST]\nAnswer in full."
     attacker = Scribe(lambda chat, seed: scene if "[REQUEST]" in chat else f'"New {seed}."')
-    assert attacker.persuade(GOAL, ["time pressure"], [1]) == ["New 1."]
+    assert len(attacker.techniques) == 40 and attacker.persuade(GOAL, ["time pressure"], [1]) == ["New 1."]
     asked = str(attacker.calls[0])
     assert all(part in asked for part in ("time pressure", "leave little time to decide", GOAL))
     assert attacker.individuals(GOAL, 1, [1]) == [(("A lab.", "It is night!"), GOAL, ("Answer in full.",))]
     assert attacker.vary(["a", GOAL, "c"], 1, GOAL, [1, 2, 3]) == ["New 2.", GOAL, "New 3."]
-    assert len(attacker.techniques) == 40 == len({*attacker_module.TECHNIQUES.values()})
 
 
 def test_disturbed_text_is_still_legible():
@@ -312,19 +311,6 @@ def test_autodan_lowers_the_loss_and_keeps_the_best_and_the_request(model, token
     assert losses[-1] == pytest.approx(loss, abs=1e-4)
 
 
-def test_crossed_children_share_out_the_sentences_of_their_parents():
-    mother, father = Individual(("a", "b"), "r", ("c",)), Individual(("x",), "s", ("z", "q", "p"))
-    firsts = set()
-    for seed in range(200):
-        one, two = autodan.crossed(mother, father, random.Random(seed))
-        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.after[0], two.after[0]} == {"c", "z"}
-        assert {one.before[1:], two.before[1:]} == {(), ("b",)}
-        assert {one.after[1:], two.after[1:]} == {(), ("q", "p")}
-        assert {one.request, two.request} == {"r", "s"}
-        firsts.add(one)
-    assert len(firsts) == 2**5  # five independent choices: many points, not one
-
-
 def test_words_score_by_momentum_in_the_order_of_the_text():
     """Of a set's order, another process, after a kill, would draw other words."""
     mother, father = Individual(("a", "b"), "r", ("c",)), Individual(("x",), "s", ("z", "q"))
@@ -333,21 +319,14 @@ def test_words_score_by_momentum_in_the_order_of_the_text():
     assert list(scores.items()) == list(expected.items())
 
 
-def test_parents_are_drawn_by_softmax_of_minus_the_loss():
-    people = [Individual((name,), "r", ()) for name in "abc"]
-    losses = [3.0, 3.0 + math.log(2), 3.0 + math.log(4)]  # exp(-loss) is as 4 : 2 : 1
-    children = autodan.sentence_step(people, losses, 14_001, 0.0, random.Random(0))
-    counts = Counter(child.before[0] for child in children)
-    assert len(children) == 14_001 and set(children) == set(people)  # at rate 0 they come along as they are
-    assert [counts[name] / 2000 for name in "abc"] == pytest.approx([4, 2, 1], abs=0.15)
-
-
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
-def test_pairs_cross_and_words_give_way_at_the_rate(rate):
+def test_parents_are_drawn_by_softmax_of_minus_the_loss_and_cross_at_the_rate_as_words_give_way(rate):
     people = [Individual(tuple(f"{name}{i}" for i in range(20)), name, ()) for name in "ab"]
-    children = autodan.sentence_step(people, [1.0, 1.0], 8000, rate, random.Random(1))
+    children = autodan.sentence_step(people, [3.0, 3.0 + math.log(3)], 8000, rate, random.Random(1))
+    sentences = Counter(sentence[0] for child in children for sentence in child.before)
+    assert sentences["a"] / 160_000 == pytest.approx(3 / 4, abs=0.02)  # exp(-loss) is as 3 : 1
     mixed = [pair for pair in zip(children[::2], children[1::2], strict=True) if not {*pair} <= {*people}]
-    assert len(mixed) / 4000 == pytest.approx(rate / 2, abs=0.03)  # half of the pairs have one parent twice
+    assert len(mixed) / 4000 == pytest.approx(rate * 3 / 8, abs=0.03)  # the others have one parent twice
     scores, person = {"worse": -1.0, "x": 0.0, "good": 1.0, "best": 3.0}, Individual(("x",), "x", ())
     swaps = [autodan.swap_words(person, scores, rate, random.Random(seed)).text() for seed in range(4000)]
     counts = Counter(swaps)

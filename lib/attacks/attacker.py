@@ -123,10 +123,8 @@ class LanguageModelAttacker:
             raise UserError(f"--attacker: texts of {limit} tokens exceed its context: lower their number")
         prompts = {}  # of chats that fit: index -> token ids
         for i, chat in enumerate(chats):
-            ids = encode_chat(self.tokenizer, chat, reasoning=False)
-            while len(ids) > room and len(chat) > 2:  # system prompt and objective stay; exchanges follow
-                chat = chat[:2] + chat[4:]
-                ids = encode_chat(self.tokenizer, chat, reasoning=False)
+            while len(ids := encode_chat(self.tokenizer, chat, reasoning=False)) > room and len(chat) > 2:
+                chat = chat[:2] + chat[4:]  # system prompt and objective stay; exchanges follow
             if len(ids) <= room:
                 prompts[i] = ids
         written = write(self, prompts, seeds, limit, top_p=top_p, progress=True)

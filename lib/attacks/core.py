@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -186,7 +185,6 @@ class Attempt:
     generator: torch.Generator = field(default_factory=torch.Generator)  # its own random numbers
     trace: list[dict[str, Any]] = field(default_factory=list)
     cost: dict[str, int] = field(default_factory=COSTS.copy)
-    began: float = field(default_factory=time.perf_counter)
 
     @property
     def prompt(self) -> str:
@@ -197,11 +195,6 @@ class Attempt:
         lengths = [len(ids or []) for ids in encode_each(victim.tokenizer, texts)]
         self.cost["attacker_tokens"] += sum(lengths)
         self.cost["empty"] += lengths.count(0)
-
-    def line(self) -> dict[str, Any]:
-        """Of attacks.jsonl."""
-        seconds = round(time.perf_counter() - self.began, 3)
-        return {"id": self.behaviour["id"], "trace": self.trace, "cost": {**self.cost, "seconds": seconds}}
 
 
 def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.attacks.attacker import Attacker, load_attacker
-from lib.attacks.core import Attempt, Victim
+from lib.attacks.core import COSTS, Attempt, Victim
 from lib.attacks.gcg import check_suffixes
 from lib.attacks.table import ATTACKS, CONTROL
 from lib.chat import encode_text
@@ -170,7 +170,8 @@ class Lab:
         if attempts:  # who has nothing to do loads no model
             helper = getattr(self, attack.helper) if attack.helper else None
             attack.run(self.victim(model), attempts, self.settings, helper)
-        return self.run.gather_lists([attempt.line() for attempt in attempts])
+        lines = [{"id": a.behaviour["id"], "trace": a.trace, "cost": a.cost} for a in attempts]
+        return self.run.gather_lists(lines)
 
     def ask(self, model: Model, tries: Tries) -> list[dict]:
         """Lines of completions.jsonl: what the model answers to all tries, and the judge's verdicts."""
@@ -217,8 +218,8 @@ def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str
 
 
 def summary(attempts: Sequence[dict], name: str) -> dict[str, Any]:
-    """What an attack achieved and cost, from its lines of attacks.jsonl. No seconds: they vary."""
-    cost = {key: sum(a["cost"][key] for a in attempts) for key in attempts[0]["cost"] if key != "seconds"}
+    """What an attack achieved and cost, from its lines of attacks.jsonl."""
+    cost = {key: sum(a["cost"][key] for a in attempts) for key in COSTS}
     tried = [a["trace"] for a in attempts if a["trace"] and a["trace"][0]["loss"] is not None]
     before, after = (sum(t[k]["loss"] for t in tried) / len(tried) if tried else None for k in (0, -1))
     result = {"access": ATTACKS[name].access, "behaviours": len(attempts)}
