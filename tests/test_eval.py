@@ -90,14 +90,6 @@ def results_of(out: Path) -> dict:
     return results
 
 
-def copy_of(finished: Path, out: Path) -> Path:
-    shutil.copytree(finished, out)
-    (out / "results.json").unlink()
-    settings = json.loads((out / "settings.json").read_text())
-    write_json(out / "settings.json", {**settings, "out": str(out)})
-    return out
-
-
 def change_first(folder: Path, name: str, **change) -> list[dict]:
     path = folder / f"data/eval_{name}.jsonl"
     first, *rest = read_jsonl(path)
@@ -211,7 +203,8 @@ def test_separation_compares_equal_groups_once(tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_killed_run_ends_with_the_same_bytes(made, finished, tmp_path, seed):
     """A kill leaves the beginning of one file, perhaps half a line, and nothing of what comes later."""
-    out, rng = copy_of(finished, tmp_path / "eval"), random.Random(seed)
+    out, rng = Path(shutil.copytree(finished, tmp_path / "eval")), random.Random(seed)
+    (out / "results.json").unlink()
     first, second = out / "attacks.jsonl", out / "completions.jsonl"
     if seed % 2:
         second.unlink()
@@ -222,12 +215,6 @@ def test_a_killed_run_ends_with_the_same_bytes(made, finished, tmp_path, seed):
     assert second.read_bytes() == (finished / second.name).read_bytes()
     for a, b in zip(read_jsonl(first), read_jsonl(finished / first.name), strict=True):
         assert [a[key] for key in ("model", "attack", "id", "trace")] == list(b.values())[:4]
-
-
-def test_what_is_finished_is_not_done_again(made, finished, tmp_path, monkeypatch):
-    out = copy_of(finished, tmp_path / "eval")
-    monkeypatch.setattr(attacks.session, "load_policy", None)  # no model is even loaded
-    assert results_of(run(made, out)) == results_of(finished)
 
 
 def test_two_processes_find_and_answer_what_one_does(made, tmp_path, monkeypatch):
@@ -251,15 +238,6 @@ def test_two_processes_find_and_answer_what_one_does(made, tmp_path, monkeypatch
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
-def without_unknown(folder: Path) -> None:
-    """Its tokenizer raises on a word that it does not know, and drops the word "nothing"."""
-    make_tokenizer(unknown=None).save_pretrained(folder)
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "nothing"}, "content": ""}
-    path.write_text(json.dumps(tokenizer))
-
-
 MISTAKES = [  # flags, what changes in the first harmful record, and in the preset
     ("--direct other", {}, {}, "--direct: given other; allowed the names in --models: thinker, direct"),
     ("--systems other=Kind.", {}, {}, "--systems: given other; allowed the names in --models"),
@@ -268,10 +246,8 @@ MISTAKES = [  # flags, what changes in the first harmful record, and in the pres
     ("--judge broken_judge", {}, {}, "--judge: broken_judge gave 2.0"),
     ("", {"prompt": "w1 Hello"}, {}, "its tokenizer cannot read"),
     ("", {"target": "Hello"}, {}, "its tokenizer cannot read 'Hello'"),
-    ("", {"target": "nothing"}, {}, "'nothing' has no tokens"),
     ("--attacks gcg_forged", {}, {}, "its tokenizer cannot read 'let me see"),
     ("", {}, {"gcg_init": "w1 w2"}, "gcg_init: given w1 w2; 3 of it make 6 tokens behind 'w0 w1"),
-    ("", {}, {"gcg_suffix_tokens": 120}, "gcg_suffix_tokens: given 120; with so many no request"),
 ]
 
 
@@ -279,7 +255,7 @@ MISTAKES = [  # flags, what changes in the first harmful record, and in the pres
 def test_a_mistake_is_one_line_before_any_search(
     folder, tmp_path, monkeypatch, flags, record, preset, message
 ):
-    without_unknown(folder / "thinker")
+    make_tokenizer(unknown=None).save_pretrained(folder / "thinker")  # it knows no others
     change_first(folder, "harmful", **record)
     monkeypatch.setattr(Lab, "attack", lambda *given: pytest.fail("a search has begun"))
     with pytest.raises(UserError) as error:

