@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lib.attacks import asking, gcg
+import lib.attacks.asking as asking
+import lib.attacks.gcg as gcg
 from lib.attacks.autodan import autodan
 
 CONTROL = "random_suffix"
