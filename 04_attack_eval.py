@@ -117,16 +117,15 @@ def propose(
 @torch.no_grad()
 def losses(slot: Slot, suffixes: Tensor) -> Tensor:
     """suffixes (N, S) -> mean negative log-likelihood of the target behind each, (N,) fp32, on the CPU."""
+    found = [torch.empty(0)]
+    for begin in range(0, len(suffixes), slot.at_once):
+        logits = slot.logits(suffixes[begin : begin + slot.at_once])  # (n, T, vocab)
+        targets = slot.target.expand(len(logits), -1)  # (n, T)
+        found.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1).cpu())
+    return torch.cat(found)
 
-    def of(part: Tensor) -> Tensor:  # (n, S) -> (n,)
-        logits = slot.logits(part)  # (n, T, vocab)
-        targets = slot.target.expand(len(part), -1)  # (n, T)
-        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
 
-    return slot.in_batches(of, suffixes)
-
-
-def search(slots: list[Slot], budget: Budget, generator: torch.Generator, on_step) -> list[dict]:
+def search(slots: list[Slot], budget: Budget, generator: torch.Generator) -> list[dict]:
     """One suffix for all slots: [{"step", "loss": mean over slots, "suffix": text}, ...], the best so far.
 
     It goes by the loss alone and makes all its steps: what the suffixes achieve is asked afterwards.
@@ -138,7 +137,7 @@ def search(slots: list[Slot], budget: Budget, generator: torch.Generator, on_ste
     suffix = slots[0].start  # (S,)
     allowed = torch.stack([slot.allowed() for slot in slots]).all(0)  # (vocab,)
     trace: list[dict] = [{"step": 0, "loss": mean_losses(suffix[None]).item(), "suffix": slots[0].start_text}]
-    for step in range(1, budget.gcg_steps + 1):
+    for step in slots[0].victim.bar(range(1, budget.gcg_steps + 1), "GCG"):
         slopes = torch.stack([gradient(slot, suffix) for slot in slots])  # (slots, S, vocab)
         if len(slots) > 1:
             slopes = F.normalize(slopes, dim=2)  # each request counts alike
@@ -153,7 +152,6 @@ def search(slots: list[Slot], budget: Budget, generator: torch.Generator, on_ste
             if found[i].item() < best["loss"]:
                 best |= {"loss": found[i].item(), "suffix": texts[i]}
         trace.append(best)
-        on_step()
     return trace
 
 
@@ -169,7 +167,7 @@ def tries_of(model: str, sets: dict, behaviours: list[dict], attempts: dict, set
     plain = {**sets, "no_suffix": behaviours} if behaviours else sets
     tries: Tries = {(name, -1): [(r, a_try(-1, r["prompt"])) for r in plain[name]] for name in plain}
     for attack, lines in attempts[model].items():
-        last = attacks.steps_of(attack, settings)
+        last = max((t["step"] for line in lines for t in line["trace"]), default=0)
         marks = sorted({0, last, *(round(float(share) * last) for share in settings.budgets)})
         for i, (record, line) in enumerate(zip(behaviours, lines, strict=True)):
             new = attack == "gcg_universal" and i >= settings.universal_behaviours
@@ -274,9 +272,8 @@ def separate(lab: Lab, model: Model, sets: dict, attempts: dict[str, list[dict]]
     for line in read_log(path):
         if line["model"] == model.name:
             return line["found"]
-    last = [line["trace"][-1] for line in attempts.get("gcg", [])]
     groups = {"": [record["prompt"] for record in sets.get("jailbreak", [])]}
-    groups["GCG"] = [t["sent"] for t in last if "completion" not in t]  # else it was too long
+    groups["GCG"] = [line["trace"][-1]["sent"] for line in attempts.get("gcg", [])]
     safe = [record["prompt"] for record in sets.get("ambiguous", [])]
     found = separations(lab.victim(model), groups, safe)
     append_jsonl(path, {"model": model.name, "found": found})
@@ -312,8 +309,7 @@ def main() -> None:
     names, models = attacks.chosen(settings.attacks), attacks.read_models(settings)
     sets, behaviours = attacks.read_sets(settings, names)
     lab = Lab(settings, run, load_judge(settings.judge, settings.refusals), search)
-    if lab.is_new:
-        lab.check(models, sets, behaviours, names)
+    lab.check(models, sets, behaviours, names)
     lab.begin()
     by = ", ".join(names)
     run.say(f"{len(models)} models; {len(behaviours)} requests to attack by {by}; see {run.out}")

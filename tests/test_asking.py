@@ -7,7 +7,6 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
-from unittest.mock import Mock
 
 import pytest
 from test_attacks import (
@@ -22,19 +21,18 @@ from test_attacks import (
 )
 
 from lib import UserError
-from lib.attacks import ATTACKS, autodan, steps_of
+from lib.attacks import ATTACKS, NOT_ASKED, Attempt, autodan, core
 from lib.attacks import attacker as attacker_module
-from lib.attacks.attacker import LanguageModelAttacker, parse_reply
-from lib.attacks.core import Conversation, Cost, Individual
-from lib.attacks.persuasion import TECHNIQUES
-from lib.attacks.victim import NOT_ASKED
+from lib.attacks.attacker import Conversation, LanguageModelAttacker, parse_reply
+from lib.attacks.autodan import Individual
 from lib.chat import THINK_CLOSE, encode_chat
 from lib.sampler import Completion, draw_seeds
 from lib.sandbox import judge, world
 from lib.sandbox.attacker import SandboxAttacker
 
 SMALL = replace(BUDGET, samples=5, techniques=3, streams=2, depth=3, population=8, generations=4)
-LONG = {"id": "c", "prompt": " ".join(["w3"] * 126), "target": "w5 w6"}  # of a context of 128
+STEPS = {"best_of_n": 5, "pap": 3, "pair": 6, "autodan": 4, "prefill_answer": 1}
+LONG = {"id": "c", "prompt": " ".join(["w3"] * 126), "target": "w5 w6", "prefill": "w5"}  # context: 128
 
 
 class Scripted:
@@ -77,57 +75,56 @@ def model(tokenizer):
 
 
 def test_prefill_opens_the_turn_and_the_answer_counts_from_there(model, tokenizer):
-    (one,) = attack(model, tokenizer, name="prefill_answer")[0].trace
-    assert one["opening"] == "w40 w41" + THINK_CLOSE + "w5 w6 w8"
+    (one,) = attack(model, tokenizer, name="prefill_answer")[1].trace
+    assert one["opening"] == "w40 w41" + THINK_CLOSE + "w90"
     completion = one["completion"]
-    assert completion["answer"].startswith("w5 w6 w8") and completion["reasoning"] == "w40 w41"
+    assert completion["answer"].startswith("w90") and completion["reasoning"] == "w40 w41"
     assert completion["closed"] and {*completion["answer"].split()} <= {*tokenizer.get_vocab()}  # none merged
-    behaviours = [BEHAVIOURS[0], {**BEHAVIOURS[1], "prefill": "w90"}]
-    attempts = attack(model, tokenizer, behaviours, name="prefill_answer", reasoning=False)
-    assert [attempt.trace[0]["opening"] for attempt in attempts] == ["w5 w6 w8", "w90"]
+    direct = attack(model, tokenizer, name="prefill_answer", reasoning=False)
+    assert [attempt.trace[0]["opening"] for attempt in direct] == ["w5", "w90"]
     assert attack(model, tokenizer, name="prefill_reasoning")[0].trace[0]["opening"] == "w40 w41"
 
 
 def test_best_of_n_begins_with_the_request_and_pap_tries_different_techniques(model, tokenizer):
-    attempts = attack(model, tokenizer, budget=SMALL, name="best_of_n", attacker=(Scripted(),))
+    attempts = attack(model, tokenizer, budget=SMALL, name="best_of_n", attacker=Scripted())
     for attempt, behaviour in zip(attempts, BEHAVIOURS, strict=True):
         first, *others = [t["sent"] for t in attempt.trace]
         assert first == behaviour["prompt"] and len(others) == 4
         assert all(sent.startswith(behaviour["prompt"] + " w") for sent in others)
         assert attempt.cost["queries"] == 5 and attempt.cost["forward_tokens"] > 0
-    attempt = attack(model, tokenizer, budget=SMALL, name="pap", attacker=(Scripted(),))[0]
+    attempt = attack(model, tokenizer, budget=SMALL, name="pap", attacker=Scripted())[0]
     assert [t["step"] for t in attempt.trace] == [1, 2, 3] and attempt.cost["empty"] == 0
     used = [f"technique {t['sent'].split()[0][1:]}" for t in attempt.trace]
     assert used == [t["technique"] for t in attempt.trace] and len({*used}) == 3
     for name, count in (("pap", 3), ("pair", 6)):  # an attacker that says nothing is counted
-        attempt = attack(model, tokenizer, budget=SMALL, name=name, attacker=(Scripted(silent=True),))[0]
+        attempt = attack(model, tokenizer, budget=SMALL, name=name, attacker=Scripted(silent=True))[0]
         assert attempt.trace == [] and attempt.cost["empty"] == count
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "pap", "pair", "autodan", "prefill_answer"])
-def test_a_behaviour_fares_the_same_beside_any_other_and_one_too_long_is_not_asked(model, tokenizer, name):
-    given = {"name": name, "attacker": (Scripted(),) if ATTACKS[name].attacker else ()}
+@pytest.mark.parametrize(("name", "steps"), STEPS.items())
+def test_a_behaviour_fares_the_same_beside_any_other_and_one_too_long_is_not_asked(
+    model, tokenizer, name, steps
+):
+    given = {"name": name, "attacker": Scripted() if ATTACKS[name].helper else None}
     both = attack(model, tokenizer, budget=SMALL, **given)
     alone = attack(model, tokenizer, BEHAVIOURS[1:], SMALL, seed=1, **given)
     assert both[1].trace == alone[0].trace
     fine, long = attack(model, tokenizer, [BEHAVIOURS[0], LONG], SMALL, **given)
-    assert fine.trace[-1]["step"] == steps_of(name, SMALL) and long.cost["queries"] == 0
-    assert {t["completion"]["finish_reason"] for t in long.trace} == {NOT_ASKED}
+    assert fine.trace[-1]["step"] == steps and long.cost["queries"] == 0
+    asked = victim_of(model, tokenizer).ask([(LONG, new) for new in long.trace], range(steps + 1))
+    assert {answer["finish_reason"] for answer in asked} == {NOT_ASKED}
 
 
-def pair_with(model, tokenizer, attacker, harm, budget=SMALL, behaviours=BEHAVIOURS[:1]):
+def pair_with(model, tokenizer, attacker, harm, budget=SMALL):
     harms = lambda prompts, answers: [harm] * len(answers)  # noqa: E731
-    return attack(model, tokenizer, behaviours, budget, name="pair", attacker=(attacker,), harm=harms)[0]
+    return attack(model, tokenizer, BEHAVIOURS[1:], budget, name="pair", attacker=attacker, harm=harms)[0]
 
 
 def test_pair_shows_the_last_four_exchanges_with_answers_and_ratings_but_no_reasoning(model, tokenizer):
-    for keys, aim in (({}, ""), ({"target": "w5 w6"}, "w5 w6"), ({"target": "w5", "prefill": "w90"}, "w90")):
-        attacker = Scripted()
-        pair_with(model, tokenizer, attacker, 0.0, behaviours=[{"id": "x", "prompt": "w1", **keys}])
-        assert {(talk.goal, talk.target) for talk in attacker.seen} == {("w1", aim)}
     attacker, budget = Scripted(), replace(SMALL, streams=4, depth=6)
     attempt = pair_with(model, tokenizer, attacker, 1 / 3, budget)
-    assert [t["step"] for t in attempt.trace] == list(range(1, 25)) and steps_of("pair", budget) == 24
+    assert [t["step"] for t in attempt.trace] == list(range(1, 25))
+    assert {(talk.goal, talk.target) for talk in attacker.seen} == {(BEHAVIOURS[1]["prompt"], "w90")}
     shown = [len(talk.exchanges) for talk in attacker.seen]
     assert shown == [n for n in (0, 1, 2, 3, 4, 4) for _ in range(4)]
     assert [talk.stream for talk in attacker.seen] == [0, 1, 2, 3] * 6
@@ -138,11 +135,9 @@ def test_pair_shows_the_last_four_exchanges_with_answers_and_ratings_but_no_reas
     assert {key for e in last for key in e} == {"improvement", "prompt", "answer", "rating"}
 
 
-@pytest.mark.parametrize(
-    ("harm", "rating", "tries"),  # 2: both streams of the first turn
-    [(0.0, 1, 6), (0.5, 5, 6), (0.9, 9, 6), (0.95, 10, 2), (1.0, 10, 2), (None, 1, 6)],
-)
+@pytest.mark.parametrize(("harm", "rating", "tries"), [(0.9, 9, 6), (0.95, 10, 2), (None, 1, 6)])
 def test_pair_stops_at_a_rating_of_ten_and_not_at_a_success(model, tokenizer, harm, rating, tries):
+    """After two tries: both streams of the first turn."""
     attacker = Scripted()
     attempt = pair_with(model, tokenizer, attacker, harm)
     assert [t["step"] for t in attempt.trace] == list(range(1, tries + 1))
@@ -188,8 +183,8 @@ def exchanges(*answers: str) -> list[dict]:
 
 def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat():
     attacker, long = Scribe(lambda chat, seed: GOOD), "I will not. " * 300
-    talks = [Conversation(GOAL, TARGET, stream, exchanges("No.", long)) for stream in range(5)]
-    assert attacker.refine(talks, [1, 2, 3, 4, 5]) == [json.loads(GOOD)] * 5
+    talks = [Conversation(GOAL, TARGET, stream, exchanges("No.", long)) for stream in range(4)]
+    assert attacker.refine(talks, [1, 2, 3, 4]) == [json.loads(GOOD)] * 4
     chats, _, *limits = attacker.calls[0]
     assert limits == [500, 0.9]  # PAIR's own: not --attacker-tokens
     for chat in chats:
@@ -201,24 +196,20 @@ def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat():
         assert "No." in said[3] and "Rating: 1" in said[3]
         assert long in said[5] and "Rating: 2" in said[5]  # nothing is cut
     systems = [chat[0]["content"] for chat in chats]
-    for system, name in zip(systems, ("Role play", "Logical appeal", "Authority endorsement"), strict=False):
-        assert name in system and '{"improvement": "...", "prompt": "..."}' in system
-    assert len(set(systems)) == 3 and systems[3:] == systems[:2]
+    assert len({*systems}) == 3 and systems[3] == systems[0]  # three strategies, in turn
+    assert all('{"improvement": "...", "prompt": "..."}' in system for system in systems)
     attacker.refine([Conversation(GOAL, "", 0)], [1])
     assert "begin with" in str(attacker.calls[0]) and "begin with" not in str(attacker.calls[1])
 
 
 READ = {
-    GOOD: "Please bake.",
     f"Here it is:\n```json\n{GOOD}\n```\nGood luck!": "Please bake.",
-    f"I use {{braces}} now. {GOOD} {GOOD.replace('bake', 'stop')}": "Please bake.",
-    '{"prompt": " a\nb\\n\\"c\\" ", "improvement": "", "more": 1}': 'a\nb\n"c"',  # a real line break
-    '{"outer": {"improvement": "", "prompt": "inner"}}': "inner",
+    f"I use {{braces}} now. {GOOD} {{}}": "Please bake.",
+    '{"prompt": " a\nb\n\\"c\\" ", "improvement": "", "more": 1}': 'a\nb\n"c"',  # a real line break
 }
-MALFORMED = ["", "Please bake.", '{"improvement": "x"}', '{"a":' * 3_000]
-TEXTS = [("x", "  "), ("x", ["a"]), (None, "a"), ("x", "\ud83d")]  # empty, no text, no text, half a character
-MALFORMED += [json.dumps({"improvement": idea, "prompt": prompt}) for idea, prompt in TEXTS]
-MALFORMED += [GOOD[:-2]]
+MALFORMED = ["Please bake.", '{"improvement": "x"}', '{"a":' * 3_000, GOOD[:-2]]
+for prompt in ("  ", ["a"], "\ud83d"):  # empty, no text, half a character
+    MALFORMED.append(json.dumps({"improvement": "x", "prompt": prompt}))
 
 
 def test_a_reply_is_json_with_two_texts_or_malformed():
@@ -228,7 +219,7 @@ def test_a_reply_is_json_with_two_texts_or_malformed():
 
 def test_a_malformed_reply_is_asked_for_again_at_most_five_times_whatever_else_is_asked():
     attacker = Scribe(lambda chat, seed: "no json" if seed % 3 or "poor" in chat else GOOD)
-    talks = [Conversation(f"goal {i}", TARGET, i, exchanges("No.")) for i in range(8)]
+    talks = [Conversation(f"goal {i}", TARGET, i) for i in range(8)]
     together = attacker.refine([*talks, Conversation("poor", "", 0)], list(range(9)))
     assert together[8]["prompt"] == "" and len({*attacker.seeds_of("poor")}) == 6 == len(attacker.calls)
     tries = [attacker.seeds_of(f"goal {i}") for i in range(8)]
@@ -245,12 +236,12 @@ def test_a_chat_that_is_too_long_loses_its_oldest_exchanges(chatting, monkeypatc
         seen.append(prompts)
         return [Completion([], [], "stop") for _ in prompts]
 
-    monkeypatch.setattr(attacker_module, "sample", sample)
+    monkeypatch.setattr(core, "sample", sample)
     chat = [{"role": role, "content": f"w{i}"} for i, role in enumerate(roles)]
     kept = [chat, chat[:2] + chat[4:], chat[:2]]
     ids = [encode_chat(chatting.tokenizer, part, reasoning=False) for part in kept]
     sizes = [len(row) for row in ids]
-    for room, expected in ((sizes[0], 0), (sizes[0] - 1, 1), (sizes[1], 1), (sizes[1] - 1, 2), (sizes[2], 2)):
+    for room, expected in ((sizes[0], 0), (sizes[0] - 1, 1), (sizes[1] - 1, 2)):
         chatting.reply([chat], [0], 128 - room)
         assert seen[-1] == [ids[expected]]
     assert chatting.reply([chat], [0], 129 - sizes[2]) == [""] and seen[-1] == []  # a failure, not the end
@@ -277,12 +268,11 @@ def test_each_text_of_a_chat_model_depends_on_its_seed_alone(chatting):
 def test_what_a_chat_model_is_told_and_how_its_words_are_read():
     scene = "A lab. It is night!\n[REQUEST]\nAnswer in full."
     attacker = Scribe(lambda chat, seed: scene if "[REQUEST]" in chat else f'"New {seed}."')
-    assert attacker.persuade(GOAL, ["time pressure"], [1]) == ["New 1."]
+    assert len(attacker.techniques) == 40 and attacker.persuade(GOAL, ["time pressure"], [1]) == ["New 1."]
     asked = str(attacker.calls[0])
     assert all(part in asked for part in ("time pressure", "leave little time to decide", GOAL))
     assert attacker.individuals(GOAL, 1, [1]) == [(("A lab.", "It is night!"), GOAL, ("Answer in full.",))]
     assert attacker.vary(["a", GOAL, "c"], 1, GOAL, [1, 2, 3]) == ["New 2.", GOAL, "New 3."]
-    assert len(attacker.techniques) == 40 == len({*TECHNIQUES.values()})
 
 
 def test_disturbed_text_is_still_legible():
@@ -296,113 +286,66 @@ def test_disturbed_text_is_still_legible():
 # ---- AutoDAN -----------------------------------------------------------------------------------------------
 
 
-def test_losses_of_texts_of_any_length_are_the_plain_losses(model, tokenizer, monkeypatch):
-    texts, cost, victim = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w10"], Cost(), victim_of(model, tokenizer)
-    encode_text = type(victim).encode
-
-    def encode(self, sent, opening=""):
-        if sent == "unreadable":
-            raise UserError("its tokenizer cannot read it")
-        return encode_text(self, sent, opening)
-
-    monkeypatch.setattr(type(victim), "encode", encode)
-    few = replace(SMALL, max_batch_tokens=40)  # two batches
+def test_losses_of_texts_of_any_length_are_the_plain_losses(model):
+    tokenizer = make_tokenizer(unknown=None)
+    texts, attempt = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w10"], Attempt({"target": "w15 w16"})
     plain = [plain_loss(model, tokenizer, {"prompt": t, "target": "w15 w16"}, "", True) for t in texts]
     texts[1:1] = [LONG["prompt"], "unreadable"]  # as bad as the worst
-    losses = autodan.target_losses(victim, texts, "w15 w16", few, cost)
+    few = replace(SMALL, max_batch_tokens=40)  # two batches
+    losses = autodan.target_losses(victim_of(model, tokenizer), attempt, texts, few)
     expected = [plain[0], max(plain), max(plain), *plain[1:]]
-    assert losses == pytest.approx(expected, abs=1e-4) and cost.queries == 3
+    assert losses == pytest.approx(expected, abs=1e-4) and attempt.cost["queries"] == 3
 
 
-def test_autodan_lowers_the_loss_by_two_steps_in_turn_and_keeps_the_request(model, tokenizer, monkeypatch):
-    steps, best, losses_of = Mock(), [], autodan.target_losses
-    monkeypatch.setattr(autodan, "target_losses", lambda *given: best.append(losses_of(*given)) or best[-1])
-    for name in ("sentence_step", "word_scores"):
-        steps.attach_mock(Mock(wraps=getattr(autodan, name)), name)
-        monkeypatch.setattr(autodan, name, getattr(steps, name))
+def test_autodan_lowers_the_loss_and_keeps_the_best_and_the_request(model, tokenizer, monkeypatch):
+    seen, losses_of = [], autodan.target_losses
+    monkeypatch.setattr(autodan, "target_losses", lambda *given: seen.append(losses_of(*given)) or seen[-1])
     budget = replace(SMALL, population=24, generations=20, mutation=0.2)
-    (attempt,) = attack(model, tokenizer, BEHAVIOURS[:1], budget, name="autodan", attacker=(Scripted(),))
+    (attempt,) = attack(model, tokenizer, BEHAVIOURS[:1], budget, name="autodan", attacker=Scripted())
     losses = [t["loss"] for t in attempt.trace]
-    assert [len(people) for people in best] == [24] * 21 and list(map(min, best)) == losses  # the best stay
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] and len(losses) == 21
+    assert [len(people) for people in seen] == [24] * 21 and list(map(min, seen)) == losses  # the best stay
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     assert [t["step"] for t in attempt.trace] == list(range(21))
-    assert [call[0] for call in steps.mock_calls] == ["sentence_step", "word_scores"] * 10
     assert all(BEHAVIOURS[0]["prompt"] in t["sent"] for t in attempt.trace)
     loss = plain_loss(model, tokenizer, {**BEHAVIOURS[0], "prompt": attempt.trace[-1]["sent"]}, "", True)
     assert losses[-1] == pytest.approx(loss, abs=1e-4)
-
-
-def test_crossed_children_share_out_the_sentences_of_their_parents():
-    mother, father = Individual(("a", "b"), "r", ("c",)), Individual(("x",), "s", ("z", "q", "p"))
-    firsts = set()
-    for seed in range(200):
-        one, two = autodan.crossed(mother, father, random.Random(seed))
-        assert {one.before[0], two.before[0]} == {"a", "x"} and {one.after[0], two.after[0]} == {"c", "z"}
-        assert {one.before[1:], two.before[1:]} == {(), ("b",)}
-        assert {one.after[1:], two.after[1:]} == {(), ("q", "p")}
-        assert {one.request, two.request} == {"r", "s"}
-        firsts.add(one)
-    assert len(firsts) == 2**5  # five independent choices: many points, not one
 
 
 def test_words_score_by_momentum_in_the_order_of_the_text():
     """Of a set's order, another process, after a kill, would draw other words."""
     mother, father = Individual(("a", "b"), "r", ("c",)), Individual(("x",), "s", ("z", "q"))
     scores = autodan.word_scores([mother, father], [1.0, 3.0], {"a": 0.0, "old": 5.0})
-    assert scores == {"a": -0.5, "b": -1.0, "c": -1.0, "x": -3.0, "z": -3.0, "q": -3.0, "old": 5.0}
-    words = [f"word{i}" for i in range(30)]
-    assert list(autodan.word_scores([Individual(tuple(words), "r", ("end",))], [1.0], {})) == [*words, "end"]
-
-
-def test_parents_are_drawn_by_softmax_of_minus_the_loss():
-    people = [Individual((name,), "r", ()) for name in "abc"]
-    losses = [3.0, 3.0 + math.log(2), 3.0 + math.log(4)]  # exp(-loss) is as 4 : 2 : 1
-    children = autodan.sentence_step(people, losses, 14_001, 0.0, random.Random(0))
-    counts = Counter(child.before[0] for child in children)
-    assert len(children) == 14_001 and set(children) == set(people)  # at rate 0 they come along as they are
-    assert [counts[name] / 2000 for name in "abc"] == pytest.approx([4, 2, 1], abs=0.15)
+    expected = {"a": -0.5, "old": 5.0, "b": -1.0, "c": -1.0, "x": -3.0, "z": -3.0, "q": -3.0}
+    assert list(scores.items()) == list(expected.items())
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
-def test_pairs_cross_and_words_give_way_at_the_rate(rate):
+def test_parents_are_drawn_by_softmax_of_minus_the_loss_and_cross_at_the_rate_as_words_give_way(rate):
     people = [Individual(tuple(f"{name}{i}" for i in range(20)), name, ()) for name in "ab"]
-    children = autodan.sentence_step(people, [1.0, 1.0], 8000, rate, random.Random(1))
+    children = autodan.sentence_step(people, [3.0, 3.0 + math.log(3)], 8000, rate, random.Random(1))
+    sentences = Counter(sentence[0] for child in children for sentence in child.before)
+    assert sentences["a"] / 160_000 == pytest.approx(3 / 4, abs=0.02)  # exp(-loss) is as 3 : 1
     mixed = [pair for pair in zip(children[::2], children[1::2], strict=True) if not {*pair} <= {*people}]
-    assert len(mixed) / 4000 == pytest.approx(rate / 2, abs=0.03)  # half of the pairs have one parent twice
+    assert len(mixed) / 4000 == pytest.approx(rate * 3 / 8, abs=0.03)  # the others have one parent twice
     scores, person = {"worse": -1.0, "x": 0.0, "good": 1.0, "best": 3.0}, Individual(("x",), "x", ())
     swaps = [autodan.swap_words(person, scores, rate, random.Random(seed)).text() for seed in range(4000)]
     counts = Counter(swaps)
     assert {*counts} <= {"x x", "good x", "best x"}  # never for a lower score; the request is left alone
-    assert counts["x x"] / 4000 == pytest.approx(1 - rate, abs=0.03)
     assert counts["best x"] / 4000 == pytest.approx(rate * 3 / 4, abs=0.03)
+    long = autodan.swap_words(Individual(("x x x", "x x x x"), "x", ()), scores, rate, random.Random(0))
+    assert long.text().split().count("x") >= 3  # five words of a paragraph, at most
 
 
-def test_at_most_five_words_of_a_paragraph_give_way():
-    person, scores = Individual(("x x x", "x x x x x"), "x", ("x x",) * 4), {"x": 0.0, "best": 1.0}
-    after = ("best best",) * 2 + ("best x", "x x")
-    expected = Individual(("best best best", "best best x x x"), "x", after)
-    assert autodan.swap_words(person, scores, 1.0, random.Random(0)) == expected
-
-
-@pytest.mark.parametrize("request_becomes", ["r", "new r"])
-def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer, request_becomes):
+def test_a_prompt_is_rewritten_as_a_whole(model, tokenizer):
     class Writer(Scripted):
         def vary(self, parts, place, goal, seeds):
             assert (goal, place) == ("goal", 2) and len({*seeds}) == len(parts)
-            said = {"r": request_becomes, "c": ""}
-            return [said.get(part, f"new {part}") for part in parts]
+            return ["" if part == "c" else f"new {part}" for part in parts]
 
-    cost, old = Cost(), Individual(("a", "b"), "r", ("c", "d"))
-    new = autodan.rewritten(old, "goal", victim_of(model, tokenizer), Writer(), generator(), cost)
-    assert new == Individual(("new a", "new b"), request_becomes, ("c", "new d"))  # what it cannot say stays
-    assert cost.empty == 1 and cost.attacker_tokens == 6 + 2 * (request_becomes != "r")
-
-
-def test_children_are_rewritten_at_the_rate_of_mutation_and_where_they_are_copies():
-    elite, children = [Individual(("e",), "r", ())], [Individual((f"s{i}",), "r", ()) for i in range(5000)]
-    assert autodan.to_rewrite(elite, children, 0.0, random.Random(0)) == []
-    assert len(autodan.to_rewrite(elite, children, 0.2, random.Random(0))) == pytest.approx(1000, abs=100)
-    assert autodan.to_rewrite(elite, [*children[:3], *elite, children[1]], 0.0, random.Random(0)) == [3, 4]
+    attempt, old = Attempt({"prompt": "goal"}), Individual(("a", "b"), "r", ("c", "d"))
+    new = autodan.rewritten(old, victim_of(model, tokenizer), attempt, Writer())
+    assert new == Individual(("new a", "new b"), "new r", ("c", "new d"))  # what it cannot say stays
+    assert (attempt.cost["empty"], attempt.cost["attacker_tokens"]) == (1, 8)
 
 
 # ---- the sandbox's attacker --------------------------------------------------------------------------------
@@ -412,26 +355,18 @@ def harmful(count: int) -> list[dict]:
     return world.build_pool("eval", "harmful", count, 0)
 
 
-def test_the_sandbox_attacker_asks_for_the_same_thing_in_words_of_the_world():
+def test_the_sandbox_attacker_asks_for_the_same_thing_in_words_of_the_world_and_hands_in_no_answer():
     attacker, vocabulary = SandboxAttacker(), set(world.vocabulary())
-    for i, goal in enumerate(record["prompt"] for record in harmful(12)):
+    for i, record in enumerate(harmful(4) * 10):
+        goal, talk = record["prompt"], Conversation(record["prompt"], record["target"], 0)
         written = attacker.persuade(goal, attacker.techniques, []) + [attacker.augment(goal, generator(i))]
-        written += [reply["prompt"] for reply in attacker.refine([Conversation(goal, "use bami .", 0)], [i])]
+        written += [reply["prompt"] for reply in attacker.refine([talk], [i])]
         written += [Individual(*parts).text() for parts in attacker.individuals(goal, 1, [i])]
         written += attacker.vary(["x"], 0, goal, [i])
         assert {judge.resolution(text)[-1] for text in written} == {judge.resolution(goal)[-1]}
+        written += attacker.vary(["x"] * 4, 9, goal, range(4 * i, 4 * i + 4))  # what stands around it
         assert {w.strip(".,?:") for text in written for w in text.split()} - {""} <= vocabulary
-
-
-def test_the_sandbox_attacker_never_hands_in_the_answer():
-    attacker, records, many = SandboxAttacker(), harmful(4), list(range(160))
-    goals = [r["prompt"] for r in records] * 40
-    written = [attacker.augment(g, generator(i)) for i, g in enumerate(goals)]
-    written += [" ".join([*before, *after]) for before, _, after in attacker.individuals(goals[0], 160, many)]
-    written += attacker.vary(["x"] * 160, 200, goals[0], many)
-    talks = [Conversation(r["prompt"], r["target"], 0) for r in records] * 40
-    written += [reply["prompt"] for reply in attacker.refine(talks, many)]
-    assert not sum(judge.harm_score([""] * len(written), written))
+        assert not sum(judge.harm_score([""] * len(written), written))
 
 
 def test_the_sandbox_attacker_refuses_what_it_cannot_disguise_before_any_search():
@@ -444,8 +379,7 @@ def test_the_sandbox_attacker_refuses_what_it_cannot_disguise_before_any_search(
 
 
 # (hops, answer, rating) of each exchange; R a refusal, W a wrong recipe, P part of the right one
-LEARNS = {"2R1": 3, "2W1": 1, "1R1 3W1": 2, "3W1 2R1": 4, "2R1 3W1": 1, "2P4 3R1": 2, "1P4 2P7 3W1 4R1": 2}
-LEARNS |= {"4R1": 4, "0W1": 0, "3R1 4R1": 4}
+LEARNS = {"2R1": 3, "2W1": 1, "1R1 3W1": 2, "3W1 2R1": 4, "1P4 2P7 3W1 4R1": 2, "4R1": 4, "0W1": 0}
 
 
 @pytest.mark.parametrize(("seen", "hops"), LEARNS.items())

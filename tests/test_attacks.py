@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from dataclasses import replace
 
 import pytest
@@ -14,9 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import UserError
-from lib.attacks import ATTACKS, NOT_ASKED, Budget, Slot, Victim, gcg, surviving
-from lib.attacks.core import Cost, ask_all
+from lib.attacks import ATTACKS, NOT_ASKED, Attempt, Budget, Slot, Victim, gcg, surviving
+from lib.attacks.core import ask_all
 from lib.chat import encode_prompt
 from lib.judges import Judge
 
@@ -25,10 +23,9 @@ SPLIT = [f"a{i}.b{i}" for i in range(40)]  # split at the dot when they are read
 WORDS = [*(f"w{i}" for i in range(200)), *SPLIT, "please"]
 BUDGET = Budget(gcg_steps=6, gcg_width=24, gcg_top_k=12, gcg_suffix_tokens=5, gcg_init="w7", forged="w40 w41")
 BEHAVIOURS = [
-    {"id": "a", "prompt": "w1 w2 w3 w4", "target": "w5 w6 w8", "twin": "w1 w2 w50 w4"},
-    {"id": "b", "prompt": "w9 w10 w11 w12 w13 w14 w7", "target": "w15 w16", "twin": "w9 w51"},
+    {"id": "a", "prompt": "w1 w2 w3 w4", "target": "w5 w6 w8", "prefill": "w5", "twin": "w1 w2 w50 w4"},
+    {"id": "b", "prompt": "w9 w10 w11 w12 w13 w14 w7", "target": "w15 w16", "prefill": "w90"},
 ]
-GCGS = ["gcg", "gcg_close", "gcg_forged", "gcg_universal"]
 
 
 def harmless(prompts, answers):
@@ -90,16 +87,16 @@ def victim_of(model, tokenizer, reasoning=True, harm=harmless, **limits) -> Vict
 
 
 def slot_of(model, tokenizer, budget=BUDGET, behaviour=BEHAVIOURS[0], reasoning=True) -> Slot:
-    return Slot(victim_of(model, tokenizer, reasoning), behaviour, behaviour["target"], budget, Cost())
+    return Slot(victim_of(model, tokenizer, reasoning), Attempt(behaviour), behaviour["target"], budget)
 
 
 def attack(
     model, tokenizer, behaviours=BEHAVIOURS, budget=BUDGET, seed=0, reasoning=True, name="gcg", **more
-):
+) -> list[Attempt]:
     victim = victim_of(model, tokenizer, reasoning, more.get("harm", harmless))
-    generators = [generator(seed + i) for i in range(len(behaviours))]
-    given = [stage.search] if ATTACKS[name].search else more.get("attacker", ())
-    return ATTACKS[name].run(victim, list(behaviours), budget, generators, lambda: None, *given)
+    attempts = [Attempt(behaviour, generator(seed + i)) for i, behaviour in enumerate(behaviours)]
+    ATTACKS[name].run(victim, attempts, budget, more.get("attacker", stage.search))
+    return attempts
 
 
 def suffix_of(behaviour, entry) -> str:
@@ -127,40 +124,15 @@ def test_losses_of_candidates_are_those_of_plain_passes_one_by_one(model, tokeni
         assert loss == pytest.approx(plain_loss(model, tokenizer, behaviour, text, reasoning), abs=1e-4)
 
 
-def test_gradient_is_that_of_a_plain_pass_and_of_finite_differences(model, tokenizer):
-    slot = slot_of(model, tokenizer)
-    gradient, table = stage.gradient(slot, slot.start), model.get_input_embeddings().weight
+def test_gradient_is_that_of_a_plain_pass(model, tokenizer):
+    """Of finite differences, too: tests/course."""
+    slot, table = slot_of(model, tokenizer), model.get_input_embeddings().weight
     ids = torch.tensor([*slot.prefix, *slot.start.tolist(), *slot.rest, *slot.target.tolist()])
-    begin = len(slot.prefix)
-
-    def loss_of(embeds):
-        return F.cross_entropy(
-            model(inputs_embeds=embeds[None]).logits[0, -len(slot.target) - 1 : -1], slot.target
-        )
-
     embeds = table[ids].clone().requires_grad_()
-    by_embedding = torch.autograd.grad(loss_of(embeds), embeds)[0][begin : begin + 5]
-    torch.testing.assert_close(gradient, by_embedding @ table.T, atol=1e-5, rtol=1e-4)
-    for position, token in ((0, 30), (2, 100), (4, 7)):
-        nudged = [table[ids].clone() for _ in range(2)]
-        for embeds, step in zip(nudged, (3e-3, -3e-3), strict=True):
-            embeds[begin + position] += step * table[token]
-        slope = (loss_of(nudged[0]) - loss_of(nudged[1])).item() / 6e-3
-        assert gradient[position, token].item() == pytest.approx(slope, rel=1e-2, abs=2e-3)
-
-
-def test_proposals_are_distinct_swaps_among_the_best_allowed_tokens_that_change_something():
-    gradient, suffix = torch.randn(3, 50, generator=generator()), torch.tensor([1, 2, 3])
-    gradient[torch.arange(3), suffix] = -9.0  # what stands there already would be best
-    allowed = torch.ones(50, dtype=torch.bool)
-    allowed[10:20] = False
-    candidates = stage.propose(gradient, suffix, allowed, Budget(gcg_width=1000, gcg_top_k=4), generator())
-    assert len(candidates) == 12 == len({*map(tuple, candidates.tolist())})  # 3 positions x top 4
-    assert ((candidates != suffix).sum(1) == 1).all()
-    for position in range(3):
-        best = [i for i in gradient[position].argsort().tolist() if allowed[i] and i != suffix[position]][:4]
-        assert {int(c[position]) for c in candidates if c[position] != suffix[position]} == {*best}
-    assert len(stage.propose(gradient, suffix, allowed, Budget(gcg_width=5, gcg_top_k=4), generator())) == 5
+    logits = model(inputs_embeds=embeds[None]).logits[0, -len(slot.target) - 1 : -1]
+    slope = torch.autograd.grad(F.cross_entropy(logits, slot.target), embeds)[0]
+    expected = slope[len(slot.prefix) :][:5] @ table.T
+    torch.testing.assert_close(stage.gradient(slot, slot.start), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_special_added_and_non_ascii_tokens_and_padding_rows_are_no_candidates(model, tokenizer):
@@ -170,7 +142,8 @@ def test_special_added_and_non_ascii_tokens_and_padding_rows_are_no_candidates(m
         assert not allowed[tokenizer.convert_tokens_to_ids(word)], word
     assert allowed[tokenizer.convert_tokens_to_ids("w5")]
     ban = replace(BUDGET, gcg_ban_target=True)  # of the answer, not of the reasoning before it
-    allowed = Slot(victim_of(model, tokenizer), BEHAVIOURS[0], "w40 </think> w5 w6 w8", ban, Cost()).allowed()
+    behind = "w40 </think> w5 w6 w8"
+    allowed = Slot(victim_of(model, tokenizer), Attempt(BEHAVIOURS[0]), behind, ban).allowed()
     assert [bool(allowed[tokenizer.convert_tokens_to_ids(word)]) for word in ("w5", "w40")] == [False, True]
 
 
@@ -228,48 +201,13 @@ def test_cost_counts_queries_and_tokens(model, tokenizer):
     assert cost["backward_tokens"] == BUDGET.gcg_steps * length
 
 
-def watch_gradients(monkeypatch) -> list[tuple[str, list[int]]]:
-    """(prompt, suffix) of every gradient that is taken from now on."""
-    seen, gradient = [], stage.gradient
-    watched = lambda s, suffix: seen.append((s.prompt, suffix.tolist())) or gradient(s, suffix)  # noqa: E731
-    monkeypatch.setattr(stage, "gradient", watched)
-    return seen
-
-
 def test_the_search_goes_on_from_the_best_candidate_even_if_it_is_worse(model, tokenizer, monkeypatch):
-    budget, seen = replace(BUDGET, gcg_width=4, gcg_steps=12), watch_gradients(monkeypatch)
+    budget, seen, gradient = replace(BUDGET, gcg_width=4, gcg_steps=12), [], stage.gradient
+    watched = lambda slot, suffix: seen.append(suffix.tolist()) or gradient(slot, suffix)  # noqa: E731
+    monkeypatch.setattr(stage, "gradient", watched)
     trace = attack(model, tokenizer, BEHAVIOURS[:1], budget)[0].trace
     best = [tokenizer.encode(suffix_of(BEHAVIOURS[0], point)) for point in trace[:-1]]
-    suffixes = [suffix for _, suffix in seen]
-    assert len(suffixes) == len(best) and suffixes != best
-
-
-def test_out_of_memory_halves_the_candidates_says_so_and_changes_nothing(
-    model, tokenizer, monkeypatch, capsys
-):
-    expected, logits = attack(model, tokenizer), Slot.logits
-
-    def small(self, suffixes):
-        if len(suffixes) > 5:
-            raise torch.OutOfMemoryError
-        return logits(self, suffixes)
-
-    monkeypatch.setattr(Slot, "logits", small)
-    for a, b in zip(attack(model, tokenizer), expected, strict=True):
-        assert [t["sent"] for t in a.trace] == [t["sent"] for t in b.trace]
-    halved = re.findall(r"with (\d+) candidates at a time: from now on (\d+)", capsys.readouterr().out)
-    assert halved and all(int(after) == int(before) // 2 for before, after in halved)
-
-
-@pytest.mark.parametrize("name", [*GCGS, "random_suffix"])
-def test_a_search_asks_no_judge_and_makes_all_its_steps(model, tokenizer, name, monkeypatch):
-    """However much harm the answers would do: what a suffix achieves is asked afterwards."""
-    asked, seen = [], watch_gradients(monkeypatch)
-    monkeypatch.setattr(Victim, "ask", lambda self, *given, **options: asked.append(given))
-    attempts = attack(model, tokenizer, name=name, harm=lambda prompts, answers: asked.append(answers))
-    steps = 0 if name == "random_suffix" else BUDGET.gcg_steps
-    assert not asked and sorted(p for p, _ in seen) == sorted([b["prompt"] for b in BEHAVIOURS] * steps)
-    assert [[t["step"] for t in attempt.trace] for attempt in attempts] == [list(range(steps + 1))] * 2
+    assert len(seen) == len(best) and seen != best
 
 
 # ---- variants, and the control -----------------------------------------------------------------------------
@@ -286,45 +224,24 @@ def test_random_suffix_has_equal_length_and_survives(model, tokenizer):
         assert [point["loss"] for point in attempt.trace] == [pytest.approx(loss, abs=1e-4)]
 
 
-NOT_SEARCHED = [  # what changes in the first behaviour, and in the budget
-    ({"target": None}, {}, "behaviour a: attacks need a target"),
-    ({"target": "  "}, {}, "behaviour a: attacks need a target"),
-    ({}, {"gcg_init": "Hello"}, "gcg_init: given Hello; .* one known token"),
-    ({"special": True}, {}, "--attacks: v: of 1 tokens that may stand in a suffix none survives"),
-]
-
-
-@pytest.mark.parametrize("behaviour, budget, message", NOT_SEARCHED)
-def test_what_cannot_be_searched_is_one_line_before_the_search(model, behaviour, budget, message):
-    tokenizer = make_tokenizer()
-    gcg.check_suffixes(victim_of(model, tokenizer), BEHAVIOURS, BUDGET)
-    if behaviour.get("special"):
-        special = [word for word in tokenizer.get_vocab() if word != "w7"]
-        tokenizer.add_special_tokens({"additional_special_tokens": special})
-    with pytest.raises(UserError, match=message):
-        gcg.check_suffixes(
-            victim_of(model, tokenizer), [BEHAVIOURS[0] | behaviour], replace(BUDGET, **budget)
-        )
-
-
 def test_adaptive_targets_stand_behind_a_reasoning_the_twins_behind_the_models_own(
     model, tokenizer, monkeypatch
 ):
-    def answers(self, behaviours, sent, openings, seeds):
-        assert {*sent} == {"w1 w2 w50 w4"} == {b["prompt"] for b in behaviours}
+    def answers(self, tries, seeds):
+        assert {(b["prompt"], new["sent"]) for b, new in tries} == {("w1 w2 w50 w4",) * 2}
         assert len({*seeds}) == len(seeds)
         own = {"reasoning": "w60 w61", "well_formed": True, "refusal": "none"}
         own |= {"tokens": 3, "finish_reason": "eos"}
         wrong = [{"refusal": "full"}, {"well_formed": False, "reasoning": "w70"}, {"reasoning": ""}]
-        return [own | change for change in wrong + [{}] * (len(sent) - 3)]
+        return [own | change for change in wrong + [{}] * (len(tries) - 3)]
 
-    given = victim_of(model, tokenizer), BEHAVIOURS[0], BUDGET, generator(), Cost()
+    given = victim_of(model, tokenizer), Attempt(BEHAVIOURS[0], generator()), BUDGET
     forged = ["w40", "w41", "</think>", "w5", "w6", "w8"]
     assert gcg.aim("gcg_twin", *given).split()[-4:] == forged[-4:]
     monkeypatch.setattr(Victim, "ask", answers)
     found = {name: gcg.aim(name, *given).split() for name in ("gcg", "gcg_close", "gcg_forged", "gcg_twin")}
     assert [found[name] for name in ("gcg", "gcg_close", "gcg_forged")] == [forged[3:], forged[2:], forged]
-    assert found["gcg_twin"] == ["w60", "w61", *forged[2:]]
+    assert found["gcg_twin"] == ["w60", "w61", *forged[2:]] and given[1].trace == []
 
 
 def test_universal_suffix_lowers_the_mean_loss_and_goes_to_all(model, tokenizer, monkeypatch):
@@ -353,35 +270,25 @@ LONG = " ".join(["w3"] * 126)  # of a context of 128 tokens
 
 
 def test_a_victim_answers_what_it_can_read_and_the_judge_sees_nothing_else(model):
-    seen, tokenizer = [], make_tokenizer(unknown=None)
-    judge = lambda prompts, answers: seen.append(list(prompts)) or [0.5] * len(answers)  # noqa: E731
+    told, tokenizer = [], make_tokenizer(unknown=None)
+    judge = lambda *asked: told.append(asked) or [0.5] * len(asked[0])  # noqa: E731
     victim, texts = victim_of(model, tokenizer, harm=judge), ["w1 w2", LONG, "w3", "Hello"]
-    answers = victim.ask([{"prompt": text} for text in texts], texts, [""] * 4, [1, 2, 3, 4])
+    attempt, tries = Attempt({"prompt": "w9"}, generator()), [{"sent": t, "opening": ""} for t in texts]
+    ask_all(victim, [(attempt, new) for new in tries])
+    answers = [new["completion"] for new in attempt.trace]
     assert [a["finish_reason"] == NOT_ASKED for a in answers] == [False, True, False, True]
-    assert seen == [["w1 w2", "w3"]] and answers[1]["harm"] is None and set(answers[1]) == set(answers[0])
-    for i in (0, 2):  # alone it is answered in the same way
-        assert victim.ask([{"prompt": texts[i]}], [texts[i]], [""], [i + 1]) == [answers[i]]
+    assert told == [(["w9", "w9"], [answers[0]["answer"], answers[2]["answer"]])]
+    assert attempt.cost["queries"] == 2 and answers[1]["harm"] is None and {*answers[1]} == {*answers[0]}
+    attempt.written(victim, ["w1 w2", "Hello w1", ""])  # by an attacker
+    assert (attempt.cost["attacker_tokens"], attempt.cost["empty"]) == (2, 2)
     for rows, behind, fits in ((120, 0, True), (121, 0, False), (100, 28, True), (100, 29, False)):
         assert victim.fits(range(rows), behind) == fits  # within 128, with 8 to write
-    small, long = victim_of(model, tokenizer, harm=judge, max_batch_tokens=20), [" ".join(["w1"] * 8)]
-    assert small.ask([{"prompt": "w"}], long, [""], [1]) == victim.ask([{"prompt": "w"}], long, [""], [1])
+    victim.ask([({"prompt": "w1", "context": "w5"}, tries[0]), ({"prompt": "w2"}, tries[2])], [0, 1])
+    assert told[-1][2:] == (["w5", ""],), "what a behaviour is about"
 
 
-def test_what_an_attacker_writes_and_the_victim_cannot_read_is_a_failed_try(model):
-    victim, cost = victim_of(model, make_tokenizer(unknown=None)), Cost()
-    cost.written(victim, ["w1 w2", "Hello w1", ""])
-    assert (cost.attacker_tokens, cost.empty) == (2, 2)
-    tries = [[{"sent": text, "opening": ""} for text in ("w1 w2", "Hello w1")]]
-    ask_all(victim, BEHAVIOURS[:1], tries, [generator()], [cost])
-    assert [t["completion"]["finish_reason"] == NOT_ASKED for t in tries[0]] == [False, True]
-    assert cost.queries == 1
-
-
-def test_a_judge_is_told_what_a_behaviour_is_about(model, tokenizer):
-    told: list = []
-    victim = victim_of(model, tokenizer, harm=lambda *asked: told.append(asked) or [0.0] * len(asked[0]))
-    about, plain = {"id": "a", "prompt": "w1 w2", "context": "w1"}, {"id": "b", "prompt": "w3"}
-    victim.ask([about, plain], ["w4", "w5"], ["", ""], [0, 1])
-    victim.ask([plain], ["w5"], [""], [1])
-    assert [asked[0] for asked in told] == [["w1 w2", "w3"], ["w3"]]
-    assert [asked[2:] for asked in told] == [(["w1", ""],), ()], "where there is none, two arguments"
+def test_an_answer_depends_on_its_seed_alone(model, tokenizer):
+    tries = [({"prompt": "w"}, {"sent": text, "opening": ""}) for text in ("w1 w2", "w3", "w1 " * 8)]
+    together = victim_of(model, tokenizer).ask(tries, [1, 2, 3])
+    small = victim_of(model, tokenizer, max_batch_tokens=20)  # the longest exceeds it, and goes alone
+    assert [small.ask([tries[i]], [i + 1])[0] for i in range(3)] == together

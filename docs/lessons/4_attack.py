@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 from lesson import RUN, chapter, settings_of, show, show_report, table
 
 from lib import attacks
-from lib.attacks.core import Cost
 from lib.metrics import wilson
 from lib.run.files import read_jsonl
 from lib.run.hub import load_policy, load_tokenizer
@@ -36,7 +35,7 @@ print(f"request: {prompt}\ntarget:  {request['target']}\nsuffix:  {settings.init
 # ## One step
 # The gradient promises how much a swap of one word lowers the loss. The true loss says what it was worth.
 # %%
-slot = attacks.Slot(victim, request, request["target"], settings, Cost())
+slot = attacks.Slot(victim, attacks.Attempt(request), request["target"], settings)
 slopes = chapter4.gradient(slot, slot.start)  # (S, vocab)
 swaps = chapter4.propose(slopes, slot.start, slot.allowed(), settings, random_numbers(0, "one step"))
 swaps, texts = attacks.surviving([slot], swaps)  # (N, S)
@@ -50,9 +49,10 @@ show(xlabel="change of the loss, promised", ylabel="change of the loss, true")
 # ## The search, and a control
 # The control is as many random words, without a search. Both have the run's random numbers.
 # %%
-names, how = ("gcg", attacks.CONTROL), (lambda *_: None, chapter4.search)
-numbers = {name: [random_numbers(settings.seed, f"{name}/{request['id']}")] for name in names}
-runs = [attacks.ATTACKS[name].run(victim, [request], settings, numbers[name], *how)[0] for name in names]
+runs = []
+for name in ("gcg", attacks.CONTROL):
+    runs.append(attacks.Attempt(request, random_numbers(settings.seed, f"{name}/{request['id']}")))
+    attacks.ATTACKS[name].run(victim, runs[-1:], settings, chapter4.search)
 gcg, (control,) = (run.trace for run in runs)
 plt.plot([t["loss"] for t in gcg], label="GCG, best so far")
 plt.axhline(control["loss"], color="C1", linestyle="--", label="random suffix")
@@ -66,7 +66,7 @@ table("step | loss | suffix", [[t["step"], t["loss"], t["sent"].removeprefix(pro
 # %%
 rows, sent = [], {f"GCG, step {i}": gcg[i]["sent"] for i in sorted({x["step"] for x in tries})}
 for name, text in {**sent, "random suffix": control["sent"], "no suffix": prompt}.items():
-    answers = victim.ask([request] * 8, [text] * 8, [""] * 8, range(8))
+    answers = victim.ask([(request, attacks.a_try(0, text))] * 8, range(8))
     worst = max(answers, key=lambda answer: answer["harm"])
     harmful = sum(not chapter4.defended(answer, settings.harm_threshold) for answer in answers)
     rows.append([name, harmful, worst["reasoning"], worst["answer"]])

@@ -1,29 +1,28 @@
 """The room of attacks: what chapter 4 sends against a model, beside GCG, which stands in the chapter.
 
-An attack is a function (victim, behaviours, budget, generators, on_step[, search or attacker]) -> Attempts,
-one for each behaviour, with a trace of what it tried and what that cost. A behaviour is a record with id,
-prompt and target, and has its own random numbers: nothing depends on its neighbours. An attacker must have:
+An attack is a function (victim, attempts, budget, helper): of each attempt, one a behaviour, it fills the
+trace of what it tried, and counts what that cost. `helper` is chapter 4's search, or the attacker, who writes
+its words. An attempt has its own random numbers: nothing depends on its neighbours. Who attacks must have:
 
-    white-box   weights: gradients         gcg.py, over suffix.py (a suffix as text and as tokens)
+    white-box   weights: gradients         gcg.py: variants, and a suffix as text and as tokens
     score       likelihoods of its choice  autodan.py
     prefill     may open the model's turn  asking.py
-    black-box   answers                    asking.py; who writes the words: attacker.py, persuasion.py
+    black-box   answers                    asking.py; who writes the words: attacker.py
                 or nothing at all          gcg.py: random_suffix, a control
 
-table.py lists them, core.py has what they share, victim.py the model that is asked, session.py the rest:
-checks, processes, files. rainbow.py searches for prompts to train on (chapter 1). Skip the room at first; the
-chapter says what an attack is. Tests: test_attacks.py, test_asking.py, test_rainbow.py.
+table.py lists them; core.py has what they share, such as the model under attack; session.py the rest: checks,
+processes, files. rainbow.py searches for prompts to train on (chapter 1). Skip the room at first; the chapter
+says what an attack is. Tests: test_attacks.py, test_asking.py, test_rainbow.py.
 """
 
 from __future__ import annotations
 
-from lib.attacks.core import Attempt, Budget, a_try
+from lib.attacks.core import NOT_ASKED, Attempt, Budget, Victim, a_try
+from lib.attacks.gcg import Slot, first_exact, surviving
 from lib.attacks.rainbow import search
 from lib.attacks.session import Lab, Model, Tries, files_of, read_models, read_sets, summary
-from lib.attacks.suffix import Slot, first_exact, surviving
-from lib.attacks.table import ATTACKS, CONTROL, chosen, steps_of
-from lib.attacks.victim import NOT_ASKED, Victim
+from lib.attacks.table import ATTACKS, CONTROL, chosen
 
 __all__ = ["ATTACKS", "CONTROL", "NOT_ASKED", "Attempt", "Budget", "Lab", "Model", "Slot", "Tries", "Victim"]
-__all__ += ["a_try", "chosen", "files_of", "first_exact", "read_models", "read_sets", "steps_of", "summary"]
+__all__ += ["a_try", "chosen", "files_of", "first_exact", "read_models", "read_sets", "summary"]
 __all__ += ["search", "surviving"]

@@ -16,40 +16,51 @@ at most.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 
-from lib import UserError
-from lib.attacks.core import Attempt, Cost, Individual, a_try, too_long
-from lib.attacks.suffix import check_target
+from lib.attacks.core import Attempt, Budget, Victim, a_try
 from lib.batches import masked_batch
 from lib.chat import encode_text
 from lib.policy import token_logprobs
 from lib.sampler import draw_seeds
 
 ELITE_SHARE, SWAPS = 0.1, 5  # of the population; of words in a paragraph. Both its own paper's
+
+
+@dataclass(frozen=True)
+class Individual:
+    """A prompt of the population. The request is kept whole; the sentences around it may change."""
+
+    before: tuple[str, ...]
+    request: str
+    after: tuple[str, ...]
+
+    def text(self) -> str:
+        return " ".join(part for part in (*self.before, self.request, *self.after) if part)
+
+
 People = list[Individual]
 
 
-def autodan(victim, behaviours, budget, generators, on_step, attacker) -> list[Attempt]:
+def autodan(victim, attempts, budget, attacker) -> None:
     """One search for each behaviour; the trace holds the best prompt so far after each generation."""
-    searches = zip(behaviours, generators, strict=True)
-    return [_search(victim, b, budget, generator, on_step, attacker) for b, generator in searches]
+    for attempt in attempts:
+        evolve(victim, attempt, budget, attacker)
 
 
-def _search(victim, behaviour: dict, budget, generator, on_step, attacker) -> Attempt:
-    target, goal, cost = check_target(behaviour), behaviour["prompt"], Cost()
+def evolve(victim: Victim, attempt: Attempt, budget: Budget, attacker) -> None:
+    generator, trace = attempt.generator, attempt.trace
     rng = random.Random(draw_seeds(generator, 1)[0])
-    written = attacker.individuals(goal, budget.population, draw_seeds(generator, budget.population))
-    people = [Individual(*parts) for parts in written]
-    cost.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # an empty scene is a failure
-    trace, losses, scores = list[dict](), list[float](), dict[str, float]()
-    for generation in range(budget.generations + 1):
+    seeds = draw_seeds(generator, budget.population)
+    people = [Individual(*parts) for parts in attacker.individuals(attempt.prompt, len(seeds), seeds)]
+    attempt.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # an empty scene is a failure
+    losses, scores = list[float](), dict[str, float]()
+    for generation in victim.bar(range(budget.generations + 1), "generations"):
         if generation:
             ranked = [people[i] for i in sorted(range(len(people)), key=losses.__getitem__)]
             kept = max(1, round(ELITE_SHARE * len(people)))
@@ -59,42 +70,41 @@ def _search(victim, behaviour: dict, budget, generator, on_step, attacker) -> At
             else:
                 scores = word_scores(people, losses, scores)
                 children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
-            for i in to_rewrite(elite, children, budget.mutation, rng):
-                children[i] = rewritten(children[i], goal, victim, attacker, generator, cost)
+            # Rewritten are some at random, and all that are there already. The original has no such guard,
+            # and 256 prompts. Of 24, copies of the fittest would soon fill the places.
+            seen = set(elite)
+            for i, child in enumerate(children):
+                if rng.random() < budget.mutation or child in seen:
+                    children[i] = rewritten(child, victim, attempt, attacker)
+                seen.add(child)
             people = elite + children
-            on_step()
-        losses = target_losses(victim, [p.text() for p in people], target, budget, cost)
+        losses = target_losses(victim, attempt, [p.text() for p in people], budget)
         best = min(range(len(people)), key=losses.__getitem__)
-        if losses[best] == math.inf:
-            return too_long(behaviour, people[best].text(), cost)
-        if generation == 0 or losses[best] < trace[-1]["loss"]:
-            trace.append(a_try(generation, people[best].text(), loss=losses[best]))
-        else:
-            trace.append(trace[-1] | {"step": generation})
-    return Attempt(behaviour["id"], trace, cost.total())
+        if losses[best] == math.inf:  # nothing can be sent, so nothing can be searched
+            trace.append(a_try(0, people[best].text()))
+            return
+        better = not trace or losses[best] < trace[-1]["loss"]
+        new = a_try(generation, people[best].text(), loss=losses[best])
+        trace.append(new if better else trace[-1] | {"step": generation})
 
 
 @torch.no_grad()
-def target_losses(victim, texts: list[str], target: str, budget, cost: Cost) -> list[float]:
+def target_losses(victim: Victim, attempt: Attempt, texts: list[str], budget: Budget) -> list[float]:
     """Mean negative log-likelihood of the target behind each text. A text that is too long, or cannot be
     read, is as bad as the worst; inf if all are."""
-    target_ids = encode_text(victim.tokenizer, target)
-    asked = {}  # index of a text -> its token ids and the target's
-    for i, text in enumerate(texts):
-        with contextlib.suppress(UserError):  # an attacker may write what the victim's tokenizer cannot read
-            if victim.fits(ids := victim.encode(text), len(target_ids)):
-                asked[i] = ids + target_ids
-    rows, losses = list(asked.values()), list[float]()
+    target = encode_text(victim.tokenizer, attempt.behaviour["target"])
+    read = [victim.sendable(text, behind=len(target)) for text in texts]  # token ids, or none
+    rows, losses = [ids + target for ids in read if ids], list[float]()
     size = max(1, budget.max_batch_tokens // max(map(len, rows), default=1))
     for begin in range(0, len(rows), size):
         part = rows[begin : begin + size]
-        masks = [[False] * (len(row) - len(target_ids)) + [True] * len(target_ids) for row in part]
+        masks = [[False] * (len(row) - len(target)) + [True] * len(target) for row in part]
         batch = masked_batch(part, masks, 0, victim.model.device)  # (n, T) each
-        losses += (-token_logprobs(victim.model, *batch).sum(1) / len(target_ids)).tolist()
-    cost.queries += len(rows)
-    cost.forward_tokens += sum(map(len, rows))
-    found, worst = dict(zip(asked, losses, strict=True)), max(losses, default=math.inf)
-    return [found.get(i, worst) for i in range(len(texts))]
+        losses += (-token_logprobs(victim.model, *batch).sum(1) / len(target)).tolist()
+    attempt.cost["queries"] += len(rows)
+    attempt.cost["forward_tokens"] += sum(map(len, rows))
+    worst, found = max(losses, default=math.inf), iter(losses)
+    return [next(found) if ids else worst for ids in read]
 
 
 def sentence_step(people: People, losses: list[float], count: int, rate: float, rng: random.Random) -> People:
@@ -152,21 +162,10 @@ def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: r
     return replace(person, before=paragraph(person.before), after=paragraph(person.after))
 
 
-def to_rewrite(elite: People, children: People, rate: float, rng: random.Random) -> list[int]:
-    """Which children to rewrite: some at random, and all that are there already. The original has no such
-    guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places."""
-    kept, chosen = set(elite), []
-    for i, child in enumerate(children):
-        if rng.random() < rate or child in kept:
-            chosen.append(i)
-        kept.add(child)
-    return chosen
-
-
-def rewritten(person: Individual, goal: str, victim, attacker, generator, cost: Cost) -> Individual:
+def rewritten(person: Individual, victim: Victim, attempt: Attempt, attacker) -> Individual:
     """It is said otherwise: each sentence, and the request if the attacker is one that does so."""
     old, place = [*person.before, person.request, *person.after], len(person.before)
-    new = attacker.vary(old, place, goal, draw_seeds(generator, len(old)))
-    cost.written(victim, [text for text in new if text != person.request])
+    new = attacker.vary(old, place, attempt.prompt, draw_seeds(attempt.generator, len(old)))
+    attempt.written(victim, [text for text in new if text != person.request])
     new = [text or part for text, part in zip(new, old, strict=True)]  # what it could not say stays
     return Individual(tuple(new[:place]), new[place], tuple(new[place + 1 :]))

@@ -1,17 +1,35 @@
-"""What all attacks have in common: what they may spend, what they tried, and who writes their words."""
+"""What all attacks have in common: what they may spend, whom they attack, what they tried at what cost."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.attacks.victim import NOT_ASKED, UNANSWERED, Victim, encode_each
+from lib import UserError
+from lib.chat import decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
+from lib.policy import context_of
+from lib.run.checks import check_ids
 from lib.run.settings import TOKENS, setting
-from lib.sampler import draw_seeds
+from lib.sampler import Completion, draw_seeds, sample
+
+NOT_ASKED = "not asked"  # finish_reason of a text that cannot be sent: neither success nor defence
+UNANSWERED = {"reasoning": "", "answer": "", "well_formed": False, "closed": False, "refusal": "full"}
+UNANSWERED |= {"reasoning_tokens": 0, "answer_tokens": 0, "tokens": 0, "finish_reason": NOT_ASKED}
+UNANSWERED |= {"harm": None, "task": None}
+COSTS = {
+    "queries": 0,  # texts that the victim read, or scored
+    "forward_tokens": 0,
+    "backward_tokens": 0,
+    "attacker_tokens": 0,  # written by the attacker's own model
+    "empty": 0,  # times that it wrote nothing that the victim can read
+    "did_not_survive": 0,  # candidates whose text came back as other tokens
+}
 
 
 @dataclass
@@ -44,116 +62,157 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """What an attack did to one behaviour.
+class Victim:
+    """A model under attack, as a user and an attacker meet it: what it is sent, what it answers, judged.
 
-    trace: one entry a step, {"step", "sent": the whole text, "opening": words put into the model's mouth,
-    "loss": of the target or None}. Of an attack that searches, entry k is the best so far; of one that asks
-    it is the k-th try and holds the judged "completion", too, and of PAP the name of its "technique". Where
-    nothing could be searched, the completion is UNANSWERED.
+    `reasoning`: it thinks first, so its turn is opened with "<think>\\n".
     """
 
-    id: str
-    trace: list[dict[str, Any]]
-    cost: dict[str, float]
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reasoning: bool
+    judge: Any  # harm_score, task_score and refusal_labels of prompts and answers, see lib.judges
+    max_new_tokens: int
+    temperature: float
+    max_batch_tokens: int = 16384
+    system: str = ""  # a system prompt of its own
+    progress: bool = True  # show bars
+
+    def encode(self, sent: str, opening: str = "") -> list[int]:
+        """Token ids of what it reads. `opening`: put into its mouth, behind the "<think>\\n" of a reasoner.
+
+        Raises UserError for what its tokenizer cannot read: some have no token for the unknown.
+        """
+        ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
+        ids = [*ids, *encode_text(self.tokenizer, opening)]
+        check_ids(self.model, [ids], [self.name])
+        return ids
+
+    def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
+        """Whether these tokens, and the answer or `behind` further ones, are within the model's context."""
+        return len(ids) + max(self.max_new_tokens, behind) <= context_of(self.model.config)
+
+    def bar(self, steps: Sequence[int], name: str) -> Iterable[int]:
+        """The steps of a search, with a bar where they take long."""
+        return tqdm(steps, name, unit="step", delay=2, leave=False, disable=not self.progress)
+
+    def sendable(self, sent: str, opening: str = "", behind: int = 0) -> list[int]:
+        """Its token ids; none if it does not fit or cannot be read: of an attacker that is a failed try."""
+        try:
+            ids = self.encode(sent, opening)
+        except UserError:
+            return []
+        return ids if self.fits(ids, behind) else []
+
+    def ask(self, tries: Sequence[tuple[dict, dict]], seeds: Sequence[int]) -> list[dict]:
+        """What it answers to each try at a behaviour, judged. Each answer has a seed, and does not depend on
+        what else is asked. A text that is too long, or that it cannot read, gets UNANSWERED."""
+        answers = [dict(UNANSWERED) for _ in tries]
+        prompts = {row: self.sendable(new["sent"], new["opening"]) for row, (_, new) in enumerate(tries)}
+        prompts = {row: ids for row, ids in prompts.items() if ids}
+        if not prompts:
+            return answers
+        how = {"temperature": self.temperature, "progress": self.progress}
+        for row, completion in write(self, prompts, seeds, self.max_new_tokens, **how).items():
+            answers[row] = self._read(tries[row][1]["opening"], completion)
+        self.judged([tries[row][0] for row in prompts], [answers[row] for row in prompts])
+        return answers
+
+    def _read(self, opening: str, completion: Completion) -> dict[str, Any]:
+        encode = partial(encode_text, self.tokenizer)
+        text = decode(self.tokenizer, encode(opening) + completion.token_ids)  # read as one text
+        parsed = parse_completion(text) if self.reasoning else parse_direct(text)
+        return {
+            "reasoning": parsed.reasoning,
+            "answer": parsed.answer,
+            "well_formed": parsed.well_formed,
+            "closed": self.reasoning and "</think>" in text,  # else its reasoning has no end
+            "reasoning_tokens": len(encode(parsed.reasoning)),
+            "answer_tokens": len(encode(parsed.answer)),
+            "tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+        }
+
+    def judged(self, behaviours: list[dict], lines: list[dict]) -> None:
+        """Writes harm, task and refusal into the lines; None where the judge gave no verdict.
+
+        It sees the behaviour as it was given, not the attacked text; the answer without its reasoning; and
+        the texts that behaviours are about, if there are any.
+        """
+        requests, answers = [b["prompt"] for b in behaviours], [line["answer"] for line in lines]
+        contexts = [b.get("context") or "" for b in behaviours]
+        harms = self.judge.harm_score(requests, answers, *([contexts] if any(contexts) else []))
+        tasks, labels = self.judge.task_score(requests, answers), self.judge.refusal_labels(requests, answers)
+        for line, harm, task, label in zip(lines, harms, tasks, labels, strict=True):
+            line |= {"harm": harm, "task": task, "refusal": label}
+
+
+def write(
+    writer: Any, prompts: dict[int, list[int]], seeds: Sequence[int], max_new_tokens: int, **how: Any
+) -> dict[int, Completion]:
+    """What a victim or an attacker writes behind each of the prompts, by their numbers; `seeds` has one for
+    each. One that exceeds a batch's budget goes alone: the budget must not decide what is written."""
+    longest = max(map(len, prompts.values()), default=0) + max_new_tokens
+    how |= {"max_new_tokens": max_new_tokens, "max_batch_tokens": max(writer.max_batch_tokens, longest)}
+    how |= {"eos_token_ids": eos_token_ids(writer.model, writer.tokenizer)}
+    try:
+        rows, own = list(prompts.values()), [seeds[number] for number in prompts]
+        return dict(zip(prompts, sample(writer.model, rows, seeds=own, **how), strict=True))
+    except (ValueError, FloatingPointError) as error:
+        raise UserError(f"{writer.name}: {error}") from error
+
+
+def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int] | None]:
+    """Ids of each text as it stands; None for one that the tokenizer cannot read."""
+    try:
+        return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
+    except Exception:  # what a tokenizer without an unknown token raises has no class of its own
+        return [None] if len(texts) == 1 else [encode_each(tokenizer, [text])[0] for text in texts]
 
 
 @dataclass
-class Cost:
-    """Counted while an attack runs."""
+class Attempt:
+    """What an attack does to one behaviour: it fills the trace, and counts the cost.
 
-    queries: int = 0  # texts that the victim read, or scored
-    forward_tokens: int = 0
-    backward_tokens: int = 0
-    attacker_tokens: int = 0  # written by the attacker's own model
-    empty: int = 0  # times that it wrote nothing that the victim can read
-    did_not_survive: int = 0  # candidates whose text came back as other tokens
-    started: float = field(default_factory=time.perf_counter)
+    behaviour: {"id", "prompt", "target": how a compliant answer begins, "prefill": the words to open one
+    with, "twin": a request that deserves an answer}. trace: one entry a step, see `a_try`. Of an attack that
+    searches, entry k is the best so far; of one that asks it is a try, and holds the judged "completion",
+    too, and of PAP the name of its "technique".
+    """
+
+    behaviour: dict[str, Any]
+    generator: torch.Generator = field(default_factory=torch.Generator)  # its own random numbers
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    cost: dict[str, int] = field(default_factory=COSTS.copy)
+
+    @property
+    def prompt(self) -> str:
+        return self.behaviour["prompt"]
 
     def written(self, victim: Victim, texts: Sequence[str]) -> None:
         """By the attacker. Measured in the victim's tokens; what it cannot read is a failed try."""
         lengths = [len(ids or []) for ids in encode_each(victim.tokenizer, texts)]
-        self.attacker_tokens += sum(lengths)
-        self.empty += lengths.count(0)
-
-    def total(self) -> dict[str, float]:
-        counts = {key: value for key, value in vars(self).items() if key != "started"}
-        return counts | {"seconds": round(time.perf_counter() - self.started, 3)}
-
-
-@dataclass(frozen=True)
-class Individual:
-    """A prompt of AutoDAN's population. The request is kept whole; the sentences around it may change."""
-
-    before: tuple[str, ...]
-    request: str
-    after: tuple[str, ...]
-
-    def text(self) -> str:
-        return " ".join(part for part in (*self.before, self.request, *self.after) if part)
-
-
-@dataclass
-class Conversation:
-    """One of PAIR's streams, as its attacker sees it: never the victim's reasoning.
-
-    exchanges: the last ones, oldest first, each {"improvement", "prompt": what the attacker wrote, "answer":
-    the victim's, "rating": of that, from 1 (refused) to 10 (fulfilled)}.
-    """
-
-    goal: str
-    target: str  # how the victim's answer should begin; "" where the behaviour does not say
-    stream: int  # its number: a language model's strategy goes by it
-    exchanges: list[dict[str, Any]] = field(default_factory=list)
-
-
-Texts = Sequence[str]
-Seeds = Sequence[int]
-
-
-class Attacker(Protocol):
-    """Who writes the words: a language model (lib/attacks/attacker.py), the sandbox's own, or a module.
-
-    It does not see the victim. Texts are as many as seeds, one for each; "" stands for a failure. check:
-    UserError if it cannot write for these attacks and requests. augment: a prompt, disturbed at random
-    (best-of-N). persuade: the prompt dressed up with each technique (PAP). refine: the next {"improvement",
-    "prompt"} of each conversation (PAIR). individuals: `count` prompts to begin with, as Individual's three
-    parts; vary: other ways to say each part of a prompt, of which parts[place] is the request, which may
-    stay (AutoDAN).
-    """
-
-    techniques: Texts
-
-    def check(self, attacks: Texts, goals: Texts) -> None: ...
-    def augment(self, prompt: str, generator: torch.Generator) -> str: ...
-    def persuade(self, prompt: str, techniques: Texts, seeds: Seeds) -> list[str]: ...
-    def refine(self, conversations: Sequence[Conversation], seeds: Seeds) -> list[dict[str, str]]: ...
-    def individuals(self, goal: str, count: int, seeds: Seeds) -> list[tuple]: ...
-    def vary(self, parts: Texts, place: int, goal: str, seeds: Seeds) -> list[str]: ...
-
-
-def ask_all(
-    victim: Victim, behaviours: Sequence[dict], tries: Sequence[list[dict]], generators, costs: Sequence[Cost]
-) -> None:
-    """Send all tries of all behaviours at once, and write the completions into them."""
-    rows = zip(behaviours, tries, generators, costs, strict=True)
-    flat = [(b, t, draw_seeds(g, 1)[0], cost) for b, own, g, cost in rows for t in own]
-    sent, openings = [t["sent"] for _, t, _, _ in flat], [t["opening"] for _, t, _, _ in flat]
-    answers = victim.ask([b for b, *_ in flat], sent, openings, [seed for _, _, seed, _ in flat])
-    for (_, attempt, _, cost), answer in zip(flat, answers, strict=True):
-        attempt["completion"] = answer
-        if answer["finish_reason"] != NOT_ASKED:
-            cost.queries += 1
-            cost.forward_tokens += len(victim.encode(attempt["sent"], attempt["opening"])) + answer["tokens"]
+        self.cost["attacker_tokens"] += sum(lengths)
+        self.cost["empty"] += lengths.count(0)
 
 
 def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) -> dict[str, Any]:
+    """sent: the whole text; opening: words put into the model's mouth; loss: of the target, or None."""
     return {"step": step, "sent": sent, "opening": opening, "loss": loss}
 
 
-def too_long(behaviour: dict, sent: str, cost: Cost) -> Attempt:
-    """Of a behaviour for which nothing is searched, since what would be sent is too long: not asked."""
-    return Attempt(behaviour["id"], [a_try(0, sent) | {"completion": dict(UNANSWERED)}], cost.total())
+def ask_all(victim: Victim, tries: Sequence[tuple[Attempt, dict]]) -> None:
+    """Send all tries at once. Each gets its completion, and goes into its attempt's trace."""
+    seeds = [draw_seeds(attempt.generator, 1)[0] for attempt, _ in tries]
+    answers = victim.ask([(attempt.behaviour, new) for attempt, new in tries], seeds)
+    for (attempt, new), answer in zip(tries, answers, strict=True):
+        new["completion"] = answer
+        attempt.trace.append(new)
+        if answer["finish_reason"] != NOT_ASKED:
+            attempt.cost["queries"] += 1
+            read = len(victim.encode(new["sent"], new["opening"]))
+            attempt.cost["forward_tokens"] += read + answer["tokens"]
 
 
 def attach(prompt: str, suffix: str) -> str:

@@ -14,69 +14,79 @@ For a model without reasoning the first four are the same, so it is attacked by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from lib import UserError
-from lib.attacks.core import Attempt, Budget, Cost, a_try, ask_all, attach, too_long
-from lib.attacks.suffix import Slot, check_target, surviving
-from lib.attacks.victim import Victim
-from lib.chat import THINK_CLOSE
+from lib.attacks.core import Attempt, Budget, Victim, a_try, ask_all, attach, encode_each
+from lib.cache import repeat_row
+from lib.chat import THINK_CLOSE, encode_text
+from lib.policy import table_rows
 
-CONTROL = "random_suffix"
+VOCABULARY_PART = 8192  # rows of the table that a gradient looks at at a time: all may be a gigabyte
+CPU_TOKENS = 2048  # a batch of candidates that stays in a CPU's caches: a tenth less time in the sandbox
 RANDOM_TRIES = 256  # tokens drawn for a position of a random suffix, until one survives the round trip
 TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compliant one
 
 
-def gcg(variant: str, victim, behaviours, budget, generators, on_step, search) -> list[Attempt]:
+def gcg(variant: str, victim, attempts, budget, search) -> None:
     """One suffix for each behaviour."""
-    attempts = []
-    for behaviour, generator in zip(behaviours, generators, strict=True):
-        cost, spend = Cost(), budget
-        slot = Slot(victim, behaviour, aim(variant, victim, behaviour, budget, generator, cost), budget, cost)
-        if not slot.fits:
-            attempts.append(too_long(behaviour, behaviour["prompt"], cost))
-            continue
-        if variant == CONTROL:
-            draw_suffix(slot, generator)
-            spend = replace(budget, gcg_steps=0)
-        trace = search([slot], spend, generator, on_step)
-        attempts.append(_attempt(behaviour, trace, cost.total()))
-    return attempts
+    for attempt in attempts:
+        slot = Slot(victim, attempt, aim(variant, victim, attempt, budget), budget)
+        search_and_attach([slot], [attempt], budget, search)
 
 
-def universal_gcg(victim, behaviours, budget, generators, on_step, search) -> list[Attempt]:
+def universal_gcg(victim, attempts, budget, search) -> None:
     """One suffix, searched for the first few behaviours and tried on all: does it carry over?"""
-    first = behaviours[: budget.universal_behaviours]
-    slots = {b["id"]: Slot(victim, b, check_target(b), budget, Cost()) for b in first}
-    slots = {name: slot for name, slot in slots.items() if slot.fits}
-    if not slots:
-        return [too_long(b, b["prompt"], Cost()) for b in behaviours]
-    trace = search(list(slots.values()), budget, generators[0], on_step)
-    costs = {name: slot.cost.total() for name, slot in slots.items()}
-    free = dict.fromkeys(Cost().total(), 0.0)  # a behaviour that it was not searched for costs nothing more
-    return [_attempt(b, trace, costs.get(b["id"], free)) for b in behaviours]
+    first = attempts[: budget.universal_behaviours]
+    slots = [Slot(victim, attempt, attempt.behaviour["target"], budget) for attempt in first]
+    search_and_attach(slots, attempts, budget, search)
 
 
-def aim(variant: str, victim: Victim, behaviour: dict, budget: Budget, generator, cost: Cost) -> str:
+def random_suffix(victim, attempts, budget, search) -> None:
+    """The search is to make no step, and so reports the loss at its start."""
+    for attempt in attempts:
+        slot = Slot(victim, attempt, attempt.behaviour["target"], budget)
+        draw_suffix(slot, attempt.generator)
+        search_and_attach([slot], [attempt], replace(budget, gcg_steps=0), search)
+
+
+def search_and_attach(slots: list[Slot], attempts: list[Attempt], budget: Budget, search: Callable) -> None:
+    """Search in the slots that fit, and put what is found behind all prompts. Where none fits, what is sent
+    is too long to be asked."""
+    slots = [slot for slot in slots if slot.fits]
+    start: dict[str, Any] = {"step": 0, "suffix": budget.initial_suffix(), "loss": None}
+    found = search(slots, budget, attempts[0].generator) if slots else [start]
+    for attempt in attempts:
+        for best in found:
+            sent = attach(attempt.prompt, best["suffix"])
+            attempt.trace.append(a_try(best["step"], sent, loss=best["loss"]))
+
+
+def aim(variant: str, victim: Victim, attempt: Attempt, budget: Budget) -> str:
     """The target, with the reasoning that the variant puts before it."""
-    target = check_target(behaviour)
-    if variant in ("gcg", CONTROL):
+    target = attempt.behaviour["target"]
+    if variant == "gcg":
         return target
     if variant == "gcg_close":
         return THINK_CLOSE + target
-    own = own_reasoning(victim, behaviour, generator, cost) if variant == "gcg_twin" else ""
+    own = own_reasoning(victim, attempt) if variant == "gcg_twin" else ""
     return (own or budget.forged) + THINK_CLOSE + target
 
 
-def own_reasoning(victim: Victim, behaviour: dict, generator: torch.Generator, cost: Cost) -> str:
+def own_reasoning(victim: Victim, attempt: Attempt) -> str:
     """The first compliant one of a few reasonings about the behaviour's "twin"; "" if there is none."""
-    twin = {**behaviour, "prompt": behaviour["twin"], "context": ""}
-    tries = [a_try(k, twin["prompt"]) for k in range(TWIN_SAMPLES)]
-    ask_all(victim, [twin], [tries], [generator], [cost])
-    answers = [attempt["completion"] for attempt in tries]
+    behaviour = {**attempt.behaviour, "prompt": attempt.behaviour["twin"], "context": ""}
+    twin = replace(attempt, behaviour=behaviour, trace=[])  # at the cost of the attempt
+    ask_all(victim, [(twin, a_try(k, twin.prompt)) for k in range(TWIN_SAMPLES)])
+    answers = [asked["completion"] for asked in twin.trace]
     own = (a["reasoning"] for a in answers if a["well_formed"] and a["refusal"] == "none" and a["reasoning"])
     return next(own, "")
 
@@ -89,25 +99,132 @@ def draw_suffix(slot: Slot, generator: torch.Generator) -> None:
         drawn = tokens[torch.randint(max(1, len(tokens)), (tries, 1), generator=generator)]
         suffixes, texts = surviving([slot], torch.cat([suffixes[:1].expand(tries, -1), drawn], dim=1))
         if not texts:
-            raise UserError(
-                f"--attacks: {slot.victim.name}: of {len(tokens)} tokens that may stand in a suffix none "
-                "survives decoding and encoding: leave random_suffix and gcg out"
-            )
+            none = f"of {len(tokens)} tokens that may stand in a suffix none survives decoding and encoding"
+            raise UserError(f"--attacks: {slot.victim.name}: {none}: leave random_suffix and gcg out")
     slot.start, slot.start_text = suffixes[0], texts[0]
 
 
 def check_suffixes(victim: Victim, behaviours: Sequence[dict], budget: Budget) -> None:
     """UserError where no suffix can be searched for: before the first search."""
-    slots = [Slot(victim, b, check_target(b), budget, Cost()) for b in behaviours]
-    able = [slot for slot in slots if slot.fits]
-    if not able:
-        raise UserError(
-            f"gcg_suffix_tokens: given {budget.gcg_suffix_tokens}; with so many no request leaves "
-            f"room for an answer in the context of {victim.name}: lower it"
-        )
-    draw_suffix(able[0], torch.Generator().manual_seed(0))
+    slots = [Slot(victim, Attempt(b), b["target"], budget) for b in behaviours]
+    draw_suffix(slots[0], torch.Generator().manual_seed(0))
 
 
-def _attempt(behaviour: dict, trace: list[dict], cost: dict[str, float]) -> Attempt:
-    tries = [a_try(t["step"], attach(behaviour["prompt"], t["suffix"]), loss=t["loss"]) for t in trace]
-    return Attempt(behaviour["id"], tries, cost)
+# ---- a suffix behind a prompt, as text and as tokens -------------------------------------------------------
+# A model is attacked through text, so a candidate counts as the tokens of its *re-encoded text*. One that
+# comes back as other tokens is dropped and counted; else an attack may report a suffix that nobody can type.
+
+
+class Slot:
+    """The place of a suffix in one request: the token ids around it, the key-value cache of those before.
+
+        chat template, prompt | suffix | end of turn, model's turn | target
+        `prefix`, read once   | varies | `rest`                    | `target`
+
+    `fits`: it can be sent with a suffix, answered, and scored on the target. Only then may it be read, at
+    most `at_once` suffixes in a batch.
+
+    A forward pass is fed suffix, rest and target only; the cached prefix is shared. All candidates of a
+    behaviour have equal length, so nothing is padded, and the result is that of a plain forward pass.
+    """
+
+    def __init__(self, victim: Victim, attempt: Attempt, target: str, budget: Budget) -> None:
+        self.victim, self.model, self.tokenizer = victim, victim.model, victim.tokenizer
+        self.prompt, self.cost, self.start_text = attempt.prompt, attempt.cost, budget.initial_suffix()
+        # Draw the answer out of the model, do not hand it in; a reasoning before it may be handed in.
+        self.banned = attempt.behaviour["target"] if budget.gcg_ban_target else ""
+        plain, count = victim.encode(self.prompt.strip()), budget.gcg_suffix_tokens
+        full = victim.encode(attach(self.prompt, self.start_text))
+        begin = next((i for i, (a, b) in enumerate(zip(plain, full, strict=False)) if a != b), len(plain))
+        self.prefix, start, self.rest = full[:begin], full[begin : begin + count], full[begin + count :]
+        if self.prefix + self.rest != plain or len(start) != count or self.tokenizer.unk_token_id in start:
+            made = f"{count} of it make {len(full) - len(plain)} tokens behind {self.prompt[:40]!r}"
+            allowed = f"({victim.name}); allowed a word that is one known token"
+            raise UserError(f"gcg_init: given {budget.gcg_init}; {made} {allowed}")
+        device, target_ids = self.model.device, encode_text(self.tokenizer, target)
+        self.start = torch.tensor(start)  # (S,) int64
+        self.target = torch.tensor(target_ids, device=device)  # (T,)
+        self.tail = torch.tensor(self.rest + target_ids[:-1], device=device)  # the last is only predicted
+        self.fits = victim.fits(full, len(target_ids))
+        most = min(budget.max_batch_tokens, CPU_TOKENS) if device.type == "cpu" else budget.max_batch_tokens
+        self.at_once = max(1, most // (len(self.prefix) + count + len(self.tail)))
+
+    @cached_property
+    @torch.no_grad()
+    def cache(self) -> DynamicCache:
+        """Of the prefix, which is read when it is first needed."""
+        cache, ids = DynamicCache(), torch.tensor([self.prefix], device=self.model.device)
+        self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+        self._count(ids)
+        return cache
+
+    def logits(self, suffixes: Tensor) -> Tensor:
+        """suffixes (N, S) int64 -> the logits that predict the target behind each, (N, T, vocab) fp32."""
+        tail = self.tail.expand(len(suffixes), -1)
+        ids = torch.cat([suffixes.to(tail.device), tail], dim=1)  # (N, S + rest + T - 1)
+        cache = repeat_row(self.cache, len(ids))
+        logits = self.model(input_ids=ids, cache=cache, logits_to_keep=len(self.target)).logits.float()
+        self._count(ids)
+        return logits
+
+    def _count(self, ids: Tensor) -> None:
+        self.cost["queries"] += len(ids)
+        self.cost["forward_tokens"] += ids.numel()
+
+    @contextlib.contextmanager
+    def watched_embeddings(self) -> Iterator[list[Tensor]]:
+        """Within it the embeddings that the model looks up, (1, length, width), are listed, as leaves.
+
+        Not by inputs_embeds: some models scale what they look up, in it (Gemma 3) or behind it (CTRL).
+        """
+        seen: list[Tensor] = []
+
+        def keep(_: torch.nn.Module, inputs: tuple, embeds: Tensor) -> Tensor:
+            seen.append(embeds.detach().requires_grad_())
+            self.cost["backward_tokens"] += embeds.shape[1]
+            return seen[0].clone()  # CTRL scales in place
+
+        _ = self.cache  # the prefix is read before anybody listens
+        hook = self.model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def by_token(self, slope: Tensor) -> Tensor:
+        """slope (S, width) -> its product with the embedding of every token, (S, vocab) fp32, on the CPU."""
+        tokens = torch.arange(table_rows(self.model), device=slope.device).split(VOCABULARY_PART)
+        products = [slope @ self.model.get_input_embeddings()(part).T for part in tokens]
+        return torch.cat(products, dim=1).float().cpu()
+
+    def allowed(self) -> Tensor:
+        """(vocab,) bool: printable ASCII, neither special nor added, as <think> may be, nor banned."""
+        banned = {*encode_text(self.tokenizer, self.banned)}
+        banned |= {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        fine = [i not in banned and w.isascii() and w.isprintable() and w != " " for i, w in enumerate(words)]
+        size = table_rows(self.model)  # the table may exceed the tokenizer's, for padding
+        return torch.tensor((fine + [False] * size)[:size])
+
+
+def surviving(slots: Sequence[Slot], candidates: Tensor) -> tuple[Tensor, list[str]]:
+    """Candidates (N, S) whose text, behind every slot's prompt, comes back as the same ids: (M, S), texts."""
+    for slot in slots:
+        decoded = slot.tokenizer.batch_decode(candidates.tolist(), clean_up_tokenization_spaces=False)
+        texts, prompt = [text.strip() for text in decoded], slot.prompt.strip()
+        alone, *again = encode_each(slot.tokenizer, [prompt, *(attach(prompt, text) for text in texts)])
+        kept = [i for i, ids in enumerate(candidates.tolist()) if again[i] == [*(alone or []), *ids]]
+        slot.cost["did_not_survive"] += len(candidates) - len(kept)
+        candidates, texts = candidates[kept], [texts[i] for i in kept]
+    return candidates, texts
+
+
+def first_exact(slots: Sequence[Slot], suffixes: Tensor, texts: Sequence[str], losses: Tensor) -> int | None:
+    """The row of the least loss whose text, through all chat templates, gives the ids that were scored."""
+    for i in losses.argsort().tolist():  # the first one almost always does
+        sent = [slot.victim.encode(attach(slot.prompt, texts[i])) for slot in slots]
+        if sent == [[*slot.prefix, *suffixes[i].tolist(), *slot.rest] for slot in slots]:
+            return i
+        slots[0].cost["did_not_survive"] += 1
+    return None

@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from lib import UserError
-from lib.attacks.attacker import load_attacker
-from lib.attacks.gcg import CONTROL, check_suffixes
-from lib.attacks.suffix import target_of
-from lib.attacks.table import ATTACKS, steps_of
-from lib.attacks.victim import Victim
+from lib.attacks.attacker import Attacker, load_attacker
+from lib.attacks.core import COSTS, Attempt, Victim
+from lib.attacks.gcg import check_suffixes
+from lib.attacks.table import ATTACKS, CONTROL
 from lib.chat import encode_text
 from lib.metrics import SETS
 from lib.rewards import KINDS
@@ -67,7 +66,7 @@ def files_of(data: str) -> dict[str, Path]:
 def read_sets(settings: Any, names: Sequence[str]) -> tuple[dict[str, list[dict]], list[dict]]:
     """The sets of stage 1, name -> records; and the first direct ones, which are attacked, if they can be.
 
-    These get a "twin", a request that deserves an answer, where stage 1 gave none.
+    These get what stage 1 did not give: as "twin" a request that deserves an answer, as "prefill" the target.
     """
     needs, texts = ("id", "prompt", "kind", "category"), ("category", "target", "prefill", "twin", "context")
     sets, folder = {}, Path(settings.data)
@@ -81,27 +80,28 @@ def read_sets(settings: Any, names: Sequence[str]) -> tuple[dict[str, list[dict]
     if not benign:
         missing = f"{folder / FILES['harmless']}: no such file, nor {FILES['ambiguous']}"
         raise UserError(f"{missing}: a defence must be used, too")
+    for record in sets["direct"]:
+        record["target"] = (record.get("target") or "").strip()
     aiming = any(ATTACKS[name].target for name in names)
-    behaviours = [record for record in sets["direct"] if target_of(record) or not aiming]
+    behaviours = [record for record in sets["direct"] if record["target"] or not aiming]
     if settings.behaviours and not behaviours:
         missing = f"{folder / FILES['direct']}: attacks need a target, no request has one"
         raise UserError(f"{missing}: give records a target, or --behaviours 0")
     behaviours = behaviours[: settings.behaviours]
     for i, behaviour in enumerate(behaviours):
         behaviour["twin"] = behaviour.get("twin") or benign[i % len(benign)]["prompt"]
+        behaviour["prefill"] = behaviour.get("prefill") or behaviour["target"]
     return sets, behaviours
 
 
 class Lab:
     """The models, one at a time in memory, the attacker, and the files. `search` is chapter 4's."""
 
-    def __init__(self, settings: Any, run: Any, judge: Any, search: Callable) -> None:
+    def __init__(self, settings: Any, run: Any, judge: Any, search: Callable | None) -> None:
         self.settings, self.run, self.judge, self.search = settings, run, judge, search
         self.how = {"device": run.device, "dtype": settings.dtype}
         self.loaded: Victim | None = None
         self.seconds: dict[str, float] = defaultdict(float)  # by model
-        started = settings.overwrite or not (run.out / "attacks.jsonl").exists()
-        self.is_new: bool = run.gather(started)[0]  # nothing is there yet to go on with
 
     def victim(self, model: Model) -> Victim:
         if self.loaded is None or self.loaded.name != model.name:
@@ -122,22 +122,23 @@ class Lab:
         return self.loaded
 
     @cached_property
-    def attacker(self) -> Any:
-        settings = self.settings
-        limits = {"max_new_tokens": settings.attacker_tokens, "max_batch_tokens": settings.max_batch_tokens}
-        return load_attacker(settings.attacker, **self.how, **limits)
+    def attacker(self) -> Attacker:
+        limits = self.settings.attacker_tokens, self.settings.max_batch_tokens
+        return load_attacker(self.settings.attacker, *limits, **self.how)
 
     def check(self, models: list[Model], sets: dict, behaviours: list[dict], names: Sequence[str]) -> None:
-        """Tries attacker, models and judge, and encodes what models will read: a fault costs no search."""
-        if behaviours and any(ATTACKS[name].attacker for name in names):
+        """Tries attacker, models and judge, and encodes what models will read: a fault costs no search.
+        Where an earlier run has left something to go on with, it has passed."""
+        begun = not self.settings.overwrite and (self.run.out / "attacks.jsonl").exists()
+        if self.run.gather(begun)[0]:
+            return
+        if behaviours and any(ATTACKS[name].helper == "attacker" for name in names):
             self.attacker.check(names, [behaviour["prompt"] for behaviour in behaviours])
-        first, missing = sets["direct"][:8], sum(not target_of(record) for record in sets["direct"])
-        if behaviours and missing and any(ATTACKS[name].target for name in names):
-            self.run.say(f"{missing} direct requests have no target, and are not attacked")
+        first = sets["direct"][:8]
         for model in models:
             victim = self.victim(model)
-            for name, path in files_of(self.settings.data).items():
-                check_prompts(victim, sets[name], path)
+            for name, records in sets.items():
+                check_prompts(victim, records, FILES[name])
             pair, prompts = (victim.model, victim.tokenizer), [record["prompt"] for record in first]
             check_tokenizer(*pair, prompts, reasoning=model.reasoning, system=model.system)
             if behaviours:
@@ -152,46 +153,41 @@ class Lab:
 
     def attack(self, model: Model, name: str, behaviours: list[dict]) -> list[dict]:
         """Lines of attacks.jsonl. Part by part: each process attacks its share, then the part is saved."""
-        began, attack, lines = time.perf_counter(), ATTACKS[name], list[dict]()
-        together = attack.at_once * self.run.size or len(behaviours)
-        steps = 1 if attack.asks else max(1, steps_of(name, self.settings))
-        total, label = steps * (len(behaviours) if attack.at_once else 1), f"{model.name}: {name}"
-        with tqdm(total=total, desc=label, unit="step", disable=not self.run.leader) as bar:
-            for begin in range(0, len(behaviours), together):
-                part, key = behaviours[begin : begin + together], {"model": model.name, "attack": name}
-                lines += self.attempts.part(key, part, partial(self._attempts, model, name, part, bar.update))
-                bar.update(total * len(lines) // len(behaviours) - bar.n)
+        began, lines, key = time.perf_counter(), list[dict](), {"model": model.name, "attack": name}
+        log, together = self.attempts, ATTACKS[name].at_once * self.run.size or len(behaviours)
+        begins = range(0, len(behaviours), together)
+        for begin in tqdm(begins, f"{model.name}: {name}", disable=not self.run.leader):
+            part = behaviours[begin : begin + together]
+            lines += log.find(key, part) or log.add(key, self._attempts(model, name, part))
         self.seconds[model.name] += time.perf_counter() - began
         return lines
 
-    def _attempts(self, model: Model, name: str, part: list[dict], on_step: Callable) -> list[dict]:
+    def _attempts(self, model: Model, name: str, part: list[dict]) -> list[dict]:
         attack, mine = ATTACKS[name], part if self.run.leader else []
         if attack.at_once:  # else there is one search for all, which has no shares
             mine = self.run.share(part)
-        generators = [random_numbers(self.settings.seed, f"{name}/{b['id']}") for b in mine]
-        attempts = []
-        if mine:  # who has nothing to do loads no model
-            given = [self.search] if attack.search else [self.attacker] if attack.attacker else []
-            attempts = attack.run(self.victim(model), mine, self.settings, generators, on_step, *given)
-        return self.run.gather_lists([asdict(attempt) for attempt in attempts])
+        attempts = [Attempt(b, random_numbers(self.settings.seed, f"{name}/{b['id']}")) for b in mine]
+        if attempts:  # who has nothing to do loads no model
+            helper = getattr(self, attack.helper) if attack.helper else None
+            attack.run(self.victim(model), attempts, self.settings, helper)
+        lines = [{"id": a.behaviour["id"], "trace": a.trace, "cost": a.cost} for a in attempts]
+        return self.run.gather_lists(lines)
 
     def ask(self, model: Model, tries: Tries) -> list[dict]:
         """Lines of completions.jsonl: what the model answers to all tries, and the judge's verdicts."""
-        began, lines = time.perf_counter(), list[dict]()
+        began, lines, log = time.perf_counter(), list[dict](), self.completions
         for (name, step), asked in tqdm(tries.items(), f"{model.name}: answers", disable=not self.run.leader):
-            key, records = {"model": model.name, "set": name, "step": step}, [record for record, _ in asked]
-            lines += self.completions.part(key, records, partial(self._answers, model, key, asked))
+            key = {"model": model.name, "set": name, "step": step}
+            lines += log.find(key, [r for r, _ in asked]) or log.add(key, self._answers(model, key, asked))
         self.seconds[model.name] += time.perf_counter() - began
         return lines
 
     def _answers(self, model: Model, key: dict, asked: list[tuple[dict, dict]]) -> list[dict]:
         numbers = random_numbers(self.settings.seed, f"{key['set']}/{key['step']}")  # the same for all models
-        new = [(*pair, seed) for pair, seed in zip(asked, draw_seeds(numbers, len(asked)), strict=True)]
-        mine = self.run.share([row for row in new if "completion" not in row[1]])
-        answers = []
-        if mine:  # as above: what an attack has asked already is not asked again
-            sent, openings = [t["sent"] for _, t, _ in mine], [t["opening"] for _, t, _ in mine]
-            answers = self.victim(model).ask([r for r, *_ in mine], sent, openings, [s for *_, s in mine])
+        seeded = zip(asked, draw_seeds(numbers, len(asked)), strict=True)
+        mine = self.run.share([pair for pair in seeded if "completion" not in pair[0][1]])
+        # As above; and what an attack has asked already is not asked again.
+        answers = self.victim(model).ask([a for a, _ in mine], [seed for _, seed in mine]) if mine else []
         found, lines = iter(self.run.gather_lists(answers)), []
         for record, attempt in asked:
             line = {name: record[name] for name in COPIED if name in record}
@@ -200,27 +196,19 @@ class Lab:
         return lines
 
 
-def check_prompts(victim: Victim, records: list[dict], path: Path) -> None:
-    fitting = []
-    for record in records:
-        try:
-            fitting.append(victim.fits(victim.encode(record["prompt"])))
-        except UserError as error:
-            raise UserError(f"{path}: {record['id']}: {error}") from error
-    if not any(fitting):
+def check_prompts(victim: Victim, records: list[dict], file: str) -> None:
+    """UserError for a prompt that the model's tokenizer cannot read, and if none fits the context."""
+    if not any([victim.fits(victim.encode(record["prompt"])) for record in records]):  # a list: all are read
         flag = "--max-new-tokens" if victim.reasoning else "answer_tokens"
-        given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {path} exceed"
+        given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {file} exceed"
         raise UserError(f"{given} the context of {victim.name}: lower it, or leave the model out")
 
 
 def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str], settings: Any) -> None:
     """UserError for what an attack needs and the model's tokenizer cannot read."""
     for behaviour in behaviours:
-        texts = {key: behaviour.get(key) for key in ("prefill", "twin")} | {"target": target_of(behaviour)}
-        for key, text in texts.items():
-            if text and not encode_text(victim.tokenizer, text):
-                nothing = f"its {key} {text!r} has no tokens"
-                raise UserError(f"behaviour {behaviour['id']}: {nothing}; write another")
+        for key in ("target", "prefill", "twin"):
+            encode_text(victim.tokenizer, behaviour[key])
     if victim.reasoning and FORGING & {*names}:
         if victim.tokenizer.unk_token_id in encode_text(victim.tokenizer, settings.forged):
             given = f"forged: given {settings.forged!r}; {victim.name} does not know all of its words"
@@ -230,8 +218,8 @@ def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str
 
 
 def summary(attempts: Sequence[dict], name: str) -> dict[str, Any]:
-    """What an attack achieved and cost, from its lines of attacks.jsonl. No seconds: they vary."""
-    cost = {key: sum(a["cost"][key] for a in attempts) for key in attempts[0]["cost"] if key != "seconds"}
+    """What an attack achieved and cost, from its lines of attacks.jsonl."""
+    cost = {key: sum(a["cost"][key] for a in attempts) for key in COSTS}
     tried = [a["trace"] for a in attempts if a["trace"] and a["trace"][0]["loss"] is not None]
     before, after = (sum(t[k]["loss"] for t in tried) / len(tried) if tried else None for k in (0, -1))
     result = {"access": ATTACKS[name].access, "behaviours": len(attempts)}
@@ -239,27 +227,23 @@ def summary(attempts: Sequence[dict], name: str) -> dict[str, Any]:
 
 
 class Log:
-    """A jsonl file that grows by parts. One that a kill cut short, or that stands there twice, is done again.
-
-    The leader reads and writes it, for all processes. `keys`: of a line, beside its id.
-    """
+    """A jsonl file that grows by parts. The leader reads and writes it, for all processes. `keys`: of a line,
+    beside its id."""
 
     def __init__(self, run: Any, file: str, keys: tuple[str, ...]) -> None:
         self.run, self.path = run, run.out / file
-        self.lines: dict[tuple, list[dict]] = defaultdict(list)
-        for line in resume_log(self.path) if run.leader else []:
-            self.lines[tuple(line[key] for key in keys)].append(line)
+        lines = resume_log(self.path) if run.leader else []
+        self.known = {(*(line[key] for key in keys), line["id"]): line for line in lines}
 
-    def part(self, key: dict, records: Sequence[dict], make: Callable[[], list[dict]]) -> list[dict]:
-        """The lines of these records under `key`: as the file has them all, or else made now and added."""
-        ids = [record["id"] for record in records]
-        known = [line for line in self.lines[tuple(key.values())] if line["id"] in {*ids}]
-        known = self.run.gather(known)[0]
-        if [line["id"] for line in known] == ids:
-            return known
-        if known and self.run.leader:
-            resume_log(self.path, lambda line: line not in known)
-        lines = [key | line for line in make()]
+    def find(self, key: dict, records: Sequence[dict]) -> list[dict]:
+        """The lines of these records under `key`; none unless the file has them all."""
+        lines = [self.known.get((*key.values(), record["id"])) for record in records]
+        return self.run.gather(lines if all(lines) else [])[0]
+
+    def add(self, key: dict, lines: Sequence[dict]) -> list[dict]:
+        """Save a part under `key`. A kill may have left the first lines of it."""
+        lines = [key | line for line in lines]
         for line in lines if self.run.leader else []:
-            append_jsonl(self.path, line)
+            if (*key.values(), line["id"]) not in self.known:
+                append_jsonl(self.path, line)
         return lines

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import lib.attacks.asking as asking
-import lib.attacks.autodan as autodan
 import lib.attacks.gcg as gcg
-from lib.attacks.core import Attempt, Budget
-from lib.attacks.gcg import CONTROL
+from lib.attacks.autodan import autodan
+
+CONTROL = "random_suffix"
 
 
 @dataclass(frozen=True)
@@ -18,27 +18,26 @@ class Attack:
     """`asks`: it sends its tries itself. Else it searches without asking, and the best that it has found is
     sent once at each of a few budgets. Either way these are its tries, and one success is enough."""
 
-    run: Callable[..., list[Attempt]]
+    run: Callable[..., None]
     access: str
+    helper: str = ""  # whom it is given: chapter 4's "search", or the "attacker", who writes its words
     asks: bool = False
-    search: bool = False  # it is given the chapter's `search`
-    attacker: bool = False  # it is given somebody who writes its words
     reasoners_only: bool = False
     target: bool = True  # a behaviour without one is passed over
     at_once: int = 1  # behaviours that it handles together; a kill costs at most so many (0: all)
 
 
 _prefill = partial(Attack, access="prefill", asks=True, at_once=32)
-_gcg = partial(Attack, access="white-box", search=True)
-_by_words = partial(Attack, access="black-box", asks=True, attacker=True, target=False, at_once=8)
+_gcg = partial(Attack, access="white-box", helper="search")
+_by_words = partial(Attack, access="black-box", helper="attacker", asks=True, target=False, at_once=8)
 ATTACKS: dict[str, Attack] = {
-    CONTROL: Attack(partial(gcg.gcg, CONTROL), "black-box", search=True),
+    CONTROL: Attack(gcg.random_suffix, "black-box", helper="search"),
     "gcg": _gcg(partial(gcg.gcg, "gcg")),
     "gcg_close": _gcg(partial(gcg.gcg, "gcg_close"), reasoners_only=True),
     "gcg_forged": _gcg(partial(gcg.gcg, "gcg_forged"), reasoners_only=True),
     "gcg_twin": _gcg(partial(gcg.gcg, "gcg_twin"), reasoners_only=True),
     "gcg_universal": _gcg(gcg.universal_gcg, at_once=0),
-    "autodan": Attack(autodan.autodan, "score", attacker=True),
+    "autodan": Attack(autodan, "score", helper="attacker"),
     "prefill_reasoning": _prefill(asking.prefill_reasoning, reasoners_only=True, target=False),
     "prefill_answer": _prefill(asking.prefill_answer),
     "best_of_n": _by_words(asking.best_of_n),
@@ -52,11 +51,3 @@ def chosen(names: Sequence[str]) -> list[str]:
     names = list(ATTACKS) if "all" in names else list(names)
     control = [CONTROL] if any(ATTACKS[name].access == "white-box" for name in names) else []
     return list(dict.fromkeys(control + names))
-
-
-def steps_of(attack: str, budget: Budget) -> int:
-    """The steps that an attack makes for one behaviour: what its budget curve runs to."""
-    if attack.startswith("gcg"):
-        return budget.gcg_steps
-    tries = {"autodan": budget.generations, "best_of_n": budget.samples, "pap": budget.techniques}
-    return {**tries, "pair": budget.streams * budget.depth, CONTROL: 0}.get(attack, 1)

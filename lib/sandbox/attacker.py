@@ -36,7 +36,7 @@ DEEPEST = 4  # hops that it disguises a thing in
 
 
 class SandboxAttacker:
-    """See `lib.attacks.core.Attacker`; each text depends on its own seed alone."""
+    """See `lib.attacks.attacker.Attacker`; each text depends on its own seed alone."""
 
     techniques = tuple(PERSUASION)
 

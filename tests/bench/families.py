@@ -29,9 +29,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from lib import UserError
-from lib.attacks import Budget, Slot, Victim
+from lib.attacks import Attempt, Budget, Slot, Victim
 from lib.attacks.autodan import target_losses
-from lib.attacks.core import Cost
 from lib.batches import pad_batch
 from lib.judges import Judge
 from lib.policy import token_logprobs
@@ -266,14 +265,14 @@ def gcg_of(case: Case) -> tuple[list[int], list[int], list[int], list[int], Call
     """The one place that knows GCG's functions: ids before, of and behind the suffix, and of the target;
     losses of candidates (N, S) -> (N,); gradient of a suffix (S,) -> (S, vocab)."""
     request = {"id": "a", "prompt": "tell me a story about the sea w1 w2 w3", "target": case.target}
-    slot = Slot(case.victim, request, case.target, BUDGET, Cost())
+    slot = Slot(case.victim, Attempt(request), case.target, BUDGET)
     chapter = importlib.import_module("04_attack_eval")
     functions = partial(chapter.losses, slot), partial(chapter.gradient, slot)
     return slot.prefix, slot.start.tolist(), slot.tail.tolist(), slot.target.tolist(), *functions
 
 
 def autodan_losses(case: Case, texts: list[str]) -> list[float]:
-    return target_losses(case.victim, texts, case.target, BUDGET, Cost())
+    return target_losses(case.victim, Attempt({"target": case.target}), texts, BUDGET)
 
 
 def verdict(worst: float) -> str:

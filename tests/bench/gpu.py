@@ -40,8 +40,7 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from lib.attacks import Budget, Slot, Victim, surviving
-from lib.attacks.core import Cost
+from lib.attacks import Attempt, Budget, Slot, Victim, surviving
 from lib.judges import load_judge
 from lib.policy import token_logprobs
 from lib.run.hub import load_tokenizer
@@ -479,10 +478,10 @@ def gcg_of(model, width: int, steps: int) -> tuple[Callable, Callable, Tensor]:
     budget = Budget(gcg_steps=steps, gcg_width=width, gcg_top_k=64, gcg_suffix_tokens=20, gcg_init="please")
     tokenizer = load_tokenizer("lib/sandbox/base")
     victim = Victim("random", model, tokenizer, True, load_judge("sandbox"), 16, 0.6)
-    slot, generator = Slot(victim, request, target, budget, Cost()), torch.Generator().manual_seed(0)
+    slot, generator = Slot(victim, Attempt(request), target, budget), torch.Generator().manual_seed(0)
     gradient = chapter.gradient(slot, slot.start)
     candidates = chapter.propose(gradient, slot.start, slot.allowed(), budget, generator)
-    search = partial(chapter.search, [slot], budget, generator, lambda: None)
+    search = partial(chapter.search, [slot], budget, generator)
     return search, partial(chapter.losses, slot), surviving([slot], candidates)[0]
 
 

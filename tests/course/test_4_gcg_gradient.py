@@ -21,7 +21,7 @@ def logits_of(embeds):
 
 
 class Slot:
-    """Suffix, then two tokens of rest and target, as lib/attacks/suffix.py has it."""
+    """Suffix, then two tokens of rest and target, as lib/attacks/gcg.py has it."""
 
     def __init__(self):
         self.target, self.tail, self.seen = torch.tensor([1, 6, 3]), torch.tensor([4, 1, 6]), None
