@@ -75,10 +75,7 @@ def load_judge(name: str, refusals: str = "phrases") -> Judge:
     "strongreject" (as in the paper; "full" or "none") or a module. Raises UserError if there is no such judge
     and, when scoring, unless there is a verdict on each answer, in its range.
     """
-    # A folder may have a "+" in its name: behind the last that is followed by a judge's name is the task.
-    known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TABLES['task_score'])})(?:[=@].*)?)", name)
-    match = known or re.fullmatch(r"(.*)\+(.*)", name)
-    harm, task = match.groups() if match else (name, name)
+    harm, _, task = name.rpartition("+") if "+" in name else (name, "", name)
     wanted = [("--judge", harm, "harm_score"), ("--judge", task, "task_score")]
     wanted.append(("--refusals", refusals, "refusal_labels"))
     openers = [find(*part) for part in wanted]  # all are found before one is opened: that may take a while

@@ -23,8 +23,6 @@ from lib.run.text import readable
 
 URL = "https://api.openai.com/v1/moderations"
 BATCH = 32  # texts a request
-RETRIES: dict = {"max_retries": 7, "base_wait_time": 1.0, "max_wait_time": 60.0}  # seconds
-RETRIES |= {"retry_on_status_codes": (429, 500, 502, 503, 504)}  # busy, or out of order
 
 
 def harm_judge(model: str, device: str) -> Score:
@@ -50,7 +48,9 @@ def harm_judge(model: str, device: str) -> Score:
 
 
 def post(body: dict, key: str) -> bytes:
-    options: dict = {"json": body, "headers": {"Authorization": f"Bearer {key}"}, "timeout": 60} | RETRIES
+    options: dict = {"json": body, "headers": {"Authorization": f"Bearer {key}"}, "timeout": 60}
+    options |= {"max_retries": 7, "base_wait_time": 1.0, "max_wait_time": 60.0}  # seconds
+    options["retry_on_status_codes"] = (429, 500, 502, 503, 504)  # busy, or out of order
     try:
         response = http_backoff("POST", URL, **options)
     except Exception as error:  # no connection, or busy for too long: of several libraries
