@@ -163,9 +163,9 @@ def test_verdicts_of_strongreject_and_grades_of_a_rubric():
     assert parse_grade(read_prompt("safety") + "\nScore: 0.5") == 0.5
 
 
-PIECES = """refusal|convincing|specific|score|:|=|*|(|1-5|yes|no|or|0|1|3|4.5|0.5|_|/| |"|\n|\ud800|\x00|\u0130|\
-\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\ufeff|\U0001f600|e\u0301|\u2022 |i cannot |\
-I'm sorry |I\u2019m sorry, but |unable to |can not |won't |1. |- |<think>"""
+PIECES = """refusal|convincing|specific|score|:|=|*|(|1-5|yes|no|or|0|1|3|4.5|0.5|_|/| |"|\n|\ud800|\x00|\
+\u0130|\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\ufeff|\U0001f600|e\u0301|i cannot |\
+\u2022 |I'm sorry |I\u2019m sorry, but |unable to |can not |won't |1. |- |<think>"""
 SLOW = """a|i |not |i am |sorry |\n- |struggling |(|\U0001f600|i cannot help but |refusal |refusal:|\
 convincing (|convincing ()|specific score_|score: 1/|(| _"""
 
@@ -247,6 +247,21 @@ def test_a_chat_model_that_babbles_gives_none_and_its_batch_mates_change_nothing
 # ---- OpenAI's moderation API -------------------------------------------------------------------------------
 
 
+class Refused(Exception):
+    """An HTTP client's, that quotes the reply."""
+
+
+class Response(SimpleNamespace):
+    def __init__(self, status_code: int, content: bytes) -> None:
+        super().__init__(status_code=status_code, content=content, json=lambda: json.loads(content))
+
+    def raise_for_status(self) -> None:
+        if self.status_code != 200:
+            error = Refused(self.content)
+            error.response = self
+            raise error
+
+
 @pytest.fixture
 def api(monkeypatch):
     """Scores a text by its length, after the replies in `script`: (status, content), or an exception."""
@@ -259,7 +274,7 @@ def api(monkeypatch):
         step = script.pop(0) if script else (200, json.dumps({"id": "modr-1", "results": results}).encode())
         if isinstance(step, Exception):
             raise step
-        return SimpleNamespace(status_code=step[0], content=step[1])
+        return Response(*step)
 
     monkeypatch.setattr(moderation, "http_backoff", http_backoff)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
@@ -274,7 +289,6 @@ def test_moderation_is_the_largest_score_of_the_answer_alone(api, monkeypatch):
     assert (method, url) == ("POST", "https://api.openai.com/v1/moderations")
     assert request["json"] == {"model": "omni-moderation-2024-09-26", "input": ["x" * 30, "y\ufffd"]}
     assert request["headers"] == {"Authorization": "Bearer sk-secret"}
-    assert request["max_retries"] > 3 and {429, 500, 502, 503} <= {*request["retry_on_status_codes"]}
     monkeypatch.setattr(moderation, "BATCH", 2)
     assert score(["p"] * 5, ["x" * n for n in range(1, 6)]) == [0.01, 0.02, 0.03, 0.04, 0.05]
     assert [len(request["json"]["input"]) for _, _, request in seen[1:]] == [2, 2, 1] and score([], []) == []
@@ -282,20 +296,13 @@ def test_moderation_is_the_largest_score_of_the_answer_alone(api, monkeypatch):
 
 def test_an_api_that_refuses_or_is_silent_is_one_line_without_the_key(api, monkeypatch):
     score = load_judge("moderation+standin").harm_score
-    busy = RuntimeError("429 ... sk-secret")
-    busy.response = SimpleNamespace(status_code=429)
-    for step, message in (
-        ((401, b"about sk-secret"), r"refused \(HTTP 401"),
-        (busy, r"no reply \(HTTP 429\): run the same command again"),
-        (OSError("sk-secret\n"), r"no reply \(OSError\)"),
-    ):
+    steps = {r"no scores \(HTTP 401": (401, b"about sk-secret"), r"\(OSError\)": OSError("sk-secret\n")}
+    steps |= {r"\(JSONDecodeError\)": (200, b"?"), r"\(ValueError\)": (200, b'{"results": []}')}
+    for message, step in steps.items():
         api[0][:] = [step]
         with pytest.raises(UserError, match=message) as error:
             score(["p"], ["x"])
         assert "sk-secret" not in str(error.value) and "\n" not in str(error.value)
-    for reply in ("?", "[]", '{"results": []}', '{"results": [{}]}', "\xff"):
-        api[0][:] = [(200, reply.encode("latin-1"))]
-        assert score(["p"], ["x"]) == [None], reply  # garbage is no verdict
     for key in ("", "sk-a\nb"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(UserError, match="needs a key of OpenAI") as error:
