@@ -174,7 +174,6 @@ def separation(x: Tensor, y: Tensor) -> dict[str, Any]:
     return {
         "margin": round(float(2 / weight.norm()), 4),
         "accuracy": wilson(right.tolist()),
-        "n": len(y),
         "slack": round(float(slack), 4),
         "points": [[round(a, 4), round(b, 4), int(group)] for a, b, group in points],
     }
