@@ -202,10 +202,8 @@ def test_axes_and_points(full):
     tars = models["tars"]
     compliance, task = draw("plane", models)
     assert compliance.get_xlabel().startswith("compliance") and task.get_xlabel().startswith("task score")
-    assert points(task, "tars") == (
-        [tars["plane"]["task_score"]["mean"]],
-        [tars["plane"]["plain_or"]["mean"]],
-    )
+    plane = {key: ci["mean"] for key, ci in tars["plane"].items()}
+    assert points(task, "tars") == ([plane["task_score"]], [plane["plain_or"]])
     (attacks,) = draw("attacks", models)
     names = [label.get_text() for label in attacks.get_yticklabels()]
     assert names == ["direct", "plain_or_gcg", "plain_or_pair"]  # the attacks alone are in the table
