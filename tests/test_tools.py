@@ -84,68 +84,50 @@ def test_verdicts(answer, reference, right):
 # ---- the capability check ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def answers(monkeypatch):
-    """What models say, {folder: {number of the question: text}}, for tests to fill; what they have said."""
-    said: dict[str, dict[int, str]] = {}
-    asked: list[str] = []
-
-    def fake(model, prompts, **options):
-        completions = []
-        for number in prompts:
-            if number not in said[model]:
-                raise KeyboardInterrupt
-            asked.append(said[model][number])
-            reason = "length" if asked[-1].endswith("...") else "eos"
-            completions.append(Completion([len(asked) - 1], [0.0], reason))
-        return completions
-
-    monkeypatch.setattr(capability, "encode_prompt", lambda tokenizer, text, **options: int(text.split()[2]))
-    monkeypatch.setattr(capability, "sample", fake)
-    monkeypatch.setattr(capability, "decode", lambda tokenizer, ids: asked[ids[0]])
-    monkeypatch.setattr(capability, "load_policy", lambda folder, **options: folder)
-    for name in ("load_tokenizer", "check_tokenizer", "eos_token_ids"):
-        monkeypatch.setattr(capability, name, lambda *args, **options: None)
-    return said, asked
-
-
-def questions(folder):
-    """Six of them in a file, and the flags that go with it."""
-    write_jsonl(folder / "q.jsonl", [{"question": f"what is {i} ?", "answer": i} for i in range(6)])
+def questions(folder, *answers):
+    """One for each answer in a file, and the flags that go with it."""
+    asked = ["hello there", CAKE, "why ?", "make . make ."]
+    rows = [{"question": text, "answer": answer} for text, answer in zip(asked, answers, strict=False)]
+    write_jsonl(folder / "q.jsonl", rows)
     return ["--file", str(folder / "q.jsonl"), "--out", str(folder / "out")]
 
 
-def test_shares_paired_differences_and_a_stopped_check_that_goes_on(answers, tmp_path, capsys):
-    said, asked = answers
-    said["a"] = {i: f"hm </think> {i}" for i in range(5)} | {5: "it may be 5 or ..."}  # no end, so no answer
-    said["b"] = {0: "0", 1: "1", 2: "7"}
-    argv = ["--models", "a=a", "b=b", "--direct", "b", *questions(tmp_path)]
+def test_exact_match_paired_and_a_stopped_check_that_goes_on(tmp_path, monkeypatch, capsys):
+    """The sandbox's base, directly, and behind a <think> that it does not know."""
+    words = questions(tmp_path, greedy("hello there"), greedy(CAKE), "x", greedy("make . make ."))
+    words += ["--models", f"a={BASE}", f"b={BASE}", "--direct", "a", "--max-new-tokens", "12"]
+    asked, answers_of = [], capability.answers_of
+
+    def once(model, tokenizer, records, reasoning, settings):
+        asked.append(reasoning)
+        if asked == [False, True]:
+            raise KeyboardInterrupt
+        return answers_of(model, tokenizer, records, reasoning, settings)
+
+    monkeypatch.setattr(capability, "answers_of", once)
     with pytest.raises(KeyboardInterrupt):
-        check(argv)
-    said["b"] |= {3: "no idea", 4: "4 ...", 5: "6"}  # cut, but it is the answer
-    asked.clear()
-    check(argv)
-    assert asked == [*said["b"].values()]  # the first model is not asked again
+        check(words)
+    check(words)
+    assert asked == [False, True, True]  # the first model is not asked again
     results = json.loads((tmp_path / "out/results.json").read_text())
     a, b = (results["models"][name]["capability"] for name in "ab")
-    assert (a["exact_match"]["mean"], a["exact_match"]["low"], a["exact_match"]["n"]) == (0.8333, 0.4365, 6)
-    assert b["exact_match"]["mean"] == 0.5
-    assert (a["answered"]["mean"], b["answered"]["mean"]) == (0.8333, 0.8333)
-    assert (a["cut"]["mean"], b["cut"]["mean"]) == (0.1667, 0.1667)
+    assert a["exact_match"] == {"mean": 0.75, "low": 0.3006, "high": 0.9544, "n": 4}
+    assert (a["cut"]["mean"], a["answered"]["mean"], b["exact_match"]["mean"]) == (0.0, 1.0, 0.0)
     (difference,) = results["differences"]
-    assert (difference["a"], difference["b"], difference["ci"]["mean"]) == ("a", "b", 0.3333)
-    assert difference["ci"]["low"] == 0.0 and difference["ci"]["high"] == 0.6667  # each gap is 0 or 1, 2 of 6
-    assert "a - b: exact match 0.333 [0.000, 0.667]" in capsys.readouterr().out
+    assert (difference["a"], difference["b"], difference["ci"]["mean"]) == ("a", "b", 0.75)
+    assert "a - b: exact match 0.750 [0.250, 1.000]" in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-new-tokens"):
-        check([*argv, "--max-new-tokens", "5"])
+        check([*words, "--max-new-tokens", "5"])
 
 
-def test_the_sandbox_base_agrees_with_its_own_greedy_answers(tmp_path):
-    words = questions(tmp_path)
-    rows = [{"question": CAKE, "answer": greedy(CAKE)}, {"question": "hello", "answer": "x"}]
-    write_jsonl(tmp_path / "q.jsonl", rows)
-    check(["--models", f"base={BASE}", "--direct", "base", "--max-new-tokens", "12", *words])
-    assert [line["right"] for line in read_jsonl(tmp_path / "out/answers_base.jsonl")] == [True, False]
+def test_a_thought_that_is_cut_off_is_no_answer(monkeypatch):
+    tokenizer, records = load_tokenizer(BASE), [{"question": CAKE, "reference": "use"}]
+    cut = Completion(tokenizer("use", add_special_tokens=False)["input_ids"], [0.0], "length")
+    monkeypatch.setattr(capability, "sample", lambda *args, **how: [cut])
+    model, settings = load_policy(BASE, device="cpu"), capability.Settings()
+    for reasoning, taken in ((False, "use"), (True, "")):
+        (line,) = capability.answers_of(model, tokenizer, records, reasoning, settings)
+        assert (line["extracted"], line["right"], line["cut"]) == (taken, not reasoning, True)
 
 
 def test_loss_is_of_what_is_written_behind_what_is_given(tmp_path, capsys):
@@ -205,7 +187,7 @@ def test_mistakes_are_one_line_and_leave_no_folder(main, change, message, tmp_pa
     write_json(run / "settings.json", {"reasoning": True, "git_revision": "abc"})
     write_jsonl(tmp_path / "short.jsonl", [{"question": "why ?"}])
     names = {"RUN": str(run), "SHORT": str(tmp_path / "short.jsonl")}
-    words = ["--models", f"a={BASE}", *questions(tmp_path)] if main is check else []
+    words = ["--models", f"a={BASE}", *questions(tmp_path, "4")] if main is check else []
     with pytest.raises(UserError) as caught:
         main([*words, *(re.sub("RUN|SHORT", lambda found: names[found[0]], word) for word in change)])
     at_end.close()
