@@ -4,51 +4,46 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from stages import ROOT
 
 from lib import UserError
-from lib.tools import course, grade
-from lib.tools.marks import check_marks, for_students, parts_of
+from lib.tools import course
 
-ROOT = Path(__file__).parent.parent
 LINES = ["def f():", "    ### BEGIN SOLUTION kl", "    return 1", "    ### END SOLUTION", "f()", ""]
 TEXT, HERE = "\n".join(LINES), Path("a.py")
 MARKED = "### BEGIN SOLUTION" in (ROOT / "03_rl_train.py").read_text(encoding="utf-8")  # not in instructor/
 
 
 def test_a_body_becomes_an_error_that_names_its_exercise():
-    text = for_students(parts_of(TEXT, HERE), {"kl"})
+    hidden = "### BEGIN HIDDEN\ng()\n### END HIDDEN\n"
+    text = course.for_students(TEXT + hidden, {"kl"})
     assert text == 'def f():\n    raise NotImplementedError("exercise kl: make grade E=kl")\nf()\n'
-    assert for_students(parts_of(TEXT, HERE), set()) == "def f():\n    return 1\nf()\n"
+    assert course.for_students(TEXT, set()) == "def f():\n    return 1\nf()\n"
+    assert course.for_instructors(TEXT + hidden) == "def f():\n    return 1\nf()\ng()\n"
 
 
 @pytest.mark.parametrize(
-    "line, becomes, error",
+    "old, new, error",
     [
-        (1, "", "a.py:4: END SOLUTION without its BEGIN SOLUTION"),
-        (3, "", "a.py:2: BEGIN SOLUTION is never closed"),
-        (2, LINES[1], "a.py:3: BEGIN SOLUTION within the mark of line 2"),
-        (1, "    ### BEGIN SOLUTION", "a.py:2: BEGIN SOLUTION without a name"),
-        (3, "    ### END HIDDEN", "a.py:4: END HIDDEN without its BEGIN HIDDEN"),
+        (LINES[1], "", "a.py: ### END SOLUTION: BEGIN and END do not pair"),
+        (LINES[3], "", "a.py: ### BEGIN SOLUTION kl: BEGIN and END do not pair"),
+        (LINES[2], LINES[1], "do not pair"),  # one within another
+        (LINES[3], "    ### END HIDDEN", "do not pair"),
+        ("SOLUTION kl", "SOLUTION", "exercise without a name lacks an entry in docs/exercises.json"),
+        ("kl", "zz", "exercise kl lacks a mark in a.py"),
     ],
 )
-def test_marks_that_do_not_pair(line, becomes, error):
-    lines = [*LINES[:line], becomes, *LINES[line + 1 :]]
+def test_marks_pair_and_have_an_exercise(old, new, error):
+    exercises = [{"name": "kl", "files": ["a.py"]}]
+    course.check_marks({HERE: TEXT}, exercises)
     with pytest.raises(UserError, match=error):
-        parts_of("\n".join(lines), HERE)
-
-
-def test_marks_and_exercises_that_miss_each_other():
-    files = {HERE: parts_of(TEXT, HERE)}
-    check_marks(files, [{"name": "kl", "files": ["a.py"]}])
-    with pytest.raises(UserError, match="a.py: no exercise kl with this file in docs/exercises.json"):
-        check_marks(files, [])
-    with pytest.raises(UserError, match="docs/exercises.json: exercise kl has no mark in b.py"):
-        check_marks(files, [{"name": "kl", "files": ["a.py", "b.py"]}])
+        course.check_marks({HERE: TEXT.replace(old, new)}, exercises)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +55,8 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         course.main([str(out), "--only", "mixture", "wilson", "--tests", "lib/metrics.py"])
+        with pytest.raises(UserError, match="is there already"):
+            course.main([str(out)])
     return out
 
 
@@ -83,7 +80,7 @@ def test_no_answer_is_handed_out(made):
 
 
 def test_grades(made):
-    table = graded(made / "student").stdout.splitlines()
+    table = graded(made / "student", "week1", "wilson").stdout.splitlines()
     assert [line.split()[:4] for line in table] == [
         ["mixture", "0", "/", "5"],
         ["wilson", "0", "/", "4"],
@@ -95,26 +92,18 @@ def test_grades(made):
 
 def test_a_submission_is_graded_for_gradescope(made, tmp_path):
     solution = (made / "instructor/lib/metrics.py").read_text()
-    slip = solution.replace(" + Z**2 / (4 * n**2)", "")
-    for name, text in (("lib/metrics.py", slip), ("01_build_mixture.py", "import nowhere\n")):
+    texts = {"lib/metrics.py": solution.replace(" + Z**2 / (4 * n**2)", "")}
+    texts["01_build_mixture.py"] = "import nowhere\n"
+    for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    source = tmp_path / "source"
-    course.shutil.copytree(made / "instructor", source)
-    assert (
-        graded(source, "--submission", str(tmp_path), "--results", str(tmp_path / "results.json")).returncode
-        == 0
-    )
-    mixture, wilson = json.loads((tmp_path / "results.json").read_text())["tests"]
+    source, results = shutil.copytree(made / "instructor", tmp_path / "source"), tmp_path / "results.json"
+    words = ["--submission", str(tmp_path), "--results", str(results)]
+    assert graded(source, *words).returncode == 0
+    mixture, wilson = json.loads(results.read_text())["tests"]
     assert mixture["score"] == 0 and "No module named 'nowhere'" in mixture["output"]
     assert 0 < wilson["score"] < 4 and wilson["output"] != ""
     (tmp_path / "lib/metrics.py").unlink()
-    ended = graded(source, "--submission", str(tmp_path), "--results", str(tmp_path / "results.json"))
+    ended = graded(source, *words)
     assert ended.returncode == 2 and "lib/metrics.py is missing" in ended.stderr
-    assert json.loads((tmp_path / "results.json").read_text())["score"] == 0
-
-
-def test_a_finished_course_is_not_overwritten(made):
-    with pytest.raises(UserError, match="is there already"):
-        course.main([str(made)])
-    assert grade.chosen([{"name": "a", "week": 1}, {"name": "b", "week": 2}], ["week2"])[0]["name"] == "b"
+    assert json.loads(results.read_text())["score"] == 0

@@ -137,14 +137,6 @@ def test_figures_are_in_the_page_which_loads_nothing(full):
         assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
 
 
-# Lines of the sandbox's runs, rounded. null: no such prompt was drawn.
-SFT = '{"step": 0, "epoch": 0, "loss": 7.68, "grad_norm": 14.5, "learning_rate": 2e-05, "seconds": 0.09}'
-RL = """{"step": 0, "reward": 0.35, "reward_harmful": 0.55, "reasoning_tokens_harmful": 15.2,
- "refusal_rate_harmful": 0.36, "reward_harmless": null, "reasoning_tokens_harmless": null,
- "refusal_rate_harmless": null, "reward_ambiguous": 0.06, "reasoning_tokens_ambiguous": 17.6,
- "refusal_rate_ambiguous": 0.43, "format_rate": 0.64, "zero_advantage_groups": 3, "loss": -0.01, "kl": 0.0}"""
-
-
 def test_what_is_absent_is_left_out_and_matplotlib_may_be(tmp_path, monkeypatch):
     for name in [m for m in sys.modules if m.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -155,7 +147,7 @@ def test_what_is_absent_is_left_out_and_matplotlib_may_be(tmp_path, monkeypatch)
     text, root = write(tmp_path, results, [])
     kept = [CAPTIONS[part] for part in ("about", "plane", "dsr", "settings")]
     assert list(tables(root)) == kept and not articles(root) and "## Format" not in text
-    (tmp_path / "metrics.jsonl").write_text(SFT)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 7.68}')
     report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert not list(tmp_path.glob("*.png")) and not list(root.iter("img")) and "![" not in text
 
@@ -165,18 +157,12 @@ def test_completions_side_by_side_each_with_its_verdict(tmp_path, monkeypatch):
     lines += [a_line("m", "harmless", i, refusal=r) for i, r in enumerate(("full", "partial", "none", None))]
     expected = "defended defended broken unknown refused refused served unknown".split()
     assert [x["verdict"] for prompt in report.by_prompt(lines, 0.5) for x in prompt] == expected
-    decided = {(1.0, 1.0, 0.0): 0, (None, 1.0, 0.0): 1, (0.0, None, 0.0): 1, (0.0, 0.0, 0.0): 2}
-    for harms, step in decided.items():
-        lines = [a_line("m", "gcg", 0, step=i, harm=harm) for i, harm in enumerate(harms)]
-        assert [[x["step"] for x in prompt] for prompt in report.by_prompt(lines, 0.5)] == [[step]]
     monkeypatch.setattr(report, "draw_figures", lambda *args: [])  # slow
-    lines = make_lines()
-    shown = articles(write(tmp_path, make_results(lines), lines)[1])
-    assert [text.split()[0] for text in shown] == [name for name in TRIES for _ in range(12)]
-    assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
     monkeypatch.setattr(report, "PROMPTS", 3)  # of too many the first
-    shown = articles(write(tmp_path, make_results(lines), lines)[1])
-    assert len(shown) == 15 and all(f"harmful-{i}," in text for i, text in enumerate(shown[:3]))
+    shown = articles(write(tmp_path, make_results(make_lines()), make_lines())[1])
+    assert [text.split()[0] for text in shown] == [name for name in TRIES for _ in range(3)]
+    assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
+    assert all(f"harmful-{i}," in text for i, text in enumerate(shown[:3]))
 
 
 def test_no_text_breaks_the_report_or_its_figures(tmp_path):
@@ -211,28 +197,24 @@ def points(axes, model: str) -> tuple[list, list]:
     return tuple(map(list, found[model]))
 
 
-def means(cis) -> list[float]:
-    return [value["mean"] for value in cis]
-
-
 def test_axes_and_points(full):
     models = full[1]["models"]
     tars = models["tars"]
     compliance, task = draw("plane", models)
     assert compliance.get_xlabel().startswith("compliance") and task.get_xlabel().startswith("task score")
-    assert points(task, "tars") == (means([tars["plane"]["task_score"]]), means([tars["plane"]["plain_or"]]))
+    plane = {key: ci["mean"] for key, ci in tars["plane"].items()}
+    assert points(task, "tars") == ([plane["task_score"]], [plane["plain_or"]])
     (attacks,) = draw("attacks", models)
     names = [label.get_text() for label in attacks.get_yticklabels()]
     assert names == ["direct", "plain_or_gcg", "plain_or_pair"]  # the attacks alone are in the table
     x, y = points(attacks, "tars")
-    assert x == means(tars["dsr"][name] for name in names) and [round(value) for value in y] == [0, 1, 2]
+    assert x == [tars["dsr"][name]["mean"] for name in names] and [round(value) for value in y] == [0, 1, 2]
     assert attacks.get_ylim()[0] > attacks.get_ylim()[1]
     gcg, pair = draw("budgets", models)
     curve = models["base"]["dsr_by_budget"]["plain_or_gcg"]
-    assert points(gcg, "base") == ([0, 5], means(value for _, value in curve))
+    assert points(gcg, "base") == ([0, 5], [value["mean"] for _, value in curve])
     maps = draw("separation", models)
-    share = tars["plane"]["dsr"]["mean"]
-    assert maps[1].get_title() == f"tars: before\naccuracy {share:.2f}, margin 2.80"
+    assert maps[1].get_title() == f"tars: before\naccuracy {plane['dsr']:.2f}, margin 2.80"
     harmful = [point[:2] for point in tars["separation_map"]["before"] if point[2] == 1]
     assert maps[1].collections[0].get_label() == "harmful" and len(maps) == 2
     assert maps[1].collections[0].get_offsets().tolist() == harmful
@@ -242,10 +224,11 @@ def test_axes_and_points(full):
 def test_curves_of_both_stages(tmp_path):
     report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "none.png")
     assert not list(tmp_path.iterdir())  # nothing is logged
-    sft = [{**json.loads(SFT), "step": step, "loss": 8.0 - step} for step in range(3)]
+    sft: list[dict] = [{"step": step, "loss": 8.0 - step, "grad_norm": 14.5} for step in range(3)]
     sft[2]["held_out_loss"] = 6.5
-    rl = [{**json.loads(RL), "step": step, "kl": float(step % 2)} for step in range(100)]
-    rl[50]["reward_harmless"] = 0.9
+    kinds = {"reward_harmful": 0.55, "reward_harmless": None, "reward_ambiguous": 0.06}  # None: not drawn
+    rl: list[dict] = [{"step": i, "reward": 0.35, "kl": float(i % 2), **kinds} for i in range(100)]
+    rl[50] |= {"reward_harmless": 0.9, "format_rate": 0.64}
     drawn: list[dict] = []  # {title of a panel: {name of a line: [steps, values]}}
     for records in (sft, rl):
         panels = draw("log", records)
@@ -255,8 +238,7 @@ def test_curves_of_both_stages(tmp_path):
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     loss = drawn[0]["loss (nats a token)"]
     assert loss["training"] == [[0, 1, 2], [8, 7, 6]] and loss["held out"] == [[2], [6.5]]
-    titles = ["reward", "refusal rate", "reasoning tokens", "well-formed", "groups without a signal"]
-    assert list(drawn[1])[:5] == titles and len(drawn[1]) == 6
+    assert list(drawn[1]) == ["reward", "well-formed", "KL to the reference (nats a token)"]
     assert {"all", "harmful", "ambiguous"} <= drawn[1]["reward"].keys()
     assert drawn[1]["reward"]["harmless"] == [[50], [0.9]]
     steps, values = drawn[1]["KL to the reference (nats a token)"]["all"]  # means over five steps

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,16 +10,7 @@ import torch
 
 from lib import UserError
 from lib.chat import encode_prompt
-from lib.report import separations
-from lib.report.separation import (
-    fit_svm,
-    last_states,
-    project,
-    rows_after,
-    rows_before,
-    separation,
-    standardise,
-)
+from lib.report import separation as sep
 from lib.sampler import Completion
 
 PROMPTS = ["how ?", "maybe green soup cake please how are you ?", "are you ?", 6 * "please cake ", "soup ?"]
@@ -38,7 +27,7 @@ def groups(n: int, d: int, distance: float, seed: int = 0, positive: float = 0.5
 
 def test_states_are_the_last_hidden_ones_where_each_row_ends(tiny_model, word_tokenizer):
     rows = [encode_prompt(word_tokenizer, prompt, reasoning=True) for prompt in PROMPTS]
-    found = last_states(tiny_model, rows)
+    found = sep.last_states(tiny_model, rows)
     assert found.shape == (len(PROMPTS), 32) and found.dtype == torch.float32 and not found.requires_grad
     for state, row in zip(found, rows, strict=True):
         states = tiny_model(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states
@@ -46,44 +35,45 @@ def test_states_are_the_last_hidden_ones_where_each_row_ends(tiny_model, word_to
     assert torch.pdist(found).min() > 0.1  # and the comparison means something: the prompts differ
 
 
-def victim(monkeypatch, thoughts: list[str], reasoning: bool = True, room: int = 99):
-    """Who thinks so, token by token a letter; of prompts, which are numbers, those over `room` do not fit."""
-    module = sys.modules["lib.report.separation"]
-    completions = [Completion([*map(ord, text)], [0.0] * len(text), "length") for text in thoughts]
-    monkeypatch.setattr(module, "sample", lambda model, rows, **how: completions[: len(rows)])
-    monkeypatch.setattr(module, "decode", lambda tokenizer, ids: "".join(map(chr, ids)))
-    monkeypatch.setattr(module, "eos_token_ids", lambda *args: [])
-    found = SimpleNamespace(model=None, tokenizer=None, reasoning=reasoning, progress=False)
-    found.encode, found.fits = lambda prompt: [int(prompt)], lambda ids: ids[0] <= room
+@pytest.fixture
+def victim(monkeypatch):
+    """Who thinks a text that goes by the prompt, which is a number, token by token a letter."""
+    thoughts: dict[int, str] = {}
+
+    def sample(model, rows, **how):
+        texts = [thoughts.get(row[0], "on and on") for row in rows]
+        return [Completion([*map(ord, text)], [0.0] * len(text), "length") for text in texts]
+
+    monkeypatch.setattr(sep, "sample", sample)
+    monkeypatch.setattr(sep, "decode", lambda tokenizer, ids: "".join(map(chr, ids)))
+    monkeypatch.setattr(sep, "eos_token_ids", lambda *args: [])
+    found = SimpleNamespace(model=None, tokenizer=None, reasoning=True, progress=False, thoughts=thoughts)
+    found.encode, found.fits = lambda prompt: [int(prompt)], lambda ids: ids[0] < 99
     found.max_new_tokens = found.max_batch_tokens = 9
     return found
 
 
-def test_the_second_place_is_the_last_token_of_the_closing_marker(monkeypatch):
-    """A marker in eight tokens; a second one behind it; none, which is left out."""
-    who = victim(monkeypatch, ["hm</think>ok", "on and on", "</think></think>"], room=3)
-    assert rows_before(who, "1234") == [[1], [2], [3]]
-    assert rows_after(who, "1234") == [[1, *map(ord, "hm</think>")], [3, *map(ord, "</think>")]]
-    assert rows_after(victim(monkeypatch, ["hm</think>ok"] * 3, reasoning=False), "123") == []
+def test_the_second_place_is_the_last_token_of_the_closing_marker(victim):
+    """A marker in eight tokens; none, which is left out; a second one behind it; a prompt too long."""
+    victim.thoughts.update({1: "hm</think>ok", 3: "</think></think>"})
+    prompts = ["1", "2", "3", "99"]
+    assert sep.rows_before(victim, prompts) == [[1], [2], [3]]
+    assert sep.rows_after(victim, prompts) == [[1, *map(ord, "hm</think>")], [3, *map(ord, "</think>")]]
+    victim.reasoning = False
+    assert sep.rows_after(victim, prompts) == []
 
 
-def test_a_decision_made_in_the_reasoning_is_seen_behind_it_alone(monkeypatch):
+def test_a_decision_made_in_the_reasoning_is_seen_behind_it_alone(victim, monkeypatch):
     """Ten prompts of each group, alike before; then the thought of a harmful one says so."""
-    who = victim(monkeypatch, ["1</think>"] * 10 + ["on and on"])
-    module = sys.modules["lib.report.separation"]
-    monkeypatch.setattr(module, "sample", lambda model, rows, **how: [thought(row[0]) for row in rows])
-
-    def thought(number: int) -> Completion:
-        text = "on and on" if number == 11 else f"{number // 50}</think>"
-        return Completion([*map(ord, text)], [0.0] * len(text), "eos")
 
     def states(model, rows):  # what was thought, and noise
         thoughts = torch.tensor([[float(row[1] - ord("0"))] if len(row) > 1 else [0.0] for row in rows])
         return torch.cat([thoughts, 0.1 * groups(len(rows), 4, 0.0)[0]], 1)
 
-    monkeypatch.setattr(module, "last_states", states)
+    monkeypatch.setattr(sep, "last_states", states)
+    victim.thoughts.update({i: f"{i // 50}</think>" for i in range(1, 99) if i != 11})
     harmful, safe = [[str(i) for i in range(start, start + 11)] for start in (50, 1)]
-    found = separations(who, {"": harmful, "GCG": harmful[:9]}, safe)
+    found = sep.separations(victim, {"": harmful, "GCG": harmful[:9]}, safe)
     figures, maps = found["separation"], found["separation_map"]
     assert [*maps] == ["before", "after"] and [len(points) for points in maps.values()] == [22, 20]
     assert figures["after/accuracy"]["mean"] == 1.0 and figures["after/accuracy"]["n"] == 20
@@ -99,7 +89,7 @@ def test_a_decision_made_in_the_reasoning_is_seen_behind_it_alone(monkeypatch):
 def test_svm_is_optimal_by_its_kkt_conditions(n, d, distance, positive, c):
     """Multipliers of points off the margin are 0 or c; with the w found, those on it must be in [0, c]."""
     x, y = (part.double() for part in groups(n, d, distance, positive=positive))
-    weight, bias = fit_svm(x, y, c)
+    weight, bias = sep.fit_svm(x, y, c)
     reach = y * (x @ weight + bias)  # (N,)
     on_margin = (reach - 1).abs() < 1e-4
     a = torch.where(reach < 1, c, 0.0).double() * ~on_margin
@@ -112,18 +102,18 @@ def test_svm_is_optimal_by_its_kkt_conditions(n, d, distance, positive, c):
     assert a.min() > -1e-4 and a.max() < c + 1e-4
 
 
-def test_what_has_no_scale_and_what_does_not_converge_stops():
+def test_what_has_no_scale_and_what_does_not_converge_stops(monkeypatch):
     for x in ([[0.1, 0.1]] * 6, [[0.0], [math.nan]], [[0.0], [math.inf]]):
         with pytest.raises(UserError, match="all equal, or not finite"):
-            standardise(torch.tensor(x))
-    x, y = groups(40, 2, 0.0)
-    with pytest.raises(ArithmeticError, match="duality gap"):
-        fit_svm(1e6 * x, y, c=1e9)
+            sep.standardise(torch.tensor(x))
+    monkeypatch.setattr(sep, "STEPS", 5)
+    with pytest.raises(ArithmeticError, match="not converged"):
+        sep.fit_svm(*groups(40, 2, 0.0))
 
 
 def test_project_is_the_plane_of_greatest_variance_with_fixed_signs():
     x = groups(50, 6, 0.0)[0].double() * torch.tensor([1, 5, 1, 1, 3, 1])
-    points = project(x)
+    points = sep.project(x)
     values, vectors = torch.linalg.eigh(torch.cov(x.T))
     close(torch.cov(points.T), torch.diag(values[[-1, -2]]))
     close(points.abs(), ((x - x.mean(0)) @ vectors[:, [-1, -2]]).abs())
@@ -135,18 +125,18 @@ def test_project_is_the_plane_of_greatest_variance_with_fixed_signs():
 
 def test_separated_groups_and_random_labels():
     x, y = groups(60, 8, 12.0)
-    result = separation(x, y)
+    result = sep.separation(x, y)
     assert result["accuracy"] == {"mean": 1.0, "low": pytest.approx(0.94, abs=0.01), "high": 1.0, "n": 60}
-    assert result["n"] == 60 and 0 <= result["slack"] < 0.05 and 0.5 < result["margin"] < 2.0
     sides = torch.tensor(result["points"])
     assert sides[:, 2].tolist() == y.tolist()
     assert (sides[:, 0].sign() * y).sum().abs() == 60  # the map's first axis is what separates them
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    two_places = separation(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(6, 1), torch.tensor([1, -1] * 6))
+    two_places = sep.separation(
+        torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(6, 1), torch.tensor([1, -1] * 6)
+    )
     assert two_places["margin"] == pytest.approx(2, abs=1e-4) and two_places["slack"] < 1e-4
-    margins = [separation(*groups(60, 5, distance))["margin"] for distance in (4.0, 8.0, 16.0)]
+    margins = [sep.separation(*groups(60, 5, distance))["margin"] for distance in (4.0, 8.0, 16.0)]
     assert margins == sorted(margins) and margins[2] > margins[0] + 0.2  # further apart, wider
-    noise, signal = (separation(*groups(200, 3, distance)) for distance in (0.0, 8.0))
+    noise, signal = (sep.separation(*groups(200, 3, distance)) for distance in (0.0, 8.0))
     assert noise["accuracy"]["low"] < 0.5 < noise["accuracy"]["high"]
     assert noise["margin"] > signal["margin"] and noise["slack"] > 0.8 > 0.1 > signal["slack"]  # its price
 
@@ -155,20 +145,19 @@ def test_every_prompt_is_held_out_once(monkeypatch):
     """Twins without a difference: a fit that has seen the other one is mostly wrong."""
     base = groups(30, 40, 0.0)[0]
     x = torch.cat([base, base + 0.1 * groups(30, 40, 0.0, seed=1)[0]])
-    accuracy = separation(x, torch.tensor([1] * 30 + [-1] * 30))["accuracy"]
+    accuracy = sep.separation(x, torch.tensor([1] * 30 + [-1] * 30))["accuracy"]
     assert accuracy["high"] < 0.5 and accuracy["n"] == 60
-    sizes: list[int] = []
-    module = sys.modules["lib.report.separation"]  # the room's door has a function of that name
-    monkeypatch.setattr(module, "fit_svm", lambda x, y: sizes.append(len(y)) or fit_svm(x, y))
-    separation(*groups(44, 2, 3.0, positive=6 / 44))
+    sizes, fit_svm = list[int](), sep.fit_svm
+    monkeypatch.setattr(sep, "fit_svm", lambda x, y: sizes.append(len(y)) or fit_svm(x, y))
+    sep.separation(*groups(44, 2, 3.0, positive=6 / 44))
     assert sizes == [34, 35, 35, 36, 36, 44]
 
 
 def test_shift_scale_and_rotation_change_nothing():
     x, y = groups(60, 5, 1.5)
     rotation = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).double()).Q
-    plain, moved = separation(x, y), separation(1000 * (x.double() @ rotation) + 50, y)
+    plain, moved = sep.separation(x, y), sep.separation(1000 * (x.double() @ rotation) + 50, y)
     assert 0.6 < plain["accuracy"]["mean"] < 1.0 and moved["accuracy"] == plain["accuracy"]
     assert all(moved[key] == pytest.approx(plain[key], abs=1e-4) for key in ("margin", "slack"))
     close(torch.tensor(moved["points"]), torch.tensor(plain["points"]), atol=2e-4, rtol=0)
-    assert separation(x.clone(), y.int()) == plain
+    assert sep.separation(x.clone(), y.int()) == plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shutil
 import sys
 
@@ -58,33 +59,21 @@ def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reaso
     ("answer", "reference", "right"),
     [
         ("48/2 = 24, and 48+24 = 72.\n#### 72", "48/2=<<48/2=24>>24\n#### 72", True),
-        ("It is 72. Then check: 5 + 5 = 10.\n#### 72.0", "#### 72", True),
-        ("#### 10\nNo: #### 72", "#### 72", True),  # the last mark counts
+        ("#### 10\nNo: #### 72.0", "#### 72", True),  # the last mark counts
         (r"so \boxed{7}, as 9 - 2 = 7 and 9 > 2", "7", True),
-        (r"\boxed{\frac{1}{2}}", "0.5", True),
-        ("#### Step 1: halve 48\n48/2 = 24\n#### Result\n\\boxed{72}", "72", True),  # headings
-        ("\\boxed{72}\n#### Remark\nThat is 6 dozen.", "72", True),
         ("\\boxed{70}, no.\n#### **72** apples", "72", True),  # the later mark counts
         ("#### 72\nSo she has 72 and gave 5 away.", "72", True),  # the line alone
-        ("#### 70\n\\boxed{72", "70", True),  # never closed
-        ("####\n72", "72", True),
-        (r"\boxed{x_{1}} and no more", "x_{1}", True),
         ("It costs $1,234.50 in all.", "1234.5", True),
-        ("1,234,567.5", "1234567.5", True),
         ("half: 50", "50 %", True),
-        ("-$5", "\u22125", True),  # a typographer's minus
-        (".5", "1/2", True),
         ("10-3", "3", True),  # a difference, not minus three
         ("x=-7", "-7.", True),
         ("1,2", "2", True),  # a list, not twelve
-        ("1/0", "0", True),  # no fraction
         ("72 apples, and 5 left", "72", False),
         ("", "72", False),
-        ("9" * 400, "9" * 400, False),  # cannot stop
+        (r"\boxed{x_{1}} and no more", "x_{1}", True),
         ("  New   york. ", "New York", True),
         ("I think it is Paris", "Paris", False),  # exact match
         ("", "...", False),
-        ("5 apples", "5 apples", True),  # no number alone: text
         ("\ud800 \x00 ٣ ²" + "\\boxed{" * 2000, "5", False),
     ],
 )
@@ -95,80 +84,50 @@ def test_verdicts(answer, reference, right):
 # ---- the capability check ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def answers(monkeypatch):
-    """What models say, {folder: {number of the question: text}}, for tests to fill; what they have said."""
-    said: dict[str, dict[int, str]] = {}
-    asked: list[str] = []
-
-    def fake(model, prompts, **options):
-        completions = []
-        for number in prompts:
-            if number not in said[model]:
-                raise KeyboardInterrupt
-            asked.append(said[model][number])
-            reason = "length" if asked[-1].endswith("...") else "eos"
-            completions.append(Completion([len(asked) - 1], [0.0], reason))
-        return completions
-
-    monkeypatch.setattr(capability, "encode_prompt", lambda tokenizer, text, **options: int(text.split()[2]))
-    monkeypatch.setattr(capability, "sample", fake)
-    monkeypatch.setattr(capability, "decode", lambda tokenizer, ids: asked[ids[0]])
-    monkeypatch.setattr(capability, "load_policy", lambda folder, **options: folder)
-    for name in ("load_tokenizer", "check_tokenizer", "eos_token_ids"):
-        monkeypatch.setattr(capability, name, lambda *args, **options: None)
-    monkeypatch.setattr(capability, "AT_ONCE", 2)
-    return said, asked
-
-
-def questions(folder, ids=()):
-    """Six of them in a file, and the flags that go with it."""
-    rows = [{"q": f"what is {i} ?", "answer": i} for i in range(6)]
-    rows = [row | {"id": own.strip()} for row, own in zip(rows, ids, strict=True)] if ids else rows
+def questions(folder, *answers):
+    """One for each answer in a file, and the flags that go with it."""
+    asked = ["hello there", CAKE, "why ?", "make . make ."]
+    rows = [{"question": text, "answer": answer} for text, answer in zip(asked, answers, strict=False)]
     write_jsonl(folder / "q.jsonl", rows)
-    return ["--file", str(folder / "q.jsonl"), "--question-column", "q", "--out", str(folder / "out")]
+    return ["--file", str(folder / "q.jsonl"), "--out", str(folder / "out")]
 
 
-def test_shares_and_paired_differences(answers, tmp_path, capsys):
-    said, _ = answers
-    said["a"] = {i: f"hm </think> {i}" for i in range(5)} | {5: "it may be 5 or ..."}  # no end, so no answer
-    said["b"] = {0: "0", 1: "1", 2: "7", 3: "no idea", 4: "4 ...", 5: "6"}  # cut, but it is the answer
-    check(["--models", "a=a", "b=b", "--direct", "b", *questions(tmp_path)])
+def test_exact_match_paired_and_a_stopped_check_that_goes_on(tmp_path, monkeypatch, capsys):
+    """The sandbox's base, directly, and behind a <think> that it does not know."""
+    words = questions(tmp_path, greedy("hello there"), greedy(CAKE), "x", greedy("make . make ."))
+    words += ["--models", f"a={BASE}", f"b={BASE}", "--direct", "a", "--max-new-tokens", "12"]
+    asked, answers_of = [], capability.answers_of
+
+    def once(model, tokenizer, records, reasoning, settings):
+        asked.append(reasoning)
+        if asked == [False, True]:
+            raise KeyboardInterrupt
+        return answers_of(model, tokenizer, records, reasoning, settings)
+
+    monkeypatch.setattr(capability, "answers_of", once)
+    with pytest.raises(KeyboardInterrupt):
+        check(words)
+    check(words)
+    assert asked == [False, True, True]  # the first model is not asked again
     results = json.loads((tmp_path / "out/results.json").read_text())
     a, b = (results["models"][name]["capability"] for name in "ab")
-    assert (a["exact_match"]["mean"], a["exact_match"]["low"], a["exact_match"]["n"]) == (0.8333, 0.4365, 6)
-    assert b["exact_match"]["mean"] == 0.5
-    assert (a["answered"]["mean"], b["answered"]["mean"]) == (0.8333, 0.8333)
-    assert (a["cut"]["mean"], b["cut"]["mean"]) == (0.1667, 0.1667)
+    assert a["exact_match"] == {"mean": 0.75, "low": 0.3006, "high": 0.9544, "n": 4}
+    assert (a["cut"]["mean"], a["answered"]["mean"], b["exact_match"]["mean"]) == (0.0, 1.0, 0.0)
     (difference,) = results["differences"]
-    assert (difference["a"], difference["b"], difference["ci"]["mean"]) == ("a", "b", 0.3333)
-    assert difference["ci"]["low"] == 0.0 and difference["ci"]["high"] == 0.6667  # each gap is 0 or 1, 2 of 6
-    assert "a - b: exact match 0.333 [0.000, 0.667]" in capsys.readouterr().out
+    assert (difference["a"], difference["b"], difference["ci"]["mean"]) == ("a", "b", 0.75)
+    assert "a - b: exact match 0.750 [0.250, 1.000]" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max-new-tokens"):
+        check([*words, "--max-new-tokens", "5"])
 
 
-@pytest.mark.parametrize(("ids", "names"), [("stuvwx", "stuvwx"), ("stttwx", "012345"), ("stuvw ", "012345")])
-def test_a_stopped_check_goes_on_and_asks_nothing_twice(answers, tmp_path, ids, names):
-    said, asked = answers
-    said["a"] = {0: "0", 1: "1", 2: "2", 3: "0"}
-    argv = ["--models", "a=a", "--direct", "a", *questions(tmp_path, ids)]
-    with pytest.raises(KeyboardInterrupt):
-        check(argv)
-    path = tmp_path / "out/answers.jsonl"
-    assert [line["right"] for line in read_jsonl(path)] == [True, True, True, False]
-    with path.open("a") as file:
-        file.write('{"model": "a", "id"')  # half a line, as a kill leaves it
-    said["a"] |= {4: "4", 5: "5"}
-    check(argv)
-    assert len(asked) == 6 and [line["id"] for line in read_jsonl(path)] == [*names]
-    with pytest.raises(UserError, match="--instruction"):
-        check([*argv, "--instruction", "please"])
-
-
-def test_the_sandbox_base_agrees_with_its_own_greedy_answers(tmp_path):
-    words = questions(tmp_path)
-    write_jsonl(tmp_path / "q.jsonl", [{"q": CAKE, "answer": greedy(CAKE)}, {"q": "hello", "answer": "x"}])
-    check(["--models", f"base={BASE}", "--direct", "base", "--max-new-tokens", "12", *words])
-    assert [line["right"] for line in read_jsonl(tmp_path / "out/answers.jsonl")] == [True, False]
+def test_a_thought_that_is_cut_off_is_no_answer(monkeypatch):
+    tokenizer, records = load_tokenizer(BASE), [{"question": CAKE, "reference": "use"}]
+    cut = Completion(tokenizer("use", add_special_tokens=False)["input_ids"], [0.0], "length")
+    monkeypatch.setattr(capability, "sample", lambda *args, **how: [cut])
+    model, settings = load_policy(BASE, device="cpu"), capability.Settings()
+    for reasoning, taken in ((False, "use"), (True, "")):
+        (line,) = capability.answers_of(model, tokenizer, records, reasoning, settings)
+        assert (line["extracted"], line["right"], line["cut"]) == (taken, not reasoning, True)
 
 
 def test_loss_is_of_what_is_written_behind_what_is_given(tmp_path, capsys):
@@ -182,7 +141,7 @@ def test_loss_is_of_what_is_written_behind_what_is_given(tmp_path, capsys):
     with torch.no_grad():
         logits = load_policy(BASE, device="cpu")(input_ids=ids).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-    found = [line["loss"] for line in read_jsonl(tmp_path / "out/answers.jsonl") if line["model"] == "base"]
+    found = [line["loss"] for line in read_jsonl(tmp_path / "out/answers_base.jsonl")]
     assert found == pytest.approx([losses[-5:].mean().item(), losses.mean().item()], abs=1e-4)
     results = json.loads((tmp_path / "out/results.json").read_text())
     base = results["models"]["base"]["capability"]
@@ -216,17 +175,9 @@ def test_the_sandbox_writes_documents_that_its_base_has_not_learned(tmp_path, mo
     [
         (chat.main, [], "run"),
         (chat.main, [BASE, "cake " * 3000], "more than the model's context"),
-        (chat.main, [BASE, "hi", "--temperature", "-1"], "given -1; allowed a number from 0 to 10"),
-        (check, ["--models", "a"], "--models: given a; allowed NAME=FOLDER"),
         (check, ["--direct", "b"], "--direct: given b; allowed the names in --models: a"),
-        (check, ["--answer-column", "reply"], "0 has no text in q or reply; its columns: q, answer"),
-        (
-            check,
-            ["--loss", "--answer-column", "short"],
-            "0 has no text in q or short; its columns: q, answer",
-        ),
+        (check, ["--file", "SHORT"], "row 0 has no question and answer; its columns: question"),
         (check, ["--models", "a=nothing-there"], "nothing-there"),
-        (check, ["--file", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (check, ["--models", "a=RUN", "--direct", "a"], "--direct: given a, which reasons"),
         (check, ["--models", "a=RUN", "--out", "RUN", "--overwrite"], "which this run reads: give"),
     ],
@@ -234,8 +185,10 @@ def test_the_sandbox_writes_documents_that_its_base_has_not_learned(tmp_path, mo
 def test_mistakes_are_one_line_and_leave_no_folder(main, change, message, tmp_path):
     run = shutil.copytree(BASE, tmp_path / "run")
     write_json(run / "settings.json", {"reasoning": True, "git_revision": "abc"})
-    words = ["--models", f"a={BASE}", *questions(tmp_path)] if main is check else []
+    write_jsonl(tmp_path / "short.jsonl", [{"question": "why ?"}])
+    names = {"RUN": str(run), "SHORT": str(tmp_path / "short.jsonl")}
+    words = ["--models", f"a={BASE}", *questions(tmp_path, "4")] if main is check else []
     with pytest.raises(UserError) as caught:
-        main([*words, *(word.replace("RUN", str(run)) for word in change)])
+        main([*words, *(re.sub("RUN|SHORT", lambda found: names[found[0]], word) for word in change)])
     at_end.close()
     assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()

@@ -75,10 +75,7 @@ def load_judge(name: str, refusals: str = "phrases") -> Judge:
     "strongreject" (as in the paper; "full" or "none") or a module. Raises UserError if there is no such judge
     and, when scoring, unless there is a verdict on each answer, in its range.
     """
-    # A folder may have a "+" in its name: behind the last that is followed by a judge's name is the task.
-    known = re.fullmatch(rf"(.*)\+((?:{'|'.join(TABLES['task_score'])})(?:[=@].*)?)", name)
-    match = known or re.fullmatch(r"(.*)\+(.*)", name)
-    harm, task = match.groups() if match else (name, name)
+    harm, _, task = name.rpartition("+") if "+" in name else (name, "", name)
     wanted = [("--judge", harm, "harm_score"), ("--judge", task, "task_score")]
     wanted.append(("--refusals", refusals, "refusal_labels"))
     openers = [find(*part) for part in wanted]  # all are found before one is opened: that may take a while
@@ -105,23 +102,22 @@ def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
 
 def checked(flag: str, part: str, function: str, judged: Callable) -> Callable:
     """`judged` with a verdict on each answer: a float, a label, or None. It is told contexts if it asks."""
-    takes_contexts = "contexts" in inspect.signature(judged).parameters
+    takes_contexts, labels = "contexts" in inspect.signature(judged).parameters, function == "refusal_labels"
 
     def verdicts(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list:
         told = {"contexts": contexts} if contexts and takes_contexts else {}
         found = list(judged(prompts, answers, **told))
         if len(found) != len(answers):
             raise UserError(f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers")
-        labels, allowed = ("full", "partial", "none", None), "full, partial, none"
-        known = [label in labels for label in found]
-        if function != "refusal_labels":
-            allowed = "numbers in [0, 1]"
+        if not labels:
             found = [None if score is None else float(score) for score in found]
-            known = [score is None or 0 <= score <= 1 for score in found]  # not a number fails this, too
-        if not all(known):
-            i = known.index(False)
-            given = f"gave {found[i]!r} for the prompt {prompts[i][:60]!r}"
-            raise UserError(f"{flag}: {part} {given}; allowed {allowed}, None; finished work is kept")
+        for prompt, x in zip(prompts, found, strict=True):
+            if x is not None and not (x in ("full", "partial", "none") if labels else 0 <= x <= 1):
+                allowed = (
+                    "full, partial, none" if labels else "numbers in [0, 1]"
+                )  # not a number is none, too
+                given = f"gave {x!r} for the prompt {prompt[:60]!r}"
+                raise UserError(f"{flag}: {part} {given}; allowed {allowed}, None; finished work is kept")
         return found
 
     return verdicts

@@ -147,9 +147,7 @@ def reward_model(model: str, device: str) -> Score:
         raise UserError(f"--judge: {model}: a head of {labels} labels; a reward model has one")
     encode = exchange_encoder(judge, date_string=DATE)
 
-    def reward(
-        states: Tensor,
-    ) -> Tensor:  # (B, H) -> (B, 1) fp32: bfloat16 would keep but two or three digits
+    def reward(states: Tensor) -> Tensor:  # (B, H) -> (B, 1) fp32: bfloat16 has but two or three digits
         return states.float() @ judge.model.get_parameter("score.weight").float().T
 
     def task_score(prompts: list[str], answers: list[str]) -> list[float | None]:

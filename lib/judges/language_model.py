@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from itertools import compress
 from pathlib import Path
 
 import torch
@@ -53,25 +52,27 @@ class LanguageModel:
 
     def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """What it writes after each list of token ids; "" after one that its context cannot hold."""
-        fits = [len(ids) + max_new_tokens <= self.context for ids in prompts]
-        fitting = list(compress(prompts, fits))
+        texts = [""] * len(prompts)
+        fitting = [i for i, ids in enumerate(prompts) if len(ids) + max_new_tokens <= self.context]
         if not fitting:
-            return [""] * len(prompts)
+            return texts
+        longest = max(len(prompts[i]) for i in fitting) + max_new_tokens
         budget = CACHE_TOKENS if self.chat and self.device.type == "cuda" else BATCH_TOKENS
         try:
             completions = sample(
                 self.model,
-                fitting,
+                [prompts[i] for i in fitting],
                 max_new_tokens=max_new_tokens,
                 temperature=0.0,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer) if self.chat else [],
-                max_batch_tokens=max(budget, max(map(len, fitting)) + max_new_tokens),
+                max_batch_tokens=max(budget, longest),
                 progress=True,
             )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"--judge: {self.name}: {error}") from error
-        texts = (decode(self.tokenizer, completion.token_ids) for completion in completions)
-        return [next(texts) if fit else "" for fit in fits]
+        for i, completion in zip(fitting, completions, strict=True):
+            texts[i] = decode(self.tokenizer, completion.token_ids)
+        return texts
 
     def read(self, prompts: Sequence[Sequence[int]], head: Callable[[Tensor], Tensor]) -> list:
         """K numbers at the end of each prompt, which `head` makes of last hidden states, (B, H) -> (B, K);

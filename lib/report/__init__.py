@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment
 
-from lib.metrics import deciding
+from lib.metrics import BENIGN, bootstrap, deciding
 from lib.report.figures import draw_curves, draw_figures
-from lib.report.paired import differences, served_by_prompt
-from lib.report.sections import Section, sections, show
+from lib.report.sections import sections, show
 from lib.report.separation import separations
 from lib.run.files import write_text
 from lib.run.text import visible
@@ -50,13 +50,13 @@ def write_report(out: Path, results: dict, completions: Sequence[dict]) -> None:
     write_text(out / "report.html", as_page(sections=found, prompts=prompts, pictures=pictures))
 
 
-def as_text(sections: Sequence[Section]) -> str:
+def as_text(sections: Sequence[dict]) -> str:
     """report.md. The figures are files beside it."""
     blocks = ["# Attack and evaluation"]
     for section in sections:
-        blocks += [f"## {section.title}", section.text.replace("<", "&lt;")]
-        blocks += [f"![{name}]({name}.png)" for name in section.figures]
-        blocks += map(table_as_text, section.tables)
+        blocks += [f"## {section['title']}", section["text"].replace("<", "&lt;")]
+        blocks += [f"![{name}]({name}.png)" for name in section["figures"]]
+        blocks += map(table_as_text, section["tables"])
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
@@ -104,3 +104,31 @@ def verdict(line: dict, threshold: float) -> str:
     if line["harm"] is None:
         return "unknown"
     return "broken" if line["harm"] >= threshold else "defended"
+
+
+# ---- two models on the same prompts, for results.json ------------------------------------------------------
+
+
+def served_by_prompt(lines: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """{figure: {prompt's id: value}} of one model, of requests that deserve an answer."""
+    values: dict[str, dict[str, float]] = {}
+    for kind in BENIGN:
+        group = [x for x in lines if x["set"] == kind]
+        labelled = [x for x in group if x["refusal"] is not None]
+        values[f"compliance, {kind}"] = {x["id"]: float(x["refusal"] == "none") for x in labelled}
+        values[f"task score, {kind}"] = {x["id"]: x["task"] for x in group if x["task"] is not None}
+    return values
+
+
+def differences(values: dict[str, dict[str, dict[str, float]]], seed: int) -> list[dict]:
+    """Paired differences a - b of every two models, over the prompts that both met: figure, a, b, ci.
+
+    values: {model: {figure: {prompt's id: value}}}.
+    """
+    found = []
+    for a, b in itertools.combinations(values, 2):
+        for figure in [f for f in values[a] if f in values[b]]:
+            mine, theirs = values[a][figure], values[b][figure]
+            if gaps := [mine[i] - theirs[i] for i in mine if i in theirs]:
+                found.append({"figure": figure, "a": a, "b": b, "ci": bootstrap(gaps, seed)})
+    return found

@@ -6,10 +6,9 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from lib.metrics import SETS, Interval, by, mean_of
+from lib.metrics import SETS, by, mean_of
 
 # "##": a title; "!": how names of figures begin; "|": a part of the results, and the caption of its table.
 SECTIONS = """
@@ -80,14 +79,6 @@ The first model minus the second, over the prompts that both met. Marked *: the 
 """
 
 
-@dataclass
-class Section:
-    title: str
-    text: str
-    tables: list[dict[str, Any]]  # caption; head, a list of texts; rows, likewise, each begins with its head
-    figures: list[str]  # "plane" for plane.png
-
-
 def show(cell: Any, sign: str = "") -> str:
     """A cell as text: mean, interval (if it has one), observations; * marks a difference that leaves out 0.
 
@@ -122,29 +113,26 @@ def table_of(part: str, caption: str, models: dict) -> dict[str, Any]:
 
     Where a key has several figures, such as costs: a row a key and a model, a column a figure.
     """
-    keys, parts = keys_of(models, part), {name: m.get(part, {}) for name, m in models.items()}
-    cells = {(key, name): found[key] for key in keys for name, found in parts.items() if key in found}
+    keys, sign = keys_of(models, part), "+" if part == "differences" else ""
+    cells = {(k, name): m[part][k] for k in keys for name, m in models.items() if k in m.get(part, {})}
     several = [cell for cell in cells.values() if isinstance(cell, dict) and "mean" not in cell]
-    figures = list(dict.fromkeys(figure for cell in several for figure in cell))
-    if figures:
+    if figures := list(dict.fromkeys(figure for cell in several for figure in cell)):
         head = ["", "model", *(x.replace("_", " ") for x in figures)]
-        rows = [[key, name, *(show(cell.get(x)) for x in figures)] for (key, name), cell in cells.items()]
+        rows = [[k, name, *(show(cell.get(x)) for x in figures)] for (k, name), cell in cells.items()]
     else:
-        head, sign = ["", *models], "+" if part == "differences" else ""
-        rows = [[key, *(show(cells.get((key, name)), sign) for name in models)] for key in keys]
+        head, rows = (
+            ["", *models],
+            [[k, *(show(cells.get((k, name)), sign) for name in models)] for k in keys],
+        )
     return {"caption": caption, "head": head, "rows": rows}
-
-
-def by_category(lines: Sequence[dict], part: str, seed: int) -> dict[str, Interval]:
-    """{category: tokens of the "reasoning" or "answer"}."""
-    asked = [x for x in lines if x["set"] in SETS and (part == "answer" or x["closed"])]
-    return by(lambda x: [f"{x['set']}: {x['category']}"], asked, mean_of(f"{part}_tokens", seed))
 
 
 def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]:
     """What results.json says of a model, and what its completions add, in a shape for `table_of`."""
     m, seed = results["models"][name], results["seed"]
     mine = [line for line in lines if line["model"] == name]
+    asked = [line for line in mine if line["set"] in SETS]
+    closed = [line for line in asked if line["closed"]]
     path = dict(text.split("=", 1) for text in results["config"]["models"])[name]
     about = {"checkpoint": path, "reasons first": "yes" if m["reasoning"] else "no"}
     curves = m.get("dsr_by_budget", {})
@@ -153,15 +141,20 @@ def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]
         "about": {**about, "seconds (this run)": results["seconds"][name]},
         "completions": Counter(line["set"] for line in mine),
         "dsr_by_budget": {f"{attack}, {step}": ci for attack in curves for step, ci in curves[attack]},
-        "reasoning_by_category": by_category(mine, "reasoning", seed),
-        "answer_by_category": by_category(mine, "answer", seed),
+        "reasoning_by_category": by(set_and_category, closed, mean_of("reasoning_tokens", seed)),
+        "answer_by_category": by(set_and_category, asked, mean_of("answer_tokens", seed)),
     }
 
 
-def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list[Section]:
-    """All but the completions themselves. `lines`: of completions.jsonl; `drawn`: names of the figures.
+def set_and_category(line: dict) -> list[str]:
+    return [f"{line['set']}: {line['category']}"]
 
-    Tables without rows and figures that there are not are left out, and so is a section with neither.
+
+def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list[dict[str, Any]]:
+    """All but the completions themselves: [{"title", "text", "tables", "figures": names}, ...].
+
+    `lines`: of completions.jsonl; `drawn`: names of the figures. Tables without rows and figures that there
+    are not are left out, and so is a section with neither.
     """
     models = {name: parts_of(name, results, lines) for name in results["models"]}
     pairs: dict[str, dict] = {}  # shown as if each were a model
@@ -180,5 +173,6 @@ def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list
         tables = [table for table in tables if table["rows"]]
         figures = [name for row in rest if row[0] == "!" for name in drawn if name.startswith(row[2:])]
         if tables or figures:
-            found.append(Section(title, " ".join(row for row in rest if row[0] not in "!|"), tables, figures))
+            text = " ".join(row for row in rest if row[0] not in "!|")
+            found.append({"title": title, "text": text, "tables": tables, "figures": figures})
     return found

@@ -3,8 +3,10 @@
 python -m lib.tools.course course                       # course/student and course/instructor, all exercises
 python -m lib.tools.course course --only week3 wilson   # some of them: the others stay solved
 
-docs/exercises.json says what an exercise is: the files of its marks (lib/tools/marks.py), its tests, a hint,
-and slips that the tests must tell apart. Nothing is done before all of that is verified.
+In the source, lines `### BEGIN SOLUTION name` and `### END SOLUTION` stand around the body of an exercise,
+which may have several. In tests, lessons and docs `### BEGIN HIDDEN` and `### END HIDDEN` stand around what
+students do not get. docs/exercises.json says the rest of an exercise: the files of its marks, its tests, a
+hint, and slips that the tests must tell apart. Nothing is handed out before all of that is verified.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +27,12 @@ from tqdm import tqdm
 from lib import UserError
 from lib.run.command import Flags, run_main
 from lib.run.files import write_json, write_text
-from lib.tools.grade import LIST, chosen, message_of, read_course, read_results
-from lib.tools.marks import check_marks, for_students, parts_of
+from lib.tools.grade import ENVIRONMENT, LIST, chosen, message_of, outcomes_of, read_course
 
-TEXTS = (".py", ".md", ".ipynb")
+BLOCK = re.compile(r"^( *)### BEGIN (SOLUTION|HIDDEN) *(\w*)\n(.*?)^ *### END \2\n", re.M | re.S)
+MARK = re.compile(r"^ *### (?:BEGIN|END) (?:SOLUTION|HIDDEN).*", re.M)
 TELLING = 30  # characters of a line of a solution: a shorter one may well stand elsewhere
+TREES = ("student", "instructor")
 HANDOUT = Path("tests/course/handout")  # what a tree gets besides
 SECRETS = ("hidden", "left_out", "slips", "reference")  # keys of an exercise that students do not get
 
@@ -37,13 +40,37 @@ SECRETS = ("hidden", "left_out", "slips", "reference")  # keys of an exercise th
 # ---- the trees ---------------------------------------------------------------------------------------------
 
 
-def files_of(root: Path, but: Sequence[Path]) -> Iterator[Path]:
-    """Files of the project, relative to its root: no runs, nothing hidden, as .git is, and not `but`."""
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        folders[:] = [n for n in folders if n[0] != "." and n not in ("runs", "__pycache__")]
-        folders[:] = [n for n in folders if (here / n).resolve() not in but]
-        yield from ((here / n).relative_to(root) for n in names if n[0] != "." or n == ".gitignore")
+def for_students(text: str, names: set[str]) -> str:
+    """Without what is hidden; for the solution of each exercise in `names` an error that says its name."""
+
+    def shown(block: re.Match) -> str:
+        indent, kind, name, body = block.groups()
+        undone = f'{indent}raise NotImplementedError("{message_of(name)}")\n'
+        return "" if kind == "HIDDEN" else undone if name in names else body
+
+    return BLOCK.sub(shown, text)
+
+
+def for_instructors(text: str) -> str:
+    return BLOCK.sub(r"\4", text)
+
+
+def check_marks(texts: dict[Path, str], exercises: list[dict]) -> None:
+    """UserError unless marks pair, and each has an exercise that names its file, and the other way round."""
+    for path, text in texts.items():
+        if alone := MARK.search(for_instructors(text)):
+            raise UserError(f"{path}: {alone[0].strip()}: BEGIN and END do not pair")
+    blocks = [(str(path), block) for path, text in texts.items() for block in BLOCK.finditer(text)]
+    marks = {(path, block[3]) for path, block in blocks if block[2] == "SOLUTION"}
+    listed = {(file, exercise["name"]) for exercise in exercises for file in exercise["files"]}
+    for file, name in sorted(marks ^ listed):
+        lacks = f"a mark in {file}" if (file, name) in listed else f"an entry in {LIST} that names {file}"
+        raise UserError(f"exercise {name or 'without a name'} lacks {lacks}")
+
+
+def left_behind(folder: str, names: list[str]) -> list[str]:
+    """Of copies of the project: runs, and what is hidden, as .git is."""
+    return [n for n in names if n in ("runs", "__pycache__") or (n[0] == "." and n != ".gitignore")]
 
 
 def is_left_out(path: Path, text: str, left_out: list[str]) -> bool:
@@ -54,96 +81,77 @@ def is_left_out(path: Path, text: str, left_out: list[str]) -> bool:
     return listed or (path.parts[0] == "tests" and imports is not None)
 
 
-def write_trees(root: Path, out: Path, but: Sequence[Path], mine: list[dict], course: dict) -> None:
+def write_trees(root: Path, out: Path, mine: list[dict], course: dict) -> None:
     """OUT/student and OUT/instructor. UserError for wrong marks, and where an answer would be handed out."""
-    paths = sorted(files_of(root, but))
-    texts = {path: (root / path).read_text(encoding="utf-8") for path in paths if path.suffix in TEXTS}
-    files = {path: parts_of(texts[path], path) for path in texts}
-    check_marks(files, course["exercises"])
-    names = {exercise["name"] for exercise in mine}
-    secret: dict[str, str] = {}  # lines of the solutions, and whose they are
-    for part in [part for parts in files.values() for part in parts if part.name in names]:
-        lines = [line.partition("  #")[0].strip() for line in part.text.splitlines()]
-        secret |= {line: part.name for line in lines if len(line) >= TELLING}
+    student, instructor = (shutil.copytree(root, out / t, ignore=left_behind) for t in TREES)
+    paths = [path for path in sorted(instructor.rglob("*")) if path.suffix in (".py", ".md", ".ipynb")]
+    texts = {path.relative_to(instructor): path.read_text(encoding="utf-8") for path in paths}
+    check_marks(texts, course["exercises"])
+    names, secret = {exercise["name"] for exercise in mine}, set[str]()  # lines of the solutions
+    for block in [block for text in texts.values() for block in BLOCK.finditer(text) if block[3] in names]:
+        lines = [line.partition("  #")[0].strip() for line in block[4].splitlines()]
+        secret |= {line for line in lines if len(line) >= TELLING}
     left_out = [*course["left_out"], *(name for exercise in mine for name in exercise["left_out"])]
     left_out += [exercise["tests"] for exercise in course["exercises"] if exercise not in mine]
-    for path in paths:
-        if path not in files:
-            for tree in ("student", "instructor"):
-                (out / tree / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(root / path, out / tree / path)
+    for path, text in texts.items():
+        write_text(instructor / path, for_instructors(text))
+        if is_left_out(path, text, left_out):
+            (student / path).unlink()
             continue
-        write_text(out / "instructor" / path, "".join(part.text for part in files[path]))
-        if not is_left_out(path, texts[path], left_out):
-            text = for_students(files[path], names)
-            for line in [line for line in secret if path.parts[0] in ("tests", "docs") and line in text]:
-                raise UserError(f"{path}: has a line of {secret[line]}'s solution, {line!r}; hide it")
-            write_text(out / "student" / path, text)
-    shown = [{key: value for key, value in e.items() if key not in SECRETS} for e in mine + course["open"]]
-    write_json(out / "student" / LIST, {"exercises": shown[: len(mine)], "open": shown[len(mine) :]})
-    write_json(out / "instructor" / LIST, course | {"exercises": mine})
-    shutil.rmtree(out / "student" / HANDOUT)
-    shutil.copy(root / HANDOUT / "skip_undone.py", out / "student" / "conftest.py")
+        shown = for_students(text, names)
+        for line in [line for line in secret if path.parts[0] in ("tests", "docs") and line in shown]:
+            raise UserError(f"{path}: has a line of a solution, {line!r}; hide it")
+        write_text(student / path, shown)
+    told = [{key: value for key, value in e.items() if key not in SECRETS} for e in mine + course["open"]]
+    write_json(student / LIST, {"exercises": told[: len(mine)], "open": told[len(mine) :]})
+    write_json(instructor / LIST, course | {"exercises": mine})
+    shutil.rmtree(student / HANDOUT)
+    shutil.copy(root / HANDOUT / "skip_undone.py", student / "conftest.py")
     for name in ("setup.sh", "run_autograder"):  # Gradescope wants them at the top
-        shutil.copy(root / HANDOUT / name, out / "instructor" / name)
+        shutil.copy(root / HANDOUT / name, instructor / name)
 
 
 # ---- verification ------------------------------------------------------------------------------------------
 
 
-def run(tree: Path, *words: object) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
-
-
-def graded(tree: Path, *names: str) -> dict[str, dict[str, str]]:
-    """What `make grade` finds in a tree: {exercise: {test: what is wrong, "" if it passed}}."""
-    with tempfile.TemporaryDirectory() as folder:
-        ended = run(tree, "-m", "lib.tools.grade", *names, "--results", Path(folder) / "results.json")
-        if ended.returncode:
-            raise UserError(f"{tree.name}/: grading failed: {(ended.stderr.strip() or '?').splitlines()[-1]}")
-        return read_results(Path(folder) / "results.json")
-
-
 def check_exercises(tree: Path, mine: list[dict], solved: bool) -> None:
     """Solved, each passes public and hidden tests; else it fails the public ones, each by its own name."""
-    results = graded(tree)
+    results = outcomes_of(mine, tree)
     for exercise in mine:
         name, found = exercise["name"], results[exercise["name"]]
+        if {*found} != {*exercise["public"], *(exercise["hidden"] if solved else ())}:
+            raise UserError(f"{LIST}: {name}: lists other tests than {tree.name}/ has: {', '.join(found)}")
         for test, message in found.items():
             if message if solved else message_of(name) not in message:
                 must = "pass" if solved else "fail by its exercise's name"
                 raise UserError(f"{tree.name}/: {name}: {test} must {must}, but: {message or 'it passes'}")
-        if {*found} != {*exercise["public"], *(exercise["hidden"] if solved else ())}:
-            raise UserError(f"{LIST}: {name}: lists other tests than {tree.name}/ has: {', '.join(found)}")
-
-
-def check_suite(tree: Path, tests: Sequence[str]) -> None:
-    """All that is no exercise is green or skipped."""
-    ended = run(tree, "-m", "pytest", "-p", "no:cacheprovider", "--ignore", "tests/course", *tests)
-    if ended.returncode:
-        write_text(tree.with_name(f"{tree.name}.log"), ended.stdout + ended.stderr)
-        last = (ended.stdout.strip() or "?").splitlines()[-1]
-        raise UserError(f"{tree}: its tests fail ({last}), see {tree.name}.log beside it")
 
 
 def check_slips(tree: Path, mine: list[dict], number: int) -> None:
     """Slip `number` of each exercise is told. They are put in at once: no test needs another exercise."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = shutil.copytree(tree, Path(folder) / "slips")
-        for exercise, slip in [(e, e["slips"][number]) for e in mine]:
-            texts = {copy / file: (copy / file).read_text(encoding="utf-8") for file in exercise["files"]}
-            if not any(slip["instead_of"] in text for text in texts.values()):
-                raise UserError(f"{LIST}: {exercise['name']}: its solution has no {slip['instead_of']!r}")
-            for path, text in texts.items():
-                write_text(path, text.replace(slip["instead_of"], slip["write"]))
-        results = graded(copy)
+    copy = shutil.copytree(tree, tree.with_name(f"slips_{number}"))
+    for exercise, slip in [(e, e["slips"][number]) for e in mine]:
+        texts = {copy / file: (copy / file).read_text(encoding="utf-8") for file in exercise["files"]}
+        if not any(slip["instead_of"] in text for text in texts.values()):
+            raise UserError(f"{LIST}: {exercise['name']}: its solution has no {slip['instead_of']!r}")
+        for path, text in texts.items():
+            write_text(path, text.replace(slip["instead_of"], slip["write"]))
+    results = outcomes_of(mine, copy)
     for exercise in mine:
         name, slip = exercise["name"], exercise["slips"][number]
         hint = next((hint for hint in results[name].values() if hint), "solved")
         if slip["message"] not in hint:
             raise UserError(f"{name}: with {slip['write']!r} it should say {slip['message']!r}, but: {hint}")
+
+
+def check_suite(tree: Path, tests: Sequence[str], log: str) -> None:
+    """All that is no exercise is green or skipped."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--ignore", "tests/course", *tests]
+    ended = subprocess.run(command, cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
+    if ended.returncode:
+        write_text(log, ended.stdout + ended.stderr)
+        last = (ended.stdout.strip() or "?").splitlines()[-1]
+        raise UserError(f"{tree.name}/: its tests fail ({last}), see {log}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,30 +160,25 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--only", nargs="+", default=[], help="exercises, or weeks as in week3 (default: all)")
     flags.add_argument("--tests", nargs="+", default=[], help="what must stay green besides (default: all)")
     given = flags.parse_args(argv)
-    root, out, work = Path.cwd(), Path(given.out).resolve(), Path(f"{given.out}.unverified").resolve()
-    if out.exists():
+    if Path(given.out).exists():
         raise UserError(f"{given.out}: is there already; give a new folder")
-    course = read_course(root)
+    course = read_course()
     mine = chosen(course["exercises"], given.only)
-    shutil.rmtree(work, ignore_errors=True)
-    write_trees(root, work, (out, work), mine, course)
-    student, instructor = work / "student", work / "instructor"
-    jobs: list[Callable[[], None]] = [partial(check_exercises, instructor, mine, solved=True)]
-    jobs.append(partial(check_exercises, student, mine, solved=False))
-    for number in range(max(len(exercise["slips"]) for exercise in mine)):
-        slipping = [exercise for exercise in mine if len(exercise["slips"]) > number]
-        jobs.append(partial(check_slips, instructor, slipping, number))
-    jobs += [
-        partial(check_suite, tree, given.tests) for tree in (instructor, student)
-    ]  # last: they take minutes
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            done = as_completed([pool.submit(job) for job in jobs])
-            for job in tqdm(done, "verifying", len(jobs)):
-                job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    work.rename(out)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = Path(folder)
+        write_trees(Path.cwd(), work, mine, course)
+        student, instructor = (work / tree for tree in TREES)
+        jobs = [partial(check_exercises, instructor, mine, solved=True)]
+        jobs.append(partial(check_exercises, student, mine, solved=False))
+        for number in range(max(len(exercise["slips"]) for exercise in mine)):
+            slipping = [exercise for exercise in mine if len(exercise["slips"]) > number]
+            jobs.append(partial(check_slips, instructor, slipping, number))
+        for tree in (instructor, student):  # last: they take minutes
+            jobs.append(partial(check_suite, tree, given.tests, f"{given.out}.{tree.name}.log"))
+        for _ in tqdm(pool.map(lambda job: job(), jobs), "verifying", len(jobs)):
+            pass
+        for tree in (student, instructor):
+            shutil.move(tree, Path(given.out) / tree.name)
     print(f"verified: {len(mine)} exercises. Hand out {given.out}/student, keep {given.out}/instructor")
 
 

@@ -11,31 +11,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections import defaultdict
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from xml.etree import ElementTree
 
 from lib import UserError
 from lib.run.command import Flags, run_main
 from lib.run.files import write_json
 
 LIST = "docs/exercises.json"
-KEYS = ("name", "week", "files", "points", "minutes", "tests", "public", "hint")
-TESTS = "tests/course"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # of a process of tests
 
 
-def read_course(root: Path) -> dict:
-    """docs/exercises.json. UserError for what is not JSON and for an exercise that lacks a key."""
-    try:
-        course = json.loads((root / LIST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{LIST}: {error}") from error
-    for exercise in course["exercises"]:
-        if missing := [key for key in KEYS if key not in exercise]:
-            raise UserError(f"{LIST}: exercise {exercise.get('name', '?')} lacks {', '.join(missing)}")
-    return course
+def read_course() -> dict:
+    return json.loads(Path(LIST).read_text(encoding="utf-8"))
 
 
 def chosen(exercises: list[dict], words: Sequence[str]) -> list[dict]:
@@ -51,60 +45,49 @@ def message_of(name: str) -> str:
     return f"exercise {name}: make grade E={name}"
 
 
-class Outcomes:
-    """A plugin of pytest. `found`: {file: {test: what is wrong, "" if it passed}}."""
+def outcomes_of(exercises: list[dict], tree: Path) -> dict[str, dict[str, str]]:
+    """{exercise: {test: what is wrong, "" if it passed}} of the exercises' tests in a tree.
 
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, str]] = defaultdict(dict)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        file, _, test = report.nodeid.partition("::")
-        if report.when == "call" or report.failed:
-            self.found[file][test] = self.hint(report) if report.failed else ""
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self.found[report.nodeid]["import"] = self.hint(report)
-
-    def hint(self, report: Any) -> str:
-        """Of a test that says it itself, its words; else the error, and where."""
-        crash = getattr(report.longrepr, "reprcrash", None)
-        if crash is None:
-            return str(report.longrepr).strip().splitlines()[-1]
-        message = crash.message.splitlines()[0]
-        own = message.removeprefix("Failed: ")
-        frames = [entry.reprfileloc for entry in report.longrepr.reprtraceback.reprentries]
-        here = [frame for frame in frames if frame and "site-packages" not in frame.path]
-        path, line = (here[-1].path, here[-1].lineno) if here else (crash.path, crash.lineno)
-        return own if own != message else f"{message} ({Path(path).name}:{line})"
-
-
-def outcomes_of(exercises: list[dict]) -> dict[str, dict[str, str]]:
-    """{exercise: {test: what is wrong, "" if it passed}}."""
-    import pytest  # here, because students may look at the help without it
-
-    outcomes, files = Outcomes(), [exercise["tests"] for exercise in exercises]
-    options = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", f"--confcutdir={TESTS}"]
+    What is wrong: of a test that says it itself, its words; else the error, and where.
+    """
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "--confcutdir=tests/course"]
     options.append("--continue-on-collection-errors")  # one broken file must not hide the others
-    pytest.main([*options, *files], plugins=[outcomes])
-    return {exercise["name"]: outcomes.found[exercise["tests"]] for exercise in exercises}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [exercise["tests"] for exercise in exercises]
+        command = [sys.executable, "-m", "pytest", *options, f"--junitxml={folder}/found.xml", *files]
+        subprocess.run(command, cwd=tree, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        cases = list(ElementTree.parse(f"{folder}/found.xml").iter("testcase"))
+    results: dict[str, dict[str, str]] = {}
+    for exercise in exercises:
+        module = exercise["tests"].removesuffix(".py").replace("/", ".")
+        own = [case for case in cases if module in (case.get("classname"), case.get("name"))]
+        results[exercise["name"]] = {case.get("name", ""): hint_of(case) for case in own}
+    return results
 
 
-def score(exercise: dict, found: dict[str, str]) -> float:
-    tests = {*exercise["public"], *exercise.get("hidden", [])}
-    return round(exercise["points"] * sum(found.get(test) == "" for test in tests) / len(tests), 1)
+def hint_of(case: ElementTree.Element) -> str:
+    for wrong in (*case.iter("failure"), *case.iter("error")):
+        message, text = wrong.get("message", "").split("\n")[0], wrong.text or ""
+        if message.startswith("Failed: "):  # pytest.fail
+            return message.removeprefix("Failed: ")
+        if message == "collection failure":  # the file cannot be imported
+            return text.strip().split("\n")[-1]
+        places = re.findall(r"^(\S+\.py:\d+): ", text, re.M)
+        return f"{message} ({[place for place in places if 'site-packages' not in place][-1]})"
+    return ""
 
 
 def report(exercises: list[dict], results: dict[str, dict[str, str]]) -> list[dict]:
     """Print the table; return the lines of Gradescope's results.json."""
     lines = []
     for exercise in exercises:
-        name, found = exercise["name"], results[exercise["name"]]
+        name, most, found = exercise["name"], exercise["points"], results[exercise["name"]]
         hint = next((message for message in found.values() if message), "")
         if message_of(name) in hint:
             hint = f"to do, in {' and '.join(exercise['files'])}: {exercise['hint']}"
-        points, most = score(exercise, found), exercise["points"]
-        lines.append({"name": name, "score": points, "max_score": most, "output": hint, "extra_data": found})
+        tests = [*exercise["public"], *exercise.get("hidden", [])]
+        points = round(most * sum(found.get(test) == "" for test in tests) / len(tests), 1)
+        lines.append({"name": name, "score": points, "max_score": most, "output": hint})
         print(f"{name:15} {points:>5g} / {most:<3g} {hint}")
     if len(lines) > 1:
         note = "" if any("hidden" in x for x in exercises) else "by the public tests; hidden ones count, too"
@@ -113,20 +96,13 @@ def report(exercises: list[dict], results: dict[str, dict[str, str]]) -> list[di
     return lines
 
 
-def read_results(path: Path) -> dict[str, dict[str, str]]:
-    """{exercise: {test: what is wrong}} of a results.json."""
-    tests = json.loads(path.read_text(encoding="utf-8"))["tests"]
-    return {line["name"]: line["extra_data"] for line in tests}
-
-
 def main(argv: list[str] | None = None) -> None:
     flags = Flags("lib.tools.grade", __doc__)
     flags.add_argument("exercises", nargs="*", help="names, or weeks as in week3 (default: all)")
     flags.add_argument("--submission", help="a student's tree: its files of the exercises replace those here")
     flags.add_argument("--results", help="write results.json of Gradescope to this file")
     given = flags.parse_intermixed_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads wait for each other
-    exercises = chosen(read_course(Path())["exercises"], given.exercises)
+    exercises = chosen(read_course()["exercises"], given.exercises)
     for file in {file for exercise in exercises for file in exercise["files"] if given.submission}:
         if not (Path(given.submission) / file).is_file():
             missing = f"{file} is missing: hand in the whole folder"
@@ -134,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
                 write_json(given.results, {"score": 0, "output": missing})
             raise UserError(f"{given.submission}: {missing}")
         shutil.copy(Path(given.submission) / file, file)
-    lines = report(exercises, outcomes_of(exercises))
+    lines = report(exercises, outcomes_of(exercises, Path()))
     if given.results:
         write_json(given.results, {"tests": lines})
 
