@@ -12,17 +12,17 @@ import argparse
 import importlib
 import json
 import random
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -61,15 +61,9 @@ global_head_dim 8, num_global_key_value_heads 2, laurel_rank 8, num_kv_shared_la
 SIZES: dict = {name: json.loads(size) for name, size in (part.split() for part in SIZES_OF_NAMES.split(","))}
 SIZES |= {"pad_token_id": None, "bos_token_id": None, "use_cache": True, "use_sliding_window": True}
 NOISE = (
-    "attention_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "attn_pdrop",
-    "embd_pdrop",
-    "dropout",
-    "layerdrop",
+    "attention_dropout hidden_dropout residual_dropout embedding_dropout activation_dropout dropout".split()
 )
-NOISE += ("layerdrop", "activation_dropout", "router_jitter_noise", "input_jitter_noise")
+NOISE += "resid_pdrop attn_pdrop embd_pdrop layerdrop router_jitter_noise input_jitter_noise".split()
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}"
     "{{ '<|im_start|> assistant ' if add_generation_prompt }}"
@@ -77,23 +71,21 @@ TEMPLATE = (
 WORDS = (
     "<unk> <|im_start|> <|im_end|> <pad> <think> </think> user assistant sure here is a story tell me about"
 )
-WORDS += " the sea please"
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """97 words; <think> and </think> are ordinary ones."""
-    words = [*WORDS.split(), *(f"w{i}" for i in range(97 - len(WORDS.split())))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+def word_tokenizer(unknown: str = "<unk>") -> PreTrainedTokenizerFast:
+    """97 words, split at spaces; without a word for the `unknown`, it raises what it does not know."""
+    words = f"{WORDS} the sea please".split()
+    words += [f"w{i}" for i in range(97 - len(words))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>"])
-    core.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
-    ends = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **ends)
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>"] + [unknown] * (unknown in words))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def tiny_config(kind: str):
+def tiny_config(kind: str, changes: dict):
     """The architecture's configuration in small. Some break with one of the sizes: tried without it."""
     cls = CONFIG_MAPPING[kind]
     default = cls()
@@ -102,7 +94,7 @@ def tiny_config(kind: str):
     reasons = []
     for left_out in ([], ["head_dim"], ["num_key_value_heads"], ["head_dim", "num_key_value_heads"]):
         try:
-            config = cls(**{name: size for name, size in sizes.items() if name not in left_out})
+            config = cls(**{name: size for name, size in sizes.items() if name not in left_out} | changes)
         except Exception as error:
             reasons.append(str(error))
             continue
@@ -111,6 +103,14 @@ def tiny_config(kind: str):
             config.layer_types = list(kinds)[: config.num_hidden_layers]
         return config
     raise ValueError(reasons[0])
+
+
+def make(folder: str | Path, kind: str, changes: dict) -> str:
+    """A folder with a random model of the architecture, and the tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(kind, changes)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 # ---- plain passes: one row, no cache, no padding -----------------------------------------------------------
@@ -166,12 +166,8 @@ def plain_gradient(model: PreTrainedModel, parts: Sequence[list[int]], target: l
 class Case:
     """One architecture: as it is used here (`policy`), and plain (`reference`), of the same weights."""
 
-    def __init__(self, kind: str, folder: str) -> None:
-        config = tiny_config(kind)
-        torch.manual_seed(0)
-        self.folder, self.tokenizer = folder, word_tokenizer()
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def __init__(self, kind: str, changes: dict, folder: str) -> None:
+        self.folder, self.tokenizer = make(folder, kind, changes), word_tokenizer()
         self.policy = load_policy(folder, device="cpu").requires_grad_(False)
         self.reference = reference_model(folder)
         rng = random.Random(0)
@@ -198,30 +194,31 @@ class Case:
         return verdict(worst)
 
     def logprobs(self) -> str:
-        """Of completions, in rows padded on either side."""
-        worst = 0.0
-        for side in ("right", "left"):
-            ids, attention_mask = pad_batch(self.rows, 0, side=side)
-            place = attention_mask.cumsum(1) * attention_mask  # from 1
-            mask = place > torch.tensor([[len(prompt)] for prompt in self.prompts])
-            with torch.no_grad():
-                found = token_logprobs(self.policy, ids, attention_mask, mask)
-            for row, which, (_, logprobs) in zip(found, mask, self.expected, strict=True):
-                worst = max(worst, float((row[which] - torch.tensor(logprobs)).abs().max()))
-        return verdict(worst)
+        """Of completions, in padded rows."""
+        ids, attention_mask = pad_batch(self.rows, 0, side="right")
+        place = attention_mask.cumsum(1) * attention_mask  # from 1
+        mask = place > torch.tensor([[len(prompt)] for prompt in self.prompts])
+        with torch.no_grad():
+            found = token_logprobs(self.policy, ids, attention_mask, mask)
+        expected = torch.tensor([value for _, logprobs in self.expected for value in logprobs])
+        return verdict(float((found[mask] - expected).abs().max()))
 
     def gcg(self) -> str:
         """Losses of candidates behind a cached prefix, and the gradient."""
-        before, suffix, behind, target, losses, gradient = gcg_of(self)
+        request = {"id": "a", "prompt": "tell me a story about the sea w1 w2 w3", "target": self.target}
+        slot = Slot(self.victim, request, self.target, BUDGET, Cost())
+        chapter = importlib.import_module("04_attack_eval")
+        before, target = slot.prefix, slot.target.tolist()
+        suffix, behind = slot.start.tolist(), slot.tail.tolist()
         candidates = torch.tensor(suffix).repeat(3, 1)
         candidates[1, 0], candidates[2, 3] = 50, 60
-        for row, found in zip(candidates.tolist(), losses(candidates), strict=True):
+        for row, found in zip(candidates.tolist(), chapter.losses(slot, candidates), strict=True):
             with torch.no_grad():
                 logits = plain_logits(self.reference, before + row + behind)[-len(target) :]
             if not abs(F.cross_entropy(logits, torch.tensor(target)) - found) < TOLERANCE:
                 return f"WRONG LOSS {found:.4f}"
         expected = plain_gradient(self.reference, (before, suffix, behind), target)
-        found = gradient(candidates[0])
+        found = chapter.gradient(slot, candidates[0])
         gap = float((found - expected).abs().max() / expected.abs().max())
         return "ok" if gap < 1e-2 else f"WRONG GRADIENT by {gap:.3g}"
 
@@ -230,7 +227,8 @@ class Case:
         texts = ["tell me a story", "tell me a story about the sea w1 w2 w3 w4 w5 w6 w7 w8 w9", "please"]
         target = self.tokenizer.encode(self.target, add_special_tokens=False)
         worst = 0.0
-        for text, found in zip(texts, autodan_losses(self, texts), strict=True):
+        losses = target_losses(self.victim, texts, self.target, BUDGET, Cost())
+        for text, found in zip(texts, losses, strict=True):
             with torch.no_grad():
                 logits = plain_logits(self.reference, self.victim.encode(text) + target)
             loss = F.cross_entropy(logits[-len(target) - 1 : -1], torch.tensor(target)).item()
@@ -262,20 +260,6 @@ class Case:
         return "ok" if gap < 1e-4 else f"WRONG by {gap:.3g}"
 
 
-def gcg_of(case: Case) -> tuple[list[int], list[int], list[int], list[int], Callable, Callable]:
-    """The one place that knows GCG's functions: ids before, of and behind the suffix, and of the target;
-    losses of candidates (N, S) -> (N,); gradient of a suffix (S,) -> (S, vocab)."""
-    request = {"id": "a", "prompt": "tell me a story about the sea w1 w2 w3", "target": case.target}
-    slot = Slot(case.victim, request, case.target, BUDGET, Cost())
-    chapter = importlib.import_module("04_attack_eval")
-    functions = partial(chapter.losses, slot), partial(chapter.gradient, slot)
-    return slot.prefix, slot.start.tolist(), slot.tail.tolist(), slot.target.tolist(), *functions
-
-
-def autodan_losses(case: Case, texts: list[str]) -> list[float]:
-    return target_losses(case.victim, texts, case.target, BUDGET, Cost())
-
-
 def verdict(worst: float) -> str:
     return "ok" if worst < TOLERANCE else f"WRONG by {worst:.3g}"
 
@@ -283,23 +267,18 @@ def verdict(worst: float) -> str:
 CHECKS = ("sampling", "logprobs", "gcg", "autodan", "saving", "checkpointing")
 
 
-def examine(kind: str) -> dict[str, str]:
-    """What each check says of the architecture."""
-    found, folder = {}, tempfile.mkdtemp()
-    try:
-        case = Case(kind, folder)
-        for name in CHECKS:
-            found[name] = outcome(getattr(case, name))
-    except UserError as error:
-        found["load"] = f"REFUSED: {error}"
-    except Exception as error:  # of transformers: in this size the architecture is none
-        found["load"] = f"{type(error).__name__}: {str(error)[:160]}"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def examine(kind: str, changes: dict) -> dict[str, str]:
+    """What each check says of the architecture, with changes of its configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = {"load": outcome(partial(Case, kind, changes, folder))}
+        if isinstance(found["load"], Case):
+            case = found.pop("load")
+            found = {name: outcome(getattr(case, name)) for name in CHECKS}
     return found
 
 
-def outcome(check: Callable[[], str]) -> str:
+def outcome(check: Callable[[], Any]) -> Any:
+    """What it returns, or what went wrong. (An architecture may be none in this size.)"""
     try:
         return check()
     except UserError as error:
@@ -322,7 +301,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, late)
     for kind in kinds:
         signal.alarm(SECONDS)
-        found = examine(kind)
+        found = examine(kind, {})
         signal.alarm(0)
         print(kind, json.dumps(found), flush=True)
 
