@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import reference as literal
@@ -34,9 +34,8 @@ from lib.sandbox import world
 
 stage = importlib.import_module(RL)
 RATE = 3e-5  # at a higher one AdamW makes a step of rounding, where a gradient is nothing else (a key's bias)
-KNOBS = list(
-    itertools.product(("token", "sequence", "constant"), (True, False), ("k1", "k2", "k3"), (False, True))
-)
+TWO = (True, False)
+KNOBS = list(itertools.product(("token", "sequence", "constant"), TWO, ("k1", "k2", "k3"), TWO))
 
 
 def make_rollouts(groups: int = 2, group_size: int = 3) -> list:
@@ -98,9 +97,8 @@ def test_update_is_that_of_the_formula(tiny_model, reference, normalisation, std
         clipped += sum(s > math.log(1.2) if advantages[i] > 0 else s < math.log(0.8) for s in shift)
     assert clipped > 5 or not off_policy
     anchor = literal_logprobs(reference, rollouts, settings.temperature)
-    entropy = [
-        literal.entropies(tiny_model, r.ids, r.mask.index(True), settings.temperature).sum() for r in rollouts
-    ]
+    rows = [(r.ids, r.mask.index(True), settings.temperature) for r in rollouts]
+    entropy = [literal.entropies(tiny_model, *row).sum() for row in rows]
     divisors = literal.lengths(normalisation, [len(row) for row in new], 20)
     bonus = sum(0.7 * one / divisor for one, divisor in zip(entropy, divisors, strict=True))
     objective = literal.objective(new, old, anchor, advantages, settings) + bonus
@@ -111,9 +109,9 @@ def test_update_is_that_of_the_formula(tiny_model, reference, normalisation, std
     assert metrics["loss"] == pytest.approx(-objective.item(), abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
     gaps = [a - n for row, theirs in zip(new, anchor, strict=True) for n, a in zip(row, theirs, strict=True)]
-    mean = sum(float(literal.kl(gap, estimator)) for gap in gaps) / len(gaps)
+    mean = sum(literal.kl(gap, estimator).item() for gap in gaps) / len(gaps)
     assert metrics["kl"] == pytest.approx(mean, rel=1e-3)
-    assert metrics["entropy"] == pytest.approx(float(sum(entropy)) / len(gaps), rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(sum(entropy).item() / len(gaps), rel=1e-4)
 
 
 def test_the_gradient_is_clipped_and_its_norm_is_that_before(tiny_model, reference):
@@ -171,26 +169,17 @@ def test_prompts_that_are_too_long_are_left_out(data, tmp_path, capsys):
 
 
 def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
-    """What it is for which scores: test_rewards.py."""
-    seen: list = []
-
-    def harm_score(prompts, answers):
-        seen.append((prompts, answers))
-        return [0.05, 0.5, None, 0.5]
-
-    scores = {
-        "task_score": lambda *texts: [0.8] * 4,
-        "refusal_labels": lambda *texts: ["full", "none", None, "none"],
-    }
+    """What it is for which scores: tests/course/test_3_rewards.py."""
+    judge, labels = Mock(), ["full", "none", None, "none"]
+    judge.harm_score.return_value, judge.task_score.return_value = [0.05, 0.5, None, 0.5], [0.8] * 4
+    judge.refusal_labels.return_value = labels
     rollouts, kinds = make_rollouts(1, 4), ("harmful", "harmful", "harmful", "harmless")
     for i, rollout in enumerate(rollouts):
         rollout.record = {"id": i, "prompt": f"x{i}", "kind": kinds[i]}
         rollout.parsed = Parsed("secret", f"y{i}", True)
-    judge = SimpleNamespace(harm_score=harm_score, **scores)
     stage.score_rollouts(rollouts, judge)
-    assert [r.reward for r in rollouts] == [1.0, 0.5, None, 0.8]
-    assert [r.refusal for r in rollouts] == ["full", "none", None, "none"]
-    assert seen == [([f"x{i}" for i in range(4)], [f"y{i}" for i in range(4)])]
+    assert [(r.reward, r.refusal) for r in rollouts] == list(zip([1.0, 0.5, None, 0.8], labels, strict=True))
+    judge.harm_score.assert_called_once_with([f"x{i}" for i in range(4)], [f"y{i}" for i in range(4)])
     stage.score_rollouts(rollouts, judge, one_reward=True)
     assert [r.reward for r in rollouts] == [0.8] * 4
 
@@ -231,9 +220,7 @@ def test_summary_of_a_step_and_the_groups_to_show():
 # ---- the stage ----
 
 LOGGED = "step reward kl entropy grad_norm format_rate zero_advantage_groups unknown_verdicts learning_rate "
-LOGGED += (
-    "reward_harmful reward_harmless reasoning_tokens_ambiguous seconds_sample seconds_reward sampler_gap"
-)
+LOGGED += "reward_harmful reward_harmless reasoning_tokens_ambiguous seconds_sample sampler_gap"
 
 
 def test_who_breaks_the_format_earns_nothing_and_all_metrics_are_there(data, tmp_path, monkeypatch):
