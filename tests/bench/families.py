@@ -43,39 +43,40 @@ from tests.bench.decoders import DECODERS, sampling_by
 
 BUDGET = Budget(gcg_steps=1, gcg_width=4, gcg_top_k=4, gcg_suffix_tokens=4, gcg_init="please")
 SECONDS, NEW, TOLERANCE = 60, 12, 1e-3  # for an architecture; tokens of a completion; nats
-SIZES_OF_NAMES = """
-vocab_size 97, hidden_size 32, intermediate_size 64, ffn_hidden_size 64, num_hidden_layers 4,
-num_attention_heads 4, num_key_value_heads 2, head_dim 8, max_position_embeddings 256, sliding_window 7,
-n_embd 32, n_layer 4, n_head 4, n_positions 256, n_inner 64, d_model 32, n_layers 4, n_heads 4, num_layers
-4, num_heads 4, attention_window 7, local_attention_window 7, moe_intermediate_size 16,
-shared_expert_intermediate_size 16, num_experts 4, num_local_experts 4, n_routed_experts 4,
-num_experts_per_tok 2, moe_topk 2, n_group 1, topk_group 1, kv_lora_rank 8, q_lora_rank 8, qk_rope_head_dim
-8, qk_nope_head_dim 8, v_head_dim 8, first_k_dense_replace 1, initializer_range 0.2, init_std 0.2,
-eos_token_id 2, ffn_dim 64, word_embed_proj_dim 32, rotary_dim 8, dropout 0.0, max_seq_len 256,
-decoder_layers 4, decoder_attention_heads 4, decoder_ffn_dim 64, query_pre_attn_scalar 8, altup_num_inputs
-4, vocab_size_per_layer_input 97, hidden_size_per_layer_input 8, state_size 8, mamba_d_state 8,
-mamba_n_heads 4, mamba_d_head 16, linear_num_key_heads 2, linear_num_value_heads 4, linear_key_head_dim 8,
-linear_value_head_dim 8, lru_width 32, attention_chunk_size 16, moe_layer_start_index 1, mlp_hidden_size 64,
-global_head_dim 8, num_global_key_value_heads 2, laurel_rank 8, num_kv_shared_layers 0, max_window_layers 2
-"""
-SIZES: dict = {name: json.loads(size) for name, size in (part.split() for part in SIZES_OF_NAMES.split(","))}
-SIZES |= {"pad_token_id": None, "bos_token_id": None, "use_cache": True, "use_sliding_window": True}
-NOISE = (
-    "attention_dropout hidden_dropout residual_dropout embedding_dropout activation_dropout dropout".split()
-)
-NOISE += "resid_pdrop attn_pdrop embd_pdrop layerdrop router_jitter_noise input_jitter_noise".split()
+SIZES_TO_NAMES: dict = {
+    97: "vocab_size vocab_size_per_layer_input",
+    32: "hidden_size n_embd d_model word_embed_proj_dim lru_width",
+    64: "intermediate_size ffn_hidden_size n_inner ffn_dim decoder_ffn_dim mlp_hidden_size",
+    4: "num_hidden_layers num_attention_heads n_layer n_head n_layers n_heads num_layers num_heads "
+    "num_experts num_local_experts n_routed_experts decoder_layers decoder_attention_heads "
+    "altup_num_inputs mamba_n_heads linear_num_value_heads",
+    2: "num_key_value_heads num_experts_per_tok moe_topk eos_token_id linear_num_key_heads "
+    "num_global_key_value_heads max_window_layers",
+    8: "head_dim kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim "
+    "query_pre_attn_scalar hidden_size_per_layer_input state_size mamba_d_state linear_key_head_dim "
+    "linear_value_head_dim global_head_dim laurel_rank",
+    256: "max_position_embeddings n_positions max_seq_len",
+    7: "sliding_window attention_window local_attention_window",
+    16: "moe_intermediate_size shared_expert_intermediate_size mamba_d_head attention_chunk_size",
+    1: "n_group topk_group first_k_dense_replace moe_layer_start_index",
+    0.2: "initializer_range init_std",
+    0.0: "dropout",
+}
+SIZES = {name: size for size, names in SIZES_TO_NAMES.items() for name in names.split()}
+SIZES |= {"use_cache": True, "use_sliding_window": True, "num_kv_shared_layers": 0}
+SIZES |= {"pad_token_id": None, "bos_token_id": None}
+NOISE = "attention_dropout hidden_dropout residual_dropout embedding_dropout activation_dropout dropout "
+NOISE += "resid_pdrop attn_pdrop embd_pdrop layerdrop router_jitter_noise input_jitter_noise"
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}"
     "{{ '<|im_start|> assistant ' if add_generation_prompt }}"
 )
-WORDS = (
-    "<unk> <|im_start|> <|im_end|> <pad> <think> </think> user assistant sure here is a story tell me about"
-)
+WORDS = "<unk> <|im_start|> <|im_end|> <pad> <think> </think> user assistant tell me a story about the sea"
 
 
 def word_tokenizer(unknown: str = "<unk>") -> PreTrainedTokenizerFast:
     """97 words, split at spaces; without a word for the `unknown`, it raises what it does not know."""
-    words = f"{WORDS} the sea please".split()
+    words = f"{WORDS} sure here is please".split()
     words += [f"w{i}" for i in range(97 - len(words))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -251,7 +252,9 @@ class Case:
         config = json.loads(path.read_text())
         inner, ids = config.get("text_config", config), torch.tensor([self.rows[2]])
         text_config = self.policy.config.get_text_config()
-        inner |= {name: 0.3 for name in NOISE if isinstance(getattr(text_config, name, None), int | float)}
+        inner |= {
+            name: 0.3 for name in NOISE.split() if isinstance(getattr(text_config, name, None), int | float)
+        }
         path.write_text(json.dumps(config))
         plain = load_policy(self.folder, device="cpu")
         recomputing = load_policy(self.folder, device="cpu", gradient_checkpointing=True)
