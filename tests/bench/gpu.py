@@ -43,6 +43,7 @@ from lib.attacks import Budget, Slot, Victim, surviving
 from lib.attacks.core import Cost
 from lib.judges import load_judge
 from lib.policy import token_logprobs
+from lib.run.files import read_log
 from lib.run.hub import load_tokenizer
 from lib.run.plumbing import Run, halve_linear_layers, precision
 from lib.run.processes import pick_device
@@ -74,8 +75,7 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_log(folder / "metrics.jsonl")
 
 
 def gaps(a: list[dict], b: list[dict], keys: tuple[str, ...]) -> dict:
