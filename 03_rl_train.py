@@ -68,9 +68,7 @@ class Settings(Training):
     temperature: float = setting(0.6, "of sampling. Paper: 0.6", low=0.01, high=10.0)
     max_new_tokens: int = setting(4096, "tokens of a completion, reasoning included. Paper: 4096", low=1)
     max_prompt_tokens: int = setting(512, "prompts of more are left out. Paper: 512", low=1, flag=False)
-    max_sample_tokens: int = setting(
-        0, "rows x columns of the sampling cache; 0: what fits", low=0, high=TOKENS
-    )
+    max_sample_tokens: int = setting(0, "rows x columns of the cache; 0: what fits", low=0, high=TOKENS)
     # updates
     learning_rate: float = setting(1e-6, "peak rate of AdamW. Paper: 1e-6", low=0.0, high=1.0)
     weight_decay: float = setting(0.01, "of AdamW. Paper: verl's default, 0.01", low=0.0, flag=False)
@@ -112,8 +110,7 @@ class Rollout:
 def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, run) -> list[Rollout]:
     """This process's share of the prompts, G completions each; those of one prompt stand together.
 
-    Every completion has a seed of its own, drawn by all processes alike. So up to rounding it is the same
-    whichever process samples it.
+    All processes draw all seeds: up to rounding a completion is the same whichever process samples it.
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     seeds = torch.randint(2**62, (len(prompts), settings.group_size), generator=generator)
@@ -145,8 +142,7 @@ def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, r
 def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> None:
     """Equations 1 and 2: judges see the prompt and the answer, not the reasoning before </think>.
 
-    Where the judge has no verdict the reward of a well-formed one is unknown, None. A score out of range ends
-    the run, before it can reach the weights.
+    Without a verdict the reward of a well-formed one is unknown, None. A score out of range ends the run.
     """
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
@@ -160,12 +156,10 @@ def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> 
 
 # ---- step 4: advantages ----
 def group_advantages(rewards: Tensor, std_normalisation: bool, eps: float = 1e-6) -> Tensor:
-    """Rewards (prompts, G) -> advantages (prompts, G), fp32: the group is its own baseline (DeepSeekMath,
-    4.1).
+    """Rewards (prompts, G) -> advantages, fp32: the group is its own baseline (DeepSeekMath, 4.1).
 
-    The std is the sample's (n - 1); where all of a group are rewarded alike, all advantages are 0. A reward
-    of NaN is unknown: it is left out of its group's mean and std, and its advantage is 0. Then only the
-    loss's KL and entropy terms count.
+    The std is the sample's (n - 1); where all of a group are rewarded alike, all advantages are 0. So is that
+    of an unknown reward, NaN, which no mean or std counts: the loss's KL and entropy terms alone are left.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, torch.nan], [1.0, 1.0, 1.0]]), std_normalisation=False)
     tensor([[ 0.5000, -0.5000,  0.0000],
@@ -219,9 +213,7 @@ def grpo_loss(
 
 
 def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id, settings, run) -> dict:
-    """One step on all rollouts, in micro-batches whose gradients add up to that of the whole batch.
-
-    So do those of processes: hence the totals, which are over all of them.
+    """One step on all rollouts. Gradients of micro-batches, and of processes, add up to that of the batch.
 
     Returns the loss, per-token means over all processes (kl, entropy, and sampler_gap: how far the sampler's
     log-probabilities are from these), and the gradient norm before clipping.
@@ -251,8 +243,8 @@ def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id,
             loss = loss - bonus * (entropy.sum(dim=1) * weights).sum()
         run.backward(loss)
         sums["loss"] += loss.item()
-        found = logprobs.detach()
-        sums["kl"] += kl_estimate(found, reference_logprobs, settings.kl_estimator)[mask].sum().item()
+        kl = kl_estimate(logprobs.detach(), reference_logprobs, settings.kl_estimator)
+        sums["kl"] += kl[mask].sum().item()
         sums["entropy"] += entropy[mask].sum().item()
         sums["sampler_gap"] += (old_logprobs - sampled_logprobs)[mask].abs().sum().item()
     sums = run.total(sums)
@@ -293,12 +285,9 @@ def main() -> None:
 
 
 # ---- what people vary ----
-
-
 def sequence_weights(lengths: Tensor, total_tokens: int, total_rollouts: int, settings: Settings) -> Tensor:
     """What each completion's sum over tokens is multiplied by: lengths (B,) -> (B,) fp32.
 
-    Totals are over all processes, so that micro-batches and processes add up to the loss of the whole batch.
     token: 1 over all tokens of the batch (verl, DAPO; paper). sequence: 1 over the completion's length and
     the number of completions (GRPO, DeepSeekMath eq. 3), so a token of a long one weighs less. constant: 1
     over max_new_tokens and that number (Dr. GRPO).
@@ -317,8 +306,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
     variance", the paper's). As a term of the loss they differ more. The gradient of k1 is that of log pi,
     zero on average over samples of pi, so it adds noise and pulls nowhere. That of k2 is, on average, the
     gradient of the KL itself. That of k3 is the gradient of KL(reference || policy), which is nearly the same
-    as long as the two are near. k3 grows as e^gap, so it is clamped, with no gradient beyond
-    (`lib.policy.k3`).
+    as long as the two are near. k3 grows as e^gap, so `lib.policy.k3` clamps it.
     """
     ### BEGIN SOLUTION kl
     gap = reference_logprobs - logprobs

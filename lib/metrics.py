@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-RESAMPLES = 2000
 Interval = dict[str, Any]
 Lines = Sequence[dict[str, Any]]  # of completions.jsonl
 SETS = ("direct", "jailbreak", "harmless", "ambiguous")  # asked as they are
@@ -46,7 +45,7 @@ def bootstrap(values: Sequence[float], seed: int) -> Interval:
     n = len(values)
     data = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
-    means = data[generator.integers(n, size=(RESAMPLES, n))].mean(1)
+    means = data[generator.integers(n, size=(2000, n))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return _interval(data.mean(), low, high, n)
 

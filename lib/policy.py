@@ -32,25 +32,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lib import UserError
 from lib.cache import layer_types
 
-CHUNK = 2048  # tokens whose logits exist at a time
-
 
 def token_logprobs(
     model: PreTrainedModel,
-    input_ids: Tensor,  # (B, T) int64; rows may be padded on the left or on the right
+    input_ids: Tensor,  # (B, T) int64, padded on the right
     attention_mask: Tensor,  # (B, T) bool
     completion_mask: Tensor,  # (B, T) bool
     *,
     temperature: float = 1.0,
-    chunk_size: int = CHUNK,
+    chunk_size: int = 2048,
     with_entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> Any:
     """log p(token t | tokens before t) at `temperature`, (B, T) fp32, 0 where completion_mask is False.
 
-    It has a gradient. `with_entropy` makes it a pair: the entropy of each of those predictions in nats, at
-    `temperature` too, comes with it, (B, T) fp32. It has a gradient only if `entropy_gradient`: that costs
-    two more tensors of a chunk's logits.
+    `with_entropy` makes it a pair: with the entropy of each of those predictions, in nats, (B, T) fp32, which
+    has a gradient only if `entropy_gradient`: that costs two more tensors of a chunk's logits.
 
     The logits of no more than chunk_size tokens ever exist: of several chunks none is kept for the backward
     pass, which computes each again. Raises ValueError unless temperature > 0, and if the mask holds a token
@@ -84,14 +81,9 @@ def token_logprobs(
 
 
 def _head_logprobs(
-    model: PreTrainedModel,
-    hidden: Tensor,  # (n, H)
-    targets: Tensor,  # (n,) int64
-    temperature: float,
-    with_entropy: bool,
-    entropy_gradient: bool,
+    model, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets, entropy of their predictions (0 if not asked for), (n,) fp32 each."""
+    """hidden (n, H), targets (n,) int64 -> their log-probabilities, and entropies (or zeros), (n,) fp32."""
     logits = head_logits(model, hidden)
     logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # (n, vocab)
     entropy = torch.zeros(len(targets), device=hidden.device)
@@ -101,27 +93,19 @@ def _head_logprobs(
     return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (B, T, H): `states_once` in rows."""
-    states, number = states_once(model, input_ids, attention_mask)
-    return F.embedding(number, states)
-
-
 def states_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states (N, H), each computed once, and the number (B, T) int64 of each token's among them.
 
-    Every row counts its positions from its own first token. In two cases rows are computed plainly, a state
-    for each token: some row is padded on the left, or the model cannot do otherwise (`shares_prompts`).
-    Raises UserError for rows that are longer than the model's context.
+    A model that cannot share prompts computes rows plainly, a state for each token. Raises UserError for rows
+    that are longer than the model's context, ValueError for padding on the left.
     """
     if input_ids.shape[1] > (context := context_of(model.config)):
         raise UserError(f"a row of {input_ids.shape[1]} tokens exceeds the model's context, {context}")
+    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+        raise ValueError("rows must be padded on the right")
     inputs = {"input_ids": input_ids}
     number = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
-    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # padding on the left of some row
-        inputs["attention_mask"] = attention_mask.long()
-        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    elif shares_prompts(model):
+    if shares_prompts(model):
         number, place = number_tokens(input_ids, attention_mask)
         inputs = {"input_ids": input_ids.flatten()[place][None]}
         inputs["position_ids"] = place[None] % input_ids.shape[1]

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,19 +151,16 @@ def sample(
 
 
 def _check(model, prompts, group_size, max_new_tokens, temperature, top_p, budget) -> None:
-    if group_size < 1 or max_new_tokens < 1:
-        raise ValueError(f"group_size {group_size} and max_new_tokens {max_new_tokens} must be at least 1")
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
+    if min(group_size, max_new_tokens) < 1 or not temperature >= 0 or not 0 < top_p <= 1:
+        counts = f"group_size {group_size}, max_new_tokens {max_new_tokens}"
+        raise ValueError(f"{counts}, temperature {temperature} or top_p {top_p} is out of range")
     most, table = min(context_of(model.config), budget), table_rows(model)
     for i, prompt in enumerate(prompts):
-        sizes = f"prompt {i}: {len(prompt)} tokens + max_new_tokens {max_new_tokens}"
-        if not prompt:
-            raise ValueError(f"prompt {i} has no tokens")
+        if not prompt or max(prompt) >= table:
+            raise ValueError(f"prompt {i} has no tokens, or one beyond the {table} rows of the model's table")
         if len(prompt) + max_new_tokens > most:
-            raise ValueError(f"{sizes} exceed the model's context or max_batch_tokens: {most} fit")
-        if max(prompt) >= table:
-            raise ValueError(f"prompt {i} has the token id {max(prompt)}, the model's table has {table} rows")
+            sizes = f"{len(prompt)} tokens + max_new_tokens {max_new_tokens}"
+            raise ValueError(f"prompt {i}: {sizes} exceed context or max_batch_tokens: {most} fit")
 
 
 class _Batch:
@@ -185,7 +181,6 @@ class _Batch:
         self.rows, self.rows_ended = self._long([]), 0  # (rows,) numbers of completions
         self.columns = self.capacity = 0  # of the cache: filled (`column`, on the host), and allocated
         self.fixed_shapes = model.device.type != "cpu"
-        self.records = model.device.type == "cuda" and not getattr(model, "steps_wait", False)
         self.graph: Any = None  # a recorded step, torch.cuda.CUDAGraph
 
     def _long(self, values: Sequence[int]) -> Tensor:
@@ -202,7 +197,7 @@ class _Batch:
                 self.graph.replay()
             else:
                 self.step(mask)  # the first one runs as it is, and sets up what libraries need
-                if self.records and self.columns + 1 < self.capacity:
+                if self.fixed_shapes and self.columns + 1 < self.capacity:
                     self.graph = self.record(mask)
             self.columns += 1
         self.rows_ended = int(self.ended[self.rows].sum())  # waits for the device
@@ -217,7 +212,10 @@ class _Batch:
 
     def record(self, mask: Tensor) -> torch.cuda.CUDAGraph | None:
         """A step's kernels, not run. None if it waits for the device, as where experts are chosen."""
-        graph, device = torch.cuda.CUDAGraph(), self.model.device
+        device = self.model.device
+        if device.type != "cuda" or getattr(self.model, "steps_wait", False):
+            return None
+        graph = torch.cuda.CUDAGraph()
         present, aside = torch.cuda.current_stream(device), _stream_aside(device)
         try:
             # `present` around it: a recording that fails leaves its own behind
@@ -228,7 +226,7 @@ class _Batch:
             raise
         except RuntimeError as error:
             tqdm.write(f"note: this model's steps cannot be recorded, so sampling is slower: {error}"[:200])
-            self.records, self.model.steps_wait = False, True  # once: memory of a failed one is not freed
+            self.model.steps_wait = True  # tried once: memory of a failed one is not freed
             return None
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
@@ -356,11 +354,6 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple[T
         token = order.gather(1, rank)
     token = token.to(logits.device)
     return token[:, 0], logprobs.gather(1, token)[:, 0]
-
-
-def random_numbers(seed: int, label: str) -> torch.Generator:
-    """A generator of its own for everything that has a name: all models get the same, so they are paired."""
-    return torch.Generator().manual_seed(zlib.crc32(label.encode()) * 2**20 + seed)
 
 
 def draw_seeds(generator: torch.Generator | None, count: int) -> list[int]:

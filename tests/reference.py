@@ -65,8 +65,3 @@ def rpo(new, anchor, pairs: Sequence[tuple[int, int]], beta: float, alpha: float
         margin = beta * ((sum(new[w]) - sum(anchor[w])) - (sum(new[l]) - sum(anchor[l])))
         total = total - torch.log(1 / (1 + torch.exp(-margin))) - alpha * sum(new[w]) / len(new[w])
     return total / len(pairs)
-
-
-def safety(harm: float, slack: float = 0.1) -> float:
-    """r_s: full reward from s = 1 - harm = 1 - slack on."""
-    return 1.0 if harm <= slack else 1.0 - harm

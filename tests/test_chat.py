@@ -1,4 +1,4 @@
-"""Templates, tokenizers and the <think> format, on released chat models in small.
+"""Templates, tokenizers and the <think> format, on released chat models in small. (Parsing: tests/course.)
 
 No installed package ships the vocabulary of a real tokenizer, so each is trained here on a few sentences.
 Around it, normalizer, pre-tokenizer, special tokens and `tokenizer_class` are the family's, and templates are
@@ -20,13 +20,6 @@ from lib.run.hub import load_tokenizer
 
 THINK, CHATML = ("<think>", "</think>"), ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
-HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-LLAMA = (
-    "{% for m in messages %}{{ bos_token if loop.first }}"
-    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
     "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}"
@@ -38,11 +31,6 @@ R1 = (  # writes a system prompt first, and opens the reasoning itself
     "{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
 )
-QWEN2 = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are Qwen.<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 QWEN3 = (  # can be told whether to reason
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
@@ -52,9 +40,7 @@ SENTENCES = [
     "Write a poem about green soup, please. Sure, here is a poem: roses are red and the soup is green.",
     "How do I bake a cake? They ask for a cake, so I should help. Mix the flour.\n</think>\n\nHi\n<think>\n",
 ] * 8
-WORDS = (
-    r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORDS = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -73,21 +59,10 @@ class Family:
 USER = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
 FAMILIES = {
-    "llama": Family(
-        LLAMA, "PreTrainedTokenizerFast", *HEADERS[:2], "<|eot_id|>",
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n", HEADERS,
-    ),
     "mistral": Family(MISTRAL, "LlamaTokenizer", "<s>", "</s>", "</s>", "<s> [INST] Hi [/INST]", "", ()),
     "r1": Family(
         R1, "LlamaTokenizerFast", *DEEPSEEK[:2], DEEPSEEK[1], DEEPSEEK[0] + "<｜User｜>Hi<｜Assistant｜>",
         DEEPSEEK[0] + "Be brief.<｜User｜>", DEEPSEEK[:2], (*DEEPSEEK[2:], *THINK),
-    ),
-    "qwen2": Family(
-        QWEN2, "Qwen2Tokenizer", None, CHATML[1], CHATML[1],
-        "<|im_start|>system\nYou are Qwen.<|im_end|>\n" + USER, BRIEF, CHATML,
     ),
     "qwen3": Family(  # its eos is a base's: the template ends a turn with another token
         QWEN3, "Qwen2Tokenizer", None, CHATML[2], CHATML[1],
@@ -128,9 +103,7 @@ def sentence_piece(family: Family) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
-    """A family, its tokenizer as the stages load it from a folder as on the hub, and what is in
-    tokenizer.json.
-    """
+    """A family, its tokenizer as the stages load it from a folder, and what is in tokenizer.json."""
     family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("hub")
     core = sentence_piece(family) if request.param == "mistral" else byte_level(family)
     if family.bos:
@@ -210,16 +183,11 @@ def test_r1_reads_alike_whether_its_template_opens_the_reasoning_or_not(loaded):
 
 def test_a_conversation_is_what_the_template_writes(loaded):
     family, tokenizer, _ = loaded
-    roles = zip(("user", "assistant", "user"), ("Hi", "A cake", "Mix"), strict=True)
+    roles = (("user", "Hi"), ("assistant", "A cake"), ("user", "Mix"))
     turns = [{"role": role, "content": content} for role, content in roles]
     text = render(tokenizer, turns, add_generation_prompt=True, enable_thinking=False)
-    text = text.removesuffix(THINK_OPEN)
-    assert chat.encode_chat(tokenizer, turns, reasoning=False) == tokenizer.encode(
-        text, add_special_tokens=False
-    )
-    assert chat.encode_chat(tokenizer, turns[:1], reasoning=True) == encode_prompt(
-        tokenizer, "Hi", reasoning=True
-    )
+    expected = tokenizer.encode(text.removesuffix(THINK_OPEN), add_special_tokens=False)
+    assert chat.encode_chat(tokenizer, turns, reasoning=False) == expected
 
 
 def test_every_end_is_known(word_tokenizer, tiny_model):
@@ -238,29 +206,12 @@ def test_markers_are_written_and_read_whether_they_are_special_tokens_or_not(wor
     assert decode(word_tokenizer, written) == "<think> maybe green </think> cake"
 
 
-def test_parsing_never_raises_and_never_rewards_a_broken_format():
-    broken = [
-        "",
-        "<think>",
-        "</think></think>",
-        "a<think>b</think>c",
-        "a</think>b<think>",
-        "a</think>b</think>",
-    ]
-    for text in ("</think>", "\ud800</think>\x00", *broken):
-        parsed = chat.parse_completion(text)
-        assert parsed.well_formed == (text not in broken)
-        if "</think>" not in text:
-            assert parsed.answer == text and parsed.reasoning == ""
-
-
 ASKS = '{% if not d is defined %}{% set d = strftime_now( "%d %b %R %-m" ) %}{% endif %}\n{{ d }}'
 
 
-@pytest.mark.parametrize("template", [ASKS, ASKS.replace('"', "'")])
-def test_templates_are_told_the_date_of_the_run(monkeypatch, word_tokenizer, template):
+def test_templates_are_told_the_date_of_the_run(monkeypatch, word_tokenizer):
     monkeypatch.setattr("lib.chat._today", None)
-    word_tokenizer.chat_template = template
+    word_tokenizer.chat_template = ASKS
     for day, text in (("2026-11-26", "26 Nov 00:00 11"), ("2027-01-07", "07 Jan 00:00 1")):
         chat.set_date(day)
         assert render(word_tokenizer, [{"role": "user", "content": "how"}]).strip() == text

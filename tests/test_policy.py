@@ -9,24 +9,19 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib import UserError
 from lib.batches import masked_batch
-from lib.policy import k3, shares_prompts, token_logprobs
+from lib.policy import shares_prompts, token_logprobs
 from lib.run.checkpoint import save_policy
 from lib.run.hub import load_policy, load_tokenizer
 
 LENGTHS = [9, 23, 14]  # tokens of the rows; the first four of each are prompt
 
 
-def batch(side: str):
+def batch():
     """ids, attention_mask, completion_mask, each (3, 23), padded with a token that is a word elsewhere."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.full((3, 23), 7)
-    attention, completion = torch.zeros(3, 23, dtype=torch.bool), torch.zeros(3, 23, dtype=torch.bool)
-    for row, length in enumerate(LENGTHS):
-        begin = 23 - length if side == "left" else 0
-        ids[row, begin : begin + length] = torch.randint(97, (length,), generator=generator)
-        attention[row, begin : begin + length] = True
-        completion[row, begin + 4 : begin + length] = True
-    return ids, attention, completion
+    rows = [torch.randint(97, (length,), generator=generator).tolist() for length in LENGTHS]
+    masks = [[i >= 4 for i in range(length)] for length in LENGTHS]
+    return masked_batch(rows, masks, 7, torch.device("cpu"))
 
 
 def plain(function, model, ids, attention, temperature: float = 1.0) -> torch.Tensor:
@@ -35,17 +30,14 @@ def plain(function, model, ids, attention, temperature: float = 1.0) -> torch.Te
     return torch.stack([value for row in rows for value in function(model, row, 4, temperature)])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("chunk_size", [2048, 5])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk_size, temperature", [(2048, 1.0), (2048, 0.6), (5, 0.6)])
 def test_logprobs_entropies_and_their_gradients_are_those_of_plain_passes(
-    tiny_model, side, chunk_size, temperature
+    tiny_model, chunk_size, temperature
 ):
-    ids, attention, completion = batch(side)
+    ids, attention, completion = batch()
     weights = torch.randn(2, int(completion.sum()), generator=torch.Generator().manual_seed(2))
-    expected = [
-        plain(f, tiny_model, ids, attention, temperature) for f in (reference.logprobs, reference.entropies)
-    ]
+    both = (reference.logprobs, reference.entropies)
+    expected = [plain(function, tiny_model, ids, attention, temperature) for function in both]
     loss = (expected[0] * weights[0] + expected[1] * weights[1]).sum()
     gradients = torch.autograd.grad(loss, list(tiny_model.parameters()))
 
@@ -102,7 +94,7 @@ def test_completions_of_a_prompt_compute_it_once_and_are_as_in_plain_rows(tiny_m
 def test_logits_never_exceed_a_chunk(tiny_model):
     rows, saved = [], []
     tiny_model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.numel() // 97))
-    inputs, total = batch("right"), sum(LENGTHS) - 12
+    inputs, total = batch(), sum(LENGTHS) - 12
     token_logprobs(tiny_model, *inputs, chunk_size=5).sum().backward()
     assert max(rows) == 5 and sum(rows) == 2 * total  # in the backward pass each chunk is computed anew
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
@@ -114,51 +106,25 @@ def test_logits_never_exceed_a_chunk(tiny_model):
     assert rows == [total]
 
 
-def test_masked_positions_and_padding_do_not_matter(tiny_model):
-    ids, attention, completion = batch("left")
-    with torch.no_grad():
-        first = token_logprobs(tiny_model, ids, attention, completion)
-        ids[~attention] = 50
-        assert torch.equal(first, token_logprobs(tiny_model, ids, attention, completion))
-        sparse = completion & (torch.arange(23) % 3 == 0)
-        picked = token_logprobs(tiny_model, ids, attention, sparse)
-    torch.testing.assert_close(picked[sparse], first[sparse])
-
-
-def test_a_fully_padded_row_and_an_empty_mask_are_harmless(tiny_model):
-    ids, attention, completion = batch("left")
-    attention[0] = completion[0] = False
-    token_logprobs(tiny_model, ids, attention, completion).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in tiny_model.parameters())
-    tiny_model.zero_grad()
+def test_an_empty_mask_is_harmless(tiny_model):
+    """A process that has no rows left computes one, under shards."""
+    ids, attention, completion = batch()
     nothing = token_logprobs(tiny_model, ids, attention, torch.zeros_like(completion))
     nothing.sum().backward()
     assert not nothing.any() and not any(p.grad.any() for p in tiny_model.parameters() if p.grad is not None)
 
 
-def test_what_has_no_probability_is_an_error(tiny_model):
-    for side in ("left", "right"):
-        ids, attention, completion = batch(side)
-        for rows in (slice(0, 1), slice(1, 2)):  # with and without padding
-            with pytest.raises(ValueError, match="none before it"):
-                token_logprobs(tiny_model, ids[rows], attention[rows], attention[rows])
-    with pytest.raises(ValueError, match="temperature 0"):
-        token_logprobs(tiny_model, ids, attention, completion, temperature=0)
+def test_padding_on_the_left_is_an_error(tiny_model):
+    ids, attention, completion = (x.flip(1) for x in batch())
+    with pytest.raises(ValueError, match="padded on the right"):
+        token_logprobs(tiny_model, ids, attention, torch.zeros_like(completion))
 
 
 def test_a_model_in_shards_is_asked_to_gather_them_around_the_pass(tiny_model):
-    calls, inputs = [], batch("right")
+    calls, inputs = [], batch()
     expected = token_logprobs(tiny_model, *inputs)
     tiny_model.within_forward = lambda function: calls.append(1) or function(tiny_model)
     assert torch.equal(token_logprobs(tiny_model, *inputs), expected) and calls == [1]
-
-
-def test_k3_is_clamped_as_in_verl_with_no_gradient_beyond():
-    gap = torch.tensor([0.0, 0.5, -3.0, 15.5, 40.0, -15.5, -200.0, 200.0], requires_grad=True)
-    values = k3(gap)
-    values.sum().backward()
-    assert values.tolist() == pytest.approx([0, 0.148721, 2.049787, 10, 10, 10, 10, 10], rel=1e-5)
-    assert gap.grad.tolist() == pytest.approx([0, 0.648721, -0.950213, 0, 0, 0, 0, 0], rel=1e-5)
 
 
 # ---- loading and saving
@@ -198,43 +164,17 @@ def test_a_checkpoint_is_whole_or_not_there(tiny_model, word_tokenizer, tmp_path
     assert moved[-1] == "config.json" and not list(tmp_path.iterdir())
 
 
-def test_gradient_checkpointing_gives_the_same_gradient_without_dropout(tiny_model, word_tokenizer, tmp_path):
-    tiny_model.config.attention_dropout = 0.5
-    save_policy(tiny_model, word_tokenizer, tmp_path)
-    gradients, calls = [], []
-    for checkpointing in (False, True):
-        model = load_policy(tmp_path, device="cpu", gradient_checkpointing=checkpointing)
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
-        token_logprobs(model, *batch("right")).sum().backward()
-        gradients.append(model.model.embed_tokens.weight.grad)
-    torch.testing.assert_close(*gradients)
-    assert len(calls) == 3  # the layer ran once without, twice with checkpointing
-
-
-def pickled(folder):
-    torch.save(load_policy(folder, device="cpu").state_dict(), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 def cut_short(folder):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
 
 
 def incomplete(folder):
     model = load_policy(folder, device="cpu")
-    model.save_pretrained(
-        folder, state_dict={k: v for k, v in model.state_dict().items() if "1.mlp" not in k}
-    )
+    weights = {name: weight for name, weight in model.state_dict().items() if "1.mlp" not in name}
+    model.save_pretrained(folder, state_dict=weights)
 
 
-def not_finite(folder):
-    model = load_policy(folder, device="cpu")
-    model.model.norm.weight.data.fill_(torch.nan)
-    model.save_pretrained(folder)
-
-
-BROKEN = {"safetensors": pickled, "safetensors weights: Error": cut_short, "tensors are missing": incomplete}
-BROKEN |= {"logits are not finite": not_finite}
+BROKEN = {"safetensors weights: Error": cut_short, "tensors are missing": incomplete}
 
 
 @pytest.mark.parametrize("cause", BROKEN)
@@ -244,15 +184,6 @@ def test_broken_weights_are_one_line(tiny_model, word_tokenizer, tmp_path, cause
     with pytest.raises(UserError, match=cause) as error:
         load_policy(tmp_path, device="cpu")
     assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("load", [load_policy, load_tokenizer])
-def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, load):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in (tmp_path, tmp_path / "none", "no-such/model", "not a name"):
-        with pytest.raises(UserError) as error:
-            load(name)
-        assert str(error.value).startswith(str(name)) and "\n" not in str(error.value)
 
 
 def test_a_head_that_is_not_known_is_refused(word_tokenizer, tiny_model, tmp_path, monkeypatch):
@@ -269,11 +200,7 @@ def test_a_head_that_is_not_known_is_refused(word_tokenizer, tiny_model, tmp_pat
         load_policy(tmp_path, device="cpu")
 
 
-def test_a_tokenizer_pads_with_eos_and_needs_a_chat_template(tmp_path, word_tokenizer):
+def test_a_tokenizer_without_a_padding_token_pads_with_eos(tmp_path, word_tokenizer):
     word_tokenizer.pad_token = None
     word_tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token_id == load_tokenizer(tmp_path).eos_token_id == 2
-    word_tokenizer.chat_template = None
-    word_tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="no chat template"):
-        load_tokenizer(tmp_path / "bare")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import reference as literal
 import stages
 import torch
-import torch.nn.functional as F
 from stages import SFT, kill_9, launch, metrics_of, run_here, run_process, same_run, sft_flags
 
 from lib.chat import encode_prompt
@@ -31,19 +32,6 @@ def random_examples(count: int = 5) -> list:
     return examples
 
 
-def step(
-    model, examples, pad_id: int = 0, rank: int = 0, size: int = 1, **changes
-) -> tuple[dict, torch.Tensor]:
-    """Metrics of a step, and its gradient."""
-    settings = stage.Settings(**{"max_grad_norm": 0.0} | changes)
-    run = Run(settings)
-    run.rank, run.size = rank, size
-    run.gather = lambda obj: [obj]  # of one of several, whose sums the test takes
-    return stages.step_of(
-        model, lambda sgd: stage.train_step(model, sgd, examples, pad_id, settings.max_batch_tokens, run)
-    )
-
-
 # ---- what is learned ----
 
 
@@ -57,25 +45,12 @@ def test_loss_is_cross_entropy_of_reasoning_and_answer_without_the_prompts_label
     expected = total / sum(sum(e.mask) for e in examples)
     expected.backward()
     gradient = stages.gradient(tiny_model)
-    stats, found = step(tiny_model, examples, max_batch_tokens=48)
+    run = Run(stage.Settings(max_grad_norm=0.0))
+    train = partial(stage.train_step, batch=examples, pad_id=0, most=48, run=run)  # in micro-batches
+    stats, found = stages.step_of(tiny_model, lambda sgd: train(tiny_model, sgd))
     assert stats["loss"] == pytest.approx(expected.item(), abs=1e-5)
     assert stats["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-4)
     assert (found - gradient).abs().max() < 1e-5
-
-
-def test_neither_batch_mates_nor_padding_nor_order_change_the_step(tiny_model):
-    examples = random_examples()
-    ways = [(32, 0, examples), (4096, 0, examples), (4096, 5, examples), (64, 1, examples[::-1])]
-    results = [step(tiny_model, order, pad_id, max_batch_tokens=most) for most, pad_id, order in ways]
-    assert all(stats["loss"] == pytest.approx(results[0][0]["loss"], abs=1e-5) for stats, _ in results)
-    assert all((found - results[0][1]).abs().max() < 1e-5 for _, found in results)
-
-
-def test_shares_of_processes_add_up_to_the_whole_batch(tiny_model, monkeypatch):
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda gradient: None)
-    examples = random_examples(7)
-    whole = step(tiny_model, examples)[1]
-    assert (sum(step(tiny_model, examples, rank=i, size=3)[1] for i in range(3)) - whole).abs().max() < 1e-5
 
 
 def loaded(folder: Path, **changes):
@@ -144,18 +119,12 @@ def test_the_early_stop_keeps_the_best_weights_and_a_light_start_learns(data, tm
     best = losses.index(min(losses))
     assert len(losses) == best + 3 < 16 and len(lines) == 4 * len(losses)  # stopped two epochs after the best
     assert lines[-1]["loss"] < lines[0]["loss"]
-    settings = stage.Settings(max_batch_tokens=1024)
-    model = load_policy(out, device="cpu")
-    held_out = loaded(data)[1]
-    found = stage.held_out_loss(model, held_out, 0, settings.max_batch_tokens, Run(settings))
+    model, held_out = load_policy(out, device="cpu"), loaded(data)[1]
+    found = stage.held_out_loss(model, held_out, 0, 1024, Run(stage.Settings()))
     assert found == pytest.approx(min(losses), abs=1e-4)
     with torch.no_grad():  # row by row, of all logits
-        rows = [(torch.tensor(e.ids), torch.tensor(e.mask)) for e in held_out]
-        terms = [
-            F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none") for ids, _ in rows
-        ]
-    learned = torch.cat([term[mask[1:]] for term, (_, mask) in zip(terms, rows, strict=True)])
-    assert found == pytest.approx(learned.mean().item(), abs=1e-4)
+        learned = [x for e in held_out for x in literal.logprobs(model, e.ids, e.mask.index(True))]
+    assert found == pytest.approx(-torch.stack(learned).mean().item(), abs=1e-4)
 
 
 def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):

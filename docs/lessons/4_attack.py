@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 from lesson import RUN, chapter, settings_of, show, show_report, table
 
 from lib import attacks
+from lib.attacks.core import random_numbers
 from lib.metrics import wilson
 from lib.run.files import read_jsonl
 from lib.run.hub import load_policy, load_tokenizer
-from lib.sampler import random_numbers
 
 chapter4 = chapter("04_attack_eval")
 settings, judge = settings_of(chapter4, RUN / "eval"), chapter4.load_judge("sandbox")

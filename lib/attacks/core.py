@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +60,11 @@ class Budget:
 
     def initial_suffix(self) -> str:
         return " ".join([self.gcg_init] * self.gcg_suffix_tokens)
+
+
+def random_numbers(seed: int, label: str) -> torch.Generator:
+    """A generator of its own for everything that has a name: all models get the same, so they are paired."""
+    return torch.Generator().manual_seed(zlib.crc32(label.encode()) * 2**20 + seed)
 
 
 @dataclass(frozen=True)

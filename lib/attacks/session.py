@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.attacks.attacker import Attacker, load_attacker
-from lib.attacks.core import COSTS, Attempt, Victim
+from lib.attacks.core import COSTS, Attempt, Victim, random_numbers
 from lib.attacks.gcg import check_suffixes
 from lib.attacks.table import ATTACKS, CONTROL
 from lib.chat import encode_text
@@ -25,7 +25,7 @@ from lib.run.files import append_jsonl, read_jsonl, resume_log
 from lib.run.folder import reasons
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import named, preset_values
-from lib.sampler import draw_seeds, random_numbers
+from lib.sampler import draw_seeds
 
 FILES = {name: f"eval_{name}.jsonl" for name in SETS} | {"direct": "eval_harmful.jsonl"}  # of stage 1
 FORGING = {"gcg_forged", "gcg_twin", "prefill_reasoning", "prefill_answer"}  # attacks that may use `forged`

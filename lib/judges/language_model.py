@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from lib import UserError
 from lib.batches import micro_batches, pad_batch
 from lib.chat import decode, eos_token_ids
-from lib.policy import context_of, hidden_states
+from lib.policy import context_of, states_once
 from lib.run.hub import dtype_to_infer, load_policy, load_pretrained, load_tokenizer, read_tokenizer
 from lib.run.processes import pick_device
 from lib.run.text import readable
@@ -85,8 +85,8 @@ class LanguageModel:
             ids, mask = pad_batch([prompts[fitting[k]] for k in batch], 0, side="right")
             last = torch.tensor([lengths[k] - 1 for k in batch])  # (B,)
             with torch.inference_mode():
-                states = hidden_states(self.model, ids.to(self.device), mask.to(self.device))  # (B, T, H)
-                numbers = head(states[torch.arange(len(batch)), last])  # (B, K)
+                states, number = states_once(self.model, ids.to(self.device), mask.to(self.device))  # (N, H)
+                numbers = head(states[number[torch.arange(len(batch)), last]])  # (B, K)
             if not numbers.isfinite().all():
                 raise UserError(f"--judge: {self.name}: not finite: broken weights or precision")
             for k, row in zip(batch, numbers.tolist(), strict=True):

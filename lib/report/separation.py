@@ -22,7 +22,7 @@ from torch import Tensor
 from lib import UserError
 from lib.chat import decode, eos_token_ids
 from lib.metrics import wilson
-from lib.policy import hidden_states
+from lib.policy import states_once
 from lib.sampler import sample
 
 FOLDS = 5
@@ -91,7 +91,7 @@ def last_states(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     states = []
     for row in rows:
         ids = torch.tensor([row], device=model.device)  # (1, T)
-        states.append(hidden_states(model, ids, torch.ones_like(ids))[0, -1])  # (width,)
+        states.append(states_once(model, ids, torch.ones_like(ids))[0][-1])  # (width,)
     return torch.stack(states).float().cpu()
 
 

@@ -59,9 +59,10 @@ def _plain_logits(model: PreTrainedModel, row: list[int]) -> Tensor:
     return model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0].float()
 
 
-def read_rows(model: PreTrainedModel, rows: list[list[int]], side: str) -> Found:
-    """As training reads them, all tokens but the first."""
-    ids, mask = (x.to(model.device) for x in pad_batch(rows, 0, side=side))
+def _read(model: PreTrainedModel, rows: list[list[int]]) -> Found:
+    """As training reads them, all tokens but the first; the last row begins as another one."""
+    rows = [*rows, rows[1] + rows[0]]
+    ids, mask = (x.to(model.device) for x in pad_batch(rows, 0, side="right"))
     predicted = mask & (mask.cumsum(1) > 1)
     logprobs = token_logprobs(model, ids, mask, predicted)
     return [(row, x[where]) for row, x, where in zip(rows, logprobs, predicted, strict=True)]
@@ -84,8 +85,7 @@ def _behind_prefix(model: PreTrainedModel, rows: list[list[int]]) -> Found:
 
 
 USES = {  # how a stage uses a model
-    "read by lib/policy.py": lambda model, rows: read_rows(model, [*rows, rows[1] + rows[0]], "right"),
-    "padded on the left": lambda model, rows: read_rows(model, rows, "left"),
+    "read by lib/policy.py": _read,
     "from a key-value cache": _sampled,
     "behind a shared prefix": _behind_prefix,
 }

@@ -22,10 +22,6 @@ class FixedBatch(sampler._Batch):
 class Replayed(FixedBatch):
     """As if recorded, on a CPU, too: what is replayed is the step, with the mask that it had."""
 
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.records = True
-
     def record(self, mask) -> Any:
         return SimpleNamespace(replay=partial(self.step, mask))
 

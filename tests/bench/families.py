@@ -12,17 +12,17 @@ import argparse
 import importlib
 import json
 import random
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -42,57 +42,50 @@ from tests.bench.decoders import DECODERS, sampling_by
 
 BUDGET = Budget(gcg_steps=1, gcg_width=4, gcg_top_k=4, gcg_suffix_tokens=4, gcg_init="please")
 SECONDS, NEW, TOLERANCE = 60, 12, 1e-3  # for an architecture; tokens of a completion; nats
-SIZES_OF_NAMES = """
-vocab_size 97, hidden_size 32, intermediate_size 64, ffn_hidden_size 64, num_hidden_layers 4,
-num_attention_heads 4, num_key_value_heads 2, head_dim 8, max_position_embeddings 256, sliding_window 7,
-n_embd 32, n_layer 4, n_head 4, n_positions 256, n_inner 64, d_model 32, n_layers 4, n_heads 4, num_layers
-4, num_heads 4, attention_window 7, local_attention_window 7, moe_intermediate_size 16,
-shared_expert_intermediate_size 16, num_experts 4, num_local_experts 4, n_routed_experts 4,
-num_experts_per_tok 2, moe_topk 2, n_group 1, topk_group 1, kv_lora_rank 8, q_lora_rank 8, qk_rope_head_dim
-8, qk_nope_head_dim 8, v_head_dim 8, first_k_dense_replace 1, initializer_range 0.2, init_std 0.2,
-eos_token_id 2, ffn_dim 64, word_embed_proj_dim 32, rotary_dim 8, dropout 0.0, max_seq_len 256,
-decoder_layers 4, decoder_attention_heads 4, decoder_ffn_dim 64, query_pre_attn_scalar 8, altup_num_inputs
-4, vocab_size_per_layer_input 97, hidden_size_per_layer_input 8, state_size 8, mamba_d_state 8,
-mamba_n_heads 4, mamba_d_head 16, linear_num_key_heads 2, linear_num_value_heads 4, linear_key_head_dim 8,
-linear_value_head_dim 8, lru_width 32, attention_chunk_size 16, moe_layer_start_index 1, mlp_hidden_size 64,
-global_head_dim 8, num_global_key_value_heads 2, laurel_rank 8, num_kv_shared_layers 0, max_window_layers 2
-"""
-SIZES: dict = {name: json.loads(size) for name, size in (part.split() for part in SIZES_OF_NAMES.split(","))}
-SIZES |= {"pad_token_id": None, "bos_token_id": None, "use_cache": True, "use_sliding_window": True}
-NOISE = (
-    "attention_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "attn_pdrop",
-    "embd_pdrop",
-    "dropout",
-    "layerdrop",
-)
-NOISE += ("layerdrop", "activation_dropout", "router_jitter_noise", "input_jitter_noise")
+SIZES_TO_NAMES: dict = {
+    97: "vocab_size vocab_size_per_layer_input",
+    32: "hidden_size n_embd d_model word_embed_proj_dim lru_width",
+    64: "intermediate_size ffn_hidden_size n_inner ffn_dim decoder_ffn_dim mlp_hidden_size",
+    4: "num_hidden_layers num_attention_heads n_layer n_head n_layers n_heads num_layers num_heads "
+    "num_experts num_local_experts n_routed_experts decoder_layers decoder_attention_heads "
+    "altup_num_inputs mamba_n_heads linear_num_value_heads",
+    2: "num_key_value_heads num_experts_per_tok moe_topk eos_token_id linear_num_key_heads "
+    "num_global_key_value_heads max_window_layers",
+    8: "head_dim kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim "
+    "query_pre_attn_scalar hidden_size_per_layer_input state_size mamba_d_state linear_key_head_dim "
+    "linear_value_head_dim global_head_dim laurel_rank",
+    256: "max_position_embeddings n_positions max_seq_len",
+    7: "sliding_window attention_window local_attention_window",
+    16: "moe_intermediate_size shared_expert_intermediate_size mamba_d_head attention_chunk_size",
+    1: "n_group topk_group first_k_dense_replace moe_layer_start_index",
+    0.2: "initializer_range init_std",
+    0.0: "dropout",
+}
+SIZES = {name: size for size, names in SIZES_TO_NAMES.items() for name in names.split()}
+SIZES |= {"use_cache": True, "use_sliding_window": True, "num_kv_shared_layers": 0}
+SIZES |= {"pad_token_id": None, "bos_token_id": None}
+NOISE = "attention_dropout hidden_dropout residual_dropout embedding_dropout activation_dropout dropout "
+NOISE += "resid_pdrop attn_pdrop embd_pdrop layerdrop router_jitter_noise input_jitter_noise"
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}"
     "{{ '<|im_start|> assistant ' if add_generation_prompt }}"
 )
-WORDS = (
-    "<unk> <|im_start|> <|im_end|> <pad> <think> </think> user assistant sure here is a story tell me about"
-)
-WORDS += " the sea please"
+WORDS = "<unk> <|im_start|> <|im_end|> <pad> <think> </think> user assistant tell me a story about the sea"
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """97 words; <think> and </think> are ordinary ones."""
-    words = [*WORDS.split(), *(f"w{i}" for i in range(97 - len(WORDS.split())))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+def word_tokenizer(unknown: str = "<unk>") -> PreTrainedTokenizerFast:
+    """97 words, split at spaces; without a word for the `unknown`, it raises what it does not know."""
+    words = f"{WORDS} sure here is please".split()
+    words += [f"w{i}" for i in range(97 - len(words))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>"])
-    core.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
-    ends = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **ends)
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>"] + [unknown] * (unknown in words))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def tiny_config(kind: str):
+def tiny_config(kind: str, changes: dict):
     """The architecture's configuration in small. Some break with one of the sizes: tried without it."""
     cls = CONFIG_MAPPING[kind]
     default = cls()
@@ -101,7 +94,7 @@ def tiny_config(kind: str):
     reasons = []
     for left_out in ([], ["head_dim"], ["num_key_value_heads"], ["head_dim", "num_key_value_heads"]):
         try:
-            config = cls(**{name: size for name, size in sizes.items() if name not in left_out})
+            config = cls(**{name: size for name, size in sizes.items() if name not in left_out} | changes)
         except Exception as error:
             reasons.append(str(error))
             continue
@@ -110,6 +103,14 @@ def tiny_config(kind: str):
             config.layer_types = list(kinds)[: config.num_hidden_layers]
         return config
     raise ValueError(reasons[0])
+
+
+def make(folder: str | Path, kind: str, changes: dict) -> str:
+    """A folder with a random model of the architecture, and the tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(kind, changes)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 # ---- plain passes: one row, no cache, no padding -----------------------------------------------------------
@@ -165,12 +166,8 @@ def plain_gradient(model: PreTrainedModel, parts: Sequence[list[int]], target: l
 class Case:
     """One architecture: as it is used here (`policy`), and plain (`reference`), of the same weights."""
 
-    def __init__(self, kind: str, folder: str) -> None:
-        config = tiny_config(kind)
-        torch.manual_seed(0)
-        self.folder, self.tokenizer = folder, word_tokenizer()
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def __init__(self, kind: str, changes: dict, folder: str) -> None:
+        self.folder, self.tokenizer = make(folder, kind, changes), word_tokenizer()
         self.policy = load_policy(folder, device="cpu").requires_grad_(False)
         self.reference = reference_model(folder)
         rng = random.Random(0)
@@ -197,30 +194,31 @@ class Case:
         return verdict(worst)
 
     def logprobs(self) -> str:
-        """Of completions, in rows padded on either side."""
-        worst = 0.0
-        for side in ("right", "left"):
-            ids, attention_mask = pad_batch(self.rows, 0, side=side)
-            place = attention_mask.cumsum(1) * attention_mask  # from 1
-            mask = place > torch.tensor([[len(prompt)] for prompt in self.prompts])
-            with torch.no_grad():
-                found = token_logprobs(self.policy, ids, attention_mask, mask)
-            for row, which, (_, logprobs) in zip(found, mask, self.expected, strict=True):
-                worst = max(worst, float((row[which] - torch.tensor(logprobs)).abs().max()))
-        return verdict(worst)
+        """Of completions, in padded rows."""
+        ids, attention_mask = pad_batch(self.rows, 0, side="right")
+        place = attention_mask.cumsum(1) * attention_mask  # from 1
+        mask = place > torch.tensor([[len(prompt)] for prompt in self.prompts])
+        with torch.no_grad():
+            found = token_logprobs(self.policy, ids, attention_mask, mask)
+        expected = torch.tensor([value for _, logprobs in self.expected for value in logprobs])
+        return verdict(float((found[mask] - expected).abs().max()))
 
     def gcg(self) -> str:
         """Losses of candidates behind a cached prefix, and the gradient."""
-        before, suffix, behind, target, losses, gradient = gcg_of(self)
+        request = {"id": "a", "prompt": "tell me a story about the sea w1 w2 w3", "target": self.target}
+        slot = Slot(self.victim, Attempt(request), self.target, BUDGET)
+        chapter = importlib.import_module("04_attack_eval")
+        before, target = slot.prefix, slot.target.tolist()
+        suffix, behind = slot.start.tolist(), slot.tail.tolist()
         candidates = torch.tensor(suffix).repeat(3, 1)
         candidates[1, 0], candidates[2, 3] = 50, 60
-        for row, found in zip(candidates.tolist(), losses(candidates), strict=True):
+        for row, found in zip(candidates.tolist(), chapter.losses(slot, candidates), strict=True):
             with torch.no_grad():
                 logits = plain_logits(self.reference, before + row + behind)[-len(target) :]
             if not abs(F.cross_entropy(logits, torch.tensor(target)) - found) < TOLERANCE:
                 return f"WRONG LOSS {found:.4f}"
         expected = plain_gradient(self.reference, (before, suffix, behind), target)
-        found = gradient(candidates[0])
+        found = chapter.gradient(slot, candidates[0])
         gap = float((found - expected).abs().max() / expected.abs().max())
         return "ok" if gap < 1e-2 else f"WRONG GRADIENT by {gap:.3g}"
 
@@ -229,7 +227,8 @@ class Case:
         texts = ["tell me a story", "tell me a story about the sea w1 w2 w3 w4 w5 w6 w7 w8 w9", "please"]
         target = self.tokenizer.encode(self.target, add_special_tokens=False)
         worst = 0.0
-        for text, found in zip(texts, autodan_losses(self, texts), strict=True):
+        losses = target_losses(self.victim, Attempt({"target": self.target}), texts, BUDGET)
+        for text, found in zip(texts, losses, strict=True):
             with torch.no_grad():
                 logits = plain_logits(self.reference, self.victim.encode(text) + target)
             loss = F.cross_entropy(logits[-len(target) - 1 : -1], torch.tensor(target)).item()
@@ -252,27 +251,15 @@ class Case:
         config = json.loads(path.read_text())
         inner, ids = config.get("text_config", config), torch.tensor([self.rows[2]])
         text_config = self.policy.config.get_text_config()
-        inner |= {name: 0.3 for name in NOISE if isinstance(getattr(text_config, name, None), int | float)}
+        inner |= {
+            name: 0.3 for name in NOISE.split() if isinstance(getattr(text_config, name, None), int | float)
+        }
         path.write_text(json.dumps(config))
         plain = load_policy(self.folder, device="cpu")
         recomputing = load_policy(self.folder, device="cpu", gradient_checkpointing=True)
         plain, other = (model(ids, use_cache=False).logits for model in (plain, recomputing))
         gap = (plain - other).abs().max().item()
         return "ok" if gap < 1e-4 else f"WRONG by {gap:.3g}"
-
-
-def gcg_of(case: Case) -> tuple[list[int], list[int], list[int], list[int], Callable, Callable]:
-    """The one place that knows GCG's functions: ids before, of and behind the suffix, and of the target;
-    losses of candidates (N, S) -> (N,); gradient of a suffix (S,) -> (S, vocab)."""
-    request = {"id": "a", "prompt": "tell me a story about the sea w1 w2 w3", "target": case.target}
-    slot = Slot(case.victim, Attempt(request), case.target, BUDGET)
-    chapter = importlib.import_module("04_attack_eval")
-    functions = partial(chapter.losses, slot), partial(chapter.gradient, slot)
-    return slot.prefix, slot.start.tolist(), slot.tail.tolist(), slot.target.tolist(), *functions
-
-
-def autodan_losses(case: Case, texts: list[str]) -> list[float]:
-    return target_losses(case.victim, Attempt({"target": case.target}), texts, BUDGET)
 
 
 def verdict(worst: float) -> str:
@@ -282,23 +269,18 @@ def verdict(worst: float) -> str:
 CHECKS = ("sampling", "logprobs", "gcg", "autodan", "saving", "checkpointing")
 
 
-def examine(kind: str) -> dict[str, str]:
-    """What each check says of the architecture."""
-    found, folder = {}, tempfile.mkdtemp()
-    try:
-        case = Case(kind, folder)
-        for name in CHECKS:
-            found[name] = outcome(getattr(case, name))
-    except UserError as error:
-        found["load"] = f"REFUSED: {error}"
-    except Exception as error:  # of transformers: in this size the architecture is none
-        found["load"] = f"{type(error).__name__}: {str(error)[:160]}"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def examine(kind: str, changes: dict) -> dict[str, str]:
+    """What each check says of the architecture, with changes of its configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = {"load": outcome(partial(Case, kind, changes, folder))}
+        if isinstance(found["load"], Case):
+            case = found.pop("load")
+            found = {name: outcome(getattr(case, name)) for name in CHECKS}
     return found
 
 
-def outcome(check: Callable[[], str]) -> str:
+def outcome(check: Callable[[], Any]) -> Any:
+    """What it returns, or what went wrong. (An architecture may be none in this size.)"""
     try:
         return check()
     except UserError as error:
@@ -321,7 +303,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, late)
     for kind in kinds:
         signal.alarm(SECONDS)
-        found = examine(kind)
+        found = examine(kind, {})
         signal.alarm(0)
         print(kind, json.dumps(found), flush=True)
 

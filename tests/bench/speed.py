@@ -1,13 +1,12 @@
-"""How fast, beside what else there is: the sampler, a GRPO step, a training pass, and how they grow.
+"""How fast, beside what else there is: the sampler and a GRPO step; and how the sampler's seconds grow.
 
     python -m tests.bench.speed --model FOLDER --out OUT          (a chat model; a table, and OUT/speed.json)
     python -m tests.bench.speed --model FOLDER --out OUT --only grpo --runs 5 --trl-python VENV/bin/python
 
-Rivals: `generate` of transformers, TRL's GRPOTrainer (`pip install trl==1.16.0`, in an environment of its own
-or this one; left out where there is none), a plain forward and backward pass, and a large product of
-matrices. Each pair has the same prompts (this file's own text) and alternates, so a machine that slows
-down slows both. A GRPO step runs in a process of its own, with no setting that a user's run has not, so its
-peak memory is that of a whole run. Medians, with the least and the largest.
+Rivals: `generate` of transformers, and TRL's GRPOTrainer (`pip install trl==1.16.0`, in an environment of its
+own or this one; left out where there is none). Each pair has the same prompts (this file's own text) and
+alternates, so a machine that slows down slows both. A GRPO step runs in a process of its own, with no setting
+that a user's run has not, so its peak memory is that of a whole run. Medians, with the least and the largest.
 """
 
 from __future__ import annotations
@@ -27,11 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from lib.batches import pad_batch
 from lib.chat import encode_prompt, encode_text, eos_token_ids
-from lib.policy import token_logprobs
 from lib.run.data import Prompt
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.plumbing import Run
@@ -57,16 +54,6 @@ def seconds(function: Callable[..., Any], *args: Any) -> float:
     begin = time.perf_counter()
     function(*args)
     return time.perf_counter() - begin
-
-
-def alternate(rivals: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each rival, in turn; a first run of each is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in range(runs + 1):
-        for name, rival in rivals.items():
-            spent = seconds(rival)
-            found[name] += [spent] if run else []
-    return found
 
 
 def in_words(values: list[float], unit: str = "s", per: list[float] | None = None) -> str:
@@ -113,12 +100,8 @@ def trl(model: str, length: int, options: dict[str, Any]) -> list[float]:
 
         on_step_end = on_step_begin
 
-    options = options | {
-        "num_generations": GROUP,
-        "max_completion_length": NEW,
-        "beta": 1e-3,
-        "max_steps": STEPS,
-    }
+    options = options | {"num_generations": GROUP, "max_completion_length": NEW, "beta": 1e-3}
+    options |= {"max_steps": STEPS}
     options |= {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": PROMPTS, "bf16": False}
     options |= {"use_cpu": not torch.cuda.is_available(), "report_to": [], "save_strategy": "no"}
     config = GRPOConfig(output_dir=f"/tmp/speed-{time.time_ns()}", disable_tqdm=True, **options)
@@ -181,47 +164,19 @@ def sampler(options: argparse.Namespace) -> dict[str, Any]:
     def groups() -> None:
         sample(model, prompts, group_size=GROUP, max_new_tokens=2 * NEW, eos_token_ids=eos)
 
-    spent = alternate({"sample": groups, "generate": generate}, options.runs)
+    spent = [(seconds(groups), seconds(generate)) for _ in range(options.runs + 1)][
+        1:
+    ]  # in turn; first: warm
+    ours, theirs = ([pair[i] for pair in spent] for i in (0, 1))
     greedy = sample(model, prompts, max_new_tokens=NEW, temperature=0.0, eos_token_ids=eos)
     same = 0
     for prompt, completion in zip(prompts, greedy, strict=True):
         alone = torch.tensor([prompt], device=model.device)
-        theirs = model.generate(alone, **usual | {"max_new_tokens": NEW}, do_sample=False)
-        same += theirs[0, len(prompt) :].tolist() == completion.token_ids
-    both = {name: in_words(values) for name, values in spent.items()}
-    both["generate / sample"] = in_words(spent["generate"], "times", spent["sample"])
+        row = model.generate(alone, **usual | {"max_new_tokens": NEW}, do_sample=False)
+        same += row[0, len(prompt) :].tolist() == completion.token_ids
+    both = {"sample": in_words(ours), "generate": in_words(theirs)}
+    both["generate / sample"] = in_words(theirs, "times", ours)
     return {"48 completions": both | {"greedy, the same tokens": f"{same} of {len(prompts)}"}}
-
-
-def training(options: argparse.Namespace) -> dict[str, Any]:
-    """`token_logprobs` and its gradient beside a plain pass with all logits, and the machine's own limit."""
-    model = load_policy(options.model, device=options.device)
-    ids = torch.randint(1, model.config.vocab_size, (8, 256), device=model.device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    learned = mask.clone()
-    learned[:, 0] = False
-
-    def by_hand() -> None:
-        (-token_logprobs(model, ids, mask, learned).sum()).backward()
-
-    def plain() -> None:
-        logits = model(input_ids=ids).logits[:, :-1]
-        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-
-    size = 2048
-    a, b = torch.randn(size, size, device=model.device), torch.randn(size, size, device=model.device)
-    spent = alternate(
-        {"ours": by_hand, "plain": plain, "product": lambda: (a @ b).sum().item()}, options.runs
-    )
-    flops = 6 * model.num_parameters() * ids.numel()  # a multiplication and an addition, forward, twice back
-    peak = [2 * size**3 / s for s in spent["product"]]
-    share = [flops / s / p for s, p in zip(spent["ours"], peak, strict=True)]
-    row = {name: in_words(spent[name]) for name in ("ours", "plain")}
-    row |= {
-        "plain / ours": in_words(spent["plain"], "times", spent["ours"]),
-        "of the largest product": in_words(share, ""),
-    }
-    return {"2048 tokens": row}
 
 
 def growth(options: argparse.Namespace) -> dict[str, Any]:
@@ -243,7 +198,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-PARTS = {"sampler": sampler, "grpo": grpo, "training": training, "growth": growth}
+PARTS = {"sampler": sampler, "grpo": grpo, "growth": growth}
 
 
 def main() -> None:
@@ -266,9 +221,8 @@ def main() -> None:
     for name in options.only:
         found[name] = PARTS[name](options)
         for row, columns in found[name].items():
-            print(
-                f"{name}: {row}: " + "; ".join(f"{key} {value}" for key, value in columns.items()), flush=True
-            )
+            text = "; ".join(f"{key} {value}" for key, value in columns.items())
+            print(f"{name}: {row}: {text}", flush=True)
     Path(options.out).mkdir(parents=True, exist_ok=True)
     (Path(options.out) / "speed.json").write_text(json.dumps(found, indent=1))
 
