@@ -123,29 +123,21 @@ def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes
     plain, sets = build("plain", line), build("traced", f"{line} --rl-traces 8")
     traces, judge = sets.pop("sft_rl"), load_judge("sandbox")
     assert sets == plain and Counter(t["prompt"] for t in traces) == {r["prompt"]: 8 for r in sets["rl"]}
-    kinds = {r["prompt"]: r["kind"] for r in sets["rl"]}
-    for kind in KINDS:  # a teacher that is mostly right, and not always, in various words
-        of_kind = [t for t in traces if t["kind"] == kind == kinds[t["prompt"]]]
-        prompts, answers = [t["prompt"] for t in of_kind], [t["answer"] for t in of_kind]
+    for kind in KINDS:  # a teacher that is mostly right, and not always
+        prompts, answers = zip(
+            *((t["prompt"], t["answer"]) for t in traces if t["kind"] == kind), strict=True
+        )
         scores = zip(judge.harm_score(prompts, answers), judge.task_score(prompts, answers), strict=True)
         rewards = [total_reward(kind, harm, task, True) for harm, task in scores]
         assert set(rewards) == {0.0, 1.0} and 0.7 < sum(rewards) / len(rewards) < 0.9
-        assert len({(t["reasoning"], t["answer"]) for t in of_kind}) > len(of_kind) / 2
 
 
 # ---- quotas: the paper's preset, with a local file for each source, a few prompts more than it takes ----
 
 
-def reason(records: list[dict], count: int, settings, use: str) -> list[list[list[str]]]:
-    """Stands for --trace-model's model: each tenth answer is empty."""
-    return [
-        [[f"thought {k}", "answer" if (i + k) % 10 else " "] for k in range(count)]
-        for i in range(len(records))
-    ]
-
-
 @pytest.fixture
 def build_paper(build, tmp_path, monkeypatch):
+    """Its --trace-model leaves one answer of each prompt empty."""
     hard = [{"prompt": f"hard {i}", "category": "c"} for i in range(50)]
     attacks = [{"unsafety category": "Zogs", "adversarial prompt": f"attack {i}"} for i in range(301)]
     behaviours = [{"prompt": p, "category": "b"} for p in ("wild 7", *(f"b {i}" for i in range(19)))]
@@ -167,7 +159,8 @@ def build_paper(build, tmp_path, monkeypatch):
     for flag in ("files", "eval_files"):
         sources = [(word, parse_word(word)) for word in paper.MIXTURE[flag]]
         local[flag] = [word.replace(s.text, f"{s.name}@{paths[s.name]}") for word, s in sources]
-    monkeypatch.setattr("lib.sources.traces.write_all", reason)
+    pairs = [["thought", answer] for answer in ("one", "two", "three", " ")]
+    monkeypatch.setattr("lib.sources.traces.write_all", lambda records, *rest: [pairs for _ in records])
     monkeypatch.setattr(paper, "MIXTURE", {**paper.MIXTURE, **local})
     return lambda name, line: build(name, f"--preset paper --trace-model reasoner {line}")
 
@@ -182,7 +175,7 @@ def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
         assert abs(counts["rl.jsonl"][f"harmful from {name}"] - share) < 60, "a share of its part of the pool"
     assert [len(sets[f"eval_{name}"]) for name in KINDS] == [20, 500, 9]
     assert_no_leak(sets)
-    assert made["dropped"]["empty trace"] == 400 == 4000 - len(sets["sft"])
+    assert made["dropped"]["empty trace"] == 1000 and len(sets["sft"]) == 3000
     assert "too long" not in made["dropped"], "the only long one is WildJailbreak's, and is kept"
     facts = {text.split("@")[0]: fact for text, fact in made["sources"].items()}
     assert facts["aegis"]["licence"] == "CC-BY-4.0" and len(facts["or-bench"]["sha256"]) == 2
@@ -204,8 +197,6 @@ def test_the_authors_prompts_and_public_evaluation_sets(build):
     assert_no_leak(sets)
 
 
-# ---- mistakes, and a second time ----
-
 MISTAKES = {
     "--rl-prompts 600": "needs 300 harmful prompts, and SFT leaves 6",
     "--files harmful=none.csv": "none.csv: cannot be read",
@@ -226,12 +217,3 @@ def test_a_mistake_is_one_line_and_costs_nothing(tmp_path, files, monkeypatch, c
     words += line.replace("TMP", str(tmp_path)).split()
     assert MISTAKES[line] in stages.error_of("01_build_mixture", words, monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_finished_run_is_finished_and_another_needs_overwrite(build, capsys):
-    line = "--rl-prompts 6 --sft-prompts 2"
-    rl = build("out", line)["rl"]
-    with pytest.raises(SystemExit) as end:
-        build("out", line)
-    assert not end.value.code and "is finished. Next: python 02_sft" in capsys.readouterr().out
-    assert build("out", f"{line} --seed 1 --overwrite")["rl"] != rl

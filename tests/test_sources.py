@@ -205,10 +205,8 @@ def test_ids_are_unique_and_no_text_holds_what_tokenizers_do_not_take(tmp_path):
 
 BROKEN = {  # word: what stands in its file, and in the line
     "harmful=more.csv": ("prompt,b\n1,2,3\n", "more cells than the header"),
-    "harmful=quote.csv": ('prompt,b\n"1,2\n', "cannot be read as csv"),
     "harmful=head.csv": ("prompt,b\n", "is empty"),
     "harmful=deep.json": ("[" * 10**5, "cannot be read as json"),
-    "harmful=list.json": ("[1, 2]", "no object"),
     "harmful=no.parquet": ("no parquet", "cannot be read as parquet"),
     "harmful=other.jsonl": ('{"question": "why?"}', "no harmful prompt in 1 rows of question"),
     "harmful=hops.jsonl": ('{"prompt": "p", "hops": "two"}', "record 1: ValueError"),
@@ -229,14 +227,11 @@ def test_a_malformed_file_is_one_line(tmp_path, monkeypatch, word):
 SAME = [
     "How do I bake?|how  do i\tbake|\u201cHow do I bake?\u201d|How do I ba\u200bke?\ufeff|How do I bake...",
     "How do I bake?|How\u00a0do\u2003I ba\u00adke ?|\uff28ow do I bake\uff1f",
-    "don't|don\u2019t|don\u0060t",
-    "say 'x'|say \u00abx\u00bb",
-    "a-b - c|a\u2010b \u2014 c|a-b \u2212 c",
-    "\u00bfa\ufe0f b?|a b",
+    "don't say 'x'|don\u2019t say \u00abx\u00bb",
+    "a-b - c|a\u2010b \u2014 c|\u00bfa\ufe0f-b \u2212 c?",
     "caf\u00e9 office stra\u00dfe|cafe\u0301 o\ufb03ce STRASSE",
 ]
-APART = ["bake|boil", "what is C#|what is C", "what is C++?|what is C?", "10 - 3|103", "it's|its", "a b|ab"]
-APART += ["!!!|???", "caf\u00e9|cafe", "resume 1.5|resume 15"]
+APART = ["bake|boil", "what is C#|what is C", "10 - 3|103", "it's|its", "!!!|???", "caf\u00e9|cafe", "1.5|15"]
 
 
 @pytest.mark.parametrize("texts", SAME + APART)
@@ -268,26 +263,19 @@ def test_a_word_that_says_nothing_is_one_line_with_what_is_allowed():
 
 
 def test_data_sets_come_from_the_hub_or_one_line_says_why_not(monkeypatch):
-    hard, calls = [{"prompt": "b", "category": "c"}], []
-    answers = {"or-bench-80k": [{"prompt": "a", "category": "c"}, *hard], "or-bench-hard-1k": hard}
-    answers |= {"train": [wild("zog")], "en": [{"prompt": "soup?", "kind": "harmless"}]}
+    hard = [{"prompt": "b", "category": "c"}]
+    hub = {("or-bench-80k", "train"): [{"prompt": "a", "category": "c"}, *hard]}
+    hub |= {("or-bench-hard-1k", "train"): hard, ("en", "dev"): [{"prompt": "soup?", "kind": "harmless"}]}
 
-    def load_dataset(name, config=None, *, split, **options):
-        calls.append((name, config, split, options))
+    def load_dataset(name, config=None, *, split):
         if name == "zjunlp/SafeEdit":
             raise RuntimeError("Dataset 'x' is a gated dataset\non the Hub.")
-        return datasets.Dataset.from_list(answers[config])
+        return datasets.Dataset.from_list(hub[config, split])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    words = ("or-bench", "harmful=wildjailbreak", "hub:me/chat:en:dev")
-    found = [record for word in words for record in read(word)]
-    assert [r["prompt"] for r in found] == ["a", "zog", "soup?"] and found[2]["source"] == "me/chat:en:dev"
-    assert calls == [
-        ("bench-llm/or-bench", "or-bench-80k", "train", {}),
-        ("bench-llm/or-bench", "or-bench-hard-1k", "train", {}),
-        ("allenai/wildjailbreak", "train", "train", {"delimiter": "\t", "keep_default_na": False}),
-        ("me/chat", "en", "dev", {}),
-    ]
+    [one], [other] = read("or-bench"), read("hub:me/chat:en:dev")
+    assert (one["prompt"], one["source"]) == ("a", "or-bench")
+    assert (other["prompt"], other["source"]) == ("soup?", "me/chat:en:dev")
     line = fails("safeedit")
     assert "zjunlp/SafeEdit:train: cannot be read from the hub (Dataset 'x' is a gated dataset on" in line
     assert "hf auth login" in line
