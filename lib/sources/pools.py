@@ -36,15 +36,13 @@ def read_pool(sources: list[Source], settings, dropped: Counter, max_chars: int 
 
 def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     """Prompts with traces, in the seed's order; none without reasoning or answer (paper, stage I)."""
+    records = [record for source in sources for record in read_source(source, dropped, settings.max_chars)]
+    whole = [record for record in records if "reasoning" in record and "answer" in record]
+    dropped += Counter({"empty trace": len(records) - len(whole)})
     traced: Traced = {}
-    for source in sources:
-        for record in read_source(source, dropped, settings.max_chars):
-            if "reasoning" in record and "answer" in record:
-                traced.setdefault(same_prompt(record["prompt"]), []).append(record)
-            else:
-                dropped["empty trace"] += 1
-    firsts = in_order([records[0] for records in traced.values()], f"{settings.seed}/traces")
-    return {key: traced[key] for key in (same_prompt(record["prompt"]) for record in firsts)}
+    for record in in_order(whole, f"{settings.seed}/traces"):
+        traced.setdefault(same_prompt(record["prompt"]), []).append(record)
+    return traced
 
 
 def hold_out(pool: Pool, evaluation: Pool, settings) -> None:

@@ -84,7 +84,7 @@ def read_source(source: Source, dropped: Counter, max_chars: int = 10**9) -> lis
         else:
             dropped["too long"] += 1
     if not any(record["prompt"] for record in records):
-        wanted = f"no {source.kind or 'usable'} prompt in {len(rows)} rows of {columns}"
+        wanted = f"no {source.kind or 'usable'} prompt in {len(rows)} rows of {columns}, or none short enough"
         raise UserError(f"{source.text}: {wanted}; taken is: {source.data.record.__doc__}")
     return records
 

@@ -30,7 +30,7 @@ def read_table(path: Path) -> list[dict]:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 comma = "\t" if path.suffix == ".tsv" else ","
                 rows = list(csv.DictReader(file, delimiter=comma, restval="", strict=True))
-        elif path.suffix == ".json" and (text := path.read_text(encoding="utf-8-sig")).startswith("["):
+        elif path.suffix == ".json" and (text := path.read_text(encoding="utf-8-sig")).lstrip()[:1] == "[":
             rows = json.loads(text)
         else:
             return read_jsonl(path)
