@@ -168,10 +168,7 @@ def sandbox_prompts(settings: Settings) -> tuple[sources.Pool, sources.Pool]:
     world = importlib.import_module("lib.sandbox.world")  # by name: nothing else depends on the sandbox
 
     def draw(split: str, kind: str, count: int) -> list[dict]:
-        try:
-            records = world.build_pool(split, kind, count, settings.seed)
-        except ValueError as error:
-            raise UserError(f"--rl-prompts, --sft-prompts or --eval-prompts: {error}") from error
+        records = world.build_pool(split, kind, count, settings.seed)
         return [{"id": f"{split}-{kind}-{i}", **record} for i, record in enumerate(records)]
 
     needed = prompts_needed(settings)

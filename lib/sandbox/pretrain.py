@@ -180,8 +180,7 @@ def pretrain(out: Path) -> None:
     bar = tqdm(range(STEPS), desc="pretraining", unit="step")
     for step in bar:
         scale = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * scale
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * scale
         optimizer.zero_grad()
         loss = add_gradient(model, tokenizer, [document(rng, step) for _ in range(BATCH)])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
