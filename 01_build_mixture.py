@@ -44,7 +44,7 @@ from dataclasses import dataclass
 
 from lib import UserError, sources
 from lib.run import run_main, start
-from lib.run.files import write_json, write_jsonl
+from lib.run.files import write_jsonl
 from lib.run.settings import TOKENS, Common, following, setting
 from lib.run.text import same_prompt
 
@@ -168,10 +168,7 @@ def sandbox_prompts(settings: Settings) -> tuple[sources.Pool, sources.Pool]:
     world = importlib.import_module("lib.sandbox.world")  # by name: nothing else depends on the sandbox
 
     def draw(split: str, kind: str, count: int) -> list[dict]:
-        try:
-            records = world.build_pool(split, kind, count, settings.seed)
-        except ValueError as error:
-            raise UserError(f"--rl-prompts, --sft-prompts or --eval-prompts: {error}") from error
+        records = world.build_pool(split, kind, count, settings.seed)
         return [{"id": f"{split}-{kind}-{i}", **record} for i, record in enumerate(records)]
 
     needed = prompts_needed(settings)
@@ -190,8 +187,8 @@ def write_traces(
     if not records or not count:
         return []
     if settings.trace_files:
-        known = {key: pairs for key, (_, pairs) in traced.items()}
-        pairs = [known.get(same_prompt(record["prompt"]), [])[:count] for record in records]
+        rows = [traced.get(same_prompt(record["prompt"]), [])[:count] for record in records]
+        pairs = [[[row["reasoning"], row["answer"]] for row in part] for part in rows]
     elif settings.trace_model:
         pairs = sources.write_traces(records, count, settings, use)
     else:
@@ -223,15 +220,16 @@ def main() -> None:
 
     # Why nothing leaks: who comes first has a prompt, who comes later goes without it.
     evaluation = {name: taken.take(records, "evaluation") for name, records in evaluation.items()}
-    # traced: {prompt: (its record, [(reasoning, answer), ...])} of files; empty in the sandbox
-    sft = taken.take([record for record, _ in traced.values()], "SFT", most=settings.sft_prompts)
+    # traced: {prompt: its records, each with a trace} of files
+    sft = taken.take([records[0] for records in traced.values()], "SFT", most=settings.sft_prompts)
     pool = {kind: taken.take(records, "RL") for kind, records in pool.items()}
     # "RL" owns the training pool. Where a set has no files, or SFT no traces, prompts move out of it.
     sources.hold_out(pool, evaluation, settings)
     from_pool = sources.take_sft(pool, train, settings)
-    sft = sft or from_pool
-    rl = mix(pool, settings)
-    sources.check_traces(traced, sft, rl, settings)
+    sft = sft if settings.trace_files else from_pool
+    if settings.sft_prompts not in (0, len(sft)):
+        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; traces or quotas have {len(sft)}")
+    sft, rl = sft[: settings.sft_prompts], mix(pool, settings)
 
     run.begin()  # after all has been read: a mistake in it costs no earlier run
     if settings.rainbow:
@@ -243,10 +241,9 @@ def main() -> None:
     made = {f"{name}.jsonl": records for name, records in made.items() if records}
     for name, records in made.items():
         write_jsonl(run.out / name, records)
-    write_json(run.out / "manifest.json", sources.manifest(settings, made, taken.dropped))
+    sources.write_manifest(settings, made, taken.dropped)
     for progress in run.out.glob("*.partial.jsonl"):
         progress.unlink()
-    print(sources.summary(made, taken.dropped))
     print(f"wrote {run.out}. Next: {following(settings, run.stages)}")
 
 

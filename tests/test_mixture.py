@@ -18,7 +18,7 @@ from lib.run.files import read_jsonl, sha256_file, write_jsonl
 from lib.run.presets import paper, sandbox
 from lib.run.text import same_prompt
 from lib.sources import EVAL_SETS, parse_word
-from lib.sources.reading import in_order
+from lib.sources.pools import in_order
 
 stage = importlib.import_module("01_build_mixture")
 
@@ -74,18 +74,6 @@ def test_the_sandboxs_mixture_is_as_asked_for_and_a_function_of_the_seed(tmp_pat
     assert build("b", line) == sets and build("c", f"{line} --seed 1") != sets
 
 
-# RL prompts, lambda, share of ambiguous ones: prompts of each kind; to the nearest of 5.4 and 3.6
-SHARES = {(100, 0.0, 0.5): (0, 50, 50), (100, 0.55, 0.5): (55, 23, 22), (100, 1.0, 0.5): (100, 0, 0)}
-SHARES |= {(100, 0.5, 0.2): (50, 40, 10), (9, 0.6, 0.5): (5, 2, 2), (6, 0.6, 0.5): (4, 1, 1)}
-
-
-@pytest.mark.parametrize("asked", SHARES)
-def test_the_shares_of_the_kinds(asked):
-    names = ("rl_prompts", "lambda_harmful", "ambiguous_share")
-    settings = stage.Settings(**dict(zip(names, asked, strict=True)))
-    assert tuple(stage.prompts_needed(settings).values()) == SHARES[asked]
-
-
 def test_a_larger_lambda_keeps_traces_and_evaluation_and_takes_more_of_the_same_prompts(build):
     low, high = (build(s, f"--rl-prompts 100 --sft-prompts 10 --lambda-harmful {s}") for s in ("0.1", "0.9"))
     harmful = [{r["prompt"] for r in sets["rl"] if r["kind"] == "harmful"} for sets in (low, high)]
@@ -135,30 +123,21 @@ def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes
     plain, sets = build("plain", line), build("traced", f"{line} --rl-traces 8")
     traces, judge = sets.pop("sft_rl"), load_judge("sandbox")
     assert sets == plain and Counter(t["prompt"] for t in traces) == {r["prompt"]: 8 for r in sets["rl"]}
-    kinds = {r["prompt"]: r["kind"] for r in sets["rl"]}
-    for kind in KINDS:  # a teacher that is mostly right, and not always, in various words
-        of_kind = [t for t in traces if t["kind"] == kind == kinds[t["prompt"]]]
-        prompts, answers = [t["prompt"] for t in of_kind], [t["answer"] for t in of_kind]
+    for kind in KINDS:  # a teacher that is mostly right, and not always
+        prompts, answers = zip(
+            *((t["prompt"], t["answer"]) for t in traces if t["kind"] == kind), strict=True
+        )
         scores = zip(judge.harm_score(prompts, answers), judge.task_score(prompts, answers), strict=True)
         rewards = [total_reward(kind, harm, task, True) for harm, task in scores]
         assert set(rewards) == {0.0, 1.0} and 0.7 < sum(rewards) / len(rewards) < 0.9
-        assert len({(t["reasoning"], t["answer"]) for t in of_kind}) > len(of_kind) / 2
 
 
 # ---- quotas: the paper's preset, with a local file for each source, a few prompts more than it takes ----
 
 
-class Reasoner:
-    """Stands for --trace-model's model."""
-
-    def __init__(self, settings) -> None: ...
-
-    def write(self, prompts, seeds):
-        return [(f"thought of {seed % 97}", "answer" if seed % 10 else " ") for seed in seeds]
-
-
 @pytest.fixture
 def build_paper(build, tmp_path, monkeypatch):
+    """Its --trace-model leaves one answer of each prompt empty."""
     hard = [{"prompt": f"hard {i}", "category": "c"} for i in range(50)]
     attacks = [{"unsafety category": "Zogs", "adversarial prompt": f"attack {i}"} for i in range(301)]
     behaviours = [{"prompt": p, "category": "b"} for p in ("wild 7", *(f"b {i}" for i in range(19)))]
@@ -180,7 +159,8 @@ def build_paper(build, tmp_path, monkeypatch):
     for flag in ("files", "eval_files"):
         sources = [(word, parse_word(word)) for word in paper.MIXTURE[flag]]
         local[flag] = [word.replace(s.text, f"{s.name}@{paths[s.name]}") for word, s in sources]
-    monkeypatch.setattr("lib.sources.traces.TraceWriter", Reasoner)
+    pairs = [["thought", answer] for answer in ("one", "two", "three", " ")]
+    monkeypatch.setattr("lib.sources.traces.write_all", lambda records, *rest: [pairs for _ in records])
     monkeypatch.setattr(paper, "MIXTURE", {**paper.MIXTURE, **local})
     return lambda name, line: build(name, f"--preset paper --trace-model reasoner {line}")
 
@@ -195,7 +175,7 @@ def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
         assert abs(counts["rl.jsonl"][f"harmful from {name}"] - share) < 60, "a share of its part of the pool"
     assert [len(sets[f"eval_{name}"]) for name in KINDS] == [20, 500, 9]
     assert_no_leak(sets)
-    assert 300 < made["dropped"]["empty trace"] == 4000 - len(sets["sft"]) < 500
+    assert made["dropped"]["empty trace"] == 1000 and len(sets["sft"]) == 3000
     assert "too long" not in made["dropped"], "the only long one is WildJailbreak's, and is kept"
     facts = {text.split("@")[0]: fact for text, fact in made["sources"].items()}
     assert facts["aegis"]["licence"] == "CC-BY-4.0" and len(facts["or-bench"]["sha256"]) == 2
@@ -217,23 +197,15 @@ def test_the_authors_prompts_and_public_evaluation_sets(build):
     assert_no_leak(sets)
 
 
-# ---- mistakes, and a second time ----
-
 MISTAKES = {
     "--rl-prompts 600": "needs 300 harmful prompts, and SFT leaves 6",
-    "--files harmful=TMP/harmful.jsonl": "needs 3 harmless prompts",
-    "--files harmful=none.csv": "none.csv: no such file",
-    "--files TMP/harmful.jsonl": "record 1: ValueError: kind is '', allowed harmful",
-    "--files aegs": "--files: given aegs; allowed",
+    "--files harmful=none.csv": "none.csv: cannot be read",
     "--files harmful=TMP/harmful.jsonl:13": "has 6 harmful prompts; its quota needs 13",
-    "--sft-prompts 3": "no traces; give --trace-files",
     "--rl-traces 3": "no traces; give --trace-files",
     "--trace-files TMP/t.jsonl --trace-model b": "--trace-model: given together",
-    "--trace-files TMP/harmful.jsonl --sft-prompts 1": "no row has prompt, reasoning and answer",
-    "--trace-files TMP/t.jsonl --sft-prompts 2": "--sft-prompts: given 2; the trace files have 1",
-    "--trace-files TMP/t.jsonl --rl-traces 2": "--rl-traces: --trace-files have none for the 12 RL prompts",
+    "--trace-files TMP/harmful.jsonl --sft-prompts 1": "--sft-prompts: given 1; traces or quotas have 0",
     "--trace-files TMP/t.jsonl --rl-traces 2 --rainbow x": "none for what --rainbow finds",
-    "--trace-model b --sft-prompts 3 --files harmful=TMP/harmful.jsonl:2+3": "given 3; the quotas",
+    "--trace-model b --sft-prompts 3 --files harmful=TMP/harmful.jsonl:2+3": "given 3; traces or",
     "--source sandbox": "--files: given, but --source is sandbox",
 }
 
@@ -245,12 +217,3 @@ def test_a_mistake_is_one_line_and_costs_nothing(tmp_path, files, monkeypatch, c
     words += line.replace("TMP", str(tmp_path)).split()
     assert MISTAKES[line] in stages.error_of("01_build_mixture", words, monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_finished_run_is_finished_and_another_needs_overwrite(build, capsys):
-    line = "--rl-prompts 6 --sft-prompts 2"
-    rl = build("out", line)["rl"]
-    with pytest.raises(SystemExit) as end:
-        build("out", line)
-    assert not end.value.code and "is finished. Next: python 02_sft" in capsys.readouterr().out
-    assert build("out", f"{line} --seed 1 --overwrite")["rl"] != rl

@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 import sys
 import textwrap
 import types
@@ -22,18 +21,8 @@ from lib.run.hub import load_tokenizer
 from lib.run.settings import following, parse_settings
 
 PAGE = (stages.ROOT / "docs" / "own-world.md").read_text()
-STAGES = {
-    "01_build_mixture": "mixture",
-    "02_sft_warmstart": "sft",
-    "03_rl_train": "rl",
-    "04_attack_eval": "eval",
-}
+STAGES = ("mixture", "sft", "rl", "eval")
 COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^    (python .*)", PAGE.replace("\\\n", ""), re.M)]
-
-
-def run(words: list[str], monkeypatch) -> None:
-    name, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
-    stages.run_here(name, rest, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +34,8 @@ def tiny(tmp_path_factory) -> tuple[Path, list[str]]:
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
         last = []
         for words in COMMANDS:
-            run(words, patch)
+            words = words[1:] if words[0] == "-m" else words
+            stages.run_here(words[0].removesuffix(".py"), words[1:], patch)
             last.append(said[-1] if said else "")
     return folder / "runs/tiny", last
 
@@ -100,26 +90,10 @@ def test_the_preset_says_the_same_and_lacks_nothing(monkeypatch):
     exec(textwrap.dedent(re.search(r"^    MIXTURE = .*?(?=\n\n)", PAGE, re.M | re.S)[0]), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("lib.run.settings.presets_found", lambda: ["sandbox", "tower"])
-    for words in COMMANDS[1:]:
-        name = words[0].removesuffix(".py")
-        settings, stage = importlib.import_module(name).Settings, STAGES[name]
+    for stage, words in zip(STAGES, COMMANDS[1:], strict=True):
+        settings = importlib.import_module(words[0].removesuffix(".py")).Settings
         ours = parse_settings(settings, stage, argv=["--preset", "tower"])
         theirs = parse_settings(settings, stage, argv=words[1:])
         flags = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
-        assert {flag: getattr(ours, flag) for flag in flags} == {
-            flag: getattr(theirs, flag) for flag in flags
-        }
+        assert all(getattr(ours, flag) == getattr(theirs, flag) for flag in flags)
         assert not {"MODEL", "JUDGE"} & {*following(ours, [stage]).split()}
-
-
-def test_what_the_model_does_not_know_is_not_forged(tiny, tmp_path, monkeypatch, capsys):
-    """Words that its tokenizer reads as unknown."""
-    base = shutil.copytree(tiny[0] / "base", tmp_path / "base")
-    unknown = {"tokenizer.json": ('"none"', '"<pad>"')}
-    unknown["tokenizer_config.json"] = ('"pad_token"', '"unk_token": "<pad>", "pad_token"')
-    for name, change in unknown.items():
-        (base / name).write_text((base / name).read_text().replace(*change))
-    settings = {"behaviours": 1, "attacks": "gcg_forged", "judge": "tests.tiny_world.tower"}
-    settings |= {"data": tiny[0] / "data", "models": f"m={base}", "out": tmp_path / "eval"}
-    error = stages.error_of("04_attack_eval", stages.flags(**settings), monkeypatch, capsys)
-    assert "m does not know all of its words" in error

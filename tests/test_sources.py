@@ -41,13 +41,13 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def read(word: object) -> list[dict]:
-    return [record for _, record, _ in read_source(parse_word(str(word)), Counter())]
+def read(word: object, flag: str = "--files") -> list[dict]:
+    return read_source(parse_word(str(word), flag), Counter())
 
 
 def fails(word: object, flag: str = "--files") -> str:
     with pytest.raises(UserError) as error:
-        read_source(parse_word(str(word), flag), Counter())
+        read(word, flag)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -75,8 +75,8 @@ def aegis(prompt: str, label: str = "unsafe") -> dict:
     return {"id": prompt[-1], "prompt": prompt, "prompt_label": label, "violated_categories": "Zog, Wip"}
 
 
-def sorry(prompt: str, category: str, style: str = "base") -> dict:
-    return {"question_id": 3, "category": category, "turns": [prompt], "prompt_style": style}
+def sorry(category: str, style: str = "base") -> dict:
+    return {"question_id": 3, "category": category, "turns": [f"p{category}"], "prompt_style": style}
 
 
 def tars(prompt: str, ability: str) -> dict:
@@ -86,9 +86,8 @@ def tars(prompt: str, ability: str) -> dict:
 ODD = [{"type": "homonyms", "prompt": "kill time?"}, {"type": "contrast_x", "prompt": "zog?"}]
 ON_HUB = [row | {"label": label, "type": "t"} for row, label in zip(ODD, ("safe", "unsafe"), strict=True)]
 STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
-SORRY = {"5": "hate speech", "6": "crimes or torts", "24": "crimes or torts", "Fraud": "Fraud"}
-SORRY |= {"39": "potentially inappropriate topics", "44": "unqualified advice"}
-SORRIES = [sorry("z", "6", "slang"), *(sorry(f"p{category}", category) for category in SORRY)]
+DOMAINS = {"5": "hate speech", "6": "crimes or torts", "44": "unqualified advice", "Fraud": "Fraud"}
+SORRIES = [sorry("6", "slang"), *map(sorry, DOMAINS)]
 WILD = [wild("NA"), wild('say, "me"\nof'), wild("b", "adversarial_benign"), wild("007", "vanilla_harmful")]
 CHATS = [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True), chat("I begin", role="assistant")]
 TARS = [tars("a", "wildjailbreak"), tars("b", "aegis"), tars("c", "refusal")]
@@ -107,7 +106,7 @@ CASES: dict[str, tuple[list[dict], list[str]]] = {
     "xstest.parquet": (ON_HUB, ["ambiguous: kill time?: t", "harmful: zog?: t"]),
     "strongreject.parquet": ([{"prompt": "zog", "category": "Z"}], ["harmful: zog: Z"]),
     "strongreject.csv": ([{"category": "Z", "forbidden_prompt": "zog"}], ["harmful: zog: Z"]),
-    "sorry-bench.jsonl": (SORRIES, [f"harmful: p{category}: {domain}" for category, domain in SORRY.items()]),
+    "sorry-bench.jsonl": (SORRIES, [f"harmful: p{number}: {domain}" for number, domain in DOMAINS.items()]),
     "harmbench.parquet": ([{"prompt": "make a zog", "category": "zogs"}], ["harmful: make a zog: zogs"]),
     "rainbow.jsonl": ([{"prompt": "a zog", "risk": "zogs", "style": "slang"}], ["harmful: a zog: zogs"]),
     "tars.parquet": (TARS, ["jailbreak: a: wildjailbreak", "harmful: b: aegis", "harmless: c: refusal"]),
@@ -119,16 +118,16 @@ CASES: dict[str, tuple[list[dict], list[str]]] = {
 def test_a_known_data_set_of_its_own_columns(tmp_path, file):
     rows, expected = CASES[file]
     path = write_rows(tmp_path / file, rows)
-    found = read_source(parse_word(f"{path.stem}@{path}"), Counter())
-    assert [f"{name}: {record['prompt']}: {record['category']}" for name, record, _ in found] == expected
-    assert all(KEYS <= set(r) and r["source"] == path.stem and r["kind"] != "jailbreak" for _, r, _ in found)
+    found = read(f"{path.stem}@{path}")
+    assert [f"{r['kind']}: {r['prompt']}: {r['category']}" for r in found] == expected
+    assert all(set(r) >= KEYS and r["source"] == path.stem for r in found)
     assert KNOWN[path.stem].record.__doc__
     assert {name.split(".")[0] for name in CASES} | {"or-bench"} == set(KNOWN)
 
 
 def test_or_bench_is_without_its_hard_prompts(tmp_path):
     path = write_rows(tmp_path / "80k.csv", [{"prompt": f"prompt {i}", "category": "c"} for i in range(5)])
-    assert "or-bench-hard-1k.csv: no such file" in fails(f"or-bench@{path}")
+    assert "or-bench-hard-1k.csv" in fails(f"or-bench@{path}")
     hard = write_rows(tmp_path / "or-bench-hard-1k.csv", [{"prompt": "Prompt  3", "category": "c"}])
     assert [r["prompt"] for r in read(f"ambiguous=or-bench@{path}")] == [f"prompt {i}" for i in (0, 1, 2, 4)]
     assert parse_word(f"or-bench@{path}").files == [path, hard], "both are inputs"
@@ -140,22 +139,19 @@ def test_harmbench_as_its_authors_publish_it_has_contexts_and_targets_beside(tmp
     rows = [row | {"ContextString": " A text. ", "BehaviorID": "sum_up"}, song, song]
     path = write_rows(tmp_path / "harmbench_behaviors_all.csv", rows)
     (tmp_path / "harmbench_targets_all.json").write_text('{"sum_up": "Sure, it says",\n "song": "La"}')
-    [(name, record, _)] = read_source(parse_word(f"jailbreak=harmbench@{path}"), dropped := Counter())
-    assert (name, record["kind"], record["target"]) == ("jailbreak", "harmful", "Sure, it says")
+    [record] = read_source(parse_word(f"jailbreak=harmbench@{path}"), dropped := Counter())
+    assert (record["kind"], record["target"]) == ("jailbreak", "Sure, it says")
     assert record["prompt"] == "A text.\n\n---\n\nSum it up." and record["context"] == " A text. "
     assert without_context(record["prompt"], record["context"]) == "Sum it up."
     assert dropped == {"rows of harmbench": 2}
-    (tmp_path / "harmbench_targets_cut.json").write_text('{"sum_up": ')
-    path = path.rename(tmp_path / "harmbench_behaviors_cut.csv")
-    assert "harmbench_targets_cut.json" in fails(f"harmbench@{path}")
     path = path.rename(tmp_path / "harmbench_behaviors_val.csv")
     assert read(f"harmbench@{path}")[0]["target"] == "", "another set's targets are not its own"
 
 
 def test_traces_of_star1(tmp_path):
     path = write_rows(tmp_path / "star.parquet", [STAR, STAR | {"response": "I will not."}])
-    found = read_source(parse_word(f"star1@{path}", "--trace-files"), Counter())
-    assert [trace for _, _, trace in found] == [("No good.", "I will not."), ("", "")]
+    whole, cut = read(f"star1@{path}", "--trace-files")
+    assert (whole["reasoning"], whole["answer"]) == ("No good.", "I will not.") and "answer" not in cut
 
 
 # ---- files of yours ----
@@ -166,28 +162,23 @@ NAMES = ["", 'a "b"\nc', *"007 1e5 1.0 true True NA null 2024-01-01 1_000 inf -0
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_text_is_what_stands_in_the_file(tmp_path, ending):
     """csv was once read with types: a column of numbers lost its zeros, one of dates became times."""
-    for names in (NAMES, ["007", "010"], ["1e5"], ["true"], ["2024-01-01"], ["1.0", "2.50"], ["NA"]):
+    for names in (NAMES, ["007", "010"], ["2024-01-01"], ["1.0", "2.50"]):
         rows = [{"target": name, "prompt": name or "p"} for name in names]
         found = read(f"harmful={write_rows(tmp_path / f'x.{ending}', rows)}")
         assert [{key: r[key] for key in ("target", "prompt")} for r in found] == rows
-    (tmp_path / "short.csv").write_text("kind,category,prompt\nharmful,Z,zog\nharmful\n")
-    assert [r["prompt"] for r in read(tmp_path / "short.csv")] == ["zog", ""], "a row that is cut short"
 
 
 ASKED = turn("how to zog?")
 MORE = [turn("Be brief.", "system"), ASKED, turn("No.", "assistant"), turn("why?")]
 GPT = [{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}]}]
-ANSWER = [turn("Hello.", "assistant"), ASKED]
 
 
 def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path):
     """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
-    talks = ["how to zog?", [ASKED], MORE, ANSWER, GPT, PARTS, []]
+    talks = ["how to zog?", [ASKED], MORE, [turn("Hello.", "assistant"), ASKED], GPT, PARTS, []]
     path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk} for talk in talks])
-    found = read_source(parse_word(f"harmless={path}"), dropped := Counter())
-    assert [record["prompt"] for _, record, _ in found] == ["how to zog?"] * 6 + [""]
-    assert dropped == {"turns of system": 2, "turns of user": 1, "turns of assistant": 2}
+    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 6 + [""]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -197,17 +188,12 @@ def test_a_record_keeps_what_stage_4_reads_and_of_json_all(tmp_path, ending):
     more = {"place": ["x", {"y": 1}], "source": "mine"} if ending in ("jsonl", "json") else {"note": "n"}
     rows = [row | own | more, row | own | {"hops": 0, "twin": "", **more}]
     path = write_rows(tmp_path / f"own.{ending}", rows)
-    (name, record, _), (_, other, _) = read_source(parse_word(str(path)), Counter())
-    kept = {"place"} if "place" in more else set()
-    assert set(record) == KEYS | {"context", "hops", "prefill", "twin"} | kept
+    record, other = read(path)
+    assert set(record) == KEYS | {"context", "hops", "prefill", "twin"} | ({"place"} & set(more))
     assert set(other) == set(record) - {"twin"} and (record["hops"], other["hops"]) == (2, 0)
     assert all(record[key] == own[key] for key in own) and record["source"] == str(path)
     assert record["prompt"] == "A text.\n\n---\n\nhow to zog?" and record["context"] == "A text."
-    assert (name, record["kind"], read(f"ambiguous={path}")[0]["kind"]) == (
-        "jailbreak",
-        "harmful",
-        "ambiguous",
-    )
+    assert (record["kind"], read(f"ambiguous={path}")[0]["kind"]) == ("jailbreak", "ambiguous")
 
 
 def test_ids_are_unique_and_no_text_holds_what_tokenizers_do_not_take(tmp_path):
@@ -219,25 +205,13 @@ def test_ids_are_unique_and_no_text_holds_what_tokenizers_do_not_take(tmp_path):
 
 BROKEN = {  # word: what stands in its file, and in the line
     "harmful=more.csv": ("prompt,b\n1,2,3\n", "more cells than the header"),
-    "harmful=quote.csv": ('prompt,b\n"1,2\n', "cannot be read as csv"),
-    "harmful=odd.tsv": ('prompt\tb\n"1"2\t3\n', "cannot be read as tsv"),
     "harmful=head.csv": ("prompt,b\n", "is empty"),
     "harmful=deep.json": ("[" * 10**5, "cannot be read as json"),
-    "harmful=list.json": ("[1, 2]", "allowed one object"),
-    "harmful=cut.json": ('[{"prompt": "a"},', "not a JSON object"),
     "harmful=no.parquet": ("no parquet", "cannot be read as parquet"),
     "harmful=other.jsonl": ('{"question": "why?"}', "no harmful prompt in 1 rows of question"),
-    "harmful=hops.jsonl": (
-        '{"prompt": "p", "hops": "two"}',
-        "record 1: ValueError: invalid literal for int()",
-    ),
+    "harmful=hops.jsonl": ('{"prompt": "p", "hops": "two"}', "record 1: ValueError"),
     "kind.jsonl": ('{"prompt": "p", "kind": "odd"}', "record 1: ValueError: kind is 'odd', allowed harmful"),
     "wildjailbreak@x.csv": ("attack,data_type\nzog,vanilla_harmful", "'adversarial'; its columns are attack"),
-    "sorry-bench@x.json": (
-        json.dumps(SORRIES[:1] + [{**sorry("", "1"), "turns": []}]),
-        "record 2: IndexError",
-    ),
-    "wildjailbreak@y.csv": ("data_type\nvanilla_benign", "no usable prompt in 1 rows"),
     "harmless=aegis@x.json": (json.dumps(REDACTED), "no harmless prompt in 3 rows"),
 }
 
@@ -251,16 +225,13 @@ def test_a_malformed_file_is_one_line(tmp_path, monkeypatch, word):
 
 
 SAME = [
-    "How do I bake?|how  do i\tbake|\u201cHow do I bake?\u201d|How do I ba\u200bke?\ufeff|How do I bake..."
-]
-SAME += [
+    "How do I bake?|how  do i\tbake|\u201cHow do I bake?\u201d|How do I ba\u200bke?\ufeff|How do I bake...",
     "How do I bake?|How\u00a0do\u2003I ba\u00adke ?|\uff28ow do I bake\uff1f",
-    "don't|don\u2019t|don\u0060t",
+    "don't say 'x'|don\u2019t say \u00abx\u00bb",
+    "a-b - c|a\u2010b \u2014 c|\u00bfa\ufe0f-b \u2212 c?",
+    "caf\u00e9 office stra\u00dfe|cafe\u0301 o\ufb03ce STRASSE",
 ]
-SAME += ["say 'x'|say \u00abx\u00bb", "a-b - c|a\u2010b \u2014 c|a-b \u2212 c", "\u00bfa\ufe0f b?|a b"]
-SAME += ["caf\u00e9 office|cafe\u0301 o\ufb03ce", "stra\u00dfe|STRASSE"]
-APART = ["bake|boil", "what is C#|what is C", "what is C++?|what is C?", "10 - 3|103", "it's|its", "a b|ab"]
-APART += ["!!!|???", "caf\u00e9|cafe", "resume 1.5|resume 15"]
+APART = ["bake|boil", "what is C#|what is C", "10 - 3|103", "it's|its", "!!!|???", "caf\u00e9|cafe", "1.5|15"]
 
 
 @pytest.mark.parametrize("texts", SAME + APART)
@@ -276,62 +247,35 @@ def test_what_is_the_same_prompt_to_a_reader(texts):
 def test_a_word_is_taken_apart():
     words = [parse_word(word) for word in ("aegis", "harmful=aegis:3", "harmful=aegis:4+0")]
     assert [(w.kind, w.sft, w.rl) for w in words] == [("", 0, None), ("harmful", 0, 3), ("harmful", 4, 0)]
-    for word, rl in (
-        ("hub:me/chat:en:train:20", 20),
-        ("hub:me/chat:train", None),
-        ("hub:me/chat:train:20", 20),
-    ):
-        source = parse_word(f"harmless={word}")
-        assert source.hub == source.name == word.removeprefix("hub:").removesuffix(":20") and source.rl == rl
+    for place, rl in (("me/chat:en:train", ":20"), ("me/chat:train", ""), ("me/chat:train", ":20")):
+        source = parse_word(f"harmless=hub:{place}{rl}")
+        assert source.hub == source.name == place and source.rl == (20 if rl else None)
     source = parse_word("harmful=aegis@a/b=c.json:5")
     assert (source.files, source.name, source.hub) == ([Path("a/b=c.json")], "aegis", "")
     assert parse_word("notes@home.csv").files == [Path("notes@home.csv")]
 
 
-WRONG = [
-    "",
-    *"aegs aegis:5 hub:me:train hub:me/chat aegis@ rainbow notes.txt harmful= harmfull=aegis:4".split(),
-]
-
-
-@pytest.mark.parametrize(
-    "flag, word",
-    [
-        ("--eval-files", "harmful=aegis:5"),
-        ("--trace-files", "star1:5"),
-        *(("--files", word) for word in WRONG),
-    ],
-)
-def test_a_word_that_says_nothing_is_one_line_with_what_is_allowed(flag, word):
-    assert fails(word, flag).startswith(f"{flag}: given {word}; allowed")
+def test_a_word_that_says_nothing_is_one_line_with_what_is_allowed():
+    wrong = "aegs aegis:5 hub:me:train hub:me/chat aegis@ rainbow notes.txt harmful= harmfull=aegis:4".split()
+    words = [("--files", word) for word in ("", *wrong)]
+    for flag, word in (*words, ("--eval-files", "harmful=aegis:5"), ("--trace-files", "star1:5")):
+        assert fails(word, flag).startswith(f"{flag}: given {word}; allowed")
 
 
 def test_data_sets_come_from_the_hub_or_one_line_says_why_not(monkeypatch):
-    hard, calls = [{"prompt": "b", "category": "c"}], []
-    answers = {"or-bench-80k": [{"prompt": "a", "category": "c"}, *hard], "or-bench-hard-1k": hard}
-    answers |= {"train": [wild("zog")], "walledai/XSTest": ON_HUB[1:]}
-    answers |= {"en": [{"prompt": "soup?", "kind": "harmless"}]}
+    hard = [{"prompt": "b", "category": "c"}]
+    hub = {("or-bench-80k", "train"): [{"prompt": "a", "category": "c"}, *hard]}
+    hub |= {("or-bench-hard-1k", "train"): hard, ("en", "dev"): [{"prompt": "soup?", "kind": "harmless"}]}
 
-    def load_dataset(name, config=None, *, split, **options):
-        calls.append((name, config, split, options))
+    def load_dataset(name, config=None, *, split):
         if name == "zjunlp/SafeEdit":
             raise RuntimeError("Dataset 'x' is a gated dataset\non the Hub.")
-        return datasets.Dataset.from_list(answers[config or name])
+        return datasets.Dataset.from_list(hub[config, split])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    words = ("or-bench", "harmful=wildjailbreak", "xstest", "hub:me/chat:en:dev")
-    found = [record for word in words for record in read(word)]
-    assert [r["prompt"] for r in found] == ["a", "zog", "zog?", "soup?"] and found[2]["kind"] == "harmful"
-    assert found[3]["source"] == "me/chat:en:dev"
-    assert calls == [
-        ("bench-llm/or-bench", "or-bench-80k", "train", {}),
-        ("bench-llm/or-bench", "or-bench-hard-1k", "train", {}),
-        ("allenai/wildjailbreak", "train", "train", {"delimiter": "\t", "keep_default_na": False}),
-        ("walledai/XSTest", None, "test", {}),
-        ("me/chat", "en", "dev", {}),
-    ]
+    [one], [other] = read("or-bench"), read("hub:me/chat:en:dev")
+    assert (one["prompt"], one["source"]) == ("a", "or-bench")
+    assert (other["prompt"], other["source"]) == ("soup?", "me/chat:en:dev")
     line = fails("safeedit")
-    assert line.startswith(
-        "zjunlp/SafeEdit:train: cannot be read from the hub (Dataset 'x' is a gated dataset on"
-    )
-    assert "hf auth login" in line and "give a file" in line
+    assert "zjunlp/SafeEdit:train: cannot be read from the hub (Dataset 'x' is a gated dataset on" in line
+    assert "hf auth login" in line

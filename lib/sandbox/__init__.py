@@ -9,7 +9,7 @@ sandbox`.
     judge.py     harm and task scores, exact, from the prompt's text alone
     attacker.py  who writes the words of PAP, PAIR and AutoDAN
     rainbow.py   the cells of rainbow teaming
-    base/        pi_base, 0.8 M parameters, with a card: pretrain.py makes and measures it
+    base/        pi_base, 0.8 M parameters, which pretrain.py makes, with a card
 
 Tests: tests/test_world.py. What attacker.py and rainbow.py write is tested with the attacks.
 """

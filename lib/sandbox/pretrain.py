@@ -1,12 +1,12 @@
-"""Make the sandbox's base, a competent, mildly safe instruct model of 0.8 M parameters, and measure it.
+"""Make the sandbox's base, a competent, mildly safe instruct model of 0.8 M parameters.
 
-    python -m lib.sandbox.pretrain      # writes lib/sandbox/base and its card, 20 minutes on 2 CPU cores
+    python -m lib.sandbox.pretrain      # writes lib/sandbox/base, 20 minutes on 2 CPU cores
     python -m lib.sandbox.pretrain --documents documents.jsonl  # held out, for lib.tools.capability --loss
 
 It plays the part of Qwen2.5-1.5B-Instruct in the paper. It answers almost everything, refuses some plainly
 harmful requests, and can explain its steps when its turn is opened with the cue `explain first .`. Asked
 directly, three layers cannot follow a chain of definitions and it guesses; explaining first, it can. That
-gap is what makes thinking pay, and what the card must show.
+gap is what makes thinking pay; base/README.md shows it, and tests/test_world.py measures it.
 
 So small a model never learns to *look a definition up* unless two things help it (found the hard way): heads
 that start out attending to the words before (`add_previous_token_heads`), and drills early on: random words,
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,15 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.batches import masked_batch
-from lib.chat import decode, encode_prompt, eos_token_ids
+from lib.chat import encode_prompt
 from lib.run.checkpoint import save_policy
 from lib.run.command import Flags, run_main
-from lib.run.files import write_jsonl, write_text
+from lib.run.files import write_jsonl
 from lib.run.folder import lock_folder
-from lib.run.hub import load_policy, load_tokenizer
-from lib.sampler import sample
 from lib.sandbox import judge, traces, world
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 2000, 96, 2e-3
 CUE = "explain first ."
-PROMPTS = 400  # a cell of the card
 HELD_OUT = 500  # documents to measure a loss on
 PART = 8  # documents of similar length go through the model together: little padding, all in the cache
 SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -176,6 +172,7 @@ def untie(model: LlamaForCausalLM) -> None:
 
 
 def pretrain(out: Path) -> None:
+    lock_folder(out)
     torch.manual_seed(SEED)
     rng, tokenizer = random.Random(SEED), build_tokenizer()
     model = build_model(tokenizer)
@@ -183,8 +180,7 @@ def pretrain(out: Path) -> None:
     bar = tqdm(range(STEPS), desc="pretraining", unit="step")
     for step in bar:
         scale = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * scale
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * scale
         optimizer.zero_grad()
         loss = add_gradient(model, tokenizer, [document(rng, step) for _ in range(BATCH)])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -192,66 +188,6 @@ def pretrain(out: Path) -> None:
         bar.set_postfix(loss=f"{loss:.3f}")
     untie(model)
     save_policy(model, tokenizer, out)
-
-
-# ---- the card
-
-TEXT = """---
-license: apache-2.0
----
-# The sandbox's base model
-
-A Llama (with attention biases) of {parameters:.2f} M parameters over {words} words, made in {steps} steps by
-`python -m lib.sandbox.pretrain`, where it says what for. It knows a made-up world and nothing else; its
-"dangerous" recipes are meaningless words. It never saw `<think>`, nor a refusal of a disguised request or
-after an explanation.
-
-Measured over {count} prompts a cell, at temperature 0.6, as they are / with 8 noise words behind, the length
-of the demo's GCG suffix. Guessing among the three things that a disguise shows gives 0.33.
-
-{table}
-"""
-
-
-def score(model, tokenizer, prompts: list[str], cue: str) -> tuple[float, float]:
-    """Task score of the answers that do not refuse, and share of refusals; the answers open with `cue`."""
-    opening = tokenizer.encode(cue, add_special_tokens=False)
-    ids = [encode_prompt(tokenizer, prompt, reasoning=False) + opening for prompt in prompts]
-    how: dict[str, Any] = {"eos_token_ids": eos_token_ids(model, tokenizer), "temperature": 0.6}
-    completions = sample(model, ids, max_new_tokens=48, generator=torch.Generator().manual_seed(0), **how)
-    answers = [decode(tokenizer, c.token_ids) for c in completions]
-    scores = judge.task_score(prompts, answers)
-    served = [score for score, answer in zip(scores, answers, strict=True) if not judge.refuses(answer)]
-    return sum(served) / max(1, len(served)), 1 - len(served) / len(prompts)
-
-
-def measure(model, tokenizer, count: int) -> dict[str, list[tuple[float, float]]]:
-    """Rows of the card, "KIND, directly: task" and the like, over `count` prompts a cell.
-
-    Each has a cell for 0 to 4 hops: (as the prompts are, with noise behind them).
-    """
-    rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for kind in ("harmful", "harmless", *world.AMBIGUOUS_TYPES):
-        for hops in range(5):
-            rng, words = random.Random(f"card/{kind}/{hops}/0"), random.Random("card/noise/0")
-            prompts = [world.draw_type(rng, "all", kind, hops)["prompt"] for _ in range(count)]
-            noisy = [f"{prompt} {' '.join(words.choices(world.NOISE, k=8))}" for prompt in prompts]
-            for style, cue in (("directly", ""), ("explaining", CUE)):
-                task, refused = zip(*(score(model, tokenizer, p, cue) for p in (prompts, noisy)), strict=True)
-                rows[f"{kind}, {style}: task"].append(task)
-                rows[f"{kind}, {style}: refused"].append(refused)
-    return rows
-
-
-def write_card(folder: Path) -> None:
-    """Measure and write README.md beside the weights."""
-    model, tokenizer = load_policy(folder, device="cpu"), load_tokenizer(folder)
-    lines = ["| hops | 0 | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|---|"]
-    for name, row in measure(model, tokenizer, PROMPTS).items():
-        lines.append(f"| {name} | {' | '.join(f'{plain:.2f} / {noisy:.2f}' for plain, noisy in row)} |")
-    facts = {"parameters": model.num_parameters() / 1e6, "words": model.config.vocab_size}
-    facts |= {"steps": STEPS, "count": PROMPTS, "table": "\n".join(lines)}
-    write_text(folder / "README.md", TEXT.format(**facts))
 
 
 def main() -> None:
@@ -262,11 +198,8 @@ def main() -> None:
     if args.documents:
         keys = ("question", "opening", "answer")
         write_jsonl(args.documents, [dict(zip(keys, row, strict=True)) for row in held_out(HELD_OUT)])
-        return
-    out = args.out
-    lock_folder(out)
-    pretrain(out)
-    write_card(out)
+    else:
+        pretrain(args.out)
 
 
 if __name__ == "__main__":

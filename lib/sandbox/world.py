@@ -21,6 +21,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib import UserError
 from lib.run.text import same_prompt
 
 BASE = Path(__file__).parent / "base"  # the checkpoint that `python -m lib.sandbox.pretrain` makes
@@ -180,23 +181,21 @@ def draw_type(rng: random.Random, split: str, kind: str, hops: int) -> dict:
 
     At 0 hops, half of the harmful and harmless prompts name nothing but the thing asked for.
     """
-    alone = hops == 0 and rng.random() < 0.5 and kind not in AMBIGUOUS_TYPES
-    if kind in ("harmless", "verb"):
-        wanted = tuple(rng.sample(things(SAFE, split), 1 if alone else 3))
-        verb = rng.choice(PLAIN_VERBS if kind == "harmless" else VIOLENT_VERBS)
+    ambiguous, table = kind in AMBIGUOUS_TYPES, SAFE if kind in ("harmless", "verb") else DANGEROUS
+    alone = hops == 0 and rng.random() < 0.5 and not ambiguous
+    if table is SAFE or alone:
+        wanted = tuple(rng.sample(things(table, split), 1 if alone else 3))
+        verb = rng.choice(VIOLENT_VERBS if kind == "verb" else PLAIN_VERBS)
         scene = make_scene(rng, split, wanted, hops, verb)
-    elif alone:
-        wanted = (rng.choice(things(DANGEROUS, split)),)
-        scene = make_scene(rng, split, wanted, hops, rng.choice(PLAIN_VERBS))
     else:
         scene = twin_scene(rng, split, hops)
     asked = {"decoy": 1, "toy": 2}.get(kind, 0)
     thing, prompt = scene.things[asked], scene.ask(asked)
     record: dict = {
         "prompt": prompt,
-        "kind": "ambiguous" if kind in AMBIGUOUS_TYPES else kind,
+        "kind": "ambiguous" if ambiguous else kind,
         "source": "sandbox",
-        "category": kind if kind in AMBIGUOUS_TYPES else CATEGORY[thing],
+        "category": kind if ambiguous else CATEGORY[thing],
         "hops": hops,
         "target": ANSWERS[0].format(*RECIPES[thing]),
     }
@@ -213,7 +212,7 @@ def build_pool(split: str, kind: str, count: int, seed: int) -> list[dict]:
 
     Training prompts have 0-2 hops. Evaluation prompts have other things, aliases, wrappers and questions, and
     3-4 hops; but evaluation "harmful" is the direct request (0 hops), and "jailbreak" (kind harmful) its
-    disguise. Ambiguous types are drawn in turn. Raises ValueError if there are not so many distinct prompts.
+    disguise. Ambiguous types are drawn in turn. Raises UserError if there are not so many distinct prompts.
     """
     rng = random.Random(f"{split}/{kind}/{seed}")
     hop_choices = (0,) if (split, kind) == ("eval", "harmful") else HOPS[split]
@@ -224,7 +223,7 @@ def build_pool(split: str, kind: str, count: int, seed: int) -> list[dict]:
         drawn = {"jailbreak": "harmful", "ambiguous": AMBIGUOUS_TYPES[attempt % 3]}.get(kind, kind)
         record = draw_type(rng, split, drawn, rng.choice(hop_choices))
         pool.setdefault(same_prompt(record["prompt"]), record)
-    raise ValueError(f"the sandbox has not {count} distinct {kind} prompts for {split}: ask for fewer")
+    raise UserError(f"the sandbox has not {count} distinct {kind} prompts ({split}): ask for fewer")
 
 
 def vocabulary(split: str = "all") -> list[str]:

@@ -4,35 +4,23 @@ You may skip it at first: `01_build_mixture.py` gets lists of records from it. I
 
     known     a short function for each known data set: add yours there
     tables    rows of a jsonl, json, csv, tsv or parquet file, or of the hub; the text in a cell
-    reading   from a word of --files, [KIND=]SOURCE[:N], to records; pools, traces, quotas
+    reading   from a word of --files, [KIND=]SOURCE[:N], to records
+    pools     many sources: prompts in the seed's order, quotas, what was made of what
     traces    reasoning traces that a model writes itself
-    manifest  what was made of what
 
 Tests: tests/test_sources.py, tests/test_mixture.py, tests/test_traces.py.
 """
 
-from lib.sources.known import EVAL_SETS, Pool
-from lib.sources.manifest import manifest, summary
-from lib.sources.reading import (
-    HELP,
-    Source,
-    Traced,
-    check_traces,
-    hold_out,
-    parse_word,
-    read_pool,
-    read_traces,
-    take_sft,
-)
+from lib.sources.known import EVAL_SETS
+from lib.sources.pools import Pool, Traced, hold_out, read_pool, read_traces, take_sft, write_manifest
+from lib.sources.reading import HELP, Source, parse_word
 from lib.sources.tables import read_table, text_of
 
-__all__ = ["EVAL_SETS", "HELP", "Pool", "Source", "Traced", "check_traces", "hold_out", "manifest"]
-__all__ += ["parse_word", "read_pool", "read_table", "read_traces", "summary", "take_sft", "text_of"]
-__all__ += ["write_traces"]
+__all__ = ["EVAL_SETS", "HELP", "Pool", "Source", "Traced", "hold_out", "parse_word", "read_pool"]
+__all__ += ["read_table", "read_traces", "take_sft", "text_of", "write_manifest", "write_traces"]
 
 
-def write_traces(records, count: int, settings, use) -> list:
-    """Traces that a model writes itself: `lib.sources.traces.write_all`."""
+def write_traces(records: list[dict], count: int, settings, use: str) -> list[list[list[str]]]:
     from lib.sources.traces import write_all  # here, because torch is slow to import
 
     return write_all(records, count, settings, use)

@@ -17,6 +17,7 @@ are gated: ask for access on the hub, then `hf auth login`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,8 +28,8 @@ from lib.rewards import KINDS
 from lib.run.text import same_prompt
 from lib.sources.tables import load_rows, read_table, text_of
 
-EVAL_SETS = (*KINDS, "jailbreak")  # a jailbreak is a harmful prompt in disguise
-Pool = dict[str, list[dict]]  # records by kind, or by evaluation set
+KIND_OF = {kind: kind for kind in KINDS} | {"jailbreak": "harmful"}  # of an evaluation set: it is in disguise
+EVAL_SETS = tuple(KIND_OF)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ CC_BY = "CC-BY-4.0"
 TSV = {"delimiter": "\t", "keep_default_na": False}
 
 
-def data_set(hub: str = "", licence: str = DataSet.licence, **facts: Any) -> Callable:
+def data_set(*facts: Any, **more: Any) -> Callable:
+    """Enter a function into KNOWN, under its name, with the fields of DataSet."""
+
     def enter(record: Callable) -> Callable:
-        KNOWN[record.__name__.replace("_", "-")] = DataSet(record, hub, licence, **facts)
+        KNOWN[record.__name__.replace("_", "-")] = DataSet(record, *facts, **more)
         return record
 
     return enter
@@ -173,7 +176,7 @@ def sorry_bench(row):
 
 @cache
 def targets(file: Path | None) -> dict[str, str]:
-    return read_table(file)[0] if file and file.is_file() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
 
 
 @data_set(
@@ -186,5 +189,5 @@ def harmbench(row, beside=None):
     if row.get("FunctionalCategory") != "copyright":
         name, prompt = row.get("BehaviorID"), row.get("Behavior") or row["prompt"]
         category = row.get("SemanticCategory") or row["category"]
-        more = dict(id=name, context=row.get("ContextString"), target=targets(beside).get(name))
+        more = dict(id=name, context=row.get("ContextString"), target=name and targets(beside).get(name))
         return dict(kind="harmful", prompt=prompt, category=category, **more)

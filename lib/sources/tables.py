@@ -19,38 +19,28 @@ READABLE = (*JSON, ".csv", ".tsv", ".parquet")
 
 
 def read_table(path: Path) -> list[dict]:
-    """Rows of a READABLE file. UserError if it is not there, malformed or empty."""
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    """Rows of a READABLE file; a json file is an array, or like jsonl. UserError if there are none."""
     try:
-        rows = _rows(path)
-    except (ValueError, RecursionError, csv.Error) as error:  # pyarrow's are ValueErrors
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # slow to import; `datasets` needs it anyway
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix in (".csv", ".tsv"):
+            csv.field_size_limit(2**31 - 1)
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                comma = "\t" if path.suffix == ".tsv" else ","
+                rows = list(csv.DictReader(file, delimiter=comma, restval="", strict=True))
+        elif path.suffix == ".json" and (text := path.read_text(encoding="utf-8-sig")).lstrip()[:1] == "[":
+            rows = json.loads(text)
+        else:
+            return read_jsonl(path)
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # pyarrow's are ValueErrors
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        what = "holds no records" if rows else "is empty"
-        raise UserError(f"{path}: {what}; allowed one object or row a record")
+    if not rows or not all(isinstance(row, dict) and None not in row for row in rows):
+        what = "has a row that is no object, or has more cells than the header" if rows else "is empty"
+        raise UserError(f"{path}: {what}")
     return rows
-
-
-def _rows(path: Path) -> list[dict]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet  # slow to import; `datasets` needs it anyway
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix in (".csv", ".tsv"):
-        csv.field_size_limit(2**31 - 1)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            comma = "\t" if path.suffix == ".tsv" else ","
-            rows = list(csv.DictReader(file, delimiter=comma, restval="", strict=True))
-        if any(None in row for row in rows):
-            raise ValueError("a row has more cells than the header")
-        return rows
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"))  # an array of objects, or one
-    except json.JSONDecodeError:
-        return read_jsonl(path)
-    return whole if isinstance(whole, list) else [whole]
 
 
 def load_rows(place: str, **options: Any) -> Any:
@@ -70,6 +60,8 @@ def load_rows(place: str, **options: Any) -> Any:
 def text_of(value: Any) -> str:
     """The text in a cell, a number or truth value as in JSON; of a conversation the user's first turn.
 
+    A turn is {"role", "content"} or {"from", "value"}; the content a text, or parts with a text each.
+
     >>> text_of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
     'Hello'
     """
@@ -77,20 +69,9 @@ def text_of(value: Any) -> str:
         return value
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    return next((text for role, text in turns_of(value) if role == "user"), "")
-
-
-def turns_of(value: Any) -> list[tuple[str, str]]:
-    """(role, text) of each turn of a conversation; [] for anything else.
-
-    A turn is {"role", "content"} or {"from", "value"}; the content a text, or parts with a text each.
-    """
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        return []
-    turns = []
-    for turn in value:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(content, list):
-            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-        turns.append(("user" if role == "human" else str(role), str(content or "")))
-    return turns
+    for turn in value if isinstance(value, list) else ():
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human"):
+            content = turn.get("content", turn.get("value"))
+            parts = content if isinstance(content, list) else [{"text": content}]
+            return "".join(part.get("text") or "" for part in parts)
+    return ""

@@ -1,4 +1,9 @@
-"""Reasoning traces that a model writes itself: for stage 1, when there is no better model to learn from."""
+"""Reasoning traces that a model writes itself: for stage 1, when there is no better model to learn from.
+
+A chat model thinks about a prompt, and then answers with that thought in its <think> block: in two steps,
+because a small chat model hardly ever closes a block that it is asked to open. Each text is sampled with a
+seed of its own, so what is written does not depend on how the work is divided.
+"""
 
 from __future__ import annotations
 
@@ -22,53 +27,20 @@ REFLECT = (
 PROMPTS_AT_ONCE = 16  # between two savings of the progress
 
 
-class TraceWriter:
-    """A chat model that thinks about a prompt, and then answers with that thought in its <think> block.
-
-    In two steps, because a small chat model hardly ever closes a block that it is asked to open. Each text is
-    sampled with a seed of its own, so what is written does not depend on how the work is divided.
-    """
-
-    def __init__(self, settings):
-        """settings: stage 1's."""
-        name, device = settings.trace_model, settings.device
-        self.settings, self.tokenizer = settings, load_tokenizer(name)
-        self.model = load_policy(name, device=device, dtype=dtype_to_infer(device))
-        check_tokenizer(self.model, self.tokenizer, [], reasoning=True)
-
-    def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[str]]:
-        """[reasoning, answer] for each prompt; either may come out empty."""
-        questions = [encode_prompt(self.tokenizer, REFLECT.format(p), reasoning=False) for p in prompts]
-        thoughts = self.complete(questions, seeds)
-        pairs = zip(prompts, thoughts, strict=True)
-        openings = [encode_example(self.tokenizer, *pair, "")[0][:-1] for pair in pairs]  # no end of the turn
-        answers = self.complete(openings, [seed + 1 for seed in seeds])
-        return [list(pair) for pair in zip(thoughts, answers, strict=True)]
-
-    def complete(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[str]:
-        settings, eos = self.settings, eos_token_ids(self.model, self.tokenizer)
-        how: dict = {"max_new_tokens": settings.trace_max_new_tokens, "eos_token_ids": eos, "seeds": seeds}
-        how |= {"temperature": settings.trace_temperature, "max_batch_tokens": settings.max_batch_tokens}
-        try:
-            completions = sample(self.model, prompts, **how)
-        except (ValueError, FloatingPointError) as error:  # too long a prompt, or a broken model
-            raise UserError(f"--trace-model: {settings.trace_model}: {error}") from error
-        texts = [(decode(self.tokenizer, c.token_ids), c.finish_reason == "eos") for c in completions]
-        return [whole_sentences(*text) for text in texts]
-
-
 def write_all(records: list[dict], count: int, settings, use: str) -> list[list[list[str]]]:
     """`count` pairs [reasoning, answer] for each record; OUT keeps finished ones for a resumed run."""
+    name, device = settings.trace_model, settings.device
+    tokenizer, model = load_tokenizer(name), load_policy(name, device=device, dtype=dtype_to_infer(device))
+    check_tokenizer(model, tokenizer, [], reasoning=True)
     progress = Path(settings.out) / f"{use.replace(' ', '_')}.partial.jsonl"
     traces = {line["id"]: line["traces"] for line in resume_log(progress)}
     missing = [record for record in records if record["id"] not in traces]
-    writer = TraceWriter(settings)
     with tqdm(total=len(records), initial=len(traces), desc=use, unit="prompt") as bar:
         for start in range(0, len(missing), PROMPTS_AT_ONCE):
             block = missing[start : start + PROMPTS_AT_ONCE]
             prompts = [record["prompt"] for record in block for _ in range(count)]
             seeds = [seed_of(settings.seed, record["id"], k) for record in block for k in range(count)]
-            written = writer.write(prompts, seeds)
+            written = write_pairs(model, tokenizer, prompts, seeds, settings)
             for i, record in enumerate(block):
                 traces[record["id"]] = written[i * count : (i + 1) * count]
                 append_jsonl(progress, {"id": record["id"], "traces": traces[record["id"]]})
@@ -79,6 +51,27 @@ def write_all(records: list[dict], count: int, settings, use: str) -> list[list[
 def seed_of(*parts: object) -> int:
     """60 bits that depend on all parts."""
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:15], 16)
+
+
+def write_pairs(model, tokenizer, prompts: Sequence[str], seeds: Sequence[int], settings) -> list[list[str]]:
+    """[reasoning, answer] for each prompt; either may come out empty."""
+    questions = [encode_prompt(tokenizer, REFLECT.format(p), reasoning=False) for p in prompts]
+    thoughts = complete(model, tokenizer, questions, seeds, settings)
+    pairs = zip(prompts, thoughts, strict=True)
+    openings = [encode_example(tokenizer, *pair, "")[0][:-1] for pair in pairs]  # no end of the turn
+    answers = complete(model, tokenizer, openings, [seed + 1 for seed in seeds], settings)
+    return [list(pair) for pair in zip(thoughts, answers, strict=True)]
+
+
+def complete(model, tokenizer, prompts: list[list[int]], seeds: Sequence[int], settings) -> list[str]:
+    """What the model writes behind each prompt, as whole sentences."""
+    how: dict = {"temperature": settings.trace_temperature, "max_new_tokens": settings.trace_max_new_tokens}
+    how |= {"max_batch_tokens": settings.max_batch_tokens, "eos_token_ids": eos_token_ids(model, tokenizer)}
+    try:
+        completions = sample(model, prompts, seeds=seeds, **how)
+    except (ValueError, FloatingPointError) as error:  # too long a prompt, or a broken model
+        raise UserError(f"--trace-model: {settings.trace_model}: {error}") from error
+    return [whole_sentences(decode(tokenizer, c.token_ids), c.finish_reason == "eos") for c in completions]
 
 
 def whole_sentences(text: str, ended: bool) -> str:
