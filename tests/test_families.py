@@ -127,7 +127,7 @@ def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(tmp_path, case):
 REFUSED = {  # cause, as it is said -> architecture, changes of its configuration
     "has layers of linear_attention": ("Qwen3Next", HYBRID),
     "has layers of chunked_attention": ("Llama4Text", CHUNKED),
-    "padded on the left it computes something else than in a plain pass": ("Bart", DECODER),
+    "log-probabilities in training are not those of the sampler": ("Bart", DECODER),
     "it does not heed logits_to_keep": ("Whisper", WHISPER),
 }
 
@@ -210,11 +210,10 @@ def test_a_padding_token_without_a_row_gives_way_if_eos_has_one(llama):
         check_tokenizer(llama, tokenizer, ["tell me a story"], reasoning=True)
 
 
-def test_a_tokenizer_that_loses_words_or_markers_is_one_line(llama, tmp_path, capsys):
+def test_a_tokenizer_that_loses_words_or_markers_is_one_line(llama, tmp_path):
     with pytest.raises(UserError, match="loses most words of the prompts: 'Write a poem' becomes 'a'"):
         check_tokenizer(llama, word_level(), ["Write a poem"], reasoning=True)
     check_tokenizer(llama, word_level(), ["tell me poems"], reasoning=True)  # of which most is kept
-    assert capsys.readouterr().out.endswith("loses 1 of the first 3 words of the prompts\n")
     check_tokenizer(llama, words := word_level(unknown="-"), ["tell me a story"], reasoning=True)
     with pytest.raises(UserError, match="its tokenizer cannot read .*Hello"):
         encode_prompt(words, "Hello", reasoning=True)

@@ -21,8 +21,7 @@ from lib import UserError
 from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
 from lib.policy import shares_prompts, token_logprobs
-from lib.run.card import describe
-from lib.run.checkpoint import PROGRESS, load_progress, save_policy, save_progress
+from lib.run.checkpoint import PROGRESS, describe, load_progress, save_policy, save_progress
 from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
 from lib.run.files import append_jsonl, read_log
 from lib.run.folder import checksums, claim_folder, date_of_run, read_settings, take_folder

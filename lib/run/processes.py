@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lib import UserError
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
+def pick_device(name: str | torch.device, local_rank: int = 0) -> torch.device:
     """auto: a CUDA GPU (number `local_rank`), else mps, else cpu. UserError if there is no such GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
