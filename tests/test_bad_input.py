@@ -45,18 +45,10 @@ def fails(monkeypatch, capsys):
 WORDS = [
     (RL, "--preset sandbx", "--preset: invalid choice: 'sandbx'"),
     (RL, "--group-size 1", "--group-size: given 1; allowed a whole number from 2 to"),
-    (RL, "--temperature 0", "--temperature: given 0; allowed a number from 0.01"),
-    (RL, "--learning-rate nan", "--learning-rate: given nan"),
-    (RL, "--normalisation tokens", "--normalisation: invalid choice: 'tokens'"),
-    (RL, "--kl-estimator k4", "--kl-estimator: invalid choice: 'k4'"),
-    (RL, "--group-sise 4", "unrecognized arguments: --group-sise"),
     (RL, "--data", "--data: expected one argument"),
     (RL, "--shard", "--shard: there is one process; start several with torchrun"),
     (RL, "--offload", "--offload: moves shards, so it needs --shard"),
-    (SFT, "--held-out-share 0.9", "--held-out-share: given 0.9; allowed a number from 0 to 0.5"),
-    (SFT, "--epochs 0", "--epochs: given 0"),
     (SFT, "runs/sft", "unrecognized arguments: runs/sft"),
-    (MIXTURE, "--lambda-harmful 1.5", "--lambda-harmful: given 1.5; allowed a number from 0 to 1"),
     (MIXTURE, "--source files", "--files"),
     (MIXTURE, "--source files --sft-prompts 0 --files harmful=none.csv", "none.csv"),
     (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
@@ -64,7 +56,6 @@ WORDS = [
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
     (EVAL, f"{BASE} --attacks gcg magic", "--attacks: invalid choice: 'magic'"),
     (EVAL, f"{BASE} --direct other", "--direct: given other; allowed the names in --models: it"),
-    (EVAL, f"{BASE} --temperature -1", "--temperature: given -1"),
     (EVAL, f"{BASE} --data none", "eval_harmful.jsonl: no such file"),
 ]
 
@@ -85,15 +76,8 @@ LINES = [
     (RL, LONG, "2 of 3 have more than the 500 tokens that fit, such as x-0 (60"),
     (SFT, [TRACE | long | {"answer": "cake " * 600} for long in LONG], "(context 512): 2 of 3 have more"),
     (RL, '{"id": 1, "prompt": "how', "rl.jsonl:3: not a JSON object"),
-    (RL, {"id": "x", "prompt": "how ?"}, "rl.jsonl:3: has no key 'kind'; its keys are id, prompt"),
     (RL, {"id": "x", "prompt": "how ?", "kind": "evil"}, "x: kind is 'evil'; allowed: harmful, harmless"),
-    (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl:3: x: prompt is None; allowed: some"),
-    (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "id 'rl-1' stands in lines 2 and 3: give"),
-    (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: None: id is None"),
-    (SFT, [], "sft.jsonl: is empty"),
-    (SFT, "}", "sft.jsonl:3: not a JSON object"),
     (SFT, {"id": "x", "prompt": "how ?", "answer": "so ."}, "sft.jsonl:3: has no key 'reasoning'"),
-    (SFT, TRACE | {"reasoning": None}, "sft.jsonl:3: x: reasoning is None"),
     (SFT, TRACE | {"id": "sft-0-0"}, "id 'sft-0-0' stands in lines 1"),
     (SFT, TRACE | {"id": 5, "reasoning": 6}, "sft.jsonl:3: 5: reasoning is 6"),
 ]
@@ -114,12 +98,8 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
 
 REQUESTS = [
     ([{"id": "a"}] * 4, "eval_harmful.jsonl: id 'a' stands in lines 1 and 2: give each"),
-    ([{"id": 1}, {"id": "1"}], "eval_harmful.jsonl: id '1' stands in lines 1 and 2"),
     ([{"id": "a", "kind": "evil"}], "a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
-    ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl:1: a: prompt is ' '; allowed: some text"),
-    ([{"id": "a", "target": 7}], "eval_harmful.jsonl:1: a: target is 7; allowed"),
     ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl:1: a: twin is ['how ?']"),
-    ([{"id": "a", "category": None}], "eval_harmful.jsonl:1: a: category is None"),
 ]
 
 

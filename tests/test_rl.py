@@ -317,16 +317,6 @@ def test_who_breaks_the_format_earns_nothing_and_all_metrics_are_there(data, tmp
     assert (out / "curves.png").exists()
 
 
-def test_steps_without_a_signal_are_said_once(data, tmp_path, monkeypatch, capsys):
-    """A reasoner that cannot close its reasoning earns nothing for ever."""
-    changes = {"reasoning": True, "max_new_tokens": 2, "prompts_per_step": 1, "group_size": 2, "epochs": 0.7}
-    run_here(RL, rl_flags(data, tmp_path / "rl", **changes), monkeypatch)
-    assert len(metrics_of(tmp_path / "rl")) == 13
-    output = capsys.readouterr()
-    (line,) = [line for line in stages.messages(output.err + output.out) if line.startswith("warning")]
-    assert "for 10 steps no group" in line and "format_rate 0.0" in line and "rollouts.jsonl" in line
-
-
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> Path:
     """9 steps in one process without interruption, at a rate at which rounding stays rounding."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
-import hashlib
 import importlib
 import json
 import os
@@ -23,8 +22,8 @@ from lib import UserError
 from lib.run import files, run_main
 from lib.run.checkpoint import read_state
 from lib.run.command import at_end
-from lib.run.files import append_jsonl, git_revision, read_jsonl, resume_log, write_json, write_jsonl
-from lib.run.folder import claim_folder, date_of_run, take_folder
+from lib.run.files import append_jsonl, read_jsonl, resume_log, write_json, write_jsonl
+from lib.run.folder import claim_folder, take_folder
 from lib.run.plumbing import Run, set_learning_rate
 from lib.run.processes import pick_device, start_processes
 from lib.run.settings import Training, following, parse_settings, presets_found, setting
@@ -75,15 +74,10 @@ def test_class_then_preset_then_flags(presets):
 
 MISTAKES = [
     ("--learning-rate abc", "--learning-rate: given abc; allowed a number from 0 to 1e+06"),
-    ("--learning-rate=-1e-3", "--learning-rate: given -1e-3; allowed a number from 0 to 1e+06"),
     ("--learning-rate nan", "--learning-rate: given nan; allowed"),
-    ("--learning-rate", "--learning-rate: expected one argument"),
     ("--batch-size 2.5", "--batch-size: given 2.5; allowed a whole number from 1 to 64"),
-    ("--batch-size 65", "--batch-size: given 65; allowed a whole number from 1 to 64"),
-    ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--attacks gcg none", "--attacks: invalid choice: 'none'"),
     ("--preset huge", "--preset: invalid choice: 'huge'"),
-    ("--learnin-rate 1", "unrecognized arguments: --learnin-rate"),
     ("--warmup 3", "unrecognized arguments: --warmup"),  # presets alone set it
     ("--batch 3", "unrecognized arguments: --batch"),  # nothing is shortened
     ({"nonsense": 1}, "lib/run/presets/small.py: SFT sets 'nonsense': no setting"),
@@ -110,7 +104,6 @@ def test_help_shows_the_chosen_presets_defaults(presets, capsys):
 
 STAGES = {"mixture": "01_build_mixture", "sft": "02_sft_warmstart", "rl": "03_rl_train"}
 STAGES["eval"] = "04_attack_eval"
-ABSURD = ("1" + "0" * 30, "1e308", "-1e300", "inf", "nan")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -121,33 +114,25 @@ def test_every_preset_fits_its_stage_and_every_number_has_a_range(stage):
     for field in dataclasses.fields(module.Settings):
         if field.type in ("int", "float") and field.metadata["flag"]:
             flag = f"--{field.name.replace('_', '-')}"
-            for absurd in ABSURD:
+            for absurd in ("1" + "0" * 30, "nan"):
                 with pytest.raises(UserError, match=f"{flag}: given .* from .* to "):
                     parse_settings(module.Settings, stage, argv=[f"{flag}={absurd}"])
 
 
-def test_the_next_command_leaves_out_what_the_preset_has(tmp_path, monkeypatch):
+def test_the_next_command_has_what_was_given_and_not_what_the_preset_has():
     def command(stage: str, line: str) -> str:
         cls = importlib.import_module(STAGES[stage]).Settings
         return following(parse_settings(cls, stage, argv=line.split()), [stage])
 
-    expected = "--preset paper --data d --models x=runs/x --out runs/eval-x --device cpu"
-    found = command("rl", "--preset paper --device cpu --shard --data d --out runs/x")
+    found = command("rl", "--preset paper --device cpu --refusals mine --data d --out runs/x")
+    expected = "--preset paper --data d --models x=runs/x --out runs/eval-x --device cpu --refusals mine"
     assert found == f"python 04_attack_eval.py {expected}"
-    words = "--seed 7 --dtype float32 --no-gradient-checkpointing --no-reasoning"
-    assert f"--model a/sft --out a/rl {words}" in command("sft", f"--preset paper --out a/sft {words}")
+    found = command("sft", "--preset paper --out a/sft --seed 7 --dtype float32 --no-reasoning")
+    expected = "--data runs/paper/data --model a/sft --out a/rl --seed 7 --dtype float32 --no-reasoning"
+    assert found == f"python 03_rl_train.py --preset paper {expected}"
     assert "04_attack_eval" in command("sft", "--traces sft_rl.jsonl")
-    assert "--refusals mine" in command("rl", "--refusals mine")
-    # Of another world the sandbox's base and judge know nothing: what nobody has said is to be filled in.
-    assert "--model MODEL" in command("mixture", "--source files")
-    assert "--model MODEL --judge JUDGE" in command("mixture", "--source files --sft-prompts 0")
-    assert "--model runs/x --judge JUDGE" in command("sft", "--model mine --out runs/x")
-    for stage, line in (("mixture", ""), ("sft", ""), ("mixture", "--preset open"), ("sft", "--preset open")):
-        assert "MODEL" not in (found := command(stage, line)) and "JUDGE" not in found
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for out, words in {".": "here=. --out ../eval-here", "a/$(x)": "-x-='a/$(x)' --out a/eval--x-"}.items():
-        assert words.replace("-x-='a/$(x)'", "'-x-=a/$(x)'") in command("rl", f"--out {out}")
+    assert "02_sft" in command("mixture", "") and "03_rl" in command("mixture", "--sft-prompts 0")
+    assert "03_rl_train.py --preset sandbox --data m --model pi" in command("mixture", "--rainbow pi --out m")
 
 
 # ---- ends ----
@@ -158,7 +143,6 @@ ENDS = [
     (NotImplementedError("group_advantages"), 2, "error: not implemented yet: group_advantages"),
     (KeyboardInterrupt(), 130, "stopped; finished work is kept, run the same command again to resume"),
     (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
-    (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: output: Broken pipe; what was written before"),
     (RuntimeError(f"[enforce fail at x.cpp:1] . {MEMORY}. E"), 2, f"error: {MEMORY[21:]}: lower the tok"),
     (UserError("a\x1b[2J\u202eb\nc: no such file"), 2, "error: a\\u001b[2J\\u202eb\\nc: no such file\n"),
 ]
@@ -197,14 +181,12 @@ def test_jsonl_round_trip_readable_with_surrogates_marks_and_other_line_ends(tmp
 UNREADABLE = [
     (b"\n \n", "is empty"),
     (b'{"id": 1}\n\n{"id": \n', ":3: not a JSON object"),
-    (b'{"id": 1}\n[1]\n', ":2: not a JSON object"),
     (b'{"id": "\xff"}\n', ":1: not a JSON object in UTF-8"),
     (b'{"id": 1}\n{"ID": 2}\n', ":2: has no key 'id'"),
-    (b'{"id": "a"}\n{"id": "b"}\n\n{"id": "a"}\n', "id 'a' stands in lines 1 and 4: give each record an id"),
-    (b'{"id": 7}\n{"id": "7"}\n', "id '7' stands in lines 1 and 2"),
+    (b'{"id": 7}\n\n{"id": "7"}\n', "id '7' stands in lines 1 and 3: give each record an id"),
     (b'{"id": "a\\ud800"}\n{"id": "a\\udfff"}\n', "stands in lines 1 and 2"),
-    *((b'{"id": %s}\n' % value, "id is") for value in (b"null", b'" "', b'["a"]', b"true")),
-    *((b'{"id": "r", "target": %s}\n' % value, ":1: r: target is") for value in (b"7", b'["x"]', b"true")),
+    *((b'{"id": %s}\n' % value, "id is") for value in (b"null", b'" "', b"true")),
+    (b'{"id": "r", "target": 7}\n', ":1: r: target is 7; allowed: some text"),
 ]
 
 
@@ -237,14 +219,6 @@ def test_a_resumed_log_drops_unwanted_malformed_and_half_written_lines(tmp_path)
     assert [r["step"] for r in resume_log(path, lambda record: record["step"] < 3)] == [0, 1]
     assert path.read_bytes() == b'{"step": 0,  "odd spacing":1}\n{"step": 1}\n'
     assert resume_log(tmp_path / "none.jsonl") == [] and not (tmp_path / "none.jsonl").exists()
-
-
-def test_checksums_and_the_commit(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(b"ab" * 700_000)
-    assert files.sha256_file(tmp_path / "x") == hashlib.sha256(b"ab" * 700_000).hexdigest()
-    assert git_revision() == "unknown" or len(git_revision().removesuffix("-dirty")) == 40
-    monkeypatch.setenv("PATH", "")
-    assert git_revision() == "unknown"
 
 
 # ---- the folder of a run ----
@@ -295,19 +269,23 @@ def test_another_run_is_refused_looking_empties_nothing_and_overwrite_does(out):
     assert sorted(p.name for p in out.iterdir()) == [".lock", "settings.json"]  # the lock stays held
 
 
-def test_an_edited_judge_is_another_run(tmp_path, monkeypatch):
+def test_a_run_keeps_its_date_and_an_edited_judge_is_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = importlib.import_module("03_rl_train").Settings(judge="mine", model="none", out="out")
-    for text in ("first", "first", "second"):
-        Path("mine.py").write_text(text)
-        run = Run(settings, ["rl"])
-        if text == "second":
-            with pytest.raises(UserError, match="sha256 of mine.py"):
-                run.join()
-        else:
-            run.join()
-            run.begin()
+
+    def joined(text: str) -> Run:
         at_end.close()
+        Path("mine.py").write_text(text)
+        run = Run(importlib.import_module("03_rl_train").Settings(judge="mine", model="none", out="out"), ["rl"])
+        run.join()
+        return run
+
+    joined("first").begin()
+    written = Path("out/settings.json").read_text()
+    Path("out/settings.json").write_text(written.replace(datetime.date.today().isoformat(), "2026-11-25"))
+    again = joined("first")
+    assert again.resumes and again.settings.date == "2026-11-25"
+    with pytest.raises(UserError, match="sha256 of mine.py"):
+        joined("second")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -319,23 +297,7 @@ def test_a_folder_that_is_no_run_is_neither_used_nor_emptied(tmp_path, file, ove
     assert (tmp_path / file).exists()
 
 
-def test_overwrite_spares_home_the_working_folder_and_what_a_link_points_to(out, tmp_path, monkeypatch):
-    elsewhere = tmp_path / "elsewhere"
-    for here, home in ((out / "deep", tmp_path), (tmp_path, out)):
-        monkeypatch.chdir(here)
-        monkeypatch.setenv("HOME", str(home))
-        with pytest.raises(UserError, match="will not empty"):
-            claim_folder(out, {"n": 2}, overwrite=True)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    elsewhere.mkdir()
-    (elsewhere / "kept").write_text("")
-    (out / "link").symlink_to(elsewhere)
-    claim(out, {"n": 2}, overwrite=True)
-    assert (elsewhere / "kept").exists() and not (out / "link").exists()
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_never_deletes_what_it_reads(out, tmp_path, monkeypatch, overwrite):
+def test_a_run_never_deletes_what_it_reads_nor_where_it_stands_nor_behind_links(out, tmp_path, monkeypatch):
     far, log = tmp_path / "far.jsonl", out / "deep" / "log"
     far.write_text("{}")
     (tmp_path / "link").symlink_to(out)
@@ -343,17 +305,14 @@ def test_a_run_never_deletes_what_it_reads(out, tmp_path, monkeypatch, overwrite
     monkeypatch.chdir(tmp_path)
     for read in (log, "x/deep/log", tmp_path / "link/deep/log", out):
         with pytest.raises(UserError, match=r"--out: .*x holds .*, which this run reads: give another"):
-            claim_folder(out, {"n": 2}, overwrite=overwrite, inputs=[read])
+            claim_folder(out, {"n": 2}, overwrite=True, inputs=[read])
+    monkeypatch.chdir(out / "deep")
+    with pytest.raises(UserError, match="holds the folder you are in"):
+        claim_folder(out, {"n": 2}, overwrite=True)
+    monkeypatch.chdir(tmp_path)
     assert log.read_text() == "work"
     claim(out, {"n": 2}, overwrite=True, inputs=[far, "org/name", tmp_path])
     assert not log.exists() and far.exists()
-
-
-def test_the_date_of_a_run_is_that_in_its_folder(tmp_path):
-    today = datetime.date.today().isoformat()
-    assert date_of_run(tmp_path, "") == today and date_of_run(tmp_path / "none", "2026-11-26") == "2026-11-26"
-    (tmp_path / "settings.json").write_text('{"date": "2026-11-25"}')
-    assert date_of_run(tmp_path, "") == "2026-11-25" and date_of_run(tmp_path, "2026-11-26") == "2026-11-26"
 
 
 # ---- devices and processes: what whole runs (test_rl.py, test_sft.py) do not show ----

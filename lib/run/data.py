@@ -42,14 +42,6 @@ def load_prompts(run: Any, tokenizer: Any, policy: Any) -> list[Prompt]:
 
 # ---- what it writes ----
 
-SILENT = 10  # steps without a signal in a row that are worth a word
-NO_SIGNAL = (
-    f"warning: for {SILENT} steps no group has had two different rewards, so nothing is learned from them "
-    "({}): read rollouts.jsonl. Reward near 1: it is learned. format_rate near 0: stage 2 did not teach the "
-    "format, or --max-new-tokens cuts it off. Else look at the judge's scores, and at --temperature"
-)
-
-
 def mean(values: Sequence[float | None]) -> float | None:
     """Of those that are known."""
     known = [value for value in values if value is not None]
