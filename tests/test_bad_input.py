@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import stages
-from safetensors.torch import load_file, save_file
 from stages import RL, SFT, contents, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
 from lib.run.files import append_jsonl, write_jsonl
@@ -44,8 +43,6 @@ def fails(monkeypatch, capsys):
 
 WORDS = [
     (RL, "--preset sandbx", "--preset: invalid choice: 'sandbx'"),
-    (RL, "--group-size 1", "--group-size: given 1; allowed a whole number from 2 to"),
-    (RL, "--data", "--data: expected one argument"),
     (RL, "--shard", "--shard: there is one process; start several with torchrun"),
     (RL, "--offload", "--offload: moves shards, so it needs --shard"),
     (SFT, "runs/sft", "unrecognized arguments: runs/sft"),
@@ -54,7 +51,6 @@ WORDS = [
     (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
     (MIXTURE, "--trace-files none.jsonl", "none.jsonl"),
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
-    (EVAL, f"{BASE} --attacks gcg magic", "--attacks: invalid choice: 'magic'"),
     (EVAL, f"{BASE} --direct other", "--direct: given other; allowed the names in --models: it"),
     (EVAL, f"{BASE} --data none", "eval_harmful.jsonl: no such file"),
 ]
@@ -67,28 +63,23 @@ def test_flag(stage, words, fragment, fails, monkeypatch, tmp_path):
     assert not contents(tmp_path)
 
 
-# ---- data: a stage, a line behind two good ones or a list of them behind one, what the error says ----
+# ---- data: a stage, lines behind a good one, what the error says ----
 
 TRACE = {"id": "x", "prompt": "how ?", "reasoning": "so .", "answer": "so ."}
 LONG = [{"id": f"x-{i}", "prompt": "cake " * 600, "kind": "harmless"} for i in range(2)]
 LINES = [
-    (RL, [], "rl.jsonl: is empty"),
     (RL, LONG, "2 of 3 have more than the 500 tokens that fit, such as x-0 (60"),
-    (SFT, [TRACE | long | {"answer": "cake " * 600} for long in LONG], "(context 512): 2 of 3 have more"),
-    (RL, '{"id": 1, "prompt": "how', "rl.jsonl:3: not a JSON object"),
-    (RL, {"id": "x", "prompt": "how ?", "kind": "evil"}, "x: kind is 'evil'; allowed: harmful, harmless"),
-    (SFT, {"id": "x", "prompt": "how ?", "answer": "so ."}, "sft.jsonl:3: has no key 'reasoning'"),
-    (SFT, TRACE | {"id": "sft-0-0"}, "id 'sft-0-0' stands in lines 1"),
-    (SFT, TRACE | {"id": 5, "reasoning": 6}, "sft.jsonl:3: 5: reasoning is 6"),
+    (RL, ['{"id": 1, "prompt": "how'], "rl.jsonl:2: not a JSON object"),
+    (RL, [{"id": "x", "prompt": "how ?", "kind": "evil"}], "x: kind is 'evil'; allowed: harmful, harmless"),
+    (SFT, [{"id": "x", "prompt": "how ?", "answer": "so ."}], "sft.jsonl:2: has no key 'reasoning'"),
+    (SFT, [TRACE | {"id": 5, "reasoning": 6}], "sft.jsonl:2: 5: reasoning is 6"),
 ]
 
 
 @pytest.mark.parametrize("stage, bad, fragment", LINES)
 def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
-    good = (data / FILE[stage]).read_text().splitlines()[:2]
-    lines = [*good, bad if isinstance(bad, str) else json.dumps(bad)]
-    if isinstance(bad, list):
-        lines = [good[0], *map(json.dumps, bad)] if bad else []
+    good = (data / FILE[stage]).read_text().splitlines()[:1]
+    lines = good + [line if isinstance(line, str) else json.dumps(line) for line in bad]
     (tmp_path / FILE[stage]).write_text("\n".join(lines))
     before = contents(tmp_path)
     fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment)
@@ -97,7 +88,6 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
 
 
 REQUESTS = [
-    ([{"id": "a"}] * 4, "eval_harmful.jsonl: id 'a' stands in lines 1 and 2: give each"),
     ([{"id": "a", "kind": "evil"}], "a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
     ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl:1: a: twin is ['how ?']"),
 ]
@@ -125,21 +115,13 @@ def test_limits_too_tight_for_the_data(stage, name, most, data, tmp_path, fails)
 # ---- models ----
 
 
-def not_numbers(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def reasons(folder: Path) -> None:
     (folder / "settings.json").write_text('{"reasoning": true}')
 
 
 MODELS = [
     (SFT, shutil.rmtree, "not to be had from the hub"),
-    (SFT, "model.safetensors", "safetensors"),
     (RL, "chat_template.jinja", "no chat template"),
-    (RL, not_numbers, "model"),
     (RL, reasons, "--no-reasoning: "),
 ]
 
@@ -192,31 +174,15 @@ def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatc
         assert contents(tmp_path / "data") == before
 
 
-OUTS = [("file", "File exists"), ("file/below/it", "Not a directory"), ("x" * 300, "File name too long")]
-
-
-@pytest.mark.parametrize("out, fragment", OUTS)
-@pytest.mark.parametrize("stage, words", [(MIXTURE, SMALL), (EVAL, BASE)])
-def test_a_folder_that_cannot_be_written(stage, words, out, fragment, tmp_path, fails, monkeypatch):
+def test_a_folder_that_cannot_be_written(tmp_path, fails, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    fails(stage, [*words.split(), "--out", out], "--out", fragment)
+    for out, fragment in (("file", "File exists"), ("file/below/it", "Not a directory")):
+        fails(MIXTURE, [*SMALL.split(), "--out", out], "--out", fragment)
     assert contents(tmp_path) == {"file": b"mine"}
 
 
 # ---- disks, and broken numbers on the way ----
-
-
-def break_writes(monkeypatch, number: int, names: str) -> None:
-    """os.replace, through which every file but logs is written, fails for files of that name."""
-    replace = os.replace
-
-    def broken(source, target):
-        if names in str(target):
-            raise OSError(number, os.strerror(number), str(target))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", broken)
 
 
 def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> dict[str, bytes]:
@@ -240,8 +206,13 @@ def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, t
     with monkeypatch.context() as patch:
         patch.setattr("lib.run.plumbing.append_jsonl", full_from_step_2)
         interrupted(other, RL, words, fails, "No space left", "metrics.jsonl")
-    with monkeypatch.context() as patch:  # once more at the end, in the midst of the checkpoint
-        break_writes(patch, errno.ENOSPC, "model.safetensors")
+    def full_at_the_end(source, target, replace=os.replace):  # through which all files but logs are written
+        if "model.safetensors" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_at_the_end)
         interrupted(other, RL, words, fails, "No space left", "model.safetensors")
     run_here(RL, words, monkeypatch)
     assert stages.same_run(one, other)
@@ -313,13 +284,6 @@ def held(tmp_path):
         (tmp_path / "held" / "log").write_text("work")
         yield tmp_path / "held"
         holder.kill()
-
-
-@pytest.mark.parametrize("stage, words", [(MIXTURE, SMALL), (EVAL, BASE)])
-def test_a_folder_in_which_another_process_writes_is_refused(stage, words, held, fails):
-    before = contents(held)
-    fails(stage, [*words.split(), "--out", str(held)], held, "a run is writing there")
-    assert contents(held) == before and before["log"] == b"work"
 
 
 def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refused(data, tmp_path):

@@ -8,7 +8,6 @@ exactly where its last resume point was. The file does not depend on the number 
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lib import UserError
 from lib.chat import THINK_OPEN, decode, encode_prompt, encode_text, eos_token_ids, render
-from lib.run.files import atomic, resume_log, write_text
+from lib.run.files import atomic, resume_log, settle, write_text
 from lib.run.shards import FULL, full_weights
 
 PROGRESS = "progress.pt"  # in OUT, until the run is finished
@@ -95,9 +94,7 @@ def save_policy(
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(str(temporary))
         for source in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-            with source.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(source, Path(folder) / source.name)
+            settle(source, Path(folder) / source.name)
     except SafetensorError as error:  # its own, of a full disk
         raise UserError(f"cannot write {folder}: {error}") from error
     finally:

@@ -85,13 +85,14 @@ def claim_folder(out: str | Path, settings: dict, *, overwrite: bool, inputs: It
     but no settings.json is not ours: neither used nor emptied.
     """
     lock_folder(out)
-    out, before = Path(out), _plain(read_settings(out))
+    out = Path(out)
+    # As they are read back from a file; and the slash behind a folder makes no difference.
+    before, now = (json.loads(json.dumps(x).replace('/"', '"')) for x in (read_settings(out), settings))
     if "git_revision" not in before:
         if any(child.name != LOCK and not child.name.endswith(".tmp") for child in out.iterdir()):
             raise UserError(f"{out} has files, and is no run of ours: give another --out")
         return False
-    now = _plain(settings)
-    names = [name for name in {**before, **now} if name not in NOT_COMPARED]
+    names = (name for name in {**before, **now} if name not in NOT_COMPARED)
     differing = [name for name in names if before.get(name) != now.get(name)]
     if not differing:
         return True
@@ -116,8 +117,3 @@ def take_folder(out: str | Path, settings: dict) -> None:
     versions = {name: version(name) for name in ("torch", "transformers")}
     about = {"git_revision": git_revision(), "versions": versions}
     write_json(Path(out) / "settings.json", {**settings, **about})
-
-
-def _plain(settings: dict) -> dict:
-    """As they are read back: tuples as lists. And the slash behind a folder makes no difference."""
-    return json.loads(json.dumps(settings).replace('/"', '"'))
