@@ -206,6 +206,7 @@ def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, t
     with monkeypatch.context() as patch:
         patch.setattr("lib.run.plumbing.append_jsonl", full_from_step_2)
         interrupted(other, RL, words, fails, "No space left", "metrics.jsonl")
+
     def full_at_the_end(source, target, replace=os.replace):  # through which all files but logs are written
         if "model.safetensors" in str(target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))

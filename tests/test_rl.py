@@ -384,7 +384,7 @@ def test_any_number_of_processes_and_shards_equal_one(data, alone, tmp_path, siz
 
 
 def test_shards_compute_the_first_step_to_the_bit_as_whole_models_do(data, tmp_path):
-    """At the same number of processes. Between numbers it is rounding that differs, see lib/run/shards.py."""
+    """At the same number of processes. Between numbers rounding differs, see lib/run/processes.py."""
     results = []
     for shard in (False, True):
         out, log = tmp_path / f"rl-{shard}", tmp_path / f"log-{shard}"

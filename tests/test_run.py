@@ -142,7 +142,11 @@ ENDS = [
     (NotImplementedError("group_advantages"), 2, "error: not implemented yet: group_advantages"),
     (KeyboardInterrupt(), 130, "stopped; finished work is kept, run the same command again to resume"),
     (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
-    (RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't allocate"), 2, "error: out of memory: lower the tokens"),
+    (
+        RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't allocate"),
+        2,
+        "error: out of memory: lower the tokens",
+    ),
     (UserError("a\x1b[2J\u202eb\nc: no such file"), 2, "error: a\\u001b[2J\\u202eb\\nc: no such file\n"),
 ]
 
@@ -258,10 +262,12 @@ def test_claim_a_new_folder_and_resume_it_wherever_it_is_moved(tmp_path):
 def test_a_run_keeps_its_date_and_an_edited_judge_is_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
+    cls = importlib.import_module("03_rl_train").Settings
+
     def joined(text: str) -> Run:
         at_end.close()
         Path("mine.py").write_text(text)
-        run = Run(importlib.import_module("03_rl_train").Settings(judge="mine", model="none", out="out"), ["rl"])
+        run = Run(cls(judge="mine", model="none", out="out"), ["rl"])
         run.join()
         return run
 

@@ -139,7 +139,7 @@ class Lab:
             for name, path in files_of(self.settings.data).items():
                 check_prompts(victim, sets[name], path)
             pair, prompts = (victim.model, victim.tokenizer), [record["prompt"] for record in first]
-            check_tokenizer(*pair, prompts, reasoning=model.reasoning, system=model.system)
+            check_tokenizer(*pair, prompts, reasoning=model.reasoning)
             if behaviours:
                 check_behaviours(victim, behaviours, names, self.settings)
         victim.judged(first[:1], [{"answer": "No."}])

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lib import UserError
 from lib.chat import THINK_OPEN, decode, encode_prompt, encode_text, eos_token_ids, render
 from lib.run.files import atomic, resume_log, settle, write_text
-from lib.run.shards import FULL, full_weights
+from lib.run.processes import FULL, full_weights
 
 PROGRESS = "progress.pt"  # in OUT, until the run is finished
 QUIET = "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"

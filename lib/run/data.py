@@ -42,6 +42,7 @@ def load_prompts(run: Any, tokenizer: Any, policy: Any) -> list[Prompt]:
 
 # ---- what it writes ----
 
+
 def mean(values: Sequence[float | None]) -> float | None:
     """Of those that are known."""
     known = [value for value in values if value is not None]

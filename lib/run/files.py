@@ -147,8 +147,8 @@ def sha256_file(path: str | Path) -> str:
 def git_revision() -> str:
     """The commit of this checkout, with "-dirty" when files differ from it; "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).parent
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return run.stdout.strip()

@@ -27,9 +27,15 @@ from lib.run.data import groups_to_show, rollout_line, summarise
 from lib.run.files import append_jsonl, read_log
 from lib.run.folder import checksums, claim_folder, read_settings, take_folder
 from lib.run.hub import load_policy
-from lib.run.processes import pick_device, start_processes, stop_processes
+from lib.run.processes import (
+    full_weights,
+    gathered,
+    pick_device,
+    shard_model,
+    start_processes,
+    stop_processes,
+)
 from lib.run.settings import following
-from lib.run.shards import full_weights, gathered, shard_model
 
 T = TypeVar("T")
 CPU_SAMPLE_TOKENS = 65536  # the sampler's budget where memory cannot be asked

@@ -149,7 +149,7 @@ def following(settings: Any, stages: Sequence[str]) -> str:
 
     It has what was given here otherwise than the preset has it, as far as the next stage takes it.
     """
-    out, stage, kept = settings.out, stages[0], ["seed", "device", "dtype", "reasoning"]
+    out, stage = settings.out, stages[0]
     name = re.sub(r"[^\w.-]+", "-", Path(out).resolve().name) or "model"  # as far as --models allows
     if stage == "mixture" and settings.sft_prompts and not settings.rainbow:
         script, folder, flags = "02_sft_warmstart.py", "sft", {"data": out, "model": settings.trace_model}
@@ -159,8 +159,10 @@ def following(settings: Any, stages: Sequence[str]) -> str:
         script, folder = "03_rl_train.py", f"rl{name.removeprefix('sft')}"
         flags = {"data": settings.data, "model": out}
     else:
-        script, folder, kept = "04_attack_eval.py", f"eval-{name}", ["seed", "device", "dtype", "judge", "refusals"]
+        script, folder = "04_attack_eval.py", f"eval-{name}"
         flags = {"data": settings.data, "models": f"{name}={out}"}
+    kept = ["judge", "refusals"] if script.startswith("04") else ["reasoning"]
+    kept = ["seed", "device", "dtype", *kept]
     flags["out"] = os.path.normpath(Path(out) / ".." / folder)
     usual = preset_values(type(settings), settings.preset, *stages)
     flags |= {key: getattr(settings, key) for key in kept if getattr(settings, key, None) != usual.get(key)}
