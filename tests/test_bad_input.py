@@ -19,6 +19,7 @@ import stages
 from stages import RL, SFT, contents, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
 from lib.run.files import append_jsonl, write_jsonl
+from lib.run.folder import lock_folder
 from lib.sandbox import world
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
@@ -261,31 +262,6 @@ def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, mo
 
 # ---- one run at a time ----
 
-HOLD = """
-import sys
-from lib.run.folder import lock_folder
-
-lock_folder(sys.argv[1])
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def started(script: str, folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", script, folder], env=environment, **pipes)
-
-
-@pytest.fixture
-def held(tmp_path):
-    """A folder in which another process writes; it has one file of that run's."""
-    with started(HOLD, tmp_path / "held") as holder:
-        assert holder.stdout.readline() == "held\n"
-        (tmp_path / "held" / "log").write_text("work")
-        yield tmp_path / "held"
-        holder.kill()
-
 
 def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refused(data, tmp_path):
     out, logs = tmp_path / "rl", [tmp_path / "one.log", tmp_path / "two.log"]
@@ -303,8 +279,9 @@ def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refuse
     assert [line["step"] for line in metrics_of(out)] == list(range(9)) and not (out / ".lock").exists()
 
 
-def test_torchruns_processes_all_end_when_the_folder_is_taken(held, data, tmp_path):
-    group = stages.run_group(RL, rl_flags(data, held), tmp_path / "log")
+def test_torchruns_processes_all_end_when_the_folder_is_taken(data, tmp_path):
+    lock_folder(tmp_path / "rl")
+    group = stages.run_group(RL, rl_flags(data, tmp_path / "rl"), tmp_path / "log")
     for process in group:
         process.join(stages.PATIENCE)
     assert [process.exitcode for process in group] == [2, 2]
@@ -335,7 +312,9 @@ while time.monotonic() < end:
 
 def test_two_at_once_leave_one(tmp_path):
     """One folder, again and again."""
-    group = [started(RACE, tmp_path / "out") for _ in range(3)]
+    words = [sys.executable, "-c", RACE, tmp_path / "out"]
+    how = {"env": {**os.environ, "PYTHONPATH": str(stages.ROOT)}, "stdout": subprocess.PIPE, "text": True}
+    group = [subprocess.Popen(words, **how) for _ in range(3)]
     came_in = [process.communicate(timeout=120)[0].count("in") for process in group]
     assert [process.returncode for process in group] == [0, 0, 0] and all(came_in), came_in
 

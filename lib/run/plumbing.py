@@ -230,16 +230,16 @@ class Run:
                 flag = f"--{name.replace('_', '-')} {most}"
                 raise UserError(f"{flag}: a sequence may have {longest} tokens, and must fit: raise it")
         height = -(-tokens // longest)  # the longest rows might leave some of the budget unused
-        ids = torch.ones((height, tokens // height), dtype=torch.long, device=self.device)
-        ids[::2] = 0  # no row begins as the one above: no token is spared
-        everything = torch.ones_like(ids, dtype=torch.bool)
-        completion = everything.clone()
-        completion[:, : max(1, min(prompt, ids.shape[1] - 1))] = False
+        width = tokens // height
+        # No row begins as the one above: no token is spared.
+        ids = torch.arange(height, device=self.device)[:, None].repeat(1, width) % 2
+        seen = torch.ones_like(ids, dtype=torch.bool)
+        learned = seen.cumsum(1) > max(1, min(prompt, width - 1))
         both: Any = {"with_entropy": True, "entropy_gradient": getattr(settings, "entropy_coef", 0) > 0}
-        logprobs, entropy = token_logprobs(policy, ids, everything, completion, **both)
+        logprobs, entropy = token_logprobs(policy, ids, seen, learned, **both)
         if reference is not None:
             with torch.no_grad():
-                token_logprobs(reference, ids, everything, completion)
+                token_logprobs(reference, ids, seen, learned)
         self.backward(0.0 * (logprobs + entropy).sum())
         policy.zero_grad(set_to_none=True)
         del moments
