@@ -120,6 +120,9 @@ def preset_values(cls: type, preset: str, *stages: str) -> dict[str, Any]:
     """All settings of the class as the preset has them. UserError for one that the stage has not."""
     values = dataclasses.asdict(cls()) | {"preset": preset}
     module = importlib.import_module(f"lib.run.presets.{preset}")
+    for name, value in values.items():
+        if isinstance(value, str):
+            values[name] = value.replace("runs/demo", getattr(module, "RUNS", "runs/demo"))
     for stage in stages:
         for name, value in getattr(module, stage.upper(), {}).items():
             if name in values:
