@@ -186,12 +186,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, fails, monkeypatch):
 # ---- disks, and broken numbers on the way ----
 
 
-def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> dict[str, bytes]:
-    """A run that fails on its way: what it leaves, which has a resume point and no half-written file."""
+def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> None:
+    """A run that fails on its way: it leaves a resume point, and no half-written file."""
     fails(stage, words, *fragments)
-    left = contents(out)
-    assert not any(name.endswith(".tmp") for name in left) and "progress.pt" in left
-    return left
+    assert not any(name.endswith(".tmp") for name in contents(out)) and "progress.pt" in contents(out)
 
 
 def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, tmp_path, fails, monkeypatch):
@@ -220,42 +218,13 @@ def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, t
     assert stages.same_run(one, other)
 
 
-NAN_JUDGE = """
-calls = 0  # the first is the rehearsal's
-
-def harm_score(prompts, answers):
-    global calls
-    calls += 1
-    return [float("nan") if calls == 4 else 0.5 for _ in answers]
-
-def task_score(prompts, answers):
-    return [i / len(answers) for i, _ in enumerate(answers)]
-"""
-
-
-def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeypatch):
-    (tmp_path / "nan_judge.py").write_text(NAN_JUDGE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    out = tmp_path / "rl"
-    words = rl_flags(data, out, epochs=0.9, judge="nan_judge", save_every=1)
-    left = interrupted(out, RL, words, fails, "--judge: nan_judge gave nan", "finished work is kept")
-    assert [line["step"] for line in metrics_of(out)] == [0, 1] and "config.json" not in left
-    run_here(RL, words, monkeypatch)  # the judge has come to its senses: the run goes on at step 2
-    assert [line["step"] for line in metrics_of(out)] == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("stage, name", [(SFT, "loss is nan"), (RL, "not finite")])
 def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, monkeypatch):
-    training = importlib.import_module("lib.run.plumbing")
-    set_rate = training.set_learning_rate
+    def far_too_high(optimizer, *_):
+        optimizer.param_groups[0]["lr"] = 1e30
 
-    def far_too_high(optimizer, settings, *rest):
-        for group in optimizer.param_groups:
-            set_rate(optimizer, settings, *rest)
-            group["lr"] = 1e30
-
-    monkeypatch.setattr(training, "set_learning_rate", far_too_high)
-    words = FLAGS[stage](data, tmp_path / "out", learning_rate=1.0, save_every=1)
+    monkeypatch.setattr("lib.run.plumbing.set_learning_rate", far_too_high)
+    words = FLAGS[stage](data, tmp_path / "out", save_every=1)
     interrupted(tmp_path / "out", stage, words, fails, "step 1", name, "checkpoint", "--learning-rate")
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [0]
 

@@ -348,19 +348,14 @@ def test_learning_rate_of_each_step(warmup, decay, rates):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
 
 
-@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1.0])
-def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(value, tmp_path):
-    for loss, slope in ((value, 1.0), (1.0, value)):
-        weight = torch.nn.Parameter(torch.ones(4))
-        weight.grad = torch.full((4,), slope)
-        run = Run(types.SimpleNamespace(out=str(tmp_path), max_grad_norm=0.0, shard=False))
-        optimizer = torch.optim.SGD([weight], lr=1.0)
-        if value == 1.0:
-            assert run.clip_and_step(optimizer, loss) == pytest.approx(2.0) and not weight.any()
-        else:
-            with pytest.raises(UserError, match="step 0: .*stopped before the update.*--learning-rate"):
-                run.clip_and_step(optimizer, loss)
-            assert torch.equal(weight, torch.ones(4))
+@pytest.mark.parametrize("loss, slope", [(float("nan"), 1.0), (1.0, float("nan")), (1.0, -float("inf"))])
+def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(loss, slope, tmp_path):
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.full((4,), slope)
+    run = Run(types.SimpleNamespace(out=str(tmp_path), max_grad_norm=0.0, shard=False))
+    with pytest.raises(UserError, match="step 0: .*stopped before the update.*--learning-rate"):
+        run.clip_and_step(torch.optim.SGD([weight], lr=1.0), loss)
+    assert torch.equal(weight, torch.ones(4))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more"])
