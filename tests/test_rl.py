@@ -288,14 +288,13 @@ def test_summary_of_a_step_and_the_groups_to_show():
     expected["refusal_rate_ambiguous"] = 0.0  # of those with a label
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
     expected |= {"sample_tokens_per_s": 12.0, "train_tokens_per_s": 6.0, "seconds_train": 4.0}
-    expected["unknown_verdicts"] = 1  # a harmful prompt needs no verdict on the task
-    summary = summarise(lines, 2, False, SECONDS)
+    summary = summarise(lines, 2, SECONDS)
     assert {key: summary[key] for key in expected} == expected
-    assert summarise(lines, 2, True, SECONDS)["unknown_verdicts"] == 3
     lines += [described("harmful", None, harm=None), described("harmful", 0.0, harm=None, well_formed=False)]
     lines += [described("harmful", 0.25), described("harmful", 0.75)]
-    summary = summarise(lines, 2, False, SECONDS)  # unknown rewards are in no mean, and make no signal
+    summary = summarise(lines, 2, SECONDS)  # unknown rewards are in no mean, and make no signal
     assert summary["reward_harmful"] == 0.6 and summary["zero_advantage_groups"] == 2
+    assert summary["unknown_verdicts"] == 1
     assert groups_to_show(lines, 2) == lines[6:8] + lines[2:4]  # with a signal first, one of each kind
 
 

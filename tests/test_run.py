@@ -236,7 +236,6 @@ def test_claim_a_new_folder_and_resume_it_wherever_it_is_moved(tmp_path):
 
 def test_a_run_keeps_its_date_and_an_edited_judge_is_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
     cls = importlib.import_module("03_rl_train").Settings
 
     def joined(text: str) -> Run:

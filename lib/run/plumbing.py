@@ -306,8 +306,7 @@ class Run:
         settings, described = self.settings, self.gather_lists([rollout_line(r, step) for r in rollouts])
         line: dict[str, Any] = {"step": step}
         if described:
-            one_reward = getattr(settings, "one_reward", False)
-            line |= summarise(described, settings.group_size, one_reward, self.seconds)
+            line |= summarise(described, settings.group_size, self.seconds)
         line |= {**metrics, "learning_rate": self.rate}
         if not self.leader:
             return
