@@ -110,11 +110,10 @@ def describe(folder: Path, tokenizer: Tokenizer, settings: dict) -> None:
     `settings` are the run's. Of folders only the last name is told, of judges no checkpoint.
     """
     write_text(folder / "chat_template.jinja", serving_template(tokenizer, settings["reasoning"]))
-    eos = eos_token_ids(GenerationConfig.from_pretrained(folder), tokenizer)
+    ends = {"eos_token_id": eos_token_ids(GenerationConfig.from_pretrained(folder), tokenizer)}
+    ends |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     # What the base's authors advise (a repetition penalty, say) is not how the policy was trained.
-    sampling = GenerationConfig(do_sample=True, temperature=0.6, top_p=1.0, top_k=0, eos_token_id=eos)
-    sampling.bos_token_id, sampling.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    sampling.save_pretrained(folder)
+    GenerationConfig(do_sample=True, temperature=0.6, top_p=1.0, top_k=0, **ends).save_pretrained(folder)
     model, judge = settings["model"], re.sub(r"=[^+]*", "", settings.get("judge", ""))
     method = "reinforcement learning" if judge else "a light supervised warm start"
     base, name = Path(model).name if Path(model).exists() else model, Path(settings["out"]).resolve().name

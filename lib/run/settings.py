@@ -27,7 +27,6 @@ from lib import UserError
 from lib.run.command import Flags, number
 
 T = TypeVar("T")
-LAST_SEED = 2**32 - 1
 TOKENS = 10**9  # no budget of tokens is larger
 
 
@@ -46,7 +45,7 @@ class Common:
     preset: str = setting("sandbox", "where the defaults come from")
     out: str = setting("runs/demo/out", "folder to write")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
-    seed: int = setting(0, "of every random choice", low=0, high=LAST_SEED)
+    seed: int = setting(0, "of every random choice", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     date: str = setting("", "day that templates are told; none: that of the run in OUT, or today", flag=False)
 
