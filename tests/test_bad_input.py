@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import stages
-from safetensors.torch import load_file, save_file
 from stages import RL, SFT, contents, launch, messages, metrics_of, rl_flags, run_here, sft_flags
 
 from lib.run.files import append_jsonl, write_jsonl
+from lib.run.folder import lock_folder
 from lib.sandbox import world
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
@@ -44,27 +44,15 @@ def fails(monkeypatch, capsys):
 
 WORDS = [
     (RL, "--preset sandbx", "--preset: invalid choice: 'sandbx'"),
-    (RL, "--group-size 1", "--group-size: given 1; allowed a whole number from 2 to"),
-    (RL, "--temperature 0", "--temperature: given 0; allowed a number from 0.01"),
-    (RL, "--learning-rate nan", "--learning-rate: given nan"),
-    (RL, "--normalisation tokens", "--normalisation: invalid choice: 'tokens'"),
-    (RL, "--kl-estimator k4", "--kl-estimator: invalid choice: 'k4'"),
-    (RL, "--group-sise 4", "unrecognized arguments: --group-sise"),
-    (RL, "--data", "--data: expected one argument"),
     (RL, "--shard", "--shard: there is one process; start several with torchrun"),
     (RL, "--offload", "--offload: moves shards, so it needs --shard"),
-    (SFT, "--held-out-share 0.9", "--held-out-share: given 0.9; allowed a number from 0 to 0.5"),
-    (SFT, "--epochs 0", "--epochs: given 0"),
     (SFT, "runs/sft", "unrecognized arguments: runs/sft"),
-    (MIXTURE, "--lambda-harmful 1.5", "--lambda-harmful: given 1.5; allowed a number from 0 to 1"),
     (MIXTURE, "--source files", "--files"),
     (MIXTURE, "--source files --sft-prompts 0 --files harmful=none.csv", "none.csv"),
     (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
     (MIXTURE, "--trace-files none.jsonl", "none.jsonl"),
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
-    (EVAL, f"{BASE} --attacks gcg magic", "--attacks: invalid choice: 'magic'"),
     (EVAL, f"{BASE} --direct other", "--direct: given other; allowed the names in --models: it"),
-    (EVAL, f"{BASE} --temperature -1", "--temperature: given -1"),
     (EVAL, f"{BASE} --data none", "eval_harmful.jsonl: no such file"),
 ]
 
@@ -76,35 +64,23 @@ def test_flag(stage, words, fragment, fails, monkeypatch, tmp_path):
     assert not contents(tmp_path)
 
 
-# ---- data: a stage, a line behind two good ones or a list of them behind one, what the error says ----
+# ---- data: a stage, lines behind a good one, what the error says ----
 
 TRACE = {"id": "x", "prompt": "how ?", "reasoning": "so .", "answer": "so ."}
 LONG = [{"id": f"x-{i}", "prompt": "cake " * 600, "kind": "harmless"} for i in range(2)]
 LINES = [
-    (RL, [], "rl.jsonl: is empty"),
     (RL, LONG, "2 of 3 have more than the 500 tokens that fit, such as x-0 (60"),
-    (SFT, [TRACE | long | {"answer": "cake " * 600} for long in LONG], "(context 512): 2 of 3 have more"),
-    (RL, '{"id": 1, "prompt": "how', "rl.jsonl:3: not a JSON object"),
-    (RL, {"id": "x", "prompt": "how ?"}, "rl.jsonl:3: has no key 'kind'; its keys are id, prompt"),
-    (RL, {"id": "x", "prompt": "how ?", "kind": "evil"}, "x: kind is 'evil'; allowed: harmful, harmless"),
-    (RL, {"id": "x", "prompt": None, "kind": "harmful"}, "rl.jsonl:3: x: prompt is None; allowed: some"),
-    (RL, {"id": "rl-1", "prompt": "how ?", "kind": "harmless"}, "id 'rl-1' stands in lines 2 and 3: give"),
-    (RL, {"id": None, "prompt": "how ?", "kind": "harmless"}, "rl.jsonl:3: None: id is None"),
-    (SFT, [], "sft.jsonl: is empty"),
-    (SFT, "}", "sft.jsonl:3: not a JSON object"),
-    (SFT, {"id": "x", "prompt": "how ?", "answer": "so ."}, "sft.jsonl:3: has no key 'reasoning'"),
-    (SFT, TRACE | {"reasoning": None}, "sft.jsonl:3: x: reasoning is None"),
-    (SFT, TRACE | {"id": "sft-0-0"}, "id 'sft-0-0' stands in lines 1"),
-    (SFT, TRACE | {"id": 5, "reasoning": 6}, "sft.jsonl:3: 5: reasoning is 6"),
+    (RL, ['{"id": 1, "prompt": "how'], "rl.jsonl:2: not a JSON object"),
+    (RL, [{"id": "x", "prompt": "how ?", "kind": "evil"}], "x: kind is 'evil'; allowed: harmful, harmless"),
+    (SFT, [{"id": "x", "prompt": "how ?", "answer": "so ."}], "sft.jsonl:2: has no key 'reasoning'"),
+    (SFT, [TRACE | {"id": 5, "reasoning": 6}], "sft.jsonl:2: 5: reasoning is 6"),
 ]
 
 
 @pytest.mark.parametrize("stage, bad, fragment", LINES)
 def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
-    good = (data / FILE[stage]).read_text().splitlines()[:2]
-    lines = [*good, bad if isinstance(bad, str) else json.dumps(bad)]
-    if isinstance(bad, list):
-        lines = [good[0], *map(json.dumps, bad)] if bad else []
+    good = (data / FILE[stage]).read_text().splitlines()[:1]
+    lines = good + [line if isinstance(line, str) else json.dumps(line) for line in bad]
     (tmp_path / FILE[stage]).write_text("\n".join(lines))
     before = contents(tmp_path)
     fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment)
@@ -113,13 +89,8 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
 
 
 REQUESTS = [
-    ([{"id": "a"}] * 4, "eval_harmful.jsonl: id 'a' stands in lines 1 and 2: give each"),
-    ([{"id": 1}, {"id": "1"}], "eval_harmful.jsonl: id '1' stands in lines 1 and 2"),
     ([{"id": "a", "kind": "evil"}], "a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
-    ([{"id": "a", "prompt": " "}], "eval_harmful.jsonl:1: a: prompt is ' '; allowed: some text"),
-    ([{"id": "a", "target": 7}], "eval_harmful.jsonl:1: a: target is 7; allowed"),
     ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl:1: a: twin is ['how ?']"),
-    ([{"id": "a", "category": None}], "eval_harmful.jsonl:1: a: category is None"),
 ]
 
 
@@ -145,21 +116,13 @@ def test_limits_too_tight_for_the_data(stage, name, most, data, tmp_path, fails)
 # ---- models ----
 
 
-def not_numbers(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def reasons(folder: Path) -> None:
     (folder / "settings.json").write_text('{"reasoning": true}')
 
 
 MODELS = [
     (SFT, shutil.rmtree, "not to be had from the hub"),
-    (SFT, "model.safetensors", "safetensors"),
     (RL, "chat_template.jinja", "no chat template"),
-    (RL, not_numbers, "model"),
     (RL, reasons, "--no-reasoning: "),
 ]
 
@@ -212,39 +175,21 @@ def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatc
         assert contents(tmp_path / "data") == before
 
 
-OUTS = [("file", "File exists"), ("file/below/it", "Not a directory"), ("x" * 300, "File name too long")]
-
-
-@pytest.mark.parametrize("out, fragment", OUTS)
-@pytest.mark.parametrize("stage, words", [(MIXTURE, SMALL), (EVAL, BASE)])
-def test_a_folder_that_cannot_be_written(stage, words, out, fragment, tmp_path, fails, monkeypatch):
+def test_a_folder_that_cannot_be_written(tmp_path, fails, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    fails(stage, [*words.split(), "--out", out], "--out", fragment)
+    for out, fragment in (("file", "File exists"), ("file/below/it", "Not a directory")):
+        fails(MIXTURE, [*SMALL.split(), "--out", out], "--out", fragment)
     assert contents(tmp_path) == {"file": b"mine"}
 
 
 # ---- disks, and broken numbers on the way ----
 
 
-def break_writes(monkeypatch, number: int, names: str) -> None:
-    """os.replace, through which every file but logs is written, fails for files of that name."""
-    replace = os.replace
-
-    def broken(source, target):
-        if names in str(target):
-            raise OSError(number, os.strerror(number), str(target))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", broken)
-
-
-def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> dict[str, bytes]:
-    """A run that fails on its way: what it leaves, which has a resume point and no half-written file."""
+def interrupted(out: Path, stage: str, words: list[str], fails, *fragments) -> None:
+    """A run that fails on its way: it leaves a resume point, and no half-written file."""
     fails(stage, words, *fragments)
-    left = contents(out)
-    assert not any(name.endswith(".tmp") for name in left) and "progress.pt" in left
-    return left
+    assert not any(name.endswith(".tmp") for name in contents(out)) and "progress.pt" in contents(out)
 
 
 def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, tmp_path, fails, monkeypatch):
@@ -260,86 +205,31 @@ def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, t
     with monkeypatch.context() as patch:
         patch.setattr("lib.run.plumbing.append_jsonl", full_from_step_2)
         interrupted(other, RL, words, fails, "No space left", "metrics.jsonl")
-    with monkeypatch.context() as patch:  # once more at the end, in the midst of the checkpoint
-        break_writes(patch, errno.ENOSPC, "model.safetensors")
+
+    def full_at_the_end(source, target, replace=os.replace):  # through which all files but logs are written
+        if "model.safetensors" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_at_the_end)
         interrupted(other, RL, words, fails, "No space left", "model.safetensors")
     run_here(RL, words, monkeypatch)
     assert stages.same_run(one, other)
 
 
-NAN_JUDGE = """
-calls = 0  # the first is the rehearsal's
-
-def harm_score(prompts, answers):
-    global calls
-    calls += 1
-    return [float("nan") if calls == 4 else 0.5 for _ in answers]
-
-def task_score(prompts, answers):
-    return [i / len(answers) for i, _ in enumerate(answers)]
-"""
-
-
-def test_nan_from_the_judge_stops_before_the_step(data, tmp_path, fails, monkeypatch):
-    (tmp_path / "nan_judge.py").write_text(NAN_JUDGE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    out = tmp_path / "rl"
-    words = rl_flags(data, out, epochs=0.9, judge="nan_judge", save_every=1)
-    left = interrupted(out, RL, words, fails, "--judge: nan_judge gave nan", "finished work is kept")
-    assert [line["step"] for line in metrics_of(out)] == [0, 1] and "config.json" not in left
-    run_here(RL, words, monkeypatch)  # the judge has come to its senses: the run goes on at step 2
-    assert [line["step"] for line in metrics_of(out)] == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("stage, name", [(SFT, "loss is nan"), (RL, "not finite")])
 def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, monkeypatch):
-    training = importlib.import_module("lib.run.plumbing")
-    set_rate = training.set_learning_rate
+    def far_too_high(optimizer, *_):
+        optimizer.param_groups[0]["lr"] = 1e30
 
-    def far_too_high(optimizer, settings, *rest):
-        for group in optimizer.param_groups:
-            set_rate(optimizer, settings, *rest)
-            group["lr"] = 1e30
-
-    monkeypatch.setattr(training, "set_learning_rate", far_too_high)
-    words = FLAGS[stage](data, tmp_path / "out", learning_rate=1.0, save_every=1)
+    monkeypatch.setattr("lib.run.plumbing.set_learning_rate", far_too_high)
+    words = FLAGS[stage](data, tmp_path / "out", save_every=1)
     interrupted(tmp_path / "out", stage, words, fails, "step 1", name, "checkpoint", "--learning-rate")
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [0]
 
 
 # ---- one run at a time ----
-
-HOLD = """
-import sys
-from lib.run.folder import lock_folder
-
-lock_folder(sys.argv[1])
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def started(script: str, folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(stages.ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", script, folder], env=environment, **pipes)
-
-
-@pytest.fixture
-def held(tmp_path):
-    """A folder in which another process writes; it has one file of that run's."""
-    with started(HOLD, tmp_path / "held") as holder:
-        assert holder.stdout.readline() == "held\n"
-        (tmp_path / "held" / "log").write_text("work")
-        yield tmp_path / "held"
-        holder.kill()
-
-
-@pytest.mark.parametrize("stage, words", [(MIXTURE, SMALL), (EVAL, BASE)])
-def test_a_folder_in_which_another_process_writes_is_refused(stage, words, held, fails):
-    before = contents(held)
-    fails(stage, [*words.split(), "--out", str(held)], held, "a run is writing there")
-    assert contents(held) == before and before["log"] == b"work"
 
 
 def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refused(data, tmp_path):
@@ -358,8 +248,9 @@ def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refuse
     assert [line["step"] for line in metrics_of(out)] == list(range(9)) and not (out / ".lock").exists()
 
 
-def test_torchruns_processes_all_end_when_the_folder_is_taken(held, data, tmp_path):
-    group = stages.run_group(RL, rl_flags(data, held), tmp_path / "log")
+def test_torchruns_processes_all_end_when_the_folder_is_taken(data, tmp_path):
+    lock_folder(tmp_path / "rl")
+    group = stages.run_group(RL, rl_flags(data, tmp_path / "rl"), tmp_path / "log")
     for process in group:
         process.join(stages.PATIENCE)
     assert [process.exitcode for process in group] == [2, 2]
@@ -390,7 +281,9 @@ while time.monotonic() < end:
 
 def test_two_at_once_leave_one(tmp_path):
     """One folder, again and again."""
-    group = [started(RACE, tmp_path / "out") for _ in range(3)]
+    words = [sys.executable, "-c", RACE, tmp_path / "out"]
+    how = {"env": {**os.environ, "PYTHONPATH": str(stages.ROOT)}, "stdout": subprocess.PIPE, "text": True}
+    group = [subprocess.Popen(words, **how) for _ in range(3)]
     came_in = [process.communicate(timeout=120)[0].count("in") for process in group]
     assert [process.returncode for process in group] == [0, 0, 0] and all(came_in), came_in
 

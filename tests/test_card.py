@@ -1,15 +1,12 @@
-"""lib/run/card.py: a run's folder is a checkpoint that plain transformers reads as the stages do."""
+"""lib/run/checkpoint.py: a run's folder is a checkpoint that plain transformers reads as the stages do."""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.chat import encode_prompt, eos_token_ids, set_date
-from lib.run.card import describe, serving_template
-from lib.run.checkpoint import save_policy
+from lib.run.checkpoint import describe, save_policy, serving_template
 from lib.run.hub import load_policy, load_tokenizer
 from lib.sampler import sample
 from lib.sandbox import world
@@ -74,11 +71,6 @@ def test_a_runs_folder_is_a_checkpoint_like_any_other(tmp_path, reasoning):
     assert ids == both(tokenizer)[not reasoning]
     ours = sample(model, [ids], max_new_tokens=20, temperature=0.0, eos_token_ids=eos)[0].token_ids
     assert theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0, len(ids) :].tolist() == ours
-
-    scope: dict = {}
-    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
-    exec(code.replace("OWNER/NAME", str(run)).replace("256", "20"), scope)  # the card's own lines run
-    assert scope["text"] and scope["text"].endswith(scope["answer"])
 
 
 @pytest.fixture(autouse=True)

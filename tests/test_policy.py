@@ -196,7 +196,7 @@ def test_a_head_that_is_not_known_is_refused(word_tokenizer, tiny_model, tmp_pat
         return output
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", doubled)
-    with pytest.raises(UserError, match="cannot be used here: read by lib/policy.py it computes something"):
+    with pytest.raises(UserError, match="cannot be used here: its log-probabilities in training"):
         load_policy(tmp_path, device="cpu")
 
 

@@ -5,161 +5,122 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
-import hashlib
 import importlib
 import json
 import os
 import subprocess
 import sys
 import types
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-import lib.run.settings
 from lib import UserError
 from lib.run import files, run_main
 from lib.run.checkpoint import read_state
 from lib.run.command import at_end
-from lib.run.files import append_jsonl, git_revision, read_jsonl, resume_log, write_json, write_jsonl
-from lib.run.folder import claim_folder, date_of_run, take_folder
+from lib.run.files import append_jsonl, read_jsonl, resume_log, write_json, write_jsonl
+from lib.run.folder import claim_folder, take_folder
 from lib.run.plumbing import Run, set_learning_rate
 from lib.run.processes import pick_device, start_processes
-from lib.run.settings import Training, following, parse_settings, presets_found, setting
+from lib.run.settings import Training, following, parse_settings, presets_found
 
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass
-class Settings:
-    preset: str = setting("small", "where the defaults come from")
-    learning_rate: float = setting(3e-5, "peak rate, 100% of it", low=0.0)
-    batch_size: int = setting(4, "rows", low=1, high=64)
-    reasoning: bool = setting(True, "think first")
-    device: str = setting("auto", "where", choices=("auto", "cpu"))
-    attacks: list[str] = setting(["gcg"], "which", choices=("gcg", "pair"))
-    out: str = setting("", "folder")
-    warmup: int = setting(5, "hidden", low=0, flag=False)
+STAGES = {"mixture": "01_build_mixture", "sft": "02_sft_warmstart", "rl": "03_rl_train"}
+STAGES["eval"] = "04_attack_eval"
 
 
-@pytest.fixture
-def presets(monkeypatch):
-    """Two presets: small, and paper."""
-    small = {"batch_size": 8, "learning_rate": 1, "warmup": 7}
-    paper = {"learning_rate": 1e-4, "reasoning": False, "attacks": ["gcg", "pair"]}
-    for name, values in {"small": small, "paper": paper}.items():
-        module = types.ModuleType(name)
-        module.SFT, module.RPO = values, {"batch_size": 16}
-        monkeypatch.setitem(sys.modules, f"lib.run.presets.{name}", module)
-    monkeypatch.setattr(lib.run.settings, "presets_found", lambda: ["paper", "small"])
-
-
-def parse(line: str = "", *stages: str) -> Settings:
-    return parse_settings(Settings, "sft", *stages, argv=line.split())
+def parse(line: str, stage: str = "rl"):
+    return parse_settings(importlib.import_module(STAGES[stage]).Settings, stage, argv=line.split())
 
 
 # ---- settings ----
 
 
-def test_class_then_preset_then_flags(presets):
-    assert parse() == Settings(learning_rate=1.0, batch_size=8, warmup=7)
-    paper = Settings("paper", 1e-4, 2, False, attacks=["gcg", "pair"])
-    assert parse("--preset paper --batch-size=2") == paper
-    assert parse("--learning-rate 2 --preset=paper").learning_rate == 2.0  # order does not matter
-    assert parse("", "rpo").batch_size == 16 and parse("--batch-size 3", "rpo").batch_size == 3
-    assert parse("--attacks pair gcg --out x").attacks == ["pair", "gcg"] and Settings().attacks == ["gcg"]
-    assert parse("--preset paper --reasoning").reasoning and not parse("--no-reasoning").reasoning
+def test_class_then_preset_then_flags():
+    assert (parse("").group_size, parse("").learning_rate) == (8, 2e-4)
+    paper = parse("--preset paper --group-size=2 --no-reasoning")
+    assert (paper.group_size, paper.learning_rate, paper.dtype) == (2, 1e-6, "bfloat16")
+    assert not paper.reasoning and parse("--reasoning").reasoning
+    assert parse("--learning-rate 0.5 --preset=paper").learning_rate == 0.5  # order does not matter
+    assert parse("--attacks pair gcg", "eval").attacks == ["pair", "gcg"] != parse("", "eval").attacks
+    rpo = importlib.import_module("lib.compare.rpo").Settings  # a later dict of a preset goes before
+    assert parse_settings(rpo, "rl", "rpo", argv=[]).learning_rate == 6e-4
 
 
 MISTAKES = [
-    ("--learning-rate abc", "--learning-rate: given abc; allowed a number from 0 to 1e+06"),
-    ("--learning-rate=-1e-3", "--learning-rate: given -1e-3; allowed a number from 0 to 1e+06"),
+    ("--learning-rate abc", "--learning-rate: given abc; allowed a number from 0 to 1"),
     ("--learning-rate nan", "--learning-rate: given nan; allowed"),
-    ("--learning-rate", "--learning-rate: expected one argument"),
-    ("--batch-size 2.5", "--batch-size: given 2.5; allowed a whole number from 1 to 64"),
-    ("--batch-size 65", "--batch-size: given 65; allowed a whole number from 1 to 64"),
-    ("--device tpu", "--device: invalid choice: 'tpu'"),
-    ("--attacks gcg none", "--attacks: invalid choice: 'none'"),
+    ("--group-size 2.5", "--group-size: given 2.5; allowed a whole number from 2 to 1e+06"),
+    ("--kl-estimator k4", "--kl-estimator: invalid choice: 'k4'"),
     ("--preset huge", "--preset: invalid choice: 'huge'"),
-    ("--learnin-rate 1", "unrecognized arguments: --learnin-rate"),
-    ("--warmup 3", "unrecognized arguments: --warmup"),  # presets alone set it
-    ("--batch 3", "unrecognized arguments: --batch"),  # nothing is shortened
-    ({"nonsense": 1}, "lib/run/presets/small.py: SFT sets 'nonsense': no setting"),
+    ("--warmup-steps 3", "unrecognized arguments: --warmup-steps"),  # presets alone set it
+    ("--group 3", "unrecognized arguments: --group"),  # nothing is shortened
 ]
 
 
-@pytest.mark.parametrize("wrong, message", MISTAKES)
-def test_a_mistake_in_flags_or_preset_is_named(wrong, message, presets, monkeypatch):
-    if isinstance(wrong, dict):
-        monkeypatch.setattr(sys.modules["lib.run.presets.small"], "SFT", wrong)
+@pytest.mark.parametrize("words, message", MISTAKES)
+def test_a_mistake_in_flags_is_named(words, message):
     with pytest.raises(UserError) as error:
-        parse("" if isinstance(wrong, dict) else wrong)
+        parse(words)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_help_shows_the_chosen_presets_defaults(presets, capsys):
+def test_a_mistake_in_a_preset_is_named(monkeypatch):
+    monkeypatch.setattr("lib.run.presets.sandbox.RL", {"nonsense": 1})
+    with pytest.raises(UserError, match="lib/run/presets/sandbox.py: RL sets 'nonsense': no setting"):
+        parse("")
+
+
+def test_help_shows_the_chosen_presets_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--preset paper --help")
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "--learning-rate N peak rate, 100% of it (default: 0.0001)" in text
-    assert "--no-reasoning think first (default: False)" in text and "--warmup" not in text
-    assert "--device TEXT where (auto | cpu) (default: auto)" in text
-
-
-STAGES = {"mixture": "01_build_mixture", "sft": "02_sft_warmstart", "rl": "03_rl_train"}
-STAGES["eval"] = "04_attack_eval"
-ABSURD = ("1" + "0" * 30, "1e308", "-1e300", "inf", "nan")
+    assert (
+        stop.value.code == 0 and "--learning-rate N peak rate of AdamW. Paper: 1e-6 (default: 1e-06)" in text
+    )
+    assert "--no-reasoning think first" in text and "--warmup-steps" not in text
+    assert "--dtype TEXT to compute in. Paper: bfloat16 (float32 | bfloat16) (default: bfloat16)" in text
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_preset_fits_its_stage_and_every_number_has_a_range(stage):
-    module = importlib.import_module(STAGES[stage])
     for preset in presets_found():
-        parse_settings(module.Settings, stage, argv=["--preset", preset])
-    for field in dataclasses.fields(module.Settings):
+        parse(f"--preset {preset}", stage)
+    for field in dataclasses.fields(importlib.import_module(STAGES[stage]).Settings):
         if field.type in ("int", "float") and field.metadata["flag"]:
             flag = f"--{field.name.replace('_', '-')}"
-            for absurd in ABSURD:
+            for absurd in ("1" + "0" * 30, "nan"):
                 with pytest.raises(UserError, match=f"{flag}: given .* from .* to "):
-                    parse_settings(module.Settings, stage, argv=[f"{flag}={absurd}"])
+                    parse(f"{flag}={absurd}", stage)
 
 
-def test_the_next_command_leaves_out_what_the_preset_has(tmp_path, monkeypatch):
+def test_the_next_command_has_what_was_given_and_not_what_the_preset_has():
     def command(stage: str, line: str) -> str:
-        cls = importlib.import_module(STAGES[stage]).Settings
-        return following(parse_settings(cls, stage, argv=line.split()), [stage])
+        return following(parse(line, stage), [stage])
 
-    expected = "--preset paper --data d --models x=runs/x --out runs/eval-x --device cpu"
-    found = command("rl", "--preset paper --device cpu --shard --data d --out runs/x")
+    found = command("rl", "--preset paper --device cpu --refusals mine --data d --out runs/x")
+    expected = "--preset paper --data d --models x=runs/x --out runs/eval-x --device cpu --refusals mine"
     assert found == f"python 04_attack_eval.py {expected}"
-    words = "--seed 7 --dtype float32 --no-gradient-checkpointing --no-reasoning"
-    assert f"--model a/sft --out a/rl {words}" in command("sft", f"--preset paper --out a/sft {words}")
+    found = command("sft", "--preset paper --out a/sft --seed 7 --dtype float32 --no-reasoning")
+    expected = "--data runs/paper/data --model a/sft --out a/rl --seed 7 --dtype float32 --no-reasoning"
+    assert found == f"python 03_rl_train.py --preset paper {expected}"
     assert "04_attack_eval" in command("sft", "--traces sft_rl.jsonl")
-    assert "--refusals mine" in command("rl", "--refusals mine")
-    # Of another world the sandbox's base and judge know nothing: what nobody has said is to be filled in.
-    assert "--model MODEL" in command("mixture", "--source files")
-    assert "--model MODEL --judge JUDGE" in command("mixture", "--source files --sft-prompts 0")
-    assert "--model runs/x --judge JUDGE" in command("sft", "--model mine --out runs/x")
-    for stage, line in (("mixture", ""), ("sft", ""), ("mixture", "--preset open"), ("sft", "--preset open")):
-        assert "MODEL" not in (found := command(stage, line)) and "JUDGE" not in found
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for out, words in {".": "here=. --out ../eval-here", "a/$(x)": "-x-='a/$(x)' --out a/eval--x-"}.items():
-        assert words.replace("-x-='a/$(x)'", "'-x-=a/$(x)'") in command("rl", f"--out {out}")
+    assert "02_sft" in command("mixture", "") and "03_rl" in command("mixture", "--sft-prompts 0")
+    assert "03_rl_train.py --preset sandbox --data m --model pi" in command("mixture", "--rainbow pi --out m")
 
 
 # ---- ends ----
 
-MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 ENDS = [
     (UserError("x is wrong: do y"), 2, "error: x is wrong: do y"),
     (NotImplementedError("group_advantages"), 2, "error: not implemented yet: group_advantages"),
     (KeyboardInterrupt(), 130, "stopped; finished work is kept, run the same command again to resume"),
     (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
-    (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: output: Broken pipe; what was written before"),
-    (RuntimeError(f"[enforce fail at x.cpp:1] . {MEMORY}. E"), 2, f"error: {MEMORY[21:]}: lower the tok"),
+    (RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't"), 2, "error: out of memory: lower the tokens"),
     (UserError("a\x1b[2J\u202eb\nc: no such file"), 2, "error: a\\u001b[2J\\u202eb\\nc: no such file\n"),
 ]
 
@@ -197,14 +158,12 @@ def test_jsonl_round_trip_readable_with_surrogates_marks_and_other_line_ends(tmp
 UNREADABLE = [
     (b"\n \n", "is empty"),
     (b'{"id": 1}\n\n{"id": \n', ":3: not a JSON object"),
-    (b'{"id": 1}\n[1]\n', ":2: not a JSON object"),
     (b'{"id": "\xff"}\n', ":1: not a JSON object in UTF-8"),
     (b'{"id": 1}\n{"ID": 2}\n', ":2: has no key 'id'"),
-    (b'{"id": "a"}\n{"id": "b"}\n\n{"id": "a"}\n', "id 'a' stands in lines 1 and 4: give each record an id"),
-    (b'{"id": 7}\n{"id": "7"}\n', "id '7' stands in lines 1 and 2"),
+    (b'{"id": 7}\n\n{"id": "7"}\n', "id '7' stands in lines 1 and 3: give each record an id"),
     (b'{"id": "a\\ud800"}\n{"id": "a\\udfff"}\n', "stands in lines 1 and 2"),
-    *((b'{"id": %s}\n' % value, "id is") for value in (b"null", b'" "', b'["a"]', b"true")),
-    *((b'{"id": "r", "target": %s}\n' % value, ":1: r: target is") for value in (b"7", b'["x"]', b"true")),
+    *((b'{"id": %s}\n' % value, "id is") for value in (b"null", b'" "', b"true")),
+    (b'{"id": "r", "target": 7}\n', ":1: r: target is 7; allowed: some text"),
 ]
 
 
@@ -239,14 +198,6 @@ def test_a_resumed_log_drops_unwanted_malformed_and_half_written_lines(tmp_path)
     assert resume_log(tmp_path / "none.jsonl") == [] and not (tmp_path / "none.jsonl").exists()
 
 
-def test_checksums_and_the_commit(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(b"ab" * 700_000)
-    assert files.sha256_file(tmp_path / "x") == hashlib.sha256(b"ab" * 700_000).hexdigest()
-    assert git_revision() == "unknown" or len(git_revision().removesuffix("-dirty")) == 40
-    monkeypatch.setenv("PATH", "")
-    assert git_revision() == "unknown"
-
-
 # ---- the folder of a run ----
 
 
@@ -268,7 +219,8 @@ def out(tmp_path) -> Path:
 
 
 def test_claim_a_new_folder_and_resume_it_wherever_it_is_moved(tmp_path):
-    out, settings = tmp_path / "runs" / "x", {**asdict(Settings()), "data": "runs/data/", "save_every": 1}
+    out = tmp_path / "runs" / "x"
+    settings = {"attacks": ["gcg"], "data": "runs/data/", "out": "x", "save_every": 1, "seed": 1}
     files.write_text(out / ".settings.json.7.tmp", "half of it")  # all that a kill may leave at first
     assert not claim(out, settings)
     written = json.loads((out / "settings.json").read_text())
@@ -282,60 +234,35 @@ def test_claim_a_new_folder_and_resume_it_wherever_it_is_moved(tmp_path):
     assert (tmp_path / "y" / "model").read_text() == "work"
 
 
-def test_another_run_is_refused_looking_empties_nothing_and_overwrite_does(out):
-    for settings, message in (
-        ({"n": 3}, "--n 1, now 3: .*--overwrite"),
-        ({"n": 1, "k": 3}, "--k unset, now"),
-    ):
-        with pytest.raises(UserError, match=message):
-            claim_folder(out, settings, overwrite=False)
-    claim_folder(out, {"n": 3}, overwrite=True)
-    assert (out / "deep" / "log").exists()
-    take_folder(out, {"n": 3})
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "settings.json"]  # the lock stays held
-
-
-def test_an_edited_judge_is_another_run(tmp_path, monkeypatch):
+def test_a_run_keeps_its_date_and_an_edited_judge_is_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = importlib.import_module("03_rl_train").Settings(judge="mine", model="none", out="out")
-    for text in ("first", "first", "second"):
-        Path("mine.py").write_text(text)
-        run = Run(settings, ["rl"])
-        if text == "second":
-            with pytest.raises(UserError, match="sha256 of mine.py"):
-                run.join()
-        else:
-            run.join()
-            run.begin()
+    cls = importlib.import_module("03_rl_train").Settings
+
+    def joined(text: str) -> Run:
         at_end.close()
+        Path("mine.py").write_text(text)
+        run = Run(cls(judge="mine", model="none", out="out"), ["rl"])
+        run.join()
+        return run
+
+    joined("first").begin()
+    written = Path("out/settings.json").read_text()
+    Path("out/settings.json").write_text(written.replace(datetime.date.today().isoformat(), "2026-11-25"))
+    again = joined("first")
+    assert again.resumes and again.settings.date == "2026-11-25"
+    with pytest.raises(UserError, match="sha256 of mine.py"):
+        joined("second")
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("file", ["a.jpg", "settings.json"])
-def test_a_folder_that_is_no_run_is_neither_used_nor_emptied(tmp_path, file, overwrite):
+def test_a_folder_that_is_no_run_is_neither_used_nor_emptied(tmp_path, file):
     (tmp_path / file).write_text('{"theme": "dark"}')
     with pytest.raises(UserError, match="no run of ours"):
-        claim_folder(tmp_path, {}, overwrite=overwrite)
+        claim_folder(tmp_path, {}, overwrite=True)
     assert (tmp_path / file).exists()
 
 
-def test_overwrite_spares_home_the_working_folder_and_what_a_link_points_to(out, tmp_path, monkeypatch):
-    elsewhere = tmp_path / "elsewhere"
-    for here, home in ((out / "deep", tmp_path), (tmp_path, out)):
-        monkeypatch.chdir(here)
-        monkeypatch.setenv("HOME", str(home))
-        with pytest.raises(UserError, match="will not empty"):
-            claim_folder(out, {"n": 2}, overwrite=True)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    elsewhere.mkdir()
-    (elsewhere / "kept").write_text("")
-    (out / "link").symlink_to(elsewhere)
-    claim(out, {"n": 2}, overwrite=True)
-    assert (elsewhere / "kept").exists() and not (out / "link").exists()
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_never_deletes_what_it_reads(out, tmp_path, monkeypatch, overwrite):
+def test_a_run_never_deletes_what_it_reads_nor_where_it_stands_nor_behind_links(out, tmp_path, monkeypatch):
     far, log = tmp_path / "far.jsonl", out / "deep" / "log"
     far.write_text("{}")
     (tmp_path / "link").symlink_to(out)
@@ -343,17 +270,16 @@ def test_a_run_never_deletes_what_it_reads(out, tmp_path, monkeypatch, overwrite
     monkeypatch.chdir(tmp_path)
     for read in (log, "x/deep/log", tmp_path / "link/deep/log", out):
         with pytest.raises(UserError, match=r"--out: .*x holds .*, which this run reads: give another"):
-            claim_folder(out, {"n": 2}, overwrite=overwrite, inputs=[read])
+            claim_folder(out, {"n": 2}, overwrite=True, inputs=[read])
+    monkeypatch.chdir(out / "deep")
+    with pytest.raises(UserError, match="holds the folder you are in"):
+        claim_folder(out, {"n": 2}, overwrite=True)
+    monkeypatch.chdir(tmp_path)
     assert log.read_text() == "work"
-    claim(out, {"n": 2}, overwrite=True, inputs=[far, "org/name", tmp_path])
-    assert not log.exists() and far.exists()
-
-
-def test_the_date_of_a_run_is_that_in_its_folder(tmp_path):
-    today = datetime.date.today().isoformat()
-    assert date_of_run(tmp_path, "") == today and date_of_run(tmp_path / "none", "2026-11-26") == "2026-11-26"
-    (tmp_path / "settings.json").write_text('{"date": "2026-11-25"}')
-    assert date_of_run(tmp_path, "") == "2026-11-25" and date_of_run(tmp_path, "2026-11-26") == "2026-11-26"
+    claim_folder(out, {"n": 2}, overwrite=True, inputs=[far, "org/name", tmp_path])
+    assert log.exists()  # looking empties nothing
+    take_folder(out, {"n": 2})
+    assert far.exists() and sorted(p.name for p in out.iterdir()) == [".lock", "settings.json"]
 
 
 # ---- devices and processes: what whole runs (test_rl.py, test_sft.py) do not show ----
@@ -407,9 +333,7 @@ def test_a_failing_process_on_gpus_leaves_without_waiting_for_the_others():
 
 
 RATES = [
-    (0, False, [2.0, 2.0, 2.0, 2.0, 2.0]),
     (2, False, [1.0, 2.0, 2.0, 2.0, 2.0]),
-    (0, True, [2.0, 1.6, 1.2, 0.8, 0.4]),
     (1, True, [2.0, 2.0, 1.5, 1.0, 0.5]),
     (8, True, [0.25, 0.5, 0.75, 1.0, 1.25]),  # it ends before it is warm
 ]
@@ -423,22 +347,17 @@ def test_learning_rate_of_each_step(warmup, decay, rates):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1.0])
-def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(value, tmp_path):
-    for loss, slope in ((value, 1.0), (1.0, value)):
-        weight = torch.nn.Parameter(torch.ones(4))
-        weight.grad = torch.full((4,), slope)
-        run = Run(types.SimpleNamespace(out=str(tmp_path), max_grad_norm=0.0, shard=False))
-        optimizer = torch.optim.SGD([weight], lr=1.0)
-        if value == 1.0:
-            assert run.clip_and_step(optimizer, loss) == pytest.approx(2.0) and not weight.any()
-        else:
-            with pytest.raises(UserError, match="step 0: .*stopped before the update.*--learning-rate"):
-                run.clip_and_step(optimizer, loss)
-            assert torch.equal(weight, torch.ones(4))
+@pytest.mark.parametrize("loss, slope", [(float("nan"), 1.0), (1.0, float("nan")), (1.0, -float("inf"))])
+def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(loss, slope, tmp_path):
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.full((4,), slope)
+    run = Run(types.SimpleNamespace(out=str(tmp_path), max_grad_norm=0.0, shard=False))
+    with pytest.raises(UserError, match="step 0: .*stopped before the update.*--learning-rate"):
+        run.clip_and_step(torch.optim.SGD([weight], lr=1.0), loss)
+    assert torch.equal(weight, torch.ones(4))
 
 
-@pytest.mark.parametrize("content", [b"\0" * 64, b"", b"PK\x03\x04 and no more"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more"])
 def test_a_damaged_state_is_one_line(content, tmp_path):
     (tmp_path / "progress.pt").write_bytes(content)
     with pytest.raises(UserError, match="progress.pt: not a saved state; delete it"):

@@ -140,7 +140,7 @@ class Lab:
             for name, records in sets.items():
                 check_prompts(victim, records, FILES[name])
             pair, prompts = (victim.model, victim.tokenizer), [record["prompt"] for record in first]
-            check_tokenizer(*pair, prompts, reasoning=model.reasoning, system=model.system)
+            check_tokenizer(*pair, prompts, reasoning=model.reasoning)
             if behaviours:
                 check_behaviours(victim, behaviours, names, self.settings)
         victim.judged(first[:1], [{"answer": "No."}])

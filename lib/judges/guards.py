@@ -51,7 +51,7 @@ from lib.chat import decode, encode_text, render
 from lib.judges.language_model import LanguageModel, as_material, read_prompt
 from lib.policy import head_logits
 from lib.rewards import Score
-from lib.run.hub import DTYPES, dtype_to_infer, load_weights
+from lib.run.hub import dtype_to_infer, load_weights
 from lib.run.text import readable, without_context
 
 LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
@@ -136,7 +136,7 @@ class RewardModel(LanguageModel):
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        load, dtype = AutoModelForSequenceClassification.from_pretrained, DTYPES[dtype_to_infer(self.device)]
+        load, dtype = AutoModelForSequenceClassification.from_pretrained, dtype_to_infer(self.device)
         return load_weights(load, self.name, "reward model", dtype).to(self.device).eval()
 
 

@@ -7,7 +7,8 @@ exactly where its last resume point was. The file does not depend on the number 
 
 from __future__ import annotations
 
-import os
+import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,29 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as states
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lib import UserError
-from lib.run.files import atomic, resume_log
-from lib.run.shards import FULL, full_weights
+from lib.chat import THINK_OPEN, decode, encode_prompt, encode_text, eos_token_ids, render
+from lib.run.files import atomic, resume_log, settle, write_text
+from lib.run.processes import FULL, full_weights
 
 PROGRESS = "progress.pt"  # in OUT, until the run is finished
+QUIET = "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"
+OPENING = "{{ " + repr(THINK_OPEN) + " if add_generation_prompt else '' }}"
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+{base}, trained by {method} after the paper on TARS (Training Adaptive Reasoners for Safety,
+[arXiv 2507.00971](https://arxiv.org/abs/2507.00971)), in an independent implementation. Judge: {judge}.
+
+Its answer is what follows `</think>`; its reasoning may hold what the answer leaves out. Measure its defences
+before you rely on them. The licences of base and data hold.
+"""
 
 
 def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -78,10 +94,48 @@ def save_policy(
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(str(temporary))
         for source in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-            with source.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(source, Path(folder) / source.name)
+            settle(source, Path(folder) / source.name)
     except SafetensorError as error:  # its own, of a full disk
         raise UserError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- what makes it a checkpoint for others -----------------------------------------------------------------
+
+
+def describe(folder: Path, tokenizer: Tokenizer, settings: dict) -> None:
+    """Write what others need into a checkpoint's folder: template, generation_config.json, README.md.
+
+    `settings` are the run's. Of folders only the last name is told, of judges no checkpoint.
+    """
+    write_text(folder / "chat_template.jinja", serving_template(tokenizer, settings["reasoning"]))
+    ends = {"eos_token_id": eos_token_ids(GenerationConfig.from_pretrained(folder), tokenizer)}
+    ends |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    # What the base's authors advise (a repetition penalty, say) is not how the policy was trained.
+    GenerationConfig(do_sample=True, temperature=0.6, top_p=1.0, top_k=0, **ends).save_pretrained(folder)
+    model, judge = settings["model"], re.sub(r"=[^+]*", "", settings.get("judge", ""))
+    method = "reinforcement learning" if judge else "a light supervised warm start"
+    base, name = Path(model).name if Path(model).exists() else model, Path(settings["out"]).resolve().name
+    write_text(folder / "README.md", CARD.format(name=name, base=base, method=method, judge=judge or "none"))
+
+
+def serving_template(tokenizer: Tokenizer, reasoning: bool = True) -> str:
+    """The chat template with which plain transformers reads what `encode_prompt` gives, token for token.
+
+    The stages open a reasoner's turn with <think> by themselves, others do not. By this template, too,
+    `encode_prompt` gives the ids that it gives by the original: what is added it cuts off again. Where none
+    is known to do so (a tokenizer may read <think> otherwise behind other text), it is the original, and a
+    line says so.
+    """
+    original, other, words = tokenizer.get_chat_template(), copy.deepcopy(tokenizer), tokenizer.get_vocab()
+    question = decode(tokenizer, [words[max(words)]])  # a word of its own: some tokenizers can read no other
+    ours = encode_prompt(tokenizer, question, reasoning=reasoning)
+    # Jinja drops one newline at the end of a template: it must not come to stand before what is added.
+    for template in (original, QUIET + original, re.sub(r"\r?\n\Z", "", original) + OPENING):
+        other.chat_template = template
+        text = render(other, [{"role": "user", "content": question}], add_generation_prompt=True)
+        if encode_text(other, text) == ours:
+            return template
+    print("the base's chat template is kept: none is known to open <think> in the same tokens")
+    return original

@@ -33,11 +33,10 @@ def run_main(main: Callable[[], None]) -> None:
             if kind.startswith("Dist") or "gloo" in reason or "Connection" in reason:
                 lost = f"lost another process of this run, killed or silent for too long ({reason[:160]})"
                 _exit(f"error: {lost}: see its message, then run the same command again to resume")
-            on_cpu = reason.partition("DefaultCPUAllocator: ")[2]
-            if not on_cpu and kind != "OutOfMemoryError":
-                raise
-            reason = (on_cpu or reason).split(". ")[0]
-            _exit(f"error: {reason}: lower the tokens of a batch, or train with --gradient-checkpointing")
+            if kind == "OutOfMemoryError" or "DefaultCPUAllocator" in reason:
+                less = "lower the tokens of a batch, or train with --gradient-checkpointing"
+                _exit(f"error: out of memory: {less} ({reason[:160]})")
+            raise
         except OSError as error:  # disk full, read-only, not ours, a closed pipe
             if isinstance(error, FileNotFoundError) or not error.strerror:
                 raise

@@ -42,13 +42,6 @@ def load_prompts(run: Any, tokenizer: Any, policy: Any) -> list[Prompt]:
 
 # ---- what it writes ----
 
-SILENT = 10  # steps without a signal in a row that are worth a word
-NO_SIGNAL = (
-    f"warning: for {SILENT} steps no group has had two different rewards, so nothing is learned from them "
-    "({}): read rollouts.jsonl. Reward near 1: it is learned. format_rate near 0: stage 2 did not teach the "
-    "format, or --max-new-tokens cuts it off. Else look at the judge's scores, and at --temperature"
-)
-
 
 def mean(values: Sequence[float | None]) -> float | None:
     """Of those that are known."""
@@ -66,12 +59,12 @@ def has_signal(group: Sequence[dict]) -> bool:
     return max(known, default=0) - min(known, default=0) >= 1e-6
 
 
-def summarise(rollouts: list[dict], group_size: int, one_reward: bool, seconds: dict) -> dict[str, Any]:
+def summarise(rollouts: list[dict], group_size: int, seconds: dict) -> dict[str, Any]:
     """Metrics of one step from every process's rollouts, as `rollout_line` gives them; None: no such kind.
 
-    Rewards that are unknown (None) are in no mean. `unknown_verdicts` counts completions for which the judge
-    did not give the score that its kind needs, the malformed ones too (whose reward is 0 all the same).
-    `zero_advantage_groups` counts groups in which no two known rewards differ. `seconds`: of each phase.
+    Rewards that are unknown (None), because the judge gave no verdict, are in no mean: `unknown_verdicts`
+    counts them. `zero_advantage_groups` counts groups in which no two known rewards differ. `seconds`: of
+    each phase.
     """
     metrics: dict[str, Any] = {"reward": mean([r["reward"] for r in rollouts])}
     for kind in KINDS:
@@ -83,8 +76,7 @@ def summarise(rollouts: list[dict], group_size: int, one_reward: bool, seconds: 
         metrics[f"refusal_rate_{kind}"] = mean([r["refusal"] != "none" for r in labelled])
     metrics["format_rate"] = mean([r["well_formed"] for r in rollouts])
     metrics["length_limit_rate"] = mean([r["finish_reason"] == "length" for r in rollouts])
-    needed = ["harm" if r["kind"] == "harmful" and not one_reward else "task" for r in rollouts]
-    metrics["unknown_verdicts"] = sum(r[name] is None for r, name in zip(rollouts, needed, strict=True))
+    metrics["unknown_verdicts"] = sum(r["reward"] is None for r in rollouts)
     groups = groups_of(rollouts, group_size)
     metrics["zero_advantage_groups"] = sum(not has_signal(group) for group in groups)
     for name in ("sample", "train"):

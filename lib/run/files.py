@@ -25,11 +25,16 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        settle(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Flush a file to the disk, and let it take the place of `path`."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -142,8 +147,8 @@ def sha256_file(path: str | Path) -> str:
 def git_revision() -> str:
     """The commit of this checkout, with "-dirty" when files differ from it; "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).parent
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, cwd=here, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return run.stdout.strip()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from lib.run.files import git_revision, sha256_file, write_json
 from lib.run.settings import MACHINERY
 
 LOCK = ".lock"
-PACKAGES = ("torch", "transformers", "datasets", "numpy")
 NOT_COMPARED = {*MACHINERY, "overwrite", "out", "git_revision", "versions"}
 
 
@@ -55,11 +53,6 @@ def reasons(name: str, model: str, direct: Iterable[str]) -> bool:
     return name not in direct if stated is None else stated
 
 
-def date_of_run(out: str | Path, date: str) -> str:
-    """The day that chat templates are told, "2026-11-26": `date`, else that of the run in `out`, or today."""
-    return date or read_settings(out).get("date") or datetime.date.today().isoformat()
-
-
 def lock_folder(out: str | Path) -> None:
     """Make `out`, and hold OUT/.lock until this command ends (`run_main`); a kill releases it, too.
 
@@ -88,17 +81,18 @@ def claim_folder(out: str | Path, settings: dict, *, overwrite: bool, inputs: It
     """Lock `out` for the run with these settings; whether it holds that very run, which may resume.
 
     UserError if a setting not in MACHINERY differs from those of the run in it. With `overwrite` that may be
-    emptied (`take_folder`), unless it holds what the run reads (`inputs`) or is no folder to empty. One with
-    files but no settings.json is not ours: neither used nor emptied.
+    emptied (`take_folder`), unless it holds what the run reads (`inputs`), or you are in it. One with files
+    but no settings.json is not ours: neither used nor emptied.
     """
     lock_folder(out)
-    out, before = Path(out), _plain(read_settings(out))
+    out = Path(out)
+    # As they are read back from a file; and the slash behind a folder makes no difference.
+    before, now = (json.loads(json.dumps(x).replace('/"', '"')) for x in (read_settings(out), settings))
     if "git_revision" not in before:
         if any(child.name != LOCK and not child.name.endswith(".tmp") for child in out.iterdir()):
             raise UserError(f"{out} has files, and is no run of ours: give another --out")
         return False
-    now = _plain(settings)
-    names = [name for name in {**before, **now} if name not in NOT_COMPARED]
+    names = (name for name in {**before, **now} if name not in NOT_COMPARED)
     differing = [name for name in names if before.get(name) != now.get(name)]
     if not differing:
         return True
@@ -109,9 +103,9 @@ def claim_folder(out: str | Path, settings: dict, *, overwrite: bool, inputs: It
         flag = name if " " in name else f"--{name.replace('_', '-')}"
         found = f"{flag} {before.get(name, 'unset')}, now {now.get(name, 'unset')}"
         raise UserError(f"{out} holds a run with {found}: give another --out, or --overwrite to delete it")
-    folder, here = out.resolve(), Path.cwd().resolve()
-    if folder in (Path.home().resolve(), here, *here.parents) or (folder / ".git").exists():
-        raise UserError(f"--out: {out} is {folder}, which --overwrite will not empty: give another --out")
+    here = Path.cwd().resolve()
+    if out.resolve() in (here, *here.parents):
+        raise UserError(f"--out: {out} holds the folder you are in: give another --out")
     return False
 
 
@@ -120,15 +114,6 @@ def take_folder(out: str | Path, settings: dict) -> None:
     for child in Path(out).iterdir():
         if child.name != LOCK:  # which stays held, so that no second run slips in
             shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):  # the sandbox runs without `datasets`
-            versions[name] = version(name)
-    write_json(
-        Path(out) / "settings.json", {**settings, "git_revision": git_revision(), "versions": versions}
-    )
-
-
-def _plain(settings: dict) -> dict:
-    """As they are read back: tuples as lists. And the slash behind a folder makes no difference."""
-    return json.loads(json.dumps(settings).replace('/"', '"'))
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    about = {"git_revision": git_revision(), "versions": versions}
+    write_json(Path(out) / "settings.json", {**settings, **about})

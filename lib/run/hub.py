@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import has_file, logging
 
 from lib import UserError
-from lib.chat import encode_text
 from lib.run.checks import check_model
 from lib.run.processes import pick_device
 
 logging.set_verbosity_error()  # what matters in the warnings of transformers is raised as an error here
 logging.disable_progress_bar()
-DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
 
 def load_pretrained(load: Callable[..., Any], name_or_path: str | Path, what: str, **options: Any) -> Any:
@@ -48,21 +45,13 @@ def load_pretrained(load: Callable[..., Any], name_or_path: str | Path, what: st
 
 
 def read_tokenizer(name: str, **options: Any) -> Any:
-    """AutoTokenizer's from_pretrained; or tokenizer.json as it stands, where that reads text otherwise.
+    """A from_pretrained: tokenizer.json as it stands, where there is one.
 
     AutoTokenizer builds those of some families (of every Qwen2) anew from the vocabulary: what is a
     tokenizer's own, such as to split at spaces, is lost without a word.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if not has_file(name, "tokenizer.json", local_files_only=options["local_files_only"]):
-        return tokenizer
-    as_it_stands = PreTrainedTokenizerFast.from_pretrained(name, **options)
-    words = sorted(as_it_stands.get_vocab(), key=as_it_stands.convert_tokens_to_ids)
-    text = " ".join(["Hello, world! Tell me 12 of them.\n", *words[:: len(words) // 500 + 1]])
-    with contextlib.suppress(UserError):  # a vocabulary of words that has none for the unknown
-        if encode_text(tokenizer, text) == encode_text(as_it_stands, text):
-            return tokenizer
-    return as_it_stands
+    as_it_stands = has_file(name, "tokenizer.json", local_files_only=options["local_files_only"])
+    return (PreTrainedTokenizerFast if as_it_stands else AutoTokenizer).from_pretrained(name, **options)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -79,12 +68,14 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 def dtype_to_infer(device: str | torch.device) -> str:
     """Of a model that only reads and writes: bfloat16 on a GPU, where it takes half the room and time."""
-    device = pick_device(device) if isinstance(device, str) else device
-    return "bfloat16" if device.type == "cuda" else "float32"
+    return "bfloat16" if pick_device(device).type == "cuda" else "float32"
 
 
-def load_weights(load: Callable[..., Any], name: str | Path, what: str, dtype: Any) -> Any:
-    """A model from safetensors, as `load_pretrained`. UserError also if its weights are not complete."""
+def load_weights(load: Callable[..., Any], name: str | Path, what: str, dtype: str) -> Any:
+    """A model from safetensors, as `load_pretrained`; dtype "auto": as it was saved.
+
+    UserError also if its weights are not complete.
+    """
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, info = load_pretrained(load, name, f"{what} with safetensors weights", **options)
     if missing := sorted(info["missing_keys"]):
@@ -97,11 +88,11 @@ def load_policy(
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub, in eval mode, so without dropout.
 
-    `dtype` is a name in DTYPES; "auto": as it was saved. Raises UserError if there is no such model, if
-    weights are missing, or if it is not exact in all that it is used for (`check_model`).
+    Raises UserError if there is no such model, if weights are missing, or if training and sampling would not
+    read it alike (`check_model`).
     """
-    model = load_weights(AutoModelForCausalLM.from_pretrained, name, "model", DTYPES[dtype])
-    model.to(pick_device(device) if isinstance(device, str) else device).eval()
+    model = load_weights(AutoModelForCausalLM.from_pretrained, name, "model", dtype)
+    model.to(pick_device(device)).eval()
     if gradient_checkpointing:  # layers recompute their activations in the backward pass
         try:
             model.activation_checkpointing_enable({"use_reentrant": False})

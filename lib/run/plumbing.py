@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +22,20 @@ from lib import UserError
 from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
 from lib.policy import shares_prompts, token_logprobs
-from lib.run.card import describe
-from lib.run.checkpoint import PROGRESS, load_progress, save_policy, save_progress
-from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
+from lib.run.checkpoint import PROGRESS, describe, load_progress, save_policy, save_progress
+from lib.run.data import groups_to_show, rollout_line, summarise
 from lib.run.files import append_jsonl, read_log
-from lib.run.folder import checksums, claim_folder, date_of_run, read_settings, take_folder
+from lib.run.folder import checksums, claim_folder, read_settings, take_folder
 from lib.run.hub import load_policy
-from lib.run.processes import pick_device, start_processes, stop_processes
+from lib.run.processes import (
+    full_weights,
+    gathered,
+    pick_device,
+    shard_model,
+    start_processes,
+    stop_processes,
+)
 from lib.run.settings import following
-from lib.run.shards import full_weights, gathered, shard_model
 
 T = TypeVar("T")
 CPU_SAMPLE_TOKENS = 65536  # the sampler's budget where memory cannot be asked
@@ -48,7 +54,7 @@ class Run:
         self.config: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # of this step, by phase
         self.lap_began = time.perf_counter()
-        self.rate, self.silent_steps, self.step = 0.0, 0, 0
+        self.rate, self.step = 0.0, 0
 
     # ---- beginning ----
 
@@ -57,7 +63,8 @@ class Run:
         settings, stage = self.settings, self.stages[0]
         if stage != "mixture":
             self.rank, self.size, self.local_rank = start_processes(settings, waits=stage == "eval")
-        settings.date = self.gather(date_of_run(self.out, settings.date))[0]
+        known = settings.date or read_settings(self.out).get("date")  # chat templates may tell it
+        settings.date = self.gather(known or datetime.date.today().isoformat())[0]
         set_date(settings.date)
         if stage == "rl" and read_settings(settings.model).get("reasoning") not in (None, settings.reasoning):
             given = "reasoning" if settings.reasoning else "no-reasoning"
@@ -213,7 +220,7 @@ class Run:
         settings = self.settings
         tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
         self.say(f"rehearsing the largest batch: {tokens} tokens")
-        own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.parameters())
+        own = sum(p.numel() for p in policy.parameters()) // (self.size if self.shard else 1)
         moments = torch.empty(8 * own, dtype=torch.uint8, device="cpu" if settings.offload else self.device)
         if reference is not None:
             with self.sampling(policy):
@@ -222,20 +229,17 @@ class Run:
             if longest > (most := getattr(settings, name, longest)):
                 flag = f"--{name.replace('_', '-')} {most}"
                 raise UserError(f"{flag}: a sequence may have {longest} tokens, and must fit: raise it")
-        height = max(1, -(-tokens // longest))  # the longest rows might leave some of the budget unused
+        height = -(-tokens // longest)  # the longest rows might leave some of the budget unused
         width = tokens // height
-        if width <= prompt:
-            height, width = max(1, tokens // longest), longest
-        ids = torch.full((height, width), 1, device=self.device)
-        ids[::2] = 0  # no row begins as the one above: no token is spared
-        everything = torch.ones_like(ids, dtype=torch.bool)
-        completion = everything.clone()
-        completion[:, : max(1, prompt)] = False
+        # No row begins as the one above: no token is spared.
+        ids = torch.arange(height, device=self.device)[:, None].repeat(1, width) % 2
+        seen = torch.ones_like(ids, dtype=torch.bool)
+        learned = seen.cumsum(1) > max(1, min(prompt, width - 1))
         both: Any = {"with_entropy": True, "entropy_gradient": getattr(settings, "entropy_coef", 0) > 0}
-        logprobs, entropy = token_logprobs(policy, ids, everything, completion, **both)
+        logprobs, entropy = token_logprobs(policy, ids, seen, learned, **both)
         if reference is not None:
             with torch.no_grad():
-                token_logprobs(reference, ids, everything, completion)
+                token_logprobs(reference, ids, seen, learned)
         self.backward(0.0 * (logprobs + entropy).sum())
         policy.zero_grad(set_to_none=True)
         del moments
@@ -302,18 +306,12 @@ class Run:
         settings, described = self.settings, self.gather_lists([rollout_line(r, step) for r in rollouts])
         line: dict[str, Any] = {"step": step}
         if described:
-            size = settings.group_size
-            line |= summarise(described, size, getattr(settings, "one_reward", False), self.seconds)
-            silent = line["zero_advantage_groups"] * size == len(described)
-            self.silent_steps = self.silent_steps + 1 if silent else 0
+            line |= summarise(described, settings.group_size, self.seconds)
         line |= {**metrics, "learning_rate": self.rate}
         if not self.leader:
             return
         values = {key: line.get(key) for key in ("reward", "format_rate", "kl", "loss")}
         self.bar.set_postfix({key: f"{value:.2f}" for key, value in values.items() if value is not None})
-        if self.silent_steps == SILENT:
-            known = ", ".join(f"{key} {line[key]}" for key in ("reward", "format_rate", "unknown_verdicts"))
-            self.bar.write(NO_SIGNAL.format(known))
         append_jsonl(self.out / "metrics.jsonl", line)
         if described and step % settings.rollouts_every == 0:
             for rollout in groups_to_show(described, settings.group_size):

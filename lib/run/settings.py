@@ -27,7 +27,6 @@ from lib import UserError
 from lib.run.command import Flags, number
 
 T = TypeVar("T")
-LAST_SEED = 2**32 - 1
 TOKENS = 10**9  # no budget of tokens is larger
 
 
@@ -46,7 +45,7 @@ class Common:
     preset: str = setting("sandbox", "where the defaults come from")
     out: str = setting("runs/demo/out", "folder to write")
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
-    seed: int = setting(0, "of every random choice", low=0, high=LAST_SEED)
+    seed: int = setting(0, "of every random choice", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     date: str = setting("", "day that templates are told; none: that of the run in OUT, or today", flag=False)
 
@@ -120,6 +119,9 @@ def preset_values(cls: type, preset: str, *stages: str) -> dict[str, Any]:
     """All settings of the class as the preset has them. UserError for one that the stage has not."""
     values = dataclasses.asdict(cls()) | {"preset": preset}
     module = importlib.import_module(f"lib.run.presets.{preset}")
+    for name, value in values.items():
+        if isinstance(value, str):
+            values[name] = value.replace("runs/demo", getattr(module, "RUNS", "runs/demo"))
     for stage in stages:
         for name, value in getattr(module, stage.upper(), {}).items():
             if name in values:
@@ -144,53 +146,32 @@ def named(flag: str, given: Sequence[str], value: str = "FOLDER or NAME=HUB-NAME
     return values
 
 
-# What of a stage's settings the next one is told, where it is not as the preset has it.
-FOR_TRAINING = ["seed", "device", "dtype", "gradient_checkpointing", "shard", "offload", "reasoning"]
-FOR_EVALUATION = ["seed", "device", "dtype", "judge", "refusals"]
-
-
 def following(settings: Any, stages: Sequence[str]) -> str:
     """The next stage's command, to paste into a shell. After SFT: RL, but on RL's traces the evaluation.
 
-    MODEL and JUDGE stand for what nobody has said, where it is not the sandbox's.
+    It has what was given here otherwise than the preset has it, as far as the next stage takes it.
     """
-    out, stage, flags, kept = settings.out, stages[0], dict[str, Any](), FOR_TRAINING
+    out, stage = settings.out, stages[0]
     name = re.sub(r"[^\w.-]+", "-", Path(out).resolve().name) or "model"  # as far as --models allows
     if stage == "mixture" and settings.sft_prompts and not settings.rainbow:
         script, folder, flags = "02_sft_warmstart.py", "sft", {"data": out, "model": settings.trace_model}
     elif stage == "mixture":
         script, folder, flags = "03_rl_train.py", "rl", {"data": out, "model": settings.rainbow}
     elif stage == "sft" and settings.traces == "sft.jsonl":
-        script, folder = "03_rl_train.py", name.replace("sft", "rl") if "sft" in name else f"{name}-rl"
+        script, folder = "03_rl_train.py", f"rl{name.removeprefix('sft')}"
         flags = {"data": settings.data, "model": out}
     else:
-        script, folder, kept = "04_attack_eval.py", f"eval-{name}", FOR_EVALUATION
+        script, folder = "04_attack_eval.py", f"eval-{name}"
         flags = {"data": settings.data, "models": f"{name}={out}"}
-    flags |= unsaid(settings, stage, script, flags)
+    kept = ["judge", "refusals"] if script.startswith("04") else ["reasoning"]
+    kept = ["seed", "device", "dtype", *kept]
     flags["out"] = os.path.normpath(Path(out) / ".." / folder)
     usual = preset_values(type(settings), settings.preset, *stages)
-    ours = {name: getattr(settings, name) for name in kept if name in usual}
-    flags |= {name: value for name, value in ours.items() if value != usual[name]}
-
-    several = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    words = ["python"] if several == "1" else ["torchrun", "--nproc-per-node", several]
-    words += [script, "--preset", settings.preset]
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
+    flags |= {key: getattr(settings, key) for key in kept if getattr(settings, key, None) != usual.get(key)}
+    words = ["python", script, "--preset", settings.preset]
+    for key, value in flags.items():
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(f"--{key}" if value else f"--no-{key}")
         elif value != "":
-            words += [f"--{flag}", str(value)]
+            words += [f"--{key}", str(value)]
     return shlex.join(words)
-
-
-def unsaid(settings: Any, stage: str, script: str, flags: dict[str, Any]) -> dict[str, str]:
-    """{"judge": "JUDGE"} and the like: what the next stage would take from the sandbox, in another world."""
-    if stage == "mixture":
-        elsewhere = settings.source == "files"
-    else:
-        elsewhere = stage == "sft" and Path(settings.model).resolve() != Path(Training.model).resolve()
-    wanted = {"02_sft_warmstart.py": ["model"], "03_rl_train.py": ["model", "judge"]}.get(script, [])
-    preset = importlib.import_module(f"lib.run.presets.{settings.preset}")
-    said = getattr(preset, "SFT" if script.startswith("02") else "RL", {})
-    return {n: n.upper() for n in wanted if elsewhere and n not in said and not flags.get(n)}

@@ -36,7 +36,7 @@ from lib.judges import Judge
 from lib.policy import token_logprobs
 from lib.run.checkpoint import save_policy
 from lib.run.hub import load_policy
-from lib.run.shards import full_weights
+from lib.run.processes import full_weights
 from lib.sampler import sample
 from tests.bench.decoders import DECODERS, sampling_by
 

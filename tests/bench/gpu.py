@@ -45,8 +45,7 @@ from lib.policy import token_logprobs
 from lib.run.files import read_log
 from lib.run.hub import load_tokenizer
 from lib.run.plumbing import Run, halve_linear_layers, precision
-from lib.run.processes import pick_device
-from lib.run.shards import FULL, full_weights, gathered, shard_model
+from lib.run.processes import FULL, full_weights, gathered, pick_device, shard_model
 from lib.sampler import Completion, draw, sample, uniform
 from tests.bench.decoders import DECODERS, sampling_by
 

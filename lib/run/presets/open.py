@@ -5,13 +5,13 @@ HarmBench and XSTest come as files from GitHub (see docs/real-models.md): on the
 
 from __future__ import annotations
 
+RUNS = "runs/open"
 BASE = "Qwen/Qwen2.5-0.5B-Instruct"
 JUDGE = "qwen3guard+skywork"  # 0.6 B each: they stay beside the policy
 FILES = "runs/open/files"
 
 MIXTURE = dict(
     source="files",
-    out="runs/open/data",
     files=["harmful=aegis:1000", "harmless=ultrafeedback:2000", "ambiguous=or-bench:2000"],
     trace_files=["star1"],
     sft_prompts=900,
@@ -22,15 +22,10 @@ MIXTURE = dict(
 )
 SFT = dict(
     model=BASE,
-    data="runs/open/data",
-    out="runs/open/sft",
     dtype="bfloat16",
     max_batch_tokens=4096,  # without recomputation: half a megabyte of activations a token
 )
 RL = dict(
-    model="runs/open/sft",
-    data="runs/open/data",
-    out="runs/open/rl",
     judge=JUDGE,
     prompts_per_step=16,
     max_new_tokens=1024,
@@ -39,7 +34,6 @@ RL = dict(
     dtype="bfloat16",
 )
 EVAL = {
-    "data": "runs/open/data",
     "out": "runs/open/eval",
     "models": [f"base={BASE}", "sft=runs/open/sft", "tars=runs/open/rl"],
     "direct": ["base"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+RUNS = "runs/paper"
+
 MIXTURE = dict(
     source="files",
-    out="runs/paper/data",
     files=[
         "harmful=wildjailbreak:400+800",  # 400 for SFT, 800 others for RL
         "harmful=aegis:300+400",
@@ -22,22 +23,16 @@ MIXTURE = dict(
 )
 SFT = dict(
     model="Qwen/Qwen2.5-1.5B-Instruct",
-    data="runs/paper/data",
-    out="runs/paper/sft",
     dtype="bfloat16",
     gradient_checkpointing=True,
 )
 RL = dict(
-    model="runs/paper/sft",
-    data="runs/paper/data",
-    out="runs/paper/rl",
     judge="qwen3guard+grm-8b",  # open stand-in for the moderation API; the authors' reward model
     entropy_coef=1e-3,  # not in the paper's text: verl's default when the authors' script ran
     dtype="bfloat16",
     gradient_checkpointing=True,
 )
 EVAL = {
-    "data": "runs/paper/data",
     "out": "runs/paper/eval",
     "judge": "harmbench+grm-8b",  # the paper's classifier of 13 B parameters; task scores as in training
     "max_new_tokens": 4096,

@@ -6,12 +6,12 @@ and `--trace-model` for stage 1, `--model` for the others.
 
 from __future__ import annotations
 
+RUNS = "runs/smollm"
 DATA = "../shared/data"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 MIXTURE = dict(
     source="files",
-    out="runs/smollm/data",
     files=[f"tars@{DATA}/tars/train_lambda_0.5.parquet"],
     eval_files=[
         f"harmbench@{DATA}/harmbench/harmbench_behaviors_text_val.csv",  # its targets beside it
@@ -29,8 +29,6 @@ MIXTURE = dict(
 )
 SFT = dict(
     model=MODEL,
-    data="runs/smollm/data",
-    out="runs/smollm/sft",
     learning_rate=1e-4,  # the paper's 3e-5 is for 3600 traces: 24 updates would not teach the format
     batch_size=4,
     patience=3,
@@ -38,9 +36,6 @@ SFT = dict(
     held_out_share=0.1,
 )
 RL = dict(
-    data="runs/smollm/data",
-    model="runs/smollm/sft",
-    out="runs/smollm/rl",
     judge="standin",
     prompts_per_step=3,
     group_size=6,
@@ -53,7 +48,6 @@ RL = dict(
     rollouts_every=1,
 )
 EVAL = {
-    "data": "runs/smollm/data",
     "out": "runs/smollm/eval",
     "judge": "standin",
     "max_new_tokens": 112,
