@@ -180,6 +180,7 @@ def test_results_are_stage_4_s_form_and_a_text(greedy, inputs):
     text = (inputs / "greedy/decides.md").read_text()
     assert "| 1.00 [0.44, 1.00] | 0.00 [0.00, 0.56] |" in text and "| dsr, m |" in text and "step 0" in text
     assert list(json.loads((inputs / "greedy/results.json").read_text())["models"]) == ["m"]
+    assert (inputs / "greedy/decides.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_of_a_judge_that_knows_no_verdicts_only_the_third_question_is_asked(inputs, tmp_path):

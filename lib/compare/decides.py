@@ -18,7 +18,7 @@ r"""Does the reasoning decide? Three questions to each reasoner, about its reaso
 For 1 and 2 the judge's module has verdict(z) -> "bad", "fine" or None, and with_verdict(z, verdict), as
 lib/sandbox/judge.py has; without them only 3 is asked. A z that is never closed is in 3 alone.
 
-Writes completions.jsonl (after a kill, the same command goes on), results.json and decides.md.
+Writes completions.jsonl (after a kill, the same command goes on), results.json, decides.md and decides.png.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lib.chat import THINK_CLOSE, decode, encode_text, parse_completion
 from lib.compare.tables import markdown
 from lib.judges import OWN, load_judge
 from lib.metrics import BENIGN, SETS, Interval, Lines, bootstrap, wilson
+from lib.report import save
 from lib.run import run_main, start
 from lib.run.files import read_jsonl, read_log, write_json, write_text
 from lib.run.folder import read_settings, reasons
@@ -188,8 +189,19 @@ def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
 # ---- the command
 
 
+def draw(figure: Any, models: dict[str, Figures]) -> None:
+    """Is it the thinking that defends? DSR, without and with GCG, and task score, by the thought allowed."""
+    axes = figure.subplots()
+    axes.set(xlabel="tokens of reasoning allowed", ylabel="share", ylim=(-0.04, 1.04))
+    for color, (name, found) in enumerate(models.items()):
+        for curve, style in {"dsr": "o-", "dsr/gcg": "s:", "task": "^--"}.items():
+            keys = [key for key in found if key.rpartition("/")[0] == curve]
+            ends, means = [key.rpartition("/")[2] for key in keys], [found[key]["mean"] for key in keys]
+            axes.plot(ends, means, style, color=f"C{color}", label=f"{name}: {curve}")
+
+
 def write(run: Any, found: dict[str, list[Figures]]) -> None:
-    """decides.md, with a table a question, and results.json."""
+    """decides.md, with a table a question; decides.png, of the last one; results.json."""
     tables = []
     for question in zip(*found.values(), strict=True):
         cells = {}
@@ -200,6 +212,7 @@ def write(run: Any, found: dict[str, list[Figures]]) -> None:
         tables.append("\n".join(markdown(cells)))
     run.say(text := "\n\n".join(tables))
     write_text(run.out / "decides.md", f"# Does the reasoning decide?\n\n{text}\n")
+    save(draw, {name: parts[-1] for name, parts in found.items()}, run.out / "decides.png")
     results = dict[str, dict[str, Figures]]()
     for name, parts in found.items():
         results[name] = {"decides": {key: part[key] for part in parts for key in part}}

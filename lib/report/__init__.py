@@ -4,6 +4,7 @@
     separations(victim, groups, safe)          inside a model: harmful against safe prompts (paper, Figure 4)
     served_by_prompt, differences              models in pairs, on the same prompts
     draw_curves(metrics_path, png_path)        what stages 2 and 3 have logged, as small panels
+    save(draw, data, path)                     any figure, where matplotlib is installed
 
 Skip it at first: the numbers come from lib/metrics.py, and here they are only shown: sections.py is what the
 report says, page.html how it looks, figures.py what is drawn, where matplotlib is installed. separation.py is
@@ -22,13 +23,13 @@ from pathlib import Path
 from jinja2 import Environment
 
 from lib.metrics import BENIGN, bootstrap, deciding
-from lib.report.figures import draw_curves, draw_figures
+from lib.report.figures import draw_curves, draw_figures, save
 from lib.report.sections import sections, show
 from lib.report.separation import separations
 from lib.run.files import write_text
 from lib.run.text import visible
 
-__all__ = ["differences", "draw_curves", "separations", "served_by_prompt", "write_report"]
+__all__ = ["differences", "draw_curves", "save", "separations", "served_by_prompt", "write_report"]
 PROMPTS = 500  # of each set, in a page
 
 

@@ -158,7 +158,7 @@ def following(settings: Any, stages: Sequence[str]) -> str:
     elif stage == "mixture":
         script, folder, flags = "03_rl_train.py", "rl", {"data": out, "model": settings.rainbow}
     elif stage == "sft" and settings.traces == "sft.jsonl":
-        script, folder = "03_rl_train.py", f"rl{name.removeprefix('sft')}"
+        script, folder = "03_rl_train.py", name.replace("sft", "rl") if "sft" in name else f"rl-{name}"
         flags = {"data": settings.data, "model": out}
     else:
         script, folder = "04_attack_eval.py", f"eval-{name}"
