@@ -172,6 +172,9 @@ def test_a_thought_is_cut_after_k_tokens_and_all_of_it_gives_the_ordinary_answer
         assert figures[f"refused/direct/{k}"] == (round(refused, 4), 3) and figures[f"dsr/gcg/{k}"][1] == 1
         tasks = [x["task"] for x in lines[f"{k} tokens/harmless"]]
         assert figures[f"task/{k}"] == (pytest.approx(sum(tasks) / 3, abs=1e-4), 3)
+        written = [x["answer"] for name in lines if name.startswith(f"{k} tokens/") for x in lines[name]]
+        on = sum("</think>" in answer for answer in written) / len(written)
+        assert figures[f"thinks on/{k}"] == (round(on, 4), len(written))
 
 
 def test_results_are_stage_4_s_form_and_a_text(greedy, inputs):

@@ -81,7 +81,7 @@ def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else
 
 
 def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
-    """F6: compliance with ambiguous prompts is higher, DSR is equal. F2: what is missing is not judged."""
+    """F6: compliance with ambiguous prompts is higher, DSR is equal. F1: what is missing is not judged."""
     root = make_root(tmp_path, "<!-- table findings: -->\n<!-- end -->\n", "")
     close = {("tars-0.5 - plain-only", "DSR"): [0.01, 0.0, -0.01, 0.0, 0.0]}
     higher = {("tars-0.5 - plain-only", "compliance/ambiguous"): [0.2, 0.3, 0.2, 0.3, 0.2]}
@@ -93,7 +93,7 @@ def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
     text = tables.pages(root)[root / "docs/results.md"]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| F")]
     verdicts = {row[0]: row[-1] for row in rows}
-    assert verdicts["F6"] == "reproduced" and verdicts["F4"] == "open" and verdicts["F5"] == "in part"
-    assert verdicts["F7"] == "not reproduced" and verdicts["F1"] == "open"
-    assert "tars-0.5 - plain-only, compliance/ambiguous: +0.24 [+0.17, +0.31] > 0: yes" in text
-    assert "not run | open |" in text and "study ablations -->" in text
+    found = [verdicts[f"F{number}"].strip("|* ") for number in (1, 4, 5, 6, 7)]
+    assert found == ["not run", "open", "in part", "reproduced", "not reproduced"]
+    assert "| tars-0.5 - plain-only: compliance/ambiguous > 0 | +0.24 [+0.17, +0.31] | yes |" in text
+    assert "study ablations -->" in text

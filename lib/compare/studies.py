@@ -251,8 +251,11 @@ TABLES: dict[str, tuple[str, Sequence[str], Mapping[str, str] | str]] = {
     "main": ("seeds", MODELS, BRIEF),  # README's
     "each-seed": ("seeds", (), EACH),
     "kinds": ("seeds", MODELS, "(controls|outcomes/gcg|compliance|task_score|format_rate)/.*"),
-    "methods": ("replicate", (*MODELS, "sft8", "rpo"), "dsr/.*|plane/.*|capability/.*|separation/.*"),
-    "reasoning": ("replicate", ("sft", "early", "tars", "sft8", "rpo"), "(decides|twins)/.*|thought.*"),
+    "methods": ("replicate", ALL.split(), "(dsr|plane|capability)/.*"),
+    "inside": ("replicate", ALL.split(), "separation/.*"),
+    "verdicts": ("replicate", REASONERS.split(), "decides/(agreement|no verdict|follows|keeps|leaks)/.*"),
+    "allowed": ("replicate", REASONERS.split(), r"decides/(dsr|dsr/gcg|task|thinks on)/(\d+|all)"),
+    "thoughts": ("replicate", ("sft", "early", "tars", "sft8", "rpo"), "twins/.*|thought.*"),
     "parts": ("ablations", [*points(*PARTS, lambdas=(0.1, 0.5, 0.9)), "harmful-only", "plain-only"], PLANE),
     "parts-kinds": ("ablations", SIDES, "(compliance|task_score)/.*"),
     "parts-steps": ("ablations", SIDES, "training/.*"),

@@ -67,25 +67,28 @@ def table(name: str, kept: dict[str, Results]) -> tuple[str, list[str]]:
 
 
 def findings(kept: dict[str, Results]) -> tuple[str, list[str]]:
-    """Likewise F1 to F10: what each claim of the studies that are kept gave, and what follows from that."""
+    """Likewise F1 to F10: each claim of the studies that are kept, and what follows from all of a finding's.
+
+    A claim of two studies is the first one's, which has more seeds.
+    """
     claims = [(name, claim) for name in STUDIES if name in kept for claim in STUDIES[name].claims]
-    cells, used = dict[Key, str](), dict[str, Results]()
+    lines, used = ["|  | the paper finds | measured here | as claimed? |", "| --- | --- | --- | --- |"], {}
     for finding, what in FINDINGS.items():
-        measured, verdicts = list[str](), set[str]()
+        measured = dict[Key, tuple[str, str]]()
         for name, claim in claims:
-            if claim.finding == finding and (ci := kept[name]["rows"].get(claim.key)):
-                used[name], found = kept[name], verdict(ci, claim.sign)
-                value = shown(ci, " - ").partition(";")[0]
-                measured.append(f"{claim.key[0]}, {claim.figure}: {value} {claim.sign} 0: {found}")
-                verdicts.add(found)
+            ci = kept[name]["rows"].get(claim.key)
+            if claim.finding == finding and ci and claim.key not in measured:
+                used[name], value = kept[name], shown(ci, " - ").partition(";")[0]
+                measured[claim.key] = f"{claim.sign} 0 | {value}", verdict(ci, claim.sign)
+        verdicts = {found for _, found in measured.values()}
         whole = "in part" if "yes" in verdicts else "not reproduced" if "no" in verdicts else "open"
-        cells[finding, "the paper finds"] = what
-        cells[finding, "measured here"] = "; ".join(measured) or "not run"
-        cells[finding, "verdict"] = "reproduced" if verdicts == {"yes"} else whole
+        whole = "not run" if not measured else "reproduced" if verdicts == {"yes"} else whole
+        lines.append(f"| {finding} | {what} | | **{whole}** |")
+        for (ours, figure), (value, found) in measured.items():
+            lines.append(f"| | {ours}: {figure} {value} | {found} |")
     how = f"Mean differences [95 % interval, Student's t], paired by seed; = 0: within {ALIKE} of it."
     captions = [line for results in used.values() for line in (caption(results, ""), "")]
-    commands = "; ".join(results["command"] for results in used.values())
-    return commands, [*captions, how, "", *markdown(cells)]
+    return "; ".join(results["command"] for results in used.values()), [*captions, how, "", *lines]
 
 
 def verdict(ci: Interval, sign: str) -> str:
