@@ -188,7 +188,7 @@ def test_results_are_stage_4_s_form_and_a_text(greedy, inputs):
 
 def test_of_a_judge_that_knows_no_verdicts_only_the_third_question_is_asked(inputs, tmp_path):
     figures, lines = decide(inputs, tmp_path / "out", "--judge", "standin", "--thoughts", "3", "--limit", "1")
-    assert {key.split("/")[0] for key in figures} == {"refused", "dsr", "task"}
+    assert {key.split("/")[0] for key in figures} == {"thinks on", "refused", "dsr", "task"}
     assert {name.split("/")[0] for name in lines} == {"own", "3 tokens", "all tokens"}
 
 
