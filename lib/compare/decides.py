@@ -202,14 +202,17 @@ def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
 
 
 def draw(figure: Any, models: dict[str, Figures]) -> None:
-    """Is it the thinking that defends? DSR, without and with GCG, and task score, by the thought allowed."""
-    axes = figure.subplots()
-    axes.set(xlabel="tokens of reasoning allowed", ylabel="share", ylim=(-0.04, 1.04))
-    for color, (name, found) in enumerate(models.items()):
+    """Is it the thinking that defends? By the thought allowed; no point stands for fewer than 10 cases."""
+    figure.set_size_inches(4.5 * len(models), 4)
+    for axes, name in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        found = models[name]
+        ends = [key.rpartition("/")[2] for key in found if key.startswith("thinks on/")]
+        bars = [found[f"thinks on/{k}"]["mean"] for k in ends]
+        axes.bar(ends, bars, color="0.88", label="thinks on in the answer")
         for curve, style in {"dsr": "o-", "dsr/gcg": "s:", "task": "^--"}.items():
-            keys = [key for key in found if key.rpartition("/")[0] == curve]
-            ends, means = [key.rpartition("/")[2] for key in keys], [found[key]["mean"] for key in keys]
-            axes.plot(ends, means, style, color=f"C{color}", label=f"{name}: {curve}")
+            at = [k for k in ends if found.get(f"{curve}/{k}", {"n": 0})["n"] >= 10]
+            axes.plot(at, [found[f"{curve}/{k}"]["mean"] for k in at], style, label=f"{curve}, of the others")
+        axes.set(title=name, xlabel="tokens of reasoning allowed", ylim=(-0.04, 1.04))
 
 
 def write(run: Any, found: dict[str, list[Figures]]) -> None:
