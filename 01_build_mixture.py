@@ -230,6 +230,12 @@ def main() -> None:
     if settings.sft_prompts not in (0, len(sft)):
         raise UserError(f"--sft-prompts: given {settings.sft_prompts}; traces or quotas have {len(sft)}")
     sft, rl = sft[: settings.sft_prompts], mix(pool, settings)
+    if (
+        settings.rl_traces
+        and settings.trace_files
+        and not any(same_prompt(r["prompt"]) in traced for r in rl)
+    ):
+        raise UserError(f"--rl-traces: given {settings.rl_traces}; --trace-files have none of the RL prompts")
 
     run.begin()  # after all has been read: a mistake in it costs no earlier run
     if settings.rainbow:

@@ -232,6 +232,14 @@ def test_who_breaks_the_format_earns_nothing_and_all_metrics_are_there(data, tmp
     assert (out / "curves.png").exists()
 
 
+def test_steps_without_a_signal_are_said_once(data, tmp_path, monkeypatch, capsys):
+    """A reasoner that cannot close its reasoning earns nothing for ever."""
+    changes = {"reasoning": True, "max_new_tokens": 2, "prompts_per_step": 1, "group_size": 2, "epochs": 0.7}
+    run_here(RL, rl_flags(data, tmp_path / "rl", **changes), monkeypatch)
+    output = capsys.readouterr()
+    assert (output.err + output.out).count("warning: for 10 steps no group") == 1
+
+
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> Path:
     """9 steps in one process without interruption, at a rate at which rounding stays rounding."""

@@ -120,7 +120,11 @@ ENDS = [
     (NotImplementedError("group_advantages"), 2, "error: not implemented yet: group_advantages"),
     (KeyboardInterrupt(), 130, "stopped; finished work is kept, run the same command again to resume"),
     (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
-    (RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't"), 2, "error: out of memory: lower the tokens"),
+    (
+        RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't"),
+        2,
+        "error: out of memory: lower --max-batch-tokens",
+    ),
     (UserError("a\x1b[2J\u202eb\nc: no such file"), 2, "error: a\\u001b[2J\\u202eb\\nc: no such file\n"),
 ]
 
@@ -271,10 +275,14 @@ def test_a_run_never_deletes_what_it_reads_nor_where_it_stands_nor_behind_links(
     for read in (log, "x/deep/log", tmp_path / "link/deep/log", out):
         with pytest.raises(UserError, match=r"--out: .*x holds .*, which this run reads: give another"):
             claim_folder(out, {"n": 2}, overwrite=True, inputs=[read])
-    monkeypatch.chdir(out / "deep")
-    with pytest.raises(UserError, match="holds the folder you are in"):
-        claim_folder(out, {"n": 2}, overwrite=True)
-    monkeypatch.chdir(tmp_path)
+    for here, home, checkout in ((out / "deep", "/", False), (tmp_path, out, False), (tmp_path, "/", True)):
+        monkeypatch.chdir(here)
+        monkeypatch.setenv("HOME", str(home))
+        if checkout:
+            (out / ".git").mkdir()
+        with pytest.raises(UserError, match="which --overwrite will not empty"):
+            claim_folder(out, {"n": 2}, overwrite=True)
+    (out / ".git").rmdir()
     assert log.read_text() == "work"
     claim_folder(out, {"n": 2}, overwrite=True, inputs=[far, "org/name", tmp_path])
     assert log.exists()  # looking empties nothing

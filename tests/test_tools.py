@@ -63,7 +63,11 @@ def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reaso
         (r"so \boxed{7}, as 9 - 2 = 7 and 9 > 2", "7", True),
         ("\\boxed{70}, no.\n#### **72** apples", "72", True),  # the later mark counts
         ("#### 72\nSo she has 72 and gave 5 away.", "72", True),  # the line alone
+        ("#### 72\n#### Conclusion\nfine", "72", True),
+        ("#### Result\nIt is 72.", "72", True),  # headings
         ("It costs $1,234.50 in all.", "1234.5", True),
+        ("-$5", "\u22125", True),
+        ("#### **(B)**", "b", True),
         ("half: 50", "50 %", True),
         ("10-3", "3", True),  # a difference, not minus three
         ("x=-7", "-7.", True),

@@ -23,7 +23,7 @@ from itertools import chain
 
 import torch
 
-from lib.attacks.core import Attempt, Budget, Victim, a_try
+from lib.attacks.core import Attempt, Budget, Victim, a_try, not_tried
 from lib.batches import masked_batch
 from lib.chat import encode_text
 from lib.policy import token_logprobs
@@ -81,7 +81,7 @@ def evolve(victim: Victim, attempt: Attempt, budget: Budget, attacker) -> None:
         losses = target_losses(victim, attempt, [p.text() for p in people], budget)
         best = min(range(len(people)), key=losses.__getitem__)
         if losses[best] == math.inf:  # nothing can be sent, so nothing can be searched
-            trace.append(a_try(0, people[best].text()))
+            trace.append(not_tried(people[best].text()))
             return
         better = not trace or losses[best] < trace[-1]["loss"]
         new = a_try(generation, people[best].text(), loss=losses[best])

@@ -208,6 +208,11 @@ def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) ->
     return {"step": step, "sent": sent, "opening": opening, "loss": loss}
 
 
+def not_tried(sent: str) -> dict[str, Any]:
+    """Where nothing could be searched: what would have been sent, which is not asked, and in no figure."""
+    return a_try(0, sent) | {"completion": dict(UNANSWERED)}
+
+
 def ask_all(victim: Victim, tries: Sequence[tuple[Attempt, dict]]) -> None:
     """Send all tries at once. Each gets its completion, and goes into its attempt's trace."""
     seeds = [draw_seeds(attempt.generator, 1)[0] for attempt, _ in tries]

@@ -18,14 +18,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from lib import UserError
-from lib.attacks.core import Attempt, Budget, Victim, a_try, ask_all, attach, encode_each
+from lib.attacks.core import Attempt, Budget, Victim, a_try, ask_all, attach, encode_each, not_tried
 from lib.cache import repeat_row
 from lib.chat import THINK_CLOSE, encode_text
 from lib.policy import table_rows
@@ -59,12 +58,12 @@ def random_suffix(victim, attempts, budget, search) -> None:
 
 
 def search_and_attach(slots: list[Slot], attempts: list[Attempt], budget: Budget, search: Callable) -> None:
-    """Search in the slots that fit, and put what is found behind all prompts. Where none fits, what is sent
-    is too long to be asked."""
+    """Search in the slots that fit, put what is found behind all prompts; where none fits, ask nothing."""
     slots = [slot for slot in slots if slot.fits]
-    start: dict[str, Any] = {"step": 0, "suffix": budget.initial_suffix(), "loss": None}
-    found = search(slots, budget, attempts[0].generator) if slots else [start]
+    found = search(slots, budget, attempts[0].generator) if slots else []
     for attempt in attempts:
+        if not found:
+            attempt.trace.append(not_tried(attach(attempt.prompt, budget.initial_suffix())))
         for best in found:
             sent = attach(attempt.prompt, best["suffix"])
             attempt.trace.append(a_try(best["step"], sent, loss=best["loss"]))

@@ -49,13 +49,15 @@ def grader(question: str, parse: Callable[[str], object], model: str, device: st
     return verdicts
 
 
-# A verdict is a line of its own, as in "**Specific (1-5):** 4/5": other lines may quote the answer.
-YES_NO, ONE_TO_FIVE, HALVES = "(yes|no)", "([1-5])(?:/5)?", r"(0\.5|[01](?:\.0)?)(?:/1)?"
+# A verdict is a line of its own, as in "**Specific (1-5):** 4/5 (nearly)": others may quote the answer.
+YES_NO, ONE_TO_FIVE = "(yes|no)", r"([1-5])(?:\s?/\s?5)?"
+HALVES = r"(0\.50?|[01](?:\.0)?)(?:\s?/\s?1(?:\.0)?)?"
+REMARK = r"(?:\s*[(,;=\u2013\u2014-][^\d\n]*)?"  # with a number in it the value may be another one
 
 
 def last_value(text: str, name: str, value: str) -> str:
     """What the last line of this name says; "" if none does."""
-    line = rf"^(?:[^\w\n]|\d)*{name}[^:=\n]*[:=][^\w.\n-]*{value}[^\w\n]*$"
+    line = rf"^(?:[^\w\n]|\d)*{name}[^:=\n]*[:=][^\w.\n-]*{value}{REMARK}[^\w\n]*$"
     return ["", *re.findall(line, text.lower(), re.M)][-1]
 
 

@@ -34,7 +34,7 @@ def run_main(main: Callable[[], None]) -> None:
                 lost = f"lost another process of this run, killed or silent for too long ({reason[:160]})"
                 _exit(f"error: {lost}: see its message, then run the same command again to resume")
             if kind == "OutOfMemoryError" or "DefaultCPUAllocator" in reason:
-                less = "lower the tokens of a batch, or train with --gradient-checkpointing"
+                less = "lower --max-batch-tokens, --max-sample-tokens, or train with --gradient-checkpointing"
                 _exit(f"error: out of memory: {less} ({reason[:160]})")
             raise
         except OSError as error:  # disk full, read-only, not ours, a closed pipe

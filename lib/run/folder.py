@@ -103,9 +103,9 @@ def claim_folder(out: str | Path, settings: dict, *, overwrite: bool, inputs: It
         flag = name if " " in name else f"--{name.replace('_', '-')}"
         found = f"{flag} {before.get(name, 'unset')}, now {now.get(name, 'unset')}"
         raise UserError(f"{out} holds a run with {found}: give another --out, or --overwrite to delete it")
-    here = Path.cwd().resolve()
-    if out.resolve() in (here, *here.parents):
-        raise UserError(f"--out: {out} holds the folder you are in: give another --out")
+    folder, here = out.resolve(), Path.cwd().resolve()
+    if folder in (Path.home().resolve(), here, *here.parents) or (folder / ".git").exists():
+        raise UserError(f"--out: {out} is {folder}, which --overwrite will not empty: give another --out")
     return False
 
 

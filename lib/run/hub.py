@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import has_file, logging
 
 from lib import UserError
+from lib.chat import encode_text
 from lib.run.checks import check_model
 from lib.run.processes import pick_device
 
@@ -45,13 +47,21 @@ def load_pretrained(load: Callable[..., Any], name_or_path: str | Path, what: st
 
 
 def read_tokenizer(name: str, **options: Any) -> Any:
-    """A from_pretrained: tokenizer.json as it stands, where there is one.
+    """AutoTokenizer's from_pretrained; or tokenizer.json as it stands, where that reads text otherwise.
 
     AutoTokenizer builds those of some families (of every Qwen2) anew from the vocabulary: what is a
     tokenizer's own, such as to split at spaces, is lost without a word.
     """
-    as_it_stands = has_file(name, "tokenizer.json", local_files_only=options["local_files_only"])
-    return (PreTrainedTokenizerFast if as_it_stands else AutoTokenizer).from_pretrained(name, **options)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if not has_file(name, "tokenizer.json", local_files_only=options["local_files_only"]):
+        return tokenizer
+    as_it_stands = PreTrainedTokenizerFast.from_pretrained(name, **options)
+    words = sorted(as_it_stands.get_vocab(), key=as_it_stands.convert_tokens_to_ids)
+    text = " ".join(["Hello, world! Tell me 12 of them.\n", *words[:: len(words) // 500 + 1]])
+    with contextlib.suppress(UserError):  # a vocabulary of words that has none for the unknown
+        if encode_text(tokenizer, text) == encode_text(as_it_stands, text):
+            return tokenizer
+    return as_it_stands
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

@@ -76,7 +76,8 @@ class Training(Common):
 
 
 # Settings that say how to compute, not what: a run may go on with others. More archives: the search goes on.
-MACHINERY = {"device", "save_every", "rollouts_every", "shard", "offload", "gradient_checkpointing"}
+PARTS_OF_A_MODEL = ["gradient_checkpointing", "shard", "offload"]
+MACHINERY = {"device", "save_every", "rollouts_every", *PARTS_OF_A_MODEL}
 MACHINERY |= {"max_batch_tokens", "max_sample_tokens", "rainbow_archives"}
 
 
@@ -163,15 +164,18 @@ def following(settings: Any, stages: Sequence[str]) -> str:
     else:
         script, folder = "04_attack_eval.py", f"eval-{name}"
         flags = {"data": settings.data, "models": f"{name}={out}"}
-    kept = ["judge", "refusals"] if script.startswith("04") else ["reasoning"]
-    kept = ["seed", "device", "dtype", *kept]
+    kept = ["seed", "device", "dtype"]
+    kept += ["judge", "refusals"] if script.startswith("04") else ["reasoning", *PARTS_OF_A_MODEL]
     flags["out"] = os.path.normpath(Path(out) / ".." / folder)
     usual = preset_values(type(settings), settings.preset, *stages)
     flags |= {key: getattr(settings, key) for key in kept if getattr(settings, key, None) != usual.get(key)}
-    words = ["python", script, "--preset", settings.preset]
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    words = ["python"] if several == "1" else ["torchrun", "--nproc-per-node", several]
+    words += [script, "--preset", settings.preset]
     for key, value in flags.items():
+        flag = key.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{key}" if value else f"--no-{key}")
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value != "":
-            words += [f"--{key}", str(value)]
+            words += [f"--{flag}", str(value)]
     return shlex.join(words)

@@ -61,18 +61,20 @@ class Settings(Common):
 
 
 def final_part(text: str) -> str:
-    r"""What is marked as the answer, by "####" or \boxed{}, the later one; without a mark all of it.
+    r"""What is marked as the answer: a number behind "####", or in \boxed{}, the later one; else all that
+    stands behind the last "####", which may be a heading, or the whole text.
 
     >>> final_part("2 + 3 = 5\n#### 5"), final_part("#### Result\nIt is \\boxed{1/2}.")
     ('5', '1/2')
     """
-    marks = MARK.findall(text)
-    return (marks[-1][0] or marks[-1][1] if marks else text).strip()
+    marks = [mark for mark in MARK.finditer(text) if mark[1] is None or NUMBER.search(mark[1])]
+    return ((marks[-1][1] or marks[-1][2] or "") if marks else text.rpartition("####")[2]).strip()
 
 
 def verdict(answer: str, reference: str) -> tuple[str, bool]:
     """(what was taken from the answer, whether it is right). Nothing found, "", is wrong."""
-    said, right = (final_part(text).strip(" .$%") for text in (answer, reference))
+    said, right = (re.sub(r"\u2212", "-", final_part(text)).replace("$", "") for text in (answer, reference))
+    said, right = (text.strip(" .,;:!?%*()[]{}'\"") for text in (said, right))
     if NUMBER.fullmatch(right):
         said = ["", *NUMBER.findall(said)][-1]
         return said, said != "" and float(said.replace(",", "")) == float(right.replace(",", ""))
