@@ -188,6 +188,8 @@ def write_traces(
         return []
     if settings.trace_files:
         rows = [traced.get(same_prompt(record["prompt"]), [])[:count] for record in records]
+        if not any(rows):
+            raise UserError(f"--trace-files: have none of the prompts that want {use}")
         pairs = [[[row["reasoning"], row["answer"]] for row in part] for part in rows]
     elif settings.trace_model:
         pairs = sources.write_traces(records, count, settings, use)
@@ -230,12 +232,6 @@ def main() -> None:
     if settings.sft_prompts not in (0, len(sft)):
         raise UserError(f"--sft-prompts: given {settings.sft_prompts}; traces or quotas have {len(sft)}")
     sft, rl = sft[: settings.sft_prompts], mix(pool, settings)
-    if (
-        settings.rl_traces
-        and settings.trace_files
-        and not any(same_prompt(r["prompt"]) in traced for r in rl)
-    ):
-        raise UserError(f"--rl-traces: given {settings.rl_traces}; --trace-files have none of the RL prompts")
 
     run.begin()  # after all has been read: a mistake in it costs no earlier run
     if settings.rainbow:
