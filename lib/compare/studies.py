@@ -156,10 +156,13 @@ def frontier(lambdas: Sequence[float], methods: Sequence[str], claimed=(), attac
     return Study("frontier", 5, 40, runs, means, shown, claimed, curves)
 
 
-BY_LAMBDA = [
-    *claims("F1", "tars", "sft8 rpo rl-direct", ">", *AREAS),
+LARGER_LAMBDA = [
     *claims("F2", "tars-0.9", "tars-0.1", ">", SAFETY),
     *claims("F2", "tars-0.9", "tars-0.1", "<", COMPLIANCE, *THOUGHT),
+]
+BY_LAMBDA = [
+    *claims("F1", "tars", "sft8 rpo rl-direct", ">", *AREAS),
+    *LARGER_LAMBDA,
     *claims("F10", "sft8-0.9", "sft8-0.1", "=", SAFETY, COMPLIANCE),
     *claims("F10", "rpo-0.9", "rpo-0.1", "=", SAFETY, COMPLIANCE),
 ]
@@ -169,6 +172,7 @@ BY_LAMBDA = [
 # Heavy is 10/3 of the rate and twice the epochs, as in the paper. An early stop would keep the best of them.
 HEAVY = "02_sft_warmstart.py --data @data --learning-rate 6.7e-4 --epochs 2 --held-out-share 0"
 ABLATED = [
+    *LARGER_LAMBDA,
     *claims("F4", "harmful-only", "tars-0.5", "<", "compliance/ambiguous", TASK),
     *claims("F4", "harmful-only", "tars-0.5", ">", "training/reward/quarter 1"),
     *claims("F4", "harmful-only", "tars-0.5", "<", "training/reasoning_tokens_harmful/quarter 4"),
@@ -257,7 +261,7 @@ TABLES: dict[str, tuple[str, Sequence[str], Mapping[str, str] | str]] = {
     "allowed": ("replicate", REASONERS.split(), r"decides/(dsr|dsr/gcg|task|thinks on)/(\d+|all)"),
     "thoughts": ("replicate", ("sft", "early", "tars", "sft8", "rpo"), "twins/.*|thought.*"),
     "parts": ("ablations", [*points(*PARTS, lambdas=(0.1, 0.5, 0.9)), "harmful-only", "plain-only"], PLANE),
-    "parts-kinds": ("ablations", SIDES, "(compliance|task_score)/.*"),
+    "parts-kinds": ("ablations", SIDES, "(compliance|task_score)/(harmless|ambiguous/.*)"),
     "parts-steps": ("ablations", SIDES, "training/.*"),
     "parts-areas": ("ablations", PARTS, AREA),
     "diversity": ("ablations", ("sft", "sft-heavy"), "diversity/.*"),
