@@ -35,7 +35,7 @@ from typing import Any
 from lib import UserError
 from lib.attacks import NOT_ASKED, Lab, Model, a_try, files_of, read_sets
 from lib.chat import THINK_CLOSE, decode, encode_text, parse_completion
-from lib.compare.tables import markdown
+from lib.compare.tables import brief, markdown
 from lib.judges import OWN, load_judge
 from lib.metrics import BENIGN, SETS, Interval, Lines, bootstrap, wilson
 from lib.report import save
@@ -223,7 +223,7 @@ def write(run: Any, found: dict[str, list[Figures]]) -> None:
         for name, part in zip(found, question, strict=True):
             for key in sorted(part, key=lambda key: key.rpartition("/")[0]):
                 figure, _, column = key.rpartition("/")  # a set, a step, or tokens
-                cells[f"{figure}, {name}", column] = "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**part[key])
+                cells[f"{figure}, {name}", column] = brief(part[key])
         tables.append("\n".join(markdown(cells)))
     run.say(text := "\n\n".join(tables))
     write_text(run.out / "decides.md", f"# Does the reasoning decide?\n\n{text}\n")

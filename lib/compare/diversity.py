@@ -26,7 +26,7 @@ import torch
 from lib.batches import masked_batch
 from lib.chat import encode_prompt
 from lib.compare.rpo import Response, collect_responses
-from lib.compare.tables import markdown
+from lib.compare.tables import brief, markdown
 from lib.judges import load_judge
 from lib.metrics import Interval, bootstrap, wilson
 from lib.policy import token_logprobs
@@ -127,7 +127,7 @@ def main() -> None:
     cells = dict[tuple[str, str], str]()
     for name, sections in found.items():
         for figure, ci in (sections["diversity"] | sections["twins"]).items():
-            cells[figure, name] = "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**ci)
+            cells[figure, name] = brief(ci)
     print(*markdown(cells), sep="\n")
     write_json(run.out / "results.json", {"models": found, "config": run.config, "seed": settings.seed})
 

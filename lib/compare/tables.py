@@ -116,6 +116,15 @@ def shown(ci: Interval, model: str) -> str:
     return f"{mean} [{rest[0]}, {rest[1]}]; {rest[2]}" if rest else mean
 
 
+def brief(ci: Interval) -> str:
+    """Of one run: mean and interval.
+
+    >>> brief({"mean": 0.825, "low": 0.7, "high": 0.95, "n": 40})
+    '0.82 [0.70, 0.95]'
+    """
+    return "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**ci)
+
+
 def markdown(cells: dict[Key, str]) -> list[str]:
     """A table of models by figures, the longer side down."""
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))

@@ -73,7 +73,7 @@ def final_part(text: str) -> str:
 
 def verdict(answer: str, reference: str) -> tuple[str, bool]:
     """(what was taken from the answer, whether it is right). Nothing found, "", is wrong."""
-    said, right = (re.sub(r"\u2212", "-", final_part(text)).replace("$", "") for text in (answer, reference))
+    said, right = (final_part(text).replace("\u2212", "-").replace("$", "") for text in (answer, reference))
     said, right = (text.strip(" .,;:!?%*()[]{}'\"") for text in (said, right))
     if NUMBER.fullmatch(right):
         said = ["", *NUMBER.findall(said)][-1]
