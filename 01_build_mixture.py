@@ -12,8 +12,8 @@ A model that is rewarded for safety alone learns to refuse everything. What keep
 
 In this order, so that nothing leaks: first every set takes its prompts, and no two take the same (`Taken`).
 Then a set that has none of its own is filled from the training pool, and the pool loses them. The seed
-decides every choice. RL takes harmful prompts in one order, and lambda decides only how many: so mixtures of
-other lambdas share them, and one SFT model serves all.
+decides every choice, lambda only how many: SFT takes the pool's first harmful prompts, RL as many of the next
+ones as lambda wants. So SFT learns the same whatever lambda is, and one pi_SFT serves all mixtures.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
     python 01_build_mixture.py --preset sandbox --rainbow runs/demo/sft --out runs/demo/mixture    # behind 02
@@ -66,7 +66,7 @@ class Settings(Common):
     ambiguous_share: float = setting(0.5, "of the RL prompts that are not harmful. Paper: 0.5", low=0, high=1)
     # Few people change these, and presets only:
     traces_per_prompt: int = setting(4, "at most. Paper: 4", low=1, high=1000, flag=False)
-    max_chars: int = setting(1000, "longer SFT and RL prompts are dropped", low=1, high=10**9, flag=False)
+    max_chars: int = setting(1000, "SFT and RL prompts have fewer", low=1, high=10**9, flag=False)
     max_batch_tokens: int = setting(16384, "in the cache of a model", low=16, high=TOKENS, flag=False)
     trace_temperature: float = setting(0.8, "of --trace-model", low=0.01, high=10, flag=False)
     trace_max_new_tokens: int = setting(256, "of its reasoning, and of its answer", low=1, flag=False)
@@ -107,7 +107,7 @@ class Taken:
     """Which prompts somebody has already, and how many records were left out."""
 
     def __init__(self) -> None:
-        self.owners: dict[str, str] = {}  # by same_prompt: whatever its spaces, capitals, quotes
+        self.owners: dict[str, str] = {}  # by same_prompt: whatever its capitals, spaces, marks
         self.dropped: Counter = Counter()  # by reason: "empty", "duplicate" (of this owner), "in OWNER"
 
     def take(self, records: list[dict], owner: str, most: int | None = None) -> list[dict]:

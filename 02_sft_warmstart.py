@@ -11,9 +11,9 @@ y` from about a thousand harmful prompts with a few traces each. For every updat
 Two things matter more than the loss:
 
 - **Light**: a low rate, few epochs, an early stop. RL chooses among samples, so samples must stay diverse.
-  *Heavy* is `--learning-rate` x 3, twice the `--epochs`, and no early stop (`--held-out-share 0`). By finding
-  F5 of the paper (docs/results.md) it ends in a worse frontier, DSR against compliance. The sandbox's preset
-  is light by its one short epoch; the stop would come with the second.
+  *Heavy* is 10/3 of the `--learning-rate`, twice the `--epochs`, no early stop (`--held-out-share 0`). The
+  paper finds that it ends in a worse frontier, DSR against compliance (F5 in docs/results.md). The sandbox's
+  preset is light by its one short epoch; the stop would come with the second.
 - **Imperfect traces are fine**: some comply where they should not (of the sandbox's, half). RL sorts that
   out; variety is what it needs.
 

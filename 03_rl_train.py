@@ -12,12 +12,12 @@ help, so it pays to find out first which of the two a prompt is. This is GRPO by
     5. one step down the gradient of  -A * ratio + kl_coef * KL            -> grpo_loss, update_policy
     6. log, with whole groups to read, and save                            -> run.log, run.steps
 
-The ratio is pi / pi_old of a token. Its value is 1 at first, its slope that of log pi.
+The ratio, pi / pi_old of a token, is clipped. Its value is 1 at first, its slope that of log pi. (`run` is
+the plumbing: lib/run/__init__.py has a line for each of its methods.)
 
 What is *not* here: no value network (the group's mean is the baseline); no old-policy pass (rollouts are used
-once, so the ratio is 1; `--updates-per-batch 2` repeats the whole batch, without mini-batches, and brings the
-clipped ratio to life); no KL in the reward (it is a term of the loss); no advantage of a single token (a
-completion has one). DPO in the place of steps 4 and 5 is `python -m lib.compare.rpo`.
+once: the ratio is 1; `--updates-per-batch 2` takes the whole batch twice, and the clip acts); no KL in the
+reward (it is a term of the loss); no advantage of a single token. For DPO: `python -m lib.compare.rpo`.
 
     python 03_rl_train.py --preset sandbox --data runs/demo/mixture --model runs/demo/sft --out runs/demo/rl
     torchrun --nproc-per-node 4 03_rl_train.py --preset paper
@@ -26,9 +26,9 @@ Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.j
 step is a function of the saved state and (seed, step): a killed run goes on, on a CPU with the same bits.
 
 **What you should see** (sandbox, seed 0, a minute): the reward climbs from 0.3 to about 0.9 in 50 of 75
-steps. At first nearly every group of a step has a signal; at the end 9 of 16 have none, since all eight
-answers are alike. Refusals rise from 0.5 to 0.9 on harmful prompts, and fall from 0.5 to 0 on all others.
-Read rollouts.jsonl: the early groups disagree with themselves about what a prompt is, the late ones do not.
+steps. Of a step's 16 groups at first 12 have a signal, at the end 7: the others' rewards are all alike.
+Refusals rise from 0.5 to 0.9 on harmful prompts, and fall from 0.5 to 0 on all others. Read rollouts.jsonl:
+the early groups disagree with themselves about what a prompt is, the late ones do not.
 
 To think about: why must the harmless prompts be in the mixture, when all that is wanted is safety? And what
 would the policy learn from a group in which all eight rewards are 0?
@@ -56,12 +56,12 @@ from lib.sampler import Completion, sample
 
 
 @dataclass
-class Settings(Training):
+class Settings(Training):  # defaults: the paper's; the preset, `sandbox` if none is given, has its own
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
     out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK. Paper: moderation API, GRM")
     refusals: str = setting("phrases", "who labels them, for the log: phrases, strongreject, your.module")
-    one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")
+    one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (F7 in docs/results.md)")
     # rollouts
     prompts_per_step: int = setting(32, "prompts a step, over all processes. Paper: 32", low=1)
     group_size: int = setting(8, "completions a prompt, G. Paper: 8", low=2)
@@ -259,7 +259,7 @@ def main() -> None:
     tokenizer, judge = load_tokenizer(settings.model), load_judge(settings.judge, settings.refusals)
     policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
     prompts, pad_id = load_prompts(run, tokenizer, policy), tokenizer.pad_token_id
-    run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
+    run.say(f"{len(prompts)} prompts of {settings.data}; pi_SFT {settings.model}, judge {settings.judge}")
     # What does not fit into memory fails now: the judge (it loads at its first answer), the largest batch.
     for score in (judge.harm_score, judge.task_score, judge.refusal_labels):
         score([prompts[0].record["prompt"]], ["No."])
@@ -274,7 +274,7 @@ def main() -> None:
         rollouts = collect_rollouts(policy, tokenizer, chosen, step, settings, run)
         run.lap("sample")
         score_rollouts(rollouts, judge, settings.one_reward)
-        # Dynamic sampling (DAPO): as long as groups have no two different rewards, sample others, new seeds.
+        # Not here: to sample other prompts for groups whose rewards are all alike (DAPO's dynamic sampling).
         assign_advantages(rollouts, settings)
         run.lap("reward")
         for _ in range(settings.updates_per_batch):
@@ -303,10 +303,10 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
     """Estimate of KL(policy || reference) per token, from samples of the policy (Schulman 2020), (B, T).
 
     k1 is unbiased but may be negative, k2 biased and never negative, k3 unbiased and never negative ("low
-    variance", the paper's). As a term of the loss they differ more. The gradient of k1 is that of log pi,
-    zero on average over samples of pi, so it adds noise and pulls nowhere. That of k2 is, on average, the
-    gradient of the KL itself. That of k3 is the gradient of KL(reference || policy), which is nearly the same
-    as long as the two are near. k3 grows as e^gap, so `lib.policy.k3` clamps it.
+    variance", the paper's). As a term of the loss they differ more, by their gradient's mean over samples of
+    pi. That of k1 is 0, since its gradient is that of log pi: it adds noise and pulls nowhere. That of k2 is
+    the gradient of the KL itself. That of k3 is the gradient of KL(reference || policy), which is nearly the
+    same as long as the two are near. k3 grows as e^gap, so `lib.policy.k3` clamps it.
     """
     ### BEGIN SOLUTION kl
     gap = reference_logprobs - logprobs

@@ -8,7 +8,7 @@ Read with the chapters, in this order (a page or two each):
     cache.py     the key-value cache that the sampler grows and packs
     policy.py    log-probabilities of tokens without ever holding all logits
     batches.py   padding, micro-batches, the order of data
-    metrics.py   attack success, compliance, task score, and their intervals
+    metrics.py   defence success, compliance, task score, and their intervals
 
 Rooms, each with a door (its `__init__`) that says what is inside:
 

@@ -19,16 +19,16 @@ class FixedLayer(StaticLayer):
         columns   0 1 2 3 4 5 6 7 8 9
         row 0     a b c d e x _ _ _ _     `column` is 6, a number on the device, () int64, that all layers
         row 1     . . . f g z _ _ _ _     share: there the next token goes
-        window    ===============         what a step attends to; the mask hides "." and "_"
+        window    =============           what a step attends to on a CPU; on a GPU to all, "_" masked, too
 
     keys, values: (rows, kv_heads, capacity, head_dim). (DynamicLayer copies all of it to append a column.)
     """
 
     def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
-        super().__init__(max_cache_len=keys.shape[2])  # that is the window
+        super().__init__(max_cache_len=keys.shape[2])  # transformers' name of the window
         self.keys: Tensor = keys
         self.values: Tensor = values
-        self.cumulative_length, self.is_initialized = column, True
+        self.cumulative_length, self.is_initialized = column, True  # its name of `column`
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.cumulative_length, key_states.to(self.keys.dtype))
@@ -83,7 +83,7 @@ def attention_mask(model: PreTrainedModel, seen: Tensor, queries: int) -> Tensor
     """The mask of a pass over whole prompts, or of a step (`queries` 1); seen: (rows, columns) bool.
 
     With SDPA (rows, 1, queries, columns) bool; padding sees itself: a query that sees nothing gives NaN on
-    some devices. With other attention, such as sliding windows, `seen`: the model builds a mask of its own.
+    some devices. With other attention, such as windows, it is `seen`, and the model makes its own mask.
     """
     if model.config._attn_implementation != "sdpa" or {*layer_types(model)} != {"full_attention"}:
         return seen

@@ -63,7 +63,7 @@ def token_logprobs(
 
     def of_masked(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         states, number = states_once(model, input_ids, attention_mask)
-        hidden = F.embedding(number[row, column - 1], states)  # states[...], (N, H): t - 1 predicts t
+        hidden = F.embedding(number[row, column - 1], states)  # (N, H), fast states[...]: t - 1 predicts t
         targets, head = input_ids[row, column], partial(_head_logprobs, model)  # (N,)
         if torch.is_grad_enabled() and len(targets) > chunk_size:
             head = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
@@ -127,7 +127,7 @@ def number_tokens(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Te
 
     A token has the number of the one above it if its whole row up to it equals the row above, else a new one.
     """
-    new = attention_mask.clone()  # which tokens get a number: of the picture above, 11111. and ...111
+    new = attention_mask.clone()  # which tokens get a number; at the file's head 11111. and ...111
     alike = (input_ids[1:] == input_ids[:-1]) & attention_mask[:-1]
     new[1:] &= ~alike.long().cumprod(1).bool()  # not those before the first difference
     count = (new.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids)  # 01234. and ...567
@@ -178,7 +178,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def k3(gap: Tensor) -> Tensor:
     """KL(p || q) by token, from samples of p: Schulman's estimator k3 of gap = log q - log p, any shape.
 
-    Clamped to at most 10, with no gradient beyond, as in verl: at a gap of 15.5 the term would be 5.4e6, and
+    Clamped to at most 10, with no gradient beyond, as in verl: at a gap of 15 the term would be 3.3e6, and
     after clipping the gradient nothing else would be learned. (The inner clamp keeps e^gap finite.)
     """
     ### BEGIN SOLUTION kl
@@ -188,10 +188,10 @@ def k3(gap: Tensor) -> Tensor:
 
 
 def context_of(config: PreTrainedConfig) -> int:
-    """The longest row, in tokens, that is computed alike whatever else is in the batch; sys.maxsize: any.
+    """The longest row, in tokens, that the model may read: its context; sys.maxsize where it names none.
 
-    That is the model's context. But two kinds of rotary embeddings change all positions as soon as a batch's
-    longest row is over another length (longrope: Phi-3, Phi-4-mini; dynamic NTK): with them it is this one.
+    Two kinds of rotary embeddings (longrope: Phi-3, Phi-4-mini; dynamic NTK) change all positions once a row
+    of the batch exceeds an inner length: with them it is that length, so that batch-mates change nothing.
     """
     config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or sys.maxsize

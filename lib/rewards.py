@@ -22,7 +22,7 @@ Labels = Callable[[list[str], list[str]], Sequence[str | None]]  # likewise "ful
 
 
 class Judge(Protocol):
-    """Who scores answers: two functions on lists of equal length. Those to choose from are in lib/judges.
+    """Who scores answers. A module of yours has the first two functions, lib/judges adds the rest.
 
     They see prompts and answers, not the reasoning, which is free to consider what an answer must not say.
     None is *unknown*, no verdict that can be read: training leaves it out, for chapter 4 it is no defence.
@@ -61,9 +61,8 @@ def total_reward(
 ) -> float | None:
     """Equations 1 and 2, in [0, 1]; None (unknown) where the judge had no verdict on what they need.
 
-    `one_reward`: r_n for harmful prompts, too. Finding F7 of the paper says that this gives a narrower
-    frontier. Raises ValueError for an unknown kind and for a score that is no number in [0, 1]: training on
-    it must stop.
+    `one_reward`: r_n for harmful prompts, too. The paper finds that this gives a narrower frontier (F7 in
+    docs/results.md). Raises ValueError for an unknown kind, and for a score that is no number in [0, 1].
 
     >>> total_reward("harmful", harm=0.0, task=0.0, well_formed=True)  # refused, rightly
     1.0

@@ -13,15 +13,15 @@ That is `sample_simple`, for one prompt. `sample` writes the same tokens for man
    Each row counts positions from its own first token. So it computes what it would compute alone, up to the
    rounding of matrix products of another shape, whoever shares its batch.
 2. **Rows come and go.** A row that has ended would cost compute until the longest one ends. When a quarter
-   has ended, the cache is repacked: they leave, columns that are now padding in every row are cut, and
-   waiting completions move in. Longest prompts go first: neighbours are alike in length, and what does not
-   fit into memory fails early. `max_batch_tokens` bounds rows x columns, each row counted at full length.
+   has ended, or no column is left, the cache is repacked: ended rows leave, columns that are now padding in
+   all rows are cut, waiting completions move in. Longest prompts go first: neighbours are alike in length,
+   and what does not fit into memory fails early. `max_batch_tokens` bounds rows x columns at full length.
 3. **Shapes stay between two repacks**, so nothing is allocated or copied: a step writes its column in place.
-   All of a step is on the device: tokens, who has ended, the column. To read them the host waits for a GPU,
-   so it does every `LOOK` steps, and cuts off what a row drew behind its end. On a GPU a step attends to all
-   columns, the unwritten ones masked: all steps are alike, and the first is recorded (a CUDA graph). The
-   others replay it: its kernels, 1,400 in a model of 1.5 B, take the host longer to launch than the card to
-   run. On a CPU a step attends to the written columns alone.
+   All of a step is on the device: tokens, who has ended, the column. Reading them makes the host wait for a
+   GPU, so it looks every `LOOK` steps only, and cuts off what a row drew after its end. On a GPU a step
+   attends to all columns, the unwritten ones masked: all steps are alike, and the first is recorded (a CUDA
+   graph). The others replay it: its kernels, 1,400 in a model of 1.5 B, take the host longer to launch than
+   the card to run. On a CPU a step attends to the written columns alone.
 4. **Each completion has its own random numbers**, made from its seed: whatever its batch-mates, the budget,
    the order or the number of processes. A lower `max_new_tokens` only cuts it short.
 
@@ -78,7 +78,7 @@ def sample_simple(
     ### BEGIN SOLUTION sample_simple
     given = ([prompt], seeds, eos_token_ids)
     ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
-    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()  # `cache=`: transformers >= 5.24
+    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()  # `cache=` was past_key_values=
     ended = torch.zeros_like(seed, dtype=torch.bool)
     # Prefill: logits (1, vocab). Then repeat: (rows, vocab).
     logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -203,7 +203,7 @@ class _Batch:
         self.rows_ended = int(self.ended[self.rows].sum())  # waits for the device
 
     def step(self, mask: Tensor) -> None:
-        """Each row's newest token goes through the model and into the cache, and the next one is drawn."""
+        """Each row's newest token is fed, the next one drawn. A row that has ended feeds its last again."""
         rows, newest = self.rows, self.drawn[self.rows] - 1  # (rows,)
         ids, positions = self.tokens[rows, newest], self.lengths[rows] + newest
         mask.index_fill_(-1, self.column, True)
@@ -236,11 +236,11 @@ class _Batch:
 
     def _draw(self, rows: Tensor, logits: Tensor) -> None:
         """The next token of each row, from logits (rows, vocab)."""
-        slot, ended = self.drawn[rows], self.ended[rows]  # (rows,) each
-        token, logprob = self.choose(logits, uniform(self.seeds[rows], slot))
-        self.tokens[rows, slot], self.logprobs[rows, slot] = token, logprob
-        self.drawn[rows] = slot + ~ended  # those that had ended before this draw do not count it
-        self.ended[rows] = ended | (token[:, None] == self.eos).any(1) | (slot + 1 >= self.limit)
+        place, ended = self.drawn[rows], self.ended[rows]  # (rows,) each
+        token, logprob = self.choose(logits, uniform(self.seeds[rows], place))
+        self.tokens[rows, place], self.logprobs[rows, place] = token, logprob
+        self.drawn[rows] = place + (~ended).long()  # a row that had ended before this draw does not count it
+        self.ended[rows] = ended | (token[:, None] == self.eos).any(1) | (place + 1 >= self.limit)
 
     def refill(self, bar: tqdm) -> bool:
         """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""

@@ -302,7 +302,7 @@ def test_ctrl_c_says_that_the_run_can_go_on_and_a_second_one_changes_nothing(tim
         time.sleep(gap)
     process.join(stages.PATIENCE)
     assert process.exitcode == 130
-    stopped = "stopped; finished work is kept, run the same command again to resume"
+    stopped = "stopped; what was saved is kept: run the same command again"
     assert messages(log.read_text()) == [stopped]
 
 

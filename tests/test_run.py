@@ -118,7 +118,7 @@ def test_the_next_command_has_what_was_given_and_not_what_the_preset_has():
 ENDS = [
     (UserError("x is wrong: do y"), 2, "error: x is wrong: do y"),
     (NotImplementedError("group_advantages"), 2, "error: not implemented yet: group_advantages"),
-    (KeyboardInterrupt(), 130, "stopped; finished work is kept, run the same command again to resume"),
+    (KeyboardInterrupt(), 130, "stopped; what was saved is kept: run the same command again"),
     (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
     (
         RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't"),

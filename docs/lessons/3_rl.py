@@ -26,7 +26,7 @@ def rollouts_of(model, step):  # steps 1 to 4 of the algorithm
 
 # %% [markdown]
 # ## One group
-# The one of step 0 nearest to half right; a bar, then a sample. A wrong recipe does no harm: it may pay.
+# The one of step 0 nearest to half right; a bar, then a sample.
 # %%
 groups = groups_of(rollouts_of(policy, 0), G)
 which = min(range(len(groups)), key=lambda i: abs(sum(r.reward for r in groups[i]) - G / 2))

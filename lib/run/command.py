@@ -27,7 +27,7 @@ def run_main(main: Callable[[], None]) -> None:
             _exit(f"error: not implemented yet: {error}")
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not break off the end
-            _exit("stopped; finished work is kept, run the same command again to resume", 130)
+            _exit("stopped; what was saved is kept: run the same command again", 130)
         except RuntimeError as error:  # of torch's, which this module does without
             reason, kind = " ".join(str(error).split()), type(error).__name__
             if kind.startswith("Dist") or "gloo" in reason or "Connection" in reason:

@@ -287,7 +287,8 @@ class Run:
         """The steps that are left of `total`: from 0, or from where a killed run of the same settings was."""
         self.begin()
         first = load_progress(self, policy, optimizer)
-        self.say(f"{total - first} of {total} steps on {self.size} x {self.device}; writing to {self.out}")
+        where = f"on {self.size} x {self.device}, saved to {self.out} every {self.settings.save_every} steps"
+        self.say(f"from step {first} of {total}, {where}")
         with tqdm(range(first, total), name, total, initial=first, disable=not self.leader) as self.bar:
             for step in self.bar:
                 self.rate = set_learning_rate(optimizer, self.settings, step, total)
