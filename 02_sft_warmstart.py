@@ -18,7 +18,7 @@ Two things matter more than the loss:
   out; variety is what it needs.
 
     python 02_sft_warmstart.py --preset sandbox --data runs/demo/data --out runs/demo/sft
-    torchrun --nproc-per-node 4 02_sft_warmstart.py --preset paper
+    torchrun --nproc-per-node 4 02_sft_warmstart.py --preset paper --data runs/paper/data0
 
 `--no-reasoning` learns the answers alone: the start of the baseline "RL without reasoning". The paper's
 comparison "SFT" is this stage once more, from pi_SFT and on 8 traces for each RL prompt (01's `--rl-traces

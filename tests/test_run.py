@@ -238,9 +238,10 @@ def test_claim_a_new_folder_and_resume_it_wherever_it_is_moved(tmp_path):
     assert (tmp_path / "y" / "model").read_text() == "work"
 
 
-def test_a_run_keeps_its_date_and_an_edited_judge_is_another_run(tmp_path, monkeypatch):
+def test_a_run_keeps_its_date_and_an_edited_judge_or_chapter_is_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cls = importlib.import_module("03_rl_train").Settings
+    chapter = importlib.import_module("03_rl_train")
+    cls = chapter.Settings
 
     def joined(text: str) -> Run:
         at_end.close()
@@ -256,6 +257,10 @@ def test_a_run_keeps_its_date_and_an_edited_judge_is_another_run(tmp_path, monke
     assert again.resumes and again.settings.date == "2026-11-25"
     with pytest.raises(UserError, match="sha256 of mine.py"):
         joined("second")
+    Path("03_rl_train.py").write_text("another objective")
+    monkeypatch.setattr(chapter, "__file__", str(tmp_path / "03_rl_train.py"))
+    with pytest.raises(UserError, match="sha256 of .*03_rl_train.py"):
+        joined("first")
 
 
 @pytest.mark.parametrize("file", ["a.jpg", "settings.json"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -73,6 +75,7 @@ class Run:
         keys = ("judge", "refusals", "attacker", "rainbow_judge", "rainbow_attacker")
         named = "+".join(getattr(settings, key, "") for key in keys).split("+")
         modules = [f"{name.replace('.', '/')}.py" for name in named]  # those of yours, if they are files here
+        modules.append(os.path.relpath(str(sys.modules[type(settings).__module__].__file__)))  # the command
         self.config = {**asdict(settings), **checksums(*inputs, *modules)}
         if self.leader:
             self.resumes = claim_folder(self.out, self.config, overwrite=settings.overwrite, inputs=inputs)

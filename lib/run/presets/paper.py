@@ -14,7 +14,11 @@ MIXTURE = dict(
         "harmless=ultrafeedback:2000",
         "ambiguous=or-bench:2000",
     ],
-    eval_files=["harmful=harmbench", "ambiguous=xstest", "harmless=wildchat"],
+    eval_files=[
+        f"harmful=harmbench@{RUNS}/files/harmbench_behaviors_text_all.csv",  # its targets beside it, for GCG
+        "ambiguous=xstest",
+        "harmless=wildchat",
+    ],
     rainbow_share=0.8,  # with --rainbow: of the 1000 harmful ones at lambda 0.5, 800, as `files` takes
     rainbow_attacker="huihui-ai/Qwen2.5-7B-Instruct-abliterated",
     rainbow_judge="qwen3guard+grm-8b",

@@ -52,7 +52,7 @@ EVAL = {
     "judge": "standin",
     "max_new_tokens": 112,
     "answer_tokens": 64,
-    "limit": 8,  # 0: all, see README
+    "limit": 8,  # 0: all, see docs/real-models.md
     "behaviours": 1,
     "attacker": MODEL,
     "attacker_tokens": 48,
