@@ -13,7 +13,7 @@ Two things matter more than the loss:
 - **Light**: a low rate, few epochs, an early stop. RL chooses among samples, so samples must stay diverse.
   *Heavy* is 10/3 of the `--learning-rate`, twice the `--epochs`, no early stop (`--held-out-share 0`). The
   paper finds that it ends in a worse frontier, DSR against compliance (F5 in docs/results.md). The sandbox's
-  preset is light by its one short epoch; the stop would come with the second.
+  preset has one short epoch, so there the early stop never acts.
 - **Imperfect traces are fine**: some comply where they should not (of the sandbox's, half). RL sorts that
   out; variety is what it needs.
 

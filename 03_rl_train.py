@@ -12,8 +12,8 @@ help, so it pays to find out first which of the two a prompt is. This is GRPO by
     5. one step down the gradient of  -A * ratio + kl_coef * KL            -> grpo_loss, update_policy
     6. log, with whole groups to read, and save                            -> run.log, run.steps
 
-The ratio, pi / pi_old of a token, is clipped. Its value is 1 at first, its slope that of log pi. (`run` is
-the plumbing: lib/run/__init__.py has a line for each of its methods.)
+The ratio, pi / pi_old of a token, is clipped. It is 1 at first; its gradient is that of log pi, since pi_old
+is a constant. (`run` is the plumbing: lib/run/__init__.py has a line for each of its methods.)
 
 What is *not* here: no value network (the group's mean is the baseline); no old-policy pass (rollouts are used
 once: the ratio is 1; `--updates-per-batch 2` takes the whole batch twice, and the clip acts); no KL in the
@@ -158,8 +158,8 @@ def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> 
 def group_advantages(rewards: Tensor, std_normalisation: bool, eps: float = 1e-6) -> Tensor:
     """Rewards (prompts, G) -> advantages, fp32: the group is its own baseline (DeepSeekMath, 4.1).
 
-    The std is the sample's (n - 1); where all of a group are rewarded alike, all advantages are 0. So is that
-    of an unknown reward, NaN, which no mean or std counts: the loss's KL and entropy terms alone are left.
+    The std is the sample's (n - 1). Where all of a group are rewarded alike, all advantages are 0. An unknown
+    reward, NaN, is in no mean and no std; its advantage is 0, too: only KL and entropy act on it.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, torch.nan], [1.0, 1.0, 1.0]]), std_normalisation=False)
     tensor([[ 0.5000, -0.5000,  0.0000],
@@ -197,7 +197,7 @@ def grpo_loss(
     weights: Tensor,  # (B,) from `sequence_weights`
     settings: Settings,
 ) -> Tensor:
-    """DeepSeekMath eq. 3 with its sign turned, but for `sequence_weights`. Another objective begins here.
+    """The negative of DeepSeekMath's eq. 3, weighed by `sequence_weights`. Another objective begins here.
 
     All log-probabilities are of the distribution that was sampled, at --temperature. The KL is not weighed by
     the ratio: from the second update on a batch it is an estimate from slightly older samples.

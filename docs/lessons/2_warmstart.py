@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 2: a light warm start
 # Before RL can choose among reasonings, there must be some, and they must differ.
-# This lesson shows what SFT learns from, and what it costs to learn too hard.
+# This lesson shows what SFT learns from, and what is gained and lost by learning harder.
 # The code is that of `02_sft_warmstart.py`.
 # %%
 from dataclasses import replace
@@ -70,7 +70,8 @@ for name, policy in models.items():
 
 # %% [markdown]
 # ## The same over more prompts
-# Entropy is the mean of -log pi over the tokens that were drawn, in nats. The reward is what RL would pay.
+# Entropy: the mean of -log pi over the tokens drawn, in nats. The reward is what RL would pay: heavy
+# begins with more, but on toys. What each becomes by RL is another matter: *diversity* in results.md.
 # %%
 rows = []
 for kind in ("harmful", "harmless", "toy", "decoy", "verb"):

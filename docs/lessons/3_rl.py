@@ -1,5 +1,6 @@
 # %% [markdown]
 # # Lesson 3: from one prompt to a gradient, by the functions of `03_rl_train.py`
+# First the run's settings and prompts, and pi_SFT twice: the policy, and the frozen reference.
 # %%
 import torch
 from lesson import RUN, chapter, settings_of, show_report, table
@@ -26,20 +27,20 @@ def rollouts_of(model, step):  # steps 1 to 4 of the algorithm
 
 # %% [markdown]
 # ## One group
-# The one of step 0 nearest to half right; a bar, then a sample.
+# The one of step 0 nearest to half right; a bar, then a sample. (On harmful ones useless answers pay.)
 # %%
 groups = groups_of(rollouts_of(policy, 0), G)
 which = min(range(len(groups)), key=lambda i: abs(sum(r.reward for r in groups[i]) - G / 2))
 group, *batch = next(run.micro_batches(groups[which], pad_id, 2**20))  # ids, attention mask, mask: (G, T)
 words, seam = tokenizer.convert_ids_to_tokens(group[0].ids), group[0].mask.index(True)
 shown = [f"{word}/{i}" for word, i in zip(words, group[0].ids, strict=True)]
-print(group[0].record["kind"], ":", *shown[:seam], "|", *shown[seam:], "\n")
+print(group[0].record["kind"], ": ...", *shown[seam - 12 : seam], "|", *shown[seam:], "\n")
 rows = [[int(r.parsed.well_formed), r.harm, r.task, r.reward, r.advantage, r.text] for r in group]
 table("r_f | harm | task | r | A | completion", rows)
 
 # %% [markdown]
 # ## The loss, and one update
-# At first all models are one: ratio 1, KL 0, and yet a slope. What has A > 0 should become likelier.
+# At first ratio 1, KL 0, and yet a gradient. Below, the first completion's tokens after the update.
 # %%
 mask, A, T = batch[2], torch.tensor([r.advantage for r in group]), {"temperature": settings.temperature}
 old, ref = (rl.token_logprobs(model, *batch, **T).detach() for model in (policy, reference))  # (G, T)
@@ -49,8 +50,8 @@ loss = rl.grpo_loss(rl.token_logprobs(policy, *batch, **T), old, ref, *rest)
 loss.backward()
 norm, new = run.clip_and_step(optimizer, loss.item()), rl.token_logprobs(policy, *batch, **T).detach()
 print(f"loss {loss:.4f}, after the update {rl.grpo_loss(new, old, ref, *rest):.4f}; gradient {norm:.2f}\n")
-columns = [x[0][mask[0]] for x in (new, old, ref, (new - old).exp(), rl.k3(ref - new))]
-table("token | new | old | ref | ratio | kl", zip(words[seam:], *columns, strict=True))
+columns = [x[0][mask[0]] for x in (new, old, ref, (new - old).exp(), 1000 * rl.k3(ref - new))]
+table("token | new | old | ref | ratio | kl x 1000", zip(words[seam:], *columns, strict=True))
 table("A | log pi before | after | change", zip(A, old.sum(1), new.sum(1), (new - old).sum(1), strict=True))
 
 # %% [markdown]
@@ -72,8 +73,7 @@ table("step | r | completion", [[name, r.reward, r.text] for name in same for r 
 # Sixteen updates on that group. The gap: how far the learned log-probabilities are from the sampled ones.
 # %%
 rows, changes = [], {"as it is": {}, "half temperature": {"temperature": settings.temperature / 2}}
-changes |= {"no KL": {"kl_coef": 0.0}, "KL x 20": {"kl_coef": 20 * settings.kl_coef}}
-changes["no std"] = {"std_normalisation": False}
+changes |= {"no KL": {"kl_coef": 0.0}, "no std": {"std_normalisation": False}}
 for name, change in changes.items():
     changed, model = settings_of(rl, RUN / "rl", **change), run.model(settings.model)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
