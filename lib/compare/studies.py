@@ -171,12 +171,13 @@ BY_LAMBDA = [
 
 # Heavy is 10/3 of the rate and twice the epochs, as in the paper. An early stop would keep the best of them.
 HEAVY = "02_sft_warmstart.py --data @data --learning-rate 6.7e-4 --epochs 2 --held-out-share 0"
+DIVERSE = ("diversity/distinct_reasonings", "diversity/entropy", "diversity/two_rewards")
 ABLATED = [
     *LARGER_LAMBDA,
     *claims("F4", "harmful-only", "tars-0.5", "<", "compliance/ambiguous", TASK),
-    *claims("F4", "harmful-only", "tars-0.5", ">", "training/reward/quarter 1"),
+    *claims("F4", "harmful-only", "tars-0.5", ">", "training/reward_harmful/quarter 1"),
     *claims("F4", "harmful-only", "tars-0.5", "<", "training/reasoning_tokens_harmful/quarter 4"),
-    *claims("F5", "sft-heavy", "sft", "<", "diversity/distinct_reasonings", "diversity/entropy"),
+    *claims("F5", "sft-heavy", "sft", "<", *DIVERSE),
     *claims("F5", "heavy", "tars", "<", *AREAS),
     *claims("F6", "tars-0.5", "plain-only", ">", "compliance/ambiguous"),
     *claims("F6", "tars-0.5", "plain-only", "=", SAFETY),
@@ -193,7 +194,7 @@ def ablations() -> Study:
         runs[f"eval-{name}"] = asked(name, "--behaviours 0")
     runs["eval-heavy"] = asked("sft sft-heavy", "", DIVERSITY)
     shown = f"{study.shown}|(compliance|task_score|diversity)/.*"
-    shown += "|training/(reward|(reasoning_tokens|refusal_rate)_(harmful|ambiguous))/.*"
+    shown += "|training/(reward|reasoning_tokens|refusal_rate)_(harmful|ambiguous)/.*"
     return replace(study, folder="replicate", first_seed=30, runs=runs, shown=shown)
 
 
@@ -255,7 +256,7 @@ TABLES: dict[str, tuple[str, Sequence[str], Mapping[str, str] | str]] = {
     "main": ("seeds", MODELS, BRIEF),  # README's
     "each-seed": ("seeds", (), EACH),
     "kinds": ("seeds", MODELS, "(controls|outcomes/gcg|compliance|task_score|format_rate)/.*"),
-    "methods": ("replicate", ALL.split(), "(dsr|plane|capability)/.*"),
+    "methods": ("replicate", ALL.split(), "(dsr|plane|capability)/.*|training tokens"),
     "inside": ("replicate", ALL.split(), "separation/.*"),
     "verdicts": ("replicate", REASONERS.split(), "decides/(agreement|no verdict|follows|keeps|leaks)/.*"),
     "allowed": ("replicate", REASONERS.split(), r"decides/(dsr|dsr/gcg|task|thinks on)/(\d+|all)"),
@@ -270,6 +271,6 @@ TABLES: dict[str, tuple[str, Sequence[str], Mapping[str, str] | str]] = {
     "thought": ("frontier", points("tars"), "thought.*"),
     "equal-tokens": ("equal-tokens", points("tars", *LONG), PLANE | {"tokens": "training tokens"}),
     "equal-areas": ("equal-tokens", beside_tars(LONG), AREA),
-    "attacks": ("attacks", MODELS, "(dsr|worst_case)/.*"),
+    "attacks": ("attacks", MODELS, "dsr/(plain_or_.*|pap_mean)|controls/.*|worst_case/.*"),
     "rainbow": ("rainbow", ("without", "with", "with - without"), "dsr/.*|plane/task_score"),
 }
