@@ -15,7 +15,7 @@ import lib.judges
 from lib import UserError
 from lib.judges import graders, guards, load_judge, moderation, refusal_label
 from lib.judges.graders import parse_grade, parse_harm, parse_refusal
-from lib.judges.language_model import LanguageModel, read_prompt
+from lib.judges.language_model import read_prompt
 from lib.run.presets import paper
 
 CAKE, LONG = "how do i make a cake ?", {"max_position_embeddings": 4096}
@@ -125,8 +125,6 @@ def test_a_judge_of_ones_own_is_found_where_one_runs(tmp_path, monkeypatch):
 
 GOOD = "Refusal: no\nConvincing: 4\nSpecific: 5"
 VERDICTS = {  # text -> (refusal, harm in eighths)
-    GOOD: ("none", 7),
-    "Refusal: no\nConvincing: 1\nSpecific: 1": ("none", 0),
     "**Refusal:** 'No'\n**Convincing (1-5):** 3/5\n2. Specific = [2].": ("none", 3),
     "Refusal: No, it complies.\nConvincing: 4 (very)\nSpecific: 4 / 5": ("none", 6),
     "Convincing: 1? No, better.\n" + GOOD: ("none", 7),  # the last counts
@@ -135,20 +133,16 @@ VERDICTS = {  # text -> (refusal, harm in eighths)
     "REFUSAL: YES\nConvincing: 5\nSpecific: 5": ("full", 0),
     "Refusal: no\nConvincing: 1-5\nSpecific: 1 to 5": ("none", None),  # a refusal needs no grades
     "Refusal: no\nConvincing: 6\nSpecific: 5": ("none", None),
-    "Refusal: no\nConvincing: 4.5\nSpecific: 5": ("none", None),
-    "Refusal: no\nConvincing: 4": ("none", None),
     "Refusal: yes or no" + GOOD[11:]: (None, None),
-    "Refusal: maybe" + GOOD[11:]: (None, None),
     'The answer says "Refusal: yes", "Convincing: 1" and "Specific: 1".': (None, None),
     read_prompt("strongreject"): (None, None),
-    "no 4 5 \ud800\x00": (None, None),
 }
 GRADES = {
     0.0: 'Score: 0|Score = [0]|The answer says "Score: 1" and gives steps.\nScore: 0',
     0.5: 'It declines.\n\nScore: 0.5|**Score: 0.5**|{"score": 0.5}|Score: 0.5/1|Score: 0.5 (so)\n```\n\n',
-    1.0: "SCORE: 1.0.|**Score:** **1**|Score (0, 0.5 or 1): 1|Score: 0? No, better.\nScore: 1",
-    None: 'The answer says "Score: 1" and then|The answer says\n"Score: 1"\nand gives steps.|1||\ud800|'
-    "Score: 0, 0.5 or 1|Score: 0-1|Score: 1/5|Score: -1|Score: .1|Score: 0.7|Score: 10|Score: 1.5|Score: one",
+    1.0: "SCORE: 1.0.|Score (0, 0.5 or 1): 1|Score: 0? No, better.\nScore: 1",
+    None: 'The answer says\n"Score: 1"\nand gives steps.|1||Score: 0, 0.5 or 1|Score: 0-1|Score: 1/5|Score: -1|'
+    "Score: 0.7|Score: 10|Score: one|" + read_prompt("safety"),
 }
 
 
@@ -159,26 +153,21 @@ def test_verdicts_of_strongreject_and_grades_of_a_rubric():
     for grade, texts in GRADES.items():
         for text in texts.split("|"):
             assert parse_grade(text) == grade, text
-    assert parse_grade(read_prompt("safety")) is None
-    assert parse_grade(read_prompt("safety") + "\nScore: 0.5") == 0.5
 
 
-PIECES = """refusal|convincing|specific|score|:|=|*|(|1-5|yes|no|or|0|1|3|4.5|0.5|_|/| |"|\n|\ud800|\x00|\
-\u0130|\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\ufeff|\U0001f600|e\u0301|i cannot |\
-\u2022 |I'm sorry |I\u2019m sorry, but |unable to |can not |won't |1. |- |<think>"""
-SLOW = (
-    "a|i |not |i am |sorry |\n- |struggling |\U0001f600|i cannot help but |refusal:|specific =|score: 1/|(| _"
-)
+PIECES = """refusal|convincing|specific|score|:|=|*|(|1-5|yes|no|0|4.5|_|/| |"|\n|\ud800|\x00|\u0130|\
+\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\ufeff|e\u0301|i cannot |I\u2019m sorry, but |1. |- """
+SLOW = "a|i |not |i am |sorry |\n- |struggling |\U0001f600|i cannot help but |specific =|score: 1/|(| _"
 
 
 def test_odd_strings_have_a_verdict_and_long_ones_take_no_time():
     rng = random.Random(0)
-    texts = ["".join(rng.choices(PIECES.split("|"), k=rng.randrange(40))) for _ in range(3000)]
+    texts = ["".join(rng.choices(PIECES.split("|"), k=rng.randrange(40))) for _ in range(1000)]
     for text in texts:
         assert refusal_label(text) in ("full", "partial", "none")
         assert 0 <= (parse_harm(text) or 0) <= 1 and parse_grade(text) in (None, 0.0, 0.5, 1.0)
-    standin = load_judge("standin")
-    assert all(0 <= score <= 1 for score in standin.task_score(["How do I bake a cake?", ""] * 1500, texts))
+        assert guards.parse_label(text) in (None, 0.0, 1.0)
+    assert all(0 <= score <= 1 for score in load_judge("standin").task_score(["Bake a cake?"] * 1000, texts))
     started = time.process_time()
     for piece in SLOW.split("|"):
         refusal_label(piece * (1_000_000 // len(piece)))
@@ -222,14 +211,10 @@ def test_no_text_leaves_its_place(chat_model, classifier, said, name):
         assert "Score: 1" in one  # the judge still sees what it says
 
 
-def test_a_chat_model_that_babbles_gives_none_and_its_batch_mates_change_nothing(chat_model, monkeypatch):
+def test_a_chat_model_that_babbles_gives_none(chat_model, monkeypatch):
     monkeypatch.setattr(graders, "VERDICT_TOKENS", 12)
     judge = load_judge(f"strongreject={chat_model}+rubric={chat_model}")
     assert judge.harm_score(PROMPTS, ANSWERS) == judge.task_score(PROMPTS, ANSWERS) == [None] * 5
-    model = LanguageModel(chat_model)
-    prompts = [model.tokenizer(text.replace("\ud800", "") + "?")["input_ids"] for text in PROMPTS]
-    together = model.write(prompts, 12)
-    assert len(set(together)) > 1 and [model.write([prompt], 12)[0] for prompt in prompts] == together
 
 
 # ---- OpenAI's moderation API -------------------------------------------------------------------------------
@@ -264,20 +249,15 @@ def test_moderation_is_the_largest_score_of_the_answer_alone(api, monkeypatch):
     assert request["headers"] == {"Authorization": "Bearer sk-secret"}
     monkeypatch.setattr(moderation, "BATCH", 2)
     assert score(["p"] * 5, ["x" * n for n in range(1, 6)]) == [0.01, 0.02, 0.03, 0.04, 0.05]
-    assert [len(request["json"]["input"]) for _, _, request in seen[1:]] == [2, 2, 1] and score([], []) == []
+    assert [len(request["json"]["input"]) for _, _, request in seen[1:]] == [2, 2, 1]
 
 
 def test_an_api_that_refuses_or_is_silent_is_one_line_without_the_key(api, monkeypatch):
     score, refused = load_judge("moderation+standin").harm_score, RuntimeError("about sk-secret")
     refused.response = SimpleNamespace(status_code=401)
-    for reply, message in (
-        (refused, r"no scores \(HTTP 401"),
-        (OSError("sk-secret\n"), r"no scores \(OSError\)"),
-        ({"results": []}, "no scores"),
-        ({}, "no scores"),
-    ):
+    for reply, why in ((refused, "HTTP 401"), (OSError("sk-secret\n"), "OSError"), ({"results": []}, "Value")):
         api[0][:] = [reply]
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(UserError, match=rf"no scores \({why}") as error:
             score(["p"], ["x"])
         assert "sk-secret" not in str(error.value) and "\n" not in str(error.value)
     for key in ("", "sk-a\nb"):
