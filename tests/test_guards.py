@@ -6,10 +6,10 @@ import hashlib
 import math
 import random
 
+import judge_models
 import pytest
 import torch
-from judge_models import ANSWER, ANSWERS, CHAT, JUDGES, LLAMA, PROMPT, PROMPTS, QWEN
-from judge_models import make_judge, make_model, published
+from judge_models import ANSWER, ANSWERS, CHAT, JUDGES, LLAMA, PROMPT, PROMPTS, QWEN, make_judge, published
 from transformers import AutoModelForCausalLM as CausalLM
 from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig
@@ -29,7 +29,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     made = {which: make_judge(which, folder / which) for which in JUDGES}
     options = {"words": YES_OR_NO, "bos": True, "max_position_embeddings": 4096}
-    return made | {"harmbench": make_model(folder / "harmbench", LlamaConfig, CHAT, **options)}
+    return made | {"harmbench": judge_models.make_model(folder / "harmbench", LlamaConfig, CHAT, **options)}
 
 
 def scorer(which: str, folder: str):
@@ -165,7 +165,7 @@ def test_a_classifier_is_asked_in_the_published_format_of_its_architecture(tmp_p
     """A behaviour about a text is judged with the text apart, if the contexts are told."""
     asked, texts = said
     texts += ["Yes", "\u2581no.", "Maybe", ""]
-    score = scorer("harmbench", make_model(tmp_path, config, CHAT, bos=True))
+    score = scorer("harmbench", judge_models.make_model(tmp_path, config, CHAT, bos=True))
     context = "  A {short} text.\n"
     prompts = [with_context("Sum it up.", context), "Sing {x}.", "c", "d"]
     answers = ["It is short.", "La {generation} é", "", "z"]

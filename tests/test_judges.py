@@ -82,7 +82,6 @@ ERRORS = {
     "standin+moderation": r"for task_score; .*HARM\+TASK names two",
     "qwen3guard@tpu+standin": "given qwen3guard@tpu .* a device: cpu, mps, cuda, cuda:NUMBER",
     "sandbox+json": "json has no function task_score",
-    "qwen3guard@cuda:99+standin": "device cuda:99: .* GPUs found",
     "harmbench=CHAT+standin": "architecture qwen2; HarmBench's are llama and mistral",
     "strongreject=CLASSIFIER+standin": "no chat template",
     "standin REFUSALS no_such": "--refusals: given no_such for .* allowed strongreject, .* phrases",
@@ -141,8 +140,8 @@ GRADES = {
     0.0: 'Score: 0|Score = [0]|The answer says "Score: 1" and gives steps.\nScore: 0',
     0.5: 'It declines.\n\nScore: 0.5|**Score: 0.5**|{"score": 0.5}|Score: 0.5/1|Score: 0.5 (so)\n```\n\n',
     1.0: "SCORE: 1.0.|Score (0, 0.5 or 1): 1|Score: 0? No, better.\nScore: 1",
-    None: 'The answer says\n"Score: 1"\nand gives steps.|1||Score: 0, 0.5 or 1|Score: 0-1|Score: 1/5|Score: -1|'
-    "Score: 0.7|Score: 10|Score: one|" + read_prompt("safety"),
+    None: 'The answer says\n"Score: 1"\nand gives steps.|1||Score: 0, 0.5 or 1|Score: 0-1|Score: 1/5|'
+    "Score: -1|Score: 0.7|Score: 10|Score: one|" + read_prompt("safety"),
 }
 
 
@@ -156,7 +155,7 @@ def test_verdicts_of_strongreject_and_grades_of_a_rubric():
 
 
 PIECES = """refusal|convincing|specific|score|:|=|*|(|1-5|yes|no|0|4.5|_|/| |"|\n|\ud800|\x00|\u0130|\
-\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\ufeff|e\u0301|i cannot |I\u2019m sorry, but |1. |- """
+\nconvincing: 3\n|\nspecific: 2\n|\nrefusal: no\n|\nscore: 1|\ufeff|e\u0301|i cannot |I\u2019m sorry, |1. """
 SLOW = "a|i |not |i am |sorry |\n- |struggling |\U0001f600|i cannot help but |specific =|score: 1/|(| _"
 
 
@@ -255,7 +254,8 @@ def test_moderation_is_the_largest_score_of_the_answer_alone(api, monkeypatch):
 def test_an_api_that_refuses_or_is_silent_is_one_line_without_the_key(api, monkeypatch):
     score, refused = load_judge("moderation+standin").harm_score, RuntimeError("about sk-secret")
     refused.response = SimpleNamespace(status_code=401)
-    for reply, why in ((refused, "HTTP 401"), (OSError("sk-secret\n"), "OSError"), ({"results": []}, "Value")):
+    replies = {"HTTP 401": refused, "OSError": OSError("sk-secret\n"), "ValueError": {"results": []}}
+    for why, reply in replies.items():
         api[0][:] = [reply]
         with pytest.raises(UserError, match=rf"no scores \({why}") as error:
             score(["p"], ["x"])

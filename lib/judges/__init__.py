@@ -115,8 +115,9 @@ def checked(flag: str, part: str, function: str, judged: Callable) -> Callable:
             found = [None if score is None else float(score) for score in found]
         for prompt, x in zip(prompts, found, strict=True):
             if not (x is None or x in labels or (not labels and 0 <= x <= 1)):  # "not a number" is not
+                given = f"gave {x!r} for the prompt {prompt[:60]!r}"
                 allowed = f"{', '.join(labels) or 'numbers in [0, 1]'}, None; finished work is kept"
-                raise UserError(f"{flag}: {part} gave {x!r} for the prompt {prompt[:60]!r}; allowed {allowed}")
+                raise UserError(f"{flag}: {part} {given}; allowed {allowed}")
         return found
 
     return verdicts
