@@ -90,9 +90,7 @@ def test_every_number_stands_in_its_row_and_column(full):
             row = next(row for row in rows if row[0] == key and (head[0] != "model" or row[1] == "tars"))
             shown = dict(zip(head, row[1:], strict=True))
             several = value if head[0] == "model" else {"tars": value}  # a column a figure, or a model
-            assert {name: shown[name.replace("_", " ")] for name in several} == {
-                name: show(cell) for name, cell in several.items()
-            }
+            assert all(shown[name.replace("_", " ")] == show(cell) for name, cell in several.items())
             assert row in lines  # the same as text
     budgets = {row[0]: row[2] for row in found[CAPTIONS["dsr_by_budget"]]}
     for attack, curve in tars["dsr_by_budget"].items():
@@ -169,30 +167,28 @@ def draw(name: str, data) -> list:
     return figure.axes
 
 
-def points(axes, model: str) -> tuple[list, list]:
+def points(axes, model: str) -> list[list]:
     found = {container.get_label(): container.lines[0].get_data() for container in axes.containers}
-    return tuple(map(list, found[model]))
+    return [*map(list, found[model])]
 
 
 def test_axes_and_points(full):
     models = full[1]["models"]
     tars = models["tars"]
-    compliance, task = draw("plane", models)
-    assert compliance.get_xlabel().startswith("compliance") and task.get_xlabel().startswith("task score")
     plane = {key: ci["mean"] for key, ci in tars["plane"].items()}
-    assert points(task, "tars") == ([plane["task_score"]], [plane["plain_or"]])
+    for axes, key in zip(draw("plane", models), ("compliance", "task_score"), strict=True):
+        assert points(axes, "tars") == [[plane[key]], [plane["plain_or"]]]
+        assert axes.get_xlabel().startswith(key.replace("_", " "))
     (attacks,) = draw("attacks", models)
     names = [label.get_text() for label in attacks.get_yticklabels()]
     assert names == ["direct", "plain_or_gcg", "plain_or_pair"]  # the attacks alone are in the table
     assert points(attacks, "tars")[0] == [tars["dsr"][name]["mean"] for name in names]
-    gcg, _ = draw("budgets", models)
     curve = models["base"]["dsr_by_budget"]["plain_or_gcg"]
-    assert points(gcg, "base") == ([0, 5], [value["mean"] for _, value in curve])
-    maps = draw("separation", models)
-    assert maps[1].get_title() == f"tars: before\naccuracy {plane['dsr']:.2f}, margin 2.80"
+    assert points(draw("budgets", models)[0], "base") == [[0, 5], [value["mean"] for _, value in curve]]
+    _, map_of_tars = draw("separation", models)
+    assert map_of_tars.get_title() == f"tars: before\naccuracy {plane['dsr']:.2f}, margin 2.80"
     harmful = [point[:2] for point in tars["separation_map"]["before"] if point[2] == 1]
-    assert maps[1].collections[0].get_offsets().tolist() == harmful and len(maps) == 2
-    assert figures.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]
+    assert map_of_tars.collections[0].get_offsets().tolist() == harmful
 
 
 def test_curves_of_both_stages(tmp_path):
@@ -200,16 +196,16 @@ def test_curves_of_both_stages(tmp_path):
     assert not list(tmp_path.iterdir())  # nothing is logged
     sft: list[dict] = [{"step": step, "loss": 8.0 - step, "grad_norm": 14.5} for step in range(3)]
     sft[2]["held_out_loss"] = 6.5
-    kinds = {"reward_harmful": 0.55, "reward_harmless": None, "reward_ambiguous": 0.06}  # None: not drawn
-    rl: list[dict] = [{"step": i, "reward": 0.35, "kl": float(i % 2), **kinds} for i in range(100)]
+    rl: list[dict] = [{"step": i, "reward": 0.35, "kl": float(i % 2)} for i in range(100)]
+    rl[0] |= {"reward_harmless": None}  # not drawn
     rl[50] |= {"reward_harmless": 0.9, "format_rate": 0.64}
     drawn = []  # {title of a panel: {name of a line: [steps, values]}}
     for records in (sft, rl):
         lines = {axes.get_title(): axes.lines for axes in draw("log", records)}
         drawn.append({t: {x.get_label(): [*map(list, x.get_data())] for x in lines[t]} for t in lines})
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rl))
+    report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     loss = drawn[0]["loss (nats a token)"]
     assert loss["training"] == [[0, 1, 2], [8, 7, 6]] and loss["held out"] == [[2], [6.5]]
     assert list(drawn[1]) == ["reward", "well-formed", "KL to the reference (nats a token)"]

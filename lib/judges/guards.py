@@ -55,7 +55,6 @@ from lib.run.hub import dtype_to_infer, load_weights
 from lib.run.text import readable, without_context
 
 LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
-DATE = "26 Jul 2024"
 
 
 def exchange_encoder(judge: LanguageModel, says: str = "", **options: Any) -> Callable[[str, str], list[int]]:
@@ -143,7 +142,7 @@ def reward_model(model: str, device: str) -> Score:
     judge = RewardModel(model, device)
     if (labels := judge.config.num_labels) != 1:
         raise UserError(f"--judge: {model}: a head of {labels} labels; a reward model has one")
-    encode = exchange_encoder(judge, date_string=DATE)
+    encode = exchange_encoder(judge, date_string="26 Jul 2024")
 
     def reward(states: Tensor) -> Tensor:  # (B, H) -> (B, 1) fp32: bfloat16 has but two or three digits
         return states.float() @ judge.model.get_parameter("score.weight").float().T
