@@ -74,8 +74,8 @@ def as_page(**values: object) -> str:
     Names and completions are text that nobody has vouched for: `visible` names what hides or reorders text,
     and the template escapes all that it is given.
     """
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(**options, finalize=lambda value: visible(str(value)))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.finalize = lambda value: visible(str(value))
     environment.filters["show"] = show
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(values)

@@ -37,7 +37,7 @@ def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> d
     of a reasoner, "after", behind the group's name if it has one. Margin and slack have no interval. victim:
     a lib.attacks.Victim. Groups of fewer than 10 prompts that fit its context, or get there, say nothing.
     """
-    figures, maps = {}, {}
+    figures, maps = dict[str, Interval](), {}
     for place, rows_at in {"before": rows_before, "after": rows_after}.items():
         benign = rows_at(victim, safe)
         for group, texts in groups.items():
