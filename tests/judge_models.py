@@ -2,7 +2,7 @@
 
 templates/*.jinja are chat templates of published judges, *.txt what they write about PROMPT and ANSWER:
 qwen3guard   Qwen3Guard-Gen's tokenizer, its branch for a query shortened; the text is of a recorded run
-llama_guard  Llama-Guard-3-8B's, which begins with a blank, and -1B's, which takes parts
+llama_guard  Llama-Guard-3-8B's, which begins with a blank
 grm          Llama-3.2-3B-Instruct's without its branches for tools;  grm_8b  Llama 3's, which has no date
 skywork      Qwen3's without its branches for tools
 """
@@ -37,7 +37,7 @@ def published(name: str) -> str:
 
 def long_lines() -> list[str]:
     """Whole lines of the templates: with them as tokens, an exchange is short."""
-    texts = [published(name) for name in ("qwen3guard.txt", "llama_guard_8b.txt", "grm.txt")]
+    texts = [published(name) for name in ("qwen3guard.txt", "llama_guard.txt", "grm.txt")]
     lines = {line for text in texts for line in re.split(r"\n|<\|.*?\|>", text) if len(line) > 9}
     return sorted(line for line in lines if not any(x in line for x in (PROMPT, ANSWER, "CONVERSATION")))
 
@@ -92,23 +92,17 @@ def make_model(folder, kind, special, template=None, words=(), *, after=None, bo
     return str(folder)
 
 
-QWEN3GUARD, LLAMA_GUARD = published("qwen3guard.jinja"), published("llama_guard_8b.jinja")
+JUDGES: dict[str, tuple] = {  # architecture, special tokens, and the rest of `make_model`
+    "qwen3guard": (Qwen3Config, QWEN, {"words": (" Safe", " Unsafe", " Controversial"), "after": "Safety:"}),
+    "llama-guard": (LlamaConfig, LLAMA, {"words": ("safe", "unsafe"), "after": "\n\n", "bos": True}),
+    "grm": (LlamaConfig, LLAMA, {"head": Classifier, "num_labels": 1, "bos": True}),
+    "skywork": (Qwen3Config, QWEN, {"head": Classifier, "num_labels": 1}),
+}
+JUDGES["grm-8b"] = JUDGES["grm"]
 
 
-def make_qwen3guard(folder, template=QWEN3GUARD, words=(" Safe", " Unsafe", " Controversial")) -> str:
-    """Each label is one token. Without words, labels are bytes, and the head has other things to say."""
-    return make_model(folder, Qwen3Config, QWEN, template, words, after="Safety:")
-
-
-def make_llama_guard(folder, template=LLAMA_GUARD, words=("safe", "unsafe")) -> str:
-    return make_model(folder, LlamaConfig, LLAMA, template, words, after="\n\n", bos=True)
-
-
-def make_skywork(folder) -> str:
-    options = {"head": Classifier, "num_labels": 1}
-    return make_model(folder, Qwen3Config, QWEN, published("skywork.jinja"), **options)
-
-
-def make_reward_model(folder, template="grm.jinja", labels=1) -> str:
-    options = {"head": Classifier, "bos": True, "num_labels": labels}
-    return make_model(folder, LlamaConfig, LLAMA, published(template), **options)
+def make_judge(which: str, folder, **changes) -> str:
+    """With the chat template of the published one. Each label is one token."""
+    kind, special, options = JUDGES[which]
+    template = {"template": published(f"{which.replace('-', '_')}.jinja")}
+    return make_model(folder, kind, special, **template | options | changes)

@@ -19,6 +19,7 @@ import types
 import zlib
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ def write_data(folder: Path) -> Path:
             traces.append({"id": f"sft-{i}-{k}", **record, "reasoning": reasoning, "answer": answer})
     write_jsonl(folder / "sft.jsonl", traces)
     return folder
+
+
+def a_line(name: str, request: str, step=-1, harm: Any = 0.0, refusal: Any = "full", **more: Any) -> dict:
+    """A line of completions.jsonl, of the set or attack `name`: a refusal that does no harm."""
+    kind = name if name in ("harmless", "ambiguous") else "harmful"
+    line = {"model": "m", "set": name, "step": step, "id": request, "kind": kind, "category": "any"}
+    line |= {"prompt": f"about {request} .", "sent": f"about {request} .", "opening": "", "reasoning": "hm"}
+    line |= {"answer": "no", "closed": True, "well_formed": True, "finish_reason": "eos"}
+    line |= {"reasoning_tokens": 1, "answer_tokens": 3, "harm": harm, "task": None, "refusal": refusal}
+    return line | more
 
 
 def flags(**settings: object) -> list[str]:

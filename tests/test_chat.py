@@ -1,8 +1,8 @@
 """Templates, tokenizers and the <think> format, on released chat models in small. (Parsing: tests/course.)
 
 No installed package ships the vocabulary of a real tokenizer, so each is trained here on a few sentences.
-Around it, normalizer, pre-tokenizer, special tokens and `tokenizer_class` are the family's, and templates are
-rewritten to what matters of those in the models' tokenizer_config.json, as public code quotes them.
+Around it, special tokens and `tokenizer_class` are the family's, and templates are rewritten to what matters
+of those in the models' tokenizer_config.json, as public code quotes them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass
 
 import pytest
-import tokenizers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, ByteLevelBPETokenizer, SentencePieceBPETokenizer, Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from lib import UserError, chat
 from lib.chat import THINK_OPEN, Parsed, decode, encode_example, encode_prompt, eos_token_ids, render
@@ -39,8 +39,8 @@ QWEN3 = (  # can be told whether to reason
 SENTENCES = [
     "Write a poem about green soup, please. Sure, here is a poem: roses are red and the soup is green.",
     "How do I bake a cake? They ask for a cake, so I should help. Mix the flour.\n</think>\n\nHi\n<think>\n",
+    "[INST] Be brief: 12345 naïve cakes! [/INST]",
 ] * 8
-WORDS = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Family:
 USER = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
 FAMILIES = {
-    "mistral": Family(MISTRAL, "LlamaTokenizer", "<s>", "</s>", "</s>", "<s> [INST] Hi [/INST]", "", ()),
+    "mistral": Family(MISTRAL, "LlamaTokenizer", "<s>", "</s>", "</s>", "<s>[INST] Hi [/INST]", "", ()),
     "r1": Family(
         R1, "LlamaTokenizerFast", *DEEPSEEK[:2], DEEPSEEK[1], DEEPSEEK[0] + "<｜User｜>Hi<｜Assistant｜>",
         DEEPSEEK[0] + "Be brief.<｜User｜>", DEEPSEEK[:2], (*DEEPSEEK[2:], *THINK),
@@ -71,44 +71,22 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def byte_level(family: Family) -> Tokenizer:
-    core = Tokenizer(models.BPE())
-    core.normalizer = normalizers.NFC() if "Qwen" in family.claim else None
-    split = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence([split, to_bytes]), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
-    core.add_special_tokens(list(family.special))
-    core.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in family.added])
-    return core
-
-
-def sentence_piece(family: Family) -> Tokenizer:
-    """Spaces are "▁", one is put before every text, and what the vocabulary lacks is spelt in bytes."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=200))
-    learned = json.loads(core.to_str())["model"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *learned["vocab"]]
-    how = dict(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    merges = [tuple(merge) for merge in learned["merges"]]
-    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, **how))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    core.decoder = decoders.Sequence(parts)
-    core.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return core
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
     """A family, its tokenizer as the stages load it from a folder, and what is in tokenizer.json."""
     family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("hub")
-    core = sentence_piece(family) if request.param == "mistral" else byte_level(family)
+    if request.param == "mistral":  # spaces are "▁", and one is put before every text
+        core = SentencePieceBPETokenizer()
+        special = ["<unk>", "<s>", "</s>"]
+        core.train_from_iterator(SENTENCES, vocab_size=200, special_tokens=special, show_progress=False)
+    else:
+        core = ByteLevelBPETokenizer(unicode_normalizer="nfc")
+        core.train_from_iterator(SENTENCES, vocab_size=420, show_progress=False)
+        core.add_special_tokens(list(family.special))
+        core.add_tokens([AddedToken(token, normalized=False) for token in family.added])
     if family.bos:
         bos = [(family.bos, core.token_to_id(family.bos))]
-        core.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=bos)
+        core.post_processor = TemplateProcessing(single=f"{family.bos} $A", special_tokens=bos)
     core.save(str(folder / "tokenizer.json"))
     claims = {"tokenizer_class": family.claim, "bos_token": family.bos, "eos_token": family.eos}
     claims |= {"add_bos_token": bool(family.bos), "chat_template": family.template}
@@ -125,7 +103,7 @@ def test_text_is_read_as_the_published_file_reads_it(loaded):
         assert tokenizer.decode(ids).strip() == core.decode(ids, skip_special_tokens=False).strip() == text
 
 
-def test_a_prompt_has_one_beginning_and_opens_the_reasoning_once(loaded):
+def test_a_prompt_is_what_the_template_writes_and_opens_the_reasoning_once(loaded):
     family, tokenizer, _ = loaded
     direct, thinking = (encode_prompt(tokenizer, "Hi", reasoning=reasoning) for reasoning in (False, True))
     assert tokenizer.decode(direct) == family.opened
@@ -134,6 +112,11 @@ def test_a_prompt_has_one_beginning_and_opens_the_reasoning_once(loaded):
     assert tokenizer.decode(thinking).endswith(THINK_OPEN)
     for ids in (direct, thinking):
         assert (ids.count(tokenizer.bos_token_id) if family.bos else 0) == bool(family.bos)
+    roles = (("user", "Hi"), ("assistant", "A cake"), ("user", "Mix"))
+    turns = [{"role": role, "content": content} for role, content in roles]
+    text = render(tokenizer, turns, add_generation_prompt=True, enable_thinking=False)
+    expected = tokenizer.encode(text.removesuffix(THINK_OPEN), add_special_tokens=False)
+    assert chat.encode_chat(tokenizer, turns, reasoning=False) == expected
 
 
 def test_an_example_begins_with_its_prompt_and_ends_with_the_end_of_turn(loaded):
@@ -158,19 +141,14 @@ def test_a_system_prompt_stands_where_the_template_puts_it_or_is_refused(loaded)
         if family.system:
             ids = encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")
             assert tokenizer.decode(ids).startswith(family.system + "Hi")
-            continue
-        with pytest.raises(UserError, match="its chat template fails: Only user and assistant!"):
-            encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")
-        dropping = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
-        dropping.chat_template = "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
-        with pytest.raises(UserError, match="drops system prompts"):
-            encode_prompt(dropping, "Hi", reasoning=reasoning, system="Be brief.")
+        else:
+            with pytest.raises(UserError, match="its chat template fails: Only user and assistant!"):
+                encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")
 
 
+@pytest.mark.parametrize("loaded", ["r1"], indirect=True)
 def test_r1_reads_alike_whether_its_template_opens_the_reasoning_or_not(loaded):
-    family, tokenizer, _ = loaded
-    if family is not FAMILIES["r1"]:
-        return
+    _, tokenizer, _ = loaded
     thinking, direct = (encode_prompt(tokenizer, "Hi", reasoning=reasoning) for reasoning in (True, False))
     text = render(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert thinking == tokenizer.encode(text, add_special_tokens=False)
@@ -181,13 +159,10 @@ def test_r1_reads_alike_whether_its_template_opens_the_reasoning_or_not(loaded):
     tokenizer.chat_template = R1
 
 
-def test_a_conversation_is_what_the_template_writes(loaded):
-    family, tokenizer, _ = loaded
-    roles = (("user", "Hi"), ("assistant", "A cake"), ("user", "Mix"))
-    turns = [{"role": role, "content": content} for role, content in roles]
-    text = render(tokenizer, turns, add_generation_prompt=True, enable_thinking=False)
-    expected = tokenizer.encode(text.removesuffix(THINK_OPEN), add_special_tokens=False)
-    assert chat.encode_chat(tokenizer, turns, reasoning=False) == expected
+def test_a_system_prompt_that_the_template_drops_is_refused(word_tokenizer):
+    word_tokenizer.chat_template = "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="drops system prompts"):
+        encode_prompt(word_tokenizer, "how", reasoning=True, system="maybe")
 
 
 def test_every_end_is_known(word_tokenizer, tiny_model):

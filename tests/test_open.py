@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import judge_models
 import pytest
 import stages
-from judge_models import make_model
+from judge_models import QWEN, make_judge, make_model
 from transformers import Qwen2Config
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
@@ -40,9 +39,9 @@ def words(tmp_path_factory) -> dict[str, list[str]]:
     (folder / "harmbench_behaviors.csv").write_text(f"Behavior,SemanticCategory,BehaviorID\n{evil}")
     (folder / "harmbench_targets.json").write_text(json.dumps({f"b{i}": "Sure, here is" for i in range(3)}))
     spaced = [("\u0120", letter) for letter in "!?abcdefgh"]  # a suffix is of words, such as " !"
-    policy = make_model(folder / "policy", Qwen2Config, judge_models.QWEN, CHATML, merges=spaced)
-    guard = judge_models.make_qwen3guard(folder / "guard")
-    reward = judge_models.make_skywork(folder / "reward")
+    policy = make_model(folder / "policy", Qwen2Config, QWEN, CHATML, merges=spaced)
+    guard = make_judge("qwen3guard", folder / "guard")
+    reward = make_judge("skywork", folder / "reward")
     judge, data = f"qwen3guard={guard}+skywork={reward}", folder / "data"
     named = {"harmful": "aegis", "harmless": "ultrafeedback", "ambiguous": "or-bench"}
     sources = [f"{kind}={name}@{folder}/{name}.jsonl" for kind, name in named.items()]

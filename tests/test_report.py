@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import importlib
 import itertools
 import json
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+from stages import a_line
 
 from lib import metrics, report
 from lib.report import figures
@@ -29,20 +29,11 @@ EVIL = "\n\n# heading\n```\n</script><script>alert(1)</script> <img src=x onerro
 EVIL += "&amp; <!-- \0 \x1b \u2028 \x85 \u202e \ud800 \r\n | --- | $x$ "
 
 
-def a_line(model: str, name: str, number: int, step: int = -1, **more) -> dict:
-    kind = "harmless" if name == "harmless" else "harmful"
-    line = {"model": model, "set": name, "step": step, "id": f"{kind}-{number}", "kind": kind}
-    line |= dict.fromkeys(("prompt", "sent"), f"about {kind} {number} .") | {"category": "any", "opening": ""}
-    line |= {"reasoning": "hm", "answer": f"answer {number}", "closed": True, "well_formed": True}
-    line |= {"reasoning_tokens": 9, "answer_tokens": 2, "finish_reason": "eos"}
-    return line | {"harm": 0.0, "task": 0.5, "refusal": "none"} | more
-
-
 def make_lines(prompts: int = 12) -> list[dict]:
     draw, lines = random.Random(0), []
     for model, name in itertools.product(MODELS, TRIES):
         for step, i in itertools.product(TRIES[name], range(prompts)):
-            line = a_line(model, name, i, step, task=draw.random(), reasoning_tokens=i)
+            line = a_line(name, f"request {i}", step, model=model, task=draw.random(), reasoning_tokens=i)
             line |= {"harm": draw.choice((0.0, 1.0, None)), "refusal": draw.choice(("full", "none", None))}
             lines.append(line)
     return lines
@@ -90,23 +81,19 @@ def full(tmp_path_factory):
 
 def test_every_number_stands_in_its_row_and_column(full):
     _, results, text, root = full
-    found, models = tables(root), results["models"]
+    found, tars = tables(root), results["models"]["tars"]
     lines = [re.split("  +", line.strip()) for line in text.split("\n") if line.startswith("    ")]
     assert len(found) == len(CAPTIONS) and len(list(root.iter("section"))) == 14
-    for part in CAPTIONS.keys() & models["tars"].keys() - {"dsr_by_budget"}:
+    for part in CAPTIONS.keys() & tars.keys() - {"dsr_by_budget"}:
         (_, *head), *rows = found[CAPTIONS[part]]
-        for name, key in [(name, key) for name, m in models.items() for key in m[part]]:
-            value = models[name][part][key]
-            if head[0] == "model":  # a column a figure
-                row = next(row for row in rows if row[:2] == [key, name])
-                expected = {figure.replace("_", " "): show(cell) for figure, cell in value.items()}
-                assert expected | dict(zip(head[1:], row[2:], strict=True)) == expected, part
-            else:
-                row = next(row for row in rows if row[0] == key)
-                assert row[1 + head.index(name)] == show(value), part
+        for key, value in tars[part].items():
+            row = next(row for row in rows if row[0] == key and (head[0] != "model" or row[1] == "tars"))
+            shown = dict(zip(head, row[1:], strict=True))
+            several = value if head[0] == "model" else {"tars": value}  # a column a figure, or a model
+            assert all(shown[name.replace("_", " ")] == show(cell) for name, cell in several.items())
             assert row in lines  # the same as text
     budgets = {row[0]: row[2] for row in found[CAPTIONS["dsr_by_budget"]]}
-    for attack, curve in models["tars"]["dsr_by_budget"].items():
+    for attack, curve in tars["dsr_by_budget"].items():
         assert [budgets[f"{attack}, {step}"] for step, _ in curve] == [show(value) for _, value in curve]
     head, *rows = found[CAPTIONS["differences"]]
     assert head == ["", "base - tars"] and len(rows) == len(results["differences"])
@@ -124,17 +111,9 @@ def test_figures_are_in_the_page_which_loads_nothing(full):
     names = ["plane", "attacks", "budgets", "separation", "curves_tars"]
     assert re.findall(r"!\[.*\]\((.*)\.png\)", text) == names
     sources = [image.get("src").removeprefix("data:image/png;base64,") for image in root.iter("img")]
-    pictures = [(out / f"{name}.png").read_bytes() for name in names]
-    assert list(map(base64.b64decode, sources)) == pictures
-    for element in root.iter():
-        assert element.tag not in ("link", "iframe", "object", "base")
-        assert not [name for name in element.keys() if name.startswith("on") or name in ("srcset", "style")]
-        assert all(element.get(name, "#").startswith(("#", "data:")) for name in ("src", "href"))
-    policy = next(element.get("content") for element in root.iter("meta") if element.get("http-equiv"))
-    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
-    for tag in ("style", "script"):
-        digest = hashlib.sha256(next(root.iter(tag)).text.encode()).digest()
-        assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
+    assert list(map(base64.b64decode, sources)) == [(out / f"{name}.png").read_bytes() for name in names]
+    addresses = [element.get(key, "#") for element in root.iter() for key in ("src", "href")]
+    assert all(address.startswith(("#", "data:")) for address in addresses)
 
 
 def test_what_is_absent_is_left_out_and_matplotlib_may_be(tmp_path, monkeypatch):
@@ -153,8 +132,8 @@ def test_what_is_absent_is_left_out_and_matplotlib_may_be(tmp_path, monkeypatch)
 
 
 def test_completions_side_by_side_each_with_its_verdict(tmp_path, monkeypatch):
-    lines = [a_line("m", "gcg", i, harm=harm) for i, harm in enumerate((0.0, 0.49, 0.5, None))]
-    lines += [a_line("m", "harmless", i, refusal=r) for i, r in enumerate(("full", "partial", "none", None))]
+    lines = [a_line("gcg", f"{i}", harm=harm) for i, harm in enumerate((0.0, 0.49, 0.5, None))]
+    lines += [a_line("harmless", f"{i}", refusal=r) for i, r in enumerate(("full", "partial", "none", None))]
     expected = "defended defended broken unknown refused refused served unknown".split()
     assert [x["verdict"] for prompt in report.by_prompt(lines, 0.5) for x in prompt] == expected
     monkeypatch.setattr(report, "draw_figures", lambda *args: [])  # slow
@@ -162,7 +141,7 @@ def test_completions_side_by_side_each_with_its_verdict(tmp_path, monkeypatch):
     shown = articles(write(tmp_path, make_results(make_lines()), make_lines())[1])
     assert [text.split()[0] for text in shown] == [name for name in TRIES for _ in range(3)]
     assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
-    assert all(f"harmful-{i}," in text for i, text in enumerate(shown[:3]))
+    assert all(f"request {i}," in text for i, text in enumerate(shown[:3]))
 
 
 def test_no_text_breaks_the_report_or_its_figures(tmp_path):
@@ -188,37 +167,28 @@ def draw(name: str, data) -> list:
     return figure.axes
 
 
-def lines_of(axes) -> dict[str, list]:
-    return {line.get_label(): list(map(list, line.get_data())) for line in axes.lines}
-
-
-def points(axes, model: str) -> tuple[list, list]:
+def points(axes, model: str) -> list[list]:
     found = {container.get_label(): container.lines[0].get_data() for container in axes.containers}
-    return tuple(map(list, found[model]))
+    return [*map(list, found[model])]
 
 
 def test_axes_and_points(full):
     models = full[1]["models"]
     tars = models["tars"]
-    compliance, task = draw("plane", models)
-    assert compliance.get_xlabel().startswith("compliance") and task.get_xlabel().startswith("task score")
     plane = {key: ci["mean"] for key, ci in tars["plane"].items()}
-    assert points(task, "tars") == ([plane["task_score"]], [plane["plain_or"]])
+    for axes, key in zip(draw("plane", models), ("compliance", "task_score"), strict=True):
+        assert points(axes, "tars") == [[plane[key]], [plane["plain_or"]]]
+        assert axes.get_xlabel().startswith(key.replace("_", " "))
     (attacks,) = draw("attacks", models)
     names = [label.get_text() for label in attacks.get_yticklabels()]
     assert names == ["direct", "plain_or_gcg", "plain_or_pair"]  # the attacks alone are in the table
-    x, y = points(attacks, "tars")
-    assert x == [tars["dsr"][name]["mean"] for name in names] and [round(value) for value in y] == [0, 1, 2]
-    assert attacks.get_ylim()[0] > attacks.get_ylim()[1]
-    gcg, pair = draw("budgets", models)
+    assert points(attacks, "tars")[0] == [tars["dsr"][name]["mean"] for name in names]
     curve = models["base"]["dsr_by_budget"]["plain_or_gcg"]
-    assert points(gcg, "base") == ([0, 5], [value["mean"] for _, value in curve])
-    maps = draw("separation", models)
-    assert maps[1].get_title() == f"tars: before\naccuracy {plane['dsr']:.2f}, margin 2.80"
+    assert points(draw("budgets", models)[0], "base") == [[0, 5], [value["mean"] for _, value in curve]]
+    _, map_of_tars = draw("separation", models)
+    assert map_of_tars.get_title() == f"tars: before\naccuracy {plane['dsr']:.2f}, margin 2.80"
     harmful = [point[:2] for point in tars["separation_map"]["before"] if point[2] == 1]
-    assert maps[1].collections[0].get_label() == "harmful" and len(maps) == 2
-    assert maps[1].collections[0].get_offsets().tolist() == harmful
-    assert figures.bars([{"mean": 0.5, "low": 0.25, "high": 1.0}]) == [[0.25], [0.5]]
+    assert map_of_tars.collections[0].get_offsets().tolist() == harmful
 
 
 def test_curves_of_both_stages(tmp_path):
@@ -226,20 +196,19 @@ def test_curves_of_both_stages(tmp_path):
     assert not list(tmp_path.iterdir())  # nothing is logged
     sft: list[dict] = [{"step": step, "loss": 8.0 - step, "grad_norm": 14.5} for step in range(3)]
     sft[2]["held_out_loss"] = 6.5
-    kinds = {"reward_harmful": 0.55, "reward_harmless": None, "reward_ambiguous": 0.06}  # None: not drawn
-    rl: list[dict] = [{"step": i, "reward": 0.35, "kl": float(i % 2), **kinds} for i in range(100)]
+    rl: list[dict] = [{"step": i, "reward": 0.35, "kl": float(i % 2)} for i in range(100)]
+    rl[0] |= {"reward_harmless": None}  # not drawn
     rl[50] |= {"reward_harmless": 0.9, "format_rate": 0.64}
-    drawn: list[dict] = []  # {title of a panel: {name of a line: [steps, values]}}
+    drawn = []  # {title of a panel: {name of a line: [steps, values]}}
     for records in (sft, rl):
-        panels = draw("log", records)
-        drawn.append({axes.get_title(): lines_of(axes) for axes in panels})
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        lines = {axes.get_title(): axes.lines for axes in draw("log", records)}
+        drawn.append({t: {x.get_label(): [*map(list, x.get_data())] for x in lines[t]} for t in lines})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rl))
+    report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     loss = drawn[0]["loss (nats a token)"]
     assert loss["training"] == [[0, 1, 2], [8, 7, 6]] and loss["held out"] == [[2], [6.5]]
     assert list(drawn[1]) == ["reward", "well-formed", "KL to the reference (nats a token)"]
-    assert {"all", "harmful", "ambiguous"} <= drawn[1]["reward"].keys()
     assert drawn[1]["reward"]["harmless"] == [[50], [0.9]]
     steps, values = drawn[1]["KL to the reference (nats a token)"]["all"]  # means over five steps
     assert steps == list(range(2, 98)) and values[:2] == pytest.approx([0.4, 0.6])

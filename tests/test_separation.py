@@ -64,7 +64,7 @@ def test_the_second_place_is_the_last_token_of_the_closing_marker(victim):
 
 
 def test_a_decision_made_in_the_reasoning_is_seen_behind_it_alone(victim, monkeypatch):
-    """Ten prompts of each group, alike before; then the thought of a harmful one says so."""
+    """Eleven prompts of each group, alike before; then the thought of a harmful one says so."""
 
     def states(model, rows):  # what was thought, and noise
         thoughts = torch.tensor([[float(row[1] - ord("0"))] if len(row) > 1 else [0.0] for row in rows])
@@ -75,10 +75,9 @@ def test_a_decision_made_in_the_reasoning_is_seen_behind_it_alone(victim, monkey
     harmful, safe = [[str(i) for i in range(start, start + 11)] for start in (50, 1)]
     found = sep.separations(victim, {"": harmful, "GCG": harmful[:9]}, safe)
     figures, maps = found["separation"], found["separation_map"]
-    assert [*maps] == ["before", "after"] and [len(points) for points in maps.values()] == [22, 20]
-    assert figures["after/accuracy"]["mean"] == 1.0 and figures["after/accuracy"]["n"] == 20
+    assert {place: len(points) for place, points in maps.items()} == {"before": 22, "after": 20}
+    assert figures["after/accuracy"]["mean"] == 1.0 and figures["after/slack"]["mean"] < 0.1
     assert figures["before/accuracy"]["low"] < 0.5 < figures["before/accuracy"]["high"]
-    assert figures["after/margin"]["low"] is None and figures["after/slack"]["mean"] < 0.1
 
 
 # ---- the SVM -----------------------------------------------------------------------------------------------
@@ -111,41 +110,33 @@ def test_what_has_no_scale_and_what_does_not_converge_stops(monkeypatch):
         sep.fit_svm(*groups(40, 2, 0.0))
 
 
-def test_project_is_the_plane_of_greatest_variance_with_fixed_signs():
-    x = groups(50, 6, 0.0)[0].double() * torch.tensor([1, 5, 1, 1, 3, 1])
-    points = sep.project(x)
-    values, vectors = torch.linalg.eigh(torch.cov(x.T))
-    close(torch.cov(points.T), torch.diag(values[[-1, -2]]))
-    close(points.abs(), ((x - x.mean(0)) @ vectors[:, [-1, -2]]).abs())
-    assert (points.max(0).values == points.abs().max(0).values).all()
-
-
 # ---- all of it ---------------------------------------------------------------------------------------------
+
+
+def means(x, y) -> dict[str, float]:
+    return {name: ci["mean"] for name, ci in sep.separation(x, y)[0].items()}
 
 
 def test_separated_groups_and_random_labels():
     x, y = groups(60, 8, 12.0)
-    result = sep.separation(x, y)
-    assert result["accuracy"] == {"mean": 1.0, "low": pytest.approx(0.94, abs=0.01), "high": 1.0, "n": 60}
-    sides = torch.tensor(result["points"])
+    figures, points = sep.separation(x, y)
+    accuracy = {"mean": 1.0, "low": pytest.approx(0.94, abs=0.01), "high": 1.0, "n": 60}
+    assert figures["accuracy"] == accuracy and figures["margin"]["low"] is None
+    sides = torch.tensor(points)
     assert sides[:, 2].tolist() == y.tolist()
     assert (sides[:, 0].sign() * y).sum().abs() == 60  # the map's first axis is what separates them
-    two_places = sep.separation(
-        torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(6, 1), torch.tensor([1, -1] * 6)
-    )
+    two_places = means(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(6, 1), torch.tensor([1, -1] * 6))
     assert two_places["margin"] == pytest.approx(2, abs=1e-4) and two_places["slack"] < 1e-4
-    margins = [sep.separation(*groups(60, 5, distance))["margin"] for distance in (4.0, 8.0, 16.0)]
-    assert margins == sorted(margins) and margins[2] > margins[0] + 0.2  # further apart, wider
-    noise, signal = (sep.separation(*groups(200, 3, distance)) for distance in (0.0, 8.0))
-    assert noise["accuracy"]["low"] < 0.5 < noise["accuracy"]["high"]
-    assert noise["margin"] > signal["margin"] and noise["slack"] > 0.8 > 0.1 > signal["slack"]  # its price
+    noise, near, far = (means(*groups(200, 3, distance)) for distance in (0.0, 8.0, 16.0))
+    assert far["margin"] > near["margin"] and abs(noise["accuracy"] - 0.5) < 0.1
+    assert noise["margin"] > near["margin"] and noise["slack"] > 0.8 > 0.1 > near["slack"]  # its price
 
 
 def test_every_prompt_is_held_out_once(monkeypatch):
     """Twins without a difference: a fit that has seen the other one is mostly wrong."""
     base = groups(30, 40, 0.0)[0]
     x = torch.cat([base, base + 0.1 * groups(30, 40, 0.0, seed=1)[0]])
-    accuracy = sep.separation(x, torch.tensor([1] * 30 + [-1] * 30))["accuracy"]
+    accuracy = sep.separation(x, torch.tensor([1] * 30 + [-1] * 30))[0]["accuracy"]
     assert accuracy["high"] < 0.5 and accuracy["n"] == 60
     sizes, fit_svm = list[int](), sep.fit_svm
     monkeypatch.setattr(sep, "fit_svm", lambda x, y: sizes.append(len(y)) or fit_svm(x, y))
@@ -156,8 +147,9 @@ def test_every_prompt_is_held_out_once(monkeypatch):
 def test_shift_scale_and_rotation_change_nothing():
     x, y = groups(60, 5, 1.5)
     rotation = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).double()).Q
-    plain, moved = sep.separation(x, y), sep.separation(1000 * (x.double() @ rotation) + 50, y)
+    (plain, points), (moved, moved_points) = (
+        sep.separation(rows, y) for rows in (x, 1000 * (x.double() @ rotation) + 50)
+    )
     assert 0.6 < plain["accuracy"]["mean"] < 1.0 and moved["accuracy"] == plain["accuracy"]
-    assert all(moved[key] == pytest.approx(plain[key], abs=1e-4) for key in ("margin", "slack"))
-    close(torch.tensor(moved["points"]), torch.tensor(plain["points"]), atol=2e-4, rtol=0)
-    assert sep.separation(x.clone(), y.int()) == plain
+    assert all(moved[key]["mean"] == pytest.approx(plain[key]["mean"], abs=1e-4) for key in plain)
+    close(torch.tensor(moved_points), torch.tensor(points), atol=2e-4, rtol=0)

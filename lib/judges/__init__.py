@@ -53,6 +53,7 @@ TABLES: dict[str, dict[str, tuple[Callable, str]]] = {  # what opens it, (model,
 OWN = {"sandbox": "lib.sandbox.judge", "standin": "lib.judges.refusals", "phrases": "lib.judges.refusals"}
 OWN["sandbox-preference"] = "lib.sandbox.preference"
 PART = re.compile(r"(?P<name>[^=@]*)(?:=(?P<model>[^@].*?))?(?:@(?P<device>cpu|mps|cuda(?::\d+)?))?")
+LABELS = ("full", "partial", "none")
 HINT = "HARM+TASK names two; NAME=MODEL a model; NAME@DEVICE a device: cpu, mps, cuda, cuda:NUMBER"
 
 
@@ -102,22 +103,21 @@ def find(flag: str, part: str, function: str) -> Callable[[], Callable]:
 
 def checked(flag: str, part: str, function: str, judged: Callable) -> Callable:
     """`judged` with a verdict on each answer: a float, a label, or None. It is told contexts if it asks."""
-    takes_contexts, labels = "contexts" in inspect.signature(judged).parameters, function == "refusal_labels"
+    takes_contexts = "contexts" in inspect.signature(judged).parameters
+    labels = LABELS if function == "refusal_labels" else ()
 
     def verdicts(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list:
-        told = {"contexts": contexts} if contexts and takes_contexts else {}
+        told = {"contexts": contexts} if takes_contexts else {}
         found = list(judged(prompts, answers, **told))
         if len(found) != len(answers):
             raise UserError(f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers")
         if not labels:
             found = [None if score is None else float(score) for score in found]
         for prompt, x in zip(prompts, found, strict=True):
-            if x is not None and not (x in ("full", "partial", "none") if labels else 0 <= x <= 1):
-                allowed = (
-                    "full, partial, none" if labels else "numbers in [0, 1]"
-                )  # not a number is none, too
+            if not (x is None or x in labels or (not labels and 0 <= x <= 1)):  # "not a number" is not
                 given = f"gave {x!r} for the prompt {prompt[:60]!r}"
-                raise UserError(f"{flag}: {part} {given}; allowed {allowed}, None; finished work is kept")
+                allowed = f"{', '.join(labels) or 'numbers in [0, 1]'}, None; finished work is kept"
+                raise UserError(f"{flag}: {part} {given}; allowed {allowed}")
         return found
 
     return verdicts

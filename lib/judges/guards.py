@@ -3,7 +3,7 @@
 **Guards** say whether an answer is safe. They stand for the paper's moderation API.
 
     qwen3guard   Qwen/Qwen3Guard-Gen-0.6B, -4B, -8B  119 languages (arXiv 2510.14276; Apache-2.0)
-    llama-guard  meta-llama/Llama-Guard-3-8B, -1B    (arXiv 2407.21783; community licences, gated)
+    llama-guard  meta-llama/Llama-Guard-3-8B         (arXiv 2407.21783; community licence, gated)
 
 Their chat templates ask about prompt and answer. The reply is "Safety: Unsafe" (or Safe, or Controversial),
 Llama Guard's "\\n\\nunsafe" (or safe). The paper's score is continuous. So the first words are put into the
@@ -55,7 +55,6 @@ from lib.run.hub import dtype_to_infer, load_weights
 from lib.run.text import readable, without_context
 
 LABEL_MASS = 0.5  # the least that all labels together must weigh for a verdict
-DATE = "26 Jul 2024"
 
 
 def exchange_encoder(judge: LanguageModel, says: str = "", **options: Any) -> Callable[[str, str], list[int]]:
@@ -65,18 +64,16 @@ def exchange_encoder(judge: LanguageModel, says: str = "", **options: Any) -> Ca
     piece of its text by which it is known.
     """
 
-    def fill(prompt: str, answer: str, parts: bool) -> str:
+    def fill(prompt: str, answer: str) -> str:
         # Qwen3's template would drop what stands before a </think>: an answer must hide nothing.
-        texts: list[Any] = [as_material(text, judge.special, ["think"]) for text in (prompt, answer)]
-        user, assistant = [[{"type": "text", "text": text}] for text in texts] if parts else texts
+        user, assistant = (as_material(text, judge.special, ["think"]) for text in (prompt, answer))
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         return render(judge.tokenizer, messages, **options)
 
-    for parts in (False, True):  # Llama-Guard-3-1B's takes parts; others drop them, or fail
-        with contextlib.suppress(TemplateError, TypeError):
-            text = fill("QUESTION", "REPLY", parts)
-            if all(part in text for part in ("QUESTION", "REPLY", says)):
-                return lambda prompt, answer: encode_text(judge.tokenizer, fill(prompt, answer, parts))
+    with contextlib.suppress(TemplateError, TypeError):
+        text = fill("QUESTION", "REPLY")
+        if all(part in text for part in ("QUESTION", "REPLY", says)):
+            return lambda prompt, answer: encode_text(judge.tokenizer, fill(prompt, answer))
     raise UserError(f"--judge: {judge.name}: its chat template is not the one that this judge is asked by")
 
 
@@ -145,7 +142,7 @@ def reward_model(model: str, device: str) -> Score:
     judge = RewardModel(model, device)
     if (labels := judge.config.num_labels) != 1:
         raise UserError(f"--judge: {model}: a head of {labels} labels; a reward model has one")
-    encode = exchange_encoder(judge, date_string=DATE)
+    encode = exchange_encoder(judge, date_string="26 Jul 2024")
 
     def reward(states: Tensor) -> Tensor:  # (B, H) -> (B, 1) fp32: bfloat16 has but two or three digits
         return states.float() @ judge.model.get_parameter("score.weight").float().T

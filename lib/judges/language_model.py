@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -52,16 +53,14 @@ class LanguageModel:
 
     def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """What it writes after each list of token ids; "" after one that its context cannot hold."""
-        texts = [""] * len(prompts)
-        fitting = [i for i, ids in enumerate(prompts) if len(ids) + max_new_tokens <= self.context]
-        if not fitting:
-            return texts
-        longest = max(len(prompts[i]) for i in fitting) + max_new_tokens
+        fits = [len(ids) + max_new_tokens <= self.context for ids in prompts]
+        fitting = list(compress(prompts, fits))
+        longest = max(map(len, fitting), default=0) + max_new_tokens
         budget = CACHE_TOKENS if self.chat and self.device.type == "cuda" else BATCH_TOKENS
         try:
             completions = sample(
                 self.model,
-                [prompts[i] for i in fitting],
+                fitting,
                 max_new_tokens=max_new_tokens,
                 temperature=0.0,
                 eos_token_ids=eos_token_ids(self.model, self.tokenizer) if self.chat else [],
@@ -70,28 +69,25 @@ class LanguageModel:
             )
         except (ValueError, FloatingPointError) as error:
             raise UserError(f"--judge: {self.name}: {error}") from error
-        for i, completion in zip(fitting, completions, strict=True):
-            texts[i] = decode(self.tokenizer, completion.token_ids)
-        return texts
+        texts = (decode(self.tokenizer, completion.token_ids) for completion in completions)
+        return [next(texts) if fit else "" for fit in fits]
 
     def read(self, prompts: Sequence[Sequence[int]], head: Callable[[Tensor], Tensor]) -> list:
         """K numbers at the end of each prompt, which `head` makes of last hidden states, (B, H) -> (B, K);
         None for a prompt that its context cannot hold."""
-        result: list[list[float] | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
-        lengths = [len(prompts[i]) for i in fitting]
+        lengths, found = [len(prompts[i]) for i in fitting], dict[int, list[float]]()
         batches = micro_batches(lengths, max([BATCH_TOKENS, *lengths]))
         for batch in tqdm(batches, desc="judging", unit="batch", delay=2, leave=False):
-            ids, mask = pad_batch([prompts[fitting[k]] for k in batch], 0, side="right")
-            last = torch.tensor([lengths[k] - 1 for k in batch])  # (B,)
+            rows = [fitting[k] for k in batch]
+            ids, mask = pad_batch([prompts[i] for i in rows], 0, side="right")
             with torch.inference_mode():
                 states, number = states_once(self.model, ids.to(self.device), mask.to(self.device))  # (N, H)
-                numbers = head(states[number[torch.arange(len(batch)), last]])  # (B, K)
+                numbers = head(states[number[torch.arange(len(rows)), mask.sum(1) - 1]])  # (B, K)
             if not numbers.isfinite().all():
                 raise UserError(f"--judge: {self.name}: not finite: broken weights or precision")
-            for k, row in zip(batch, numbers.tolist(), strict=True):
-                result[fitting[k]] = row
-        return result
+            found |= zip(rows, numbers.tolist(), strict=True)
+        return [found.get(i) for i in range(len(prompts))]
 
 
 def existing_device(name: str) -> torch.device:

@@ -120,10 +120,8 @@ def table_of(part: str, caption: str, models: dict) -> dict[str, Any]:
         head = ["", "model", *(x.replace("_", " ") for x in figures)]
         rows = [[k, name, *(show(cell.get(x)) for x in figures)] for (k, name), cell in cells.items()]
     else:
-        head, rows = (
-            ["", *models],
-            [[k, *(show(cells.get((k, name)), sign) for name in models)] for k in keys],
-        )
+        head = ["", *models]
+        rows = [[k, *(show(cells.get((k, name)), sign) for name in models)] for k in keys]
     return {"caption": caption, "head": head, "rows": rows}
 
 
@@ -132,22 +130,19 @@ def parts_of(name: str, results: dict, lines: Sequence[dict]) -> dict[str, dict]
     m, seed = results["models"][name], results["seed"]
     mine = [line for line in lines if line["model"] == name]
     asked = [line for line in mine if line["set"] in SETS]
-    closed = [line for line in asked if line["closed"]]
+    curves = m.get("dsr_by_budget", {})
     path = dict(text.split("=", 1) for text in results["config"]["models"])[name]
     about = {"checkpoint": path, "reasons first": "yes" if m["reasoning"] else "no"}
-    curves = m.get("dsr_by_budget", {})
-    return {
+    parts = {
         **m,
         "about": {**about, "seconds (this run)": results["seconds"][name]},
         "completions": Counter(line["set"] for line in mine),
         "dsr_by_budget": {f"{attack}, {step}": ci for attack in curves for step, ci in curves[attack]},
-        "reasoning_by_category": by(set_and_category, closed, mean_of("reasoning_tokens", seed)),
-        "answer_by_category": by(set_and_category, asked, mean_of("answer_tokens", seed)),
     }
-
-
-def set_and_category(line: dict) -> list[str]:
-    return [f"{line['set']}: {line['category']}"]
+    for tokens, group in (("reasoning", [x for x in asked if x["closed"]]), ("answer", asked)):
+        mean = mean_of(f"{tokens}_tokens", seed)
+        parts[f"{tokens}_by_category"] = by(lambda x: [f"{x['set']}: {x['category']}"], group, mean)
+    return parts
 
 
 def sections(results: dict, lines: Sequence[dict], drawn: Sequence[str]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lib import UserError
 from lib.chat import decode, eos_token_ids
-from lib.metrics import wilson
+from lib.metrics import Interval, wilson
 from lib.policy import states_once
 from lib.sampler import sample
 
@@ -37,7 +37,7 @@ def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> d
     of a reasoner, "after", behind the group's name if it has one. Margin and slack have no interval. victim:
     a lib.attacks.Victim. Groups of fewer than 10 prompts that fit its context, or get there, say nothing.
     """
-    figures, maps = {}, {}
+    figures, maps = dict[str, Interval](), {}
     for place, rows_at in {"before": rows_before, "after": rows_after}.items():
         benign = rows_at(victim, safe)
         for group, texts in groups.items():
@@ -45,12 +45,8 @@ def separations(victim: Any, groups: dict[str, list[str]], safe: list[str]) -> d
             n = min(len(harmful), len(benign))
             if n >= 10:
                 x = last_states(victim.model, harmful[:n] + benign[:n])
-                found = separation(x, torch.tensor([1.0] * n + [-1.0] * n))
-                maps[name] = found["points"]
-                figures[f"{name}/accuracy"] = found["accuracy"]
-                for figure in ("margin", "slack"):
-                    value = {"mean": found[figure], "low": None, "high": None, "n": 2 * n}
-                    figures[f"{name}/{figure}"] = value
+                found, maps[name] = separation(x, torch.tensor([1.0] * n + [-1.0] * n))
+                figures |= {f"{name}/{figure}": ci for figure, ci in found.items()}
     return {"separation": figures, "separation_map": maps}
 
 
@@ -149,13 +145,13 @@ def project(x: Tensor) -> Tensor:
     return points * points.gather(0, points.abs().argmax(0, keepdim=True)).sign()
 
 
-def separation(x: Tensor, y: Tensor) -> dict[str, Any]:
+def separation(x: Tensor, y: Tensor) -> tuple[dict[str, Interval], list[list]]:
     """How well the SVM tells one group from the other: x (N, d) embeddings, y (N,) in {-1, +1}.
 
-    margin and slack (mean hinge loss) are of the fit on all N, and compare only on the same prompts: C weighs
-    a sum over them. accuracy is of held-out prompts, each judged once by the fit on the other folds. Knowing
+    Margin and slack (mean hinge loss) are of the fit on all N, and compare only on the same prompts: C weighs
+    a sum over them. Accuracy is of held-out prompts, each judged once by the fit on the other folds. Knowing
     nothing gets the larger group's share; less, where each prompt has a twin in the other group that the fit
-    has seen. points: [[x, y, group], ...].
+    has seen. Then the map's points: [[x, y, group], ...].
     """
     y, x = y.double(), standardise(x)  # which sees no labels, so it may see the prompts that will be held out
     fold, generator = torch.zeros(len(y), dtype=torch.long), torch.Generator().manual_seed(0)
@@ -170,10 +166,8 @@ def separation(x: Tensor, y: Tensor) -> dict[str, Any]:
         right[held_out] = (x[held_out] @ weight + bias) * y[held_out] > 0
     weight, bias = fit_svm(x, y)
     slack = (1 - y * (x @ weight + bias)).clamp(min=0).mean()
+    figures = {"accuracy": wilson(right.tolist())}
+    for name, value in (("margin", 2 / weight.norm()), ("slack", slack)):
+        figures[name] = {"mean": round(float(value), 4), "low": None, "high": None, "n": len(y)}
     points = torch.cat([project(x), y[:, None]], 1).tolist()
-    return {
-        "margin": round(float(2 / weight.norm()), 4),
-        "accuracy": wilson(right.tolist()),
-        "slack": round(float(slack), 4),
-        "points": [[round(a, 4), round(b, 4), int(group)] for a, b, group in points],
-    }
+    return figures, [[round(a, 4), round(b, 4), int(group)] for a, b, group in points]

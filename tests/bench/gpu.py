@@ -317,41 +317,35 @@ class Checks:
 
     def update(self) -> dict:
         """One whole update of chapter 3 in bfloat16, AdamW included: seconds and peak memory."""
-        rl, found = importlib.import_module("03_rl_train"), {}
-        model = self.qwen()
-        reference = self.qwen().requires_grad_(False)
+        rl, found, rollouts = importlib.import_module("03_rl_train"), {}, []
+        model, reference = self.qwen(), self.qwen().requires_grad_(False)
         if self.cuda:
             halve_linear_layers(reference)
-        length, count = self.few(60, 1024), self.few(6, 32)
-        prompts = mixed_prompts(count // 2, model.config.vocab_size, 20, 30)
         for half in (model, reference):
             half.within_forward = partial(self.within, half)
-        for name in ("plain", "checkpointing"):
+        length, count, vocabulary = self.few(60, 1024), self.few(6, 32), model.config.vocab_size
+        prompts = mixed_prompts(count // 2, vocabulary, 20, 30)
+        for i, ids in enumerate(mixed_prompts(count, vocabulary, length - 30, length - 30)):
+            row, mask = prompts[i // 2] + ids, [False] * len(prompts[i // 2]) + [True] * len(ids)
+            done = Completion(ids, [-10.0] * len(ids), "length")
+            rollouts.append(rl.Rollout({}, row, mask, done, "", None, 0, advantage=1.0 - 2 * (i % 2)))
+        for name, most in (("plain", 8192), ("checkpointing", 16384)):
             if name == "checkpointing":
                 model.activation_checkpointing_enable({"use_reentrant": False})
                 model.train()  # Qwen2 has no dropout
-            tokens = self.few(240, 16384 if name == "checkpointing" else 8192)
+            tokens = self.few(240, most)
             settings = rl.Settings(prompts_per_step=2, max_batch_tokens=tokens, device=self.device.type)
-            run, rollouts = Run(settings, ["rl"]), []
-            for i in range(count):
-                generator = torch.Generator().manual_seed(i)
-                ids = torch.randint(model.config.vocab_size, (length - 30,), generator=generator).tolist()
-                done = Completion(ids, [-10.0] * len(ids), "length")
-                row, mask = prompts[i // 2] + ids, [False] * len(prompts[i // 2]) + [True] * len(ids)
-                rollout = rl.Rollout({}, row, mask, done, "", None, 0, advantage=1.0 - 2 * (i % 2))
-                rollouts.append(rollout)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+            optimizer, run = torch.optim.AdamW(model.parameters(), lr=1e-6), Run(settings, ["rl"])
             step = partial(rl.update_policy, model, reference, optimizer, rollouts, 0, settings, run)
-            step()
+            for _ in range(2):  # the first one warms up
+                if self.cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                for rollout in rollouts:
+                    rollout.old_logprobs = None
+                seconds, metrics = self.timed(step)
+            found[name] = {"metrics": metrics, "seconds": seconds, "tokens_s": count * length / seconds}
             if self.cuda:
-                torch.cuda.reset_peak_memory_stats()
-            for rollout in rollouts:
-                rollout.old_logprobs = None
-            seconds, metrics = self.timed(step)
-            line = {"metrics": metrics, "seconds": seconds, "tokens_s": count * length / seconds}
-            if self.cuda:
-                line |= {"peak_GB": torch.cuda.max_memory_allocated() / GB}
-            found[name] = line
+                found[name] |= {"peak_GB": torch.cuda.max_memory_allocated() / GB}
         return found
 
     def within(self, model, function: Callable, *args: Any) -> Any:

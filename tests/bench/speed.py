@@ -164,10 +164,9 @@ def sampler(options: argparse.Namespace) -> dict[str, Any]:
     def groups() -> None:
         sample(model, prompts, group_size=GROUP, max_new_tokens=2 * NEW, eos_token_ids=eos)
 
-    spent = [(seconds(groups), seconds(generate)) for _ in range(options.runs + 1)][
-        1:
-    ]  # in turn; first: warm
-    ours, theirs = ([pair[i] for pair in spent] for i in (0, 1))
+    groups(), generate()  # warm
+    spent = [(seconds(groups), seconds(generate)) for _ in range(options.runs)]
+    ours, theirs = map(list, zip(*spent, strict=True))
     greedy = sample(model, prompts, max_new_tokens=NEW, temperature=0.0, eos_token_ids=eos)
     same = 0
     for prompt, completion in zip(prompts, greedy, strict=True):
