@@ -31,10 +31,8 @@ def test_it_begins_as_what_the_model_will_read():
 def test_the_prompt_is_not_learned():
     ids, mask = example()
     prompt = encode_prompt(TOKENIZER, PROMPT, reasoning=False)
-    ensure(
-        not any(mask[: len(prompt)]),
-        "the prompt is learned, too: questions are not the model's to write",
-    )
+    hint = "the prompt is learned, too: questions are not the model's to write"
+    ensure(not any(mask[: len(prompt)]), hint)
     ensure("golu" in learned(), "the answer is not learned")
     ensure("tool" in learned(), "the reasoning is not learned")
 

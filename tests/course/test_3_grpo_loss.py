@@ -21,9 +21,8 @@ def loss_of(change, advantages=(1.0, -1.0), kl_coef=0.0, weights=(0.25, 0.25)):
     """Loss and its gradient where log pi - log pi_old is `change`, of four tokens."""
     logprobs = torch.tensor(change).view(2, 2).requires_grad_()
     settings = stage.Settings(kl_coef=kl_coef, clip_range=0.2)
-    loss = stage.grpo_loss(
-        logprobs, ZEROS, ZEROS, torch.tensor(advantages), MASK, torch.tensor(weights), settings
-    )
+    per_row = torch.tensor(advantages), MASK, torch.tensor(weights)
+    loss = stage.grpo_loss(logprobs, ZEROS, ZEROS, *per_row, settings)
     ensure(loss.ndim == 0, "the loss is not a single number")
     ensure(loss.requires_grad, "the loss has no gradient")
     loss.backward()
