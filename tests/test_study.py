@@ -24,24 +24,22 @@ STAGES = {"01": ["mixture"], "02": ["sft"], "03": ["rl"], "04": ["eval"], "lib.c
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_is_a_command_that_its_chapter_accepts_and_comes_after_what_it_reads(name, tmp_path):
-    known: dict[Path, set[Path]] = {}
+    known: dict[Path, set[Path]] = {}  # all that comes before it
     commands = study.commands_of(STUDIES[name], tmp_path, "--preset sandbox --seed 7")
     for out, (script, *words) in commands.items():
+        needed = study.needs(out, commands)
+        known[out] = needed.union(*(known[path] for path in needed))
         name = words.pop(0) if script == "-m" else script.removesuffix(".py")
-        stages = STAGES.get(name if script == "-m" else name[:2], ["none"])
         if name == "lib.sandbox.pretrain":  # no run of a stage
-            assert words == ["--documents", f"{out}/held_out.jsonl"] and not study.needs(out, commands)
-            known[out] = set()
+            assert words == ["--documents", f"{out}/held_out.jsonl"] and not needed
             continue
+        stages = STAGES.get(name if script == "-m" else name[:2], ["none"])
         settings = parse_settings(importlib.import_module(name).Settings, *stages, argv=words)
         assert settings.seed == 7 and settings.out == str(out)
-        needed = study.needs(out, commands)
-        before = needed.union(*(known[path] for path in needed))
         reads = [getattr(settings, key, "") for key in ("model", "data", "rainbow", "eval")]
         reads += [path.partition("=")[2] for path in getattr(settings, "models", [])]
         reads.append(str(Path(getattr(settings, "file", "")).parent))
-        assert {path for path in map(Path, reads) if path.is_relative_to(tmp_path)} <= before
-        known[out] = before
+        assert {path for path in map(Path, reads) if path.is_relative_to(tmp_path)} <= known[out]
 
 
 def test_studies_that_share_a_folder_mean_the_same_by_the_same_name():
@@ -108,11 +106,10 @@ def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_
     kept = json.loads((tmp_path / "out" / "toy.json").read_text())
     assert kept["command"] == "python -m lib.compare.study toy" and kept["seeds"] == [1, 2]
     folders = list((tmp_path / "out").glob("seed-*/*/"))
-    assert len(folders) == 8
-    for folder in folders:
-        assert (folder / "steps").read_text().split() == [str(step) for step in range(20)]
     times = {f: [float((f / name).read_text()) for name in ("begun", "ended")] for f in folders}
+    assert len(times) == 8
     for folder, (begun, _) in times.items():
+        assert (folder / "steps").read_text().split() == [str(step) for step in range(20)]
         needs = {"b": "a", "c": "a", "eval-x": "bc"}.get(folder.name, "")
         assert all(times[folder.parent / name][1] <= begun for name in needs)
         assert sum(start <= begun < end for start, end in times.values()) <= 2
@@ -181,11 +178,8 @@ def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_pat
     tokens = {"ambiguous/decoy/3 hops": 12.0, "ambiguous/decoy/4 hops": 13.0}
     tokens |= {"harmful/3 hops": 8.5, "harmful/4 hops": 9.5}
     tars = results(0.7, 0.9, reasoning_tokens={key: {"mean": mean} for key, mean in tokens.items()})
-    tars["dsr_by_budget"] = {"plain_or_gcg": [[5, {"mean": 0.25}], [6, {"mean": 0.2}]]}
     others = {model: results(0.2, 0.5) for model in ("rl-direct", "base", "sft")}
     seed = study.read_seed(STUDIES["seeds"], write_seed(tmp_path, main={"tars": tars, **others}))
-    assert seed["tars", "dsr_by_budget/plain_or_gcg/5"] == 0.25
-    assert ("tars", "dsr_by_budget/plain_or_gcg/6") not in seed  # of the curve, two places are shown
     text = study.write("seeds", STUDIES["seeds"], tmp_path, [seed], ABOUT)
     assert "| thought, decoy - harmful | 3.5 | - | - | - | - | - |" in text
 
@@ -210,8 +204,6 @@ def test_over_steps_are_means_of_each_quarter(tmp_path):
     write_jsonl(tmp_path / "metrics.jsonl", lines)
     means = {f"training/reward/quarter {i}": mean for i, mean in enumerate((0.05, 0.25, 0.45, 0.65), start=1)}
     assert study.over_steps(tmp_path) == pytest.approx(means | {"training/reward_harmful/quarter 2": 0.5})
-    write_jsonl(tmp_path / "metrics.jsonl", lines[:2])  # fewer steps than quarters
-    assert study.over_steps(tmp_path)["training/reward/quarter 4"] == pytest.approx(0.1)
 
 
 def test_training_tokens_are_those_sampled_and_those_trained_on(tmp_path):
