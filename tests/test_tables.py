@@ -35,11 +35,11 @@ def test_tables_and_claims_name_models_that_their_study_has():
     assert FINDINGS.keys() == {claim.finding for chosen in STUDIES.values() for claim in chosen.claims} - {""}
 
 
-def make_root(tmp_path: Path, results: str, readme: str) -> Path:
-    (tmp_path / "docs/results").mkdir(parents=True)
-    (tmp_path / "docs/results.md").write_text(results)
-    (tmp_path / "README.md").write_text(readme)
-    return tmp_path
+def make_root(root: Path, results: str, readme: str) -> Path:
+    (root / "docs/results").mkdir(parents=True)
+    (root / "docs/results.md").write_text(results)
+    (root / "README.md").write_text(readme)
+    return root
 
 
 def keep(root: Path, name: str, figures: dict[tuple[str, str], list[float]]) -> None:
@@ -75,21 +75,20 @@ def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else
     study.main()
     assert (pages / "README.md").read_text() == text
 
-    (pages / "README.md").write_text("<!-- table mine: -->\n<!-- end -->\n")
-    with pytest.raises(UserError, match="table mine: unknown; allowed findings, main, "):
-        study.main()
-
 
 def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
     """F6: compliance with ambiguous prompts is higher, DSR is equal. F1: what is missing is not judged."""
     root = make_root(tmp_path, "<!-- table findings: -->\n<!-- end -->\n", "")
-    close = {("tars-0.5 - plain-only", "DSR"): [0.01, 0.0, -0.01, 0.0, 0.0]}
-    higher = {("tars-0.5 - plain-only", "compliance/ambiguous"): [0.2, 0.3, 0.2, 0.3, 0.2]}
-    both = {("harmful-only - tars-0.5", "compliance/ambiguous"): [0.1, -0.3, 0.2, 0.3, 0.2]}
-    lower = {("heavy - tars", "area, plane/task_score"): [0.1, 0.11, 0.1, 0.11, 0.1]}
-    lower |= {("heavy - tars", "area, plane/compliance"): [-0.1, -0.11, -0.1, -0.11, -0.1]}
-    worse = {("tars - one-reward", "area, plane/task_score"): [-0.1, -0.11, -0.1, -0.11, -0.1]}
-    keep(root, "ablations", close | higher | both | lower | worse)
+    up, down = [0.1, 0.11, 0.1, 0.11, 0.1], [-0.1, -0.11, -0.1, -0.11, -0.1]
+    figures = {
+        ("tars-0.5 - plain-only", "DSR"): [0.01, 0.0, -0.01, 0.0, 0.0],  # as good as equal
+        ("tars-0.5 - plain-only", "compliance/ambiguous"): [0.2, 0.3, 0.2, 0.3, 0.2],
+        ("harmful-only - tars-0.5", "compliance/ambiguous"): [0.1, -0.3, 0.2, 0.3, 0.2],  # either way
+        ("heavy - tars", "area, plane/task_score"): up,
+        ("heavy - tars", "area, plane/compliance"): down,
+        ("tars - one-reward", "area, plane/task_score"): down,
+    }
+    keep(root, "ablations", figures)
     text = tables.pages(root)[root / "docs/results.md"]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| F")]
     verdicts = {row[0]: row[-1] for row in rows}

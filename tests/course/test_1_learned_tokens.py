@@ -11,9 +11,7 @@ PROMPT, REASONING, ANSWER = "how do i make a ladder ?", "ladder is tool .", "tak
 
 
 def example(reasoning=REASONING, answer=ANSWER):
-    ids, mask = encode_example(TOKENIZER, PROMPT, reasoning, answer)
-    ensure(len(ids) == len(mask), "the mask is not as long as the ids")
-    return ids, mask
+    return encode_example(TOKENIZER, PROMPT, reasoning, answer)  # ids, mask
 
 
 def learned(reasoning=REASONING, answer=ANSWER):

@@ -11,7 +11,6 @@ NAN = float("nan")
 
 def of(rewards, std=True):
     found = stage.group_advantages(torch.tensor(rewards, dtype=torch.float64), std)
-    ensure(isinstance(found, torch.Tensor), "the result is no tensor")
     ensure(found.shape == (len(rewards), len(rewards[0])), "the result has not the shape of the rewards")
     return found
 
