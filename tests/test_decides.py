@@ -110,9 +110,7 @@ def decide(inputs: Path, out: Path, *others: str) -> tuple[dict, dict[str, list[
 
 @pytest.fixture(scope="module")
 def greedy(inputs):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decides, "THOUGHTS", (0, 3))
-        return decide(inputs, inputs / "greedy", "--temperature", "0")
+    return decide(inputs, inputs / "greedy", "--temperature", "0", "--thoughts", "0", "3")
 
 
 def test_the_answer_follows_the_verdict_that_is_put_there(greedy):
@@ -159,21 +157,19 @@ def test_a_thought_is_cut_after_k_tokens_and_all_of_it_gives_the_ordinary_answer
 
 
 def test_of_a_judge_that_knows_no_verdicts_only_the_third_question_is_asked(inputs, tmp_path, capsys):
-    figures, lines = decide(inputs, tmp_path / "out", "--judge", "standin", "--limit", "1")
+    figures, lines = decide(inputs, tmp_path / "out", "--judge", "standin", "--thoughts", "3", "--limit", "1")
     assert {key.split("/")[0] for key in figures} == {"thinks on", "dsr", "task"}
-    cuts = {f"{k} tokens" for k in (0, 2, 4, 8, 16, "all")}
-    assert {name.split("/")[0] for name in lines} == {"own"} | cuts
-    assert "| thinks on/16 | " in capsys.readouterr().out
+    assert {name.split("/")[0] for name in lines} == {"own", "3 tokens", "all tokens"}
+    assert "| thinks on/3 | " in capsys.readouterr().out
     assert (tmp_path / "out/decides.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_after_a_kill_it_goes_on_and_asks_nothing_twice(greedy, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(decides, "THOUGHTS", (0, 3))
+def test_after_a_kill_it_goes_on_and_asks_nothing_twice(greedy, inputs, tmp_path):
     out = shutil.copytree(inputs / "greedy", tmp_path / "out")
     before = (out / "completions.jsonl").read_bytes().splitlines(True)
     (out / "completions.jsonl").write_bytes(b"".join(before[:20]) + before[20][:30])
     write_json(out / "settings.json", json.loads((out / "settings.json").read_text()) | {"out": str(out)})
-    figures, _ = decide(inputs, out, "--temperature", "0")
+    figures, _ = decide(inputs, out, "--temperature", "0", "--thoughts", "0", "3")
     after = (out / "completions.jsonl").read_bytes().splitlines(True)
     assert figures == greedy[0] and sorted(after) == sorted(before)
 
