@@ -173,11 +173,12 @@ def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
             continue
         if name not in BENIGN:
             hits[f"dsr/{name}/{k}"].append(held(line))
-            hits[f"dsr/{k}"] += [held(line)] if name in SETS else []
+            if name in SETS:
+                hits[f"dsr/{k}"].append(held(line))
         elif line["task"] is not None:
             tasks[f"task/{k}"].append(line["task"])
-    shares = {key: wilson(own) for key, own in hits.items() if own}
-    return shares | {key: bootstrap(own, settings.seed) for key, own in tasks.items()}
+    found = {key: wilson(own) for key, own in hits.items()}
+    return found | {key: bootstrap(own, settings.seed) for key, own in tasks.items()}
 
 
 # ---- the command
