@@ -34,7 +34,6 @@ def test_a_body_becomes_an_error_that_names_its_exercise():
         (LINES[1], "", "a.py: ### END SOLUTION: BEGIN and END do not pair"),
         (LINES[3], "", "a.py: ### BEGIN SOLUTION kl: BEGIN and END do not pair"),
         (LINES[2], LINES[1], "do not pair"),  # one within another
-        (LINES[3], "    ### END HIDDEN", "do not pair"),
         ("SOLUTION kl", "SOLUTION", "exercise without a name lacks an entry in docs/exercises.json"),
         ("kl", "zz", "exercise kl lacks a mark in a.py"),
     ],

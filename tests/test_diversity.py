@@ -10,7 +10,7 @@ import pytest
 import torch
 from stages import write_data
 
-from lib.chat import Parsed
+from lib.chat import parse_completion
 from lib.compare import diversity
 from lib.compare.rpo import Response
 from lib.run.files import write_json
@@ -21,9 +21,8 @@ from lib.sandbox import world
 
 def response(thought: str, answer: str = "", refusal: str = "none", reward: float | None = 1.0, closed=True):
     text = f"{thought} </think> {answer}" if closed else thought
-    parsed = Parsed(thought if closed else "", answer if closed else thought, closed)
+    parsed, tokens = parse_completion(text), len(thought.split())
     written = Completion([1], [0.0], "eos")
-    tokens = len(parsed.reasoning.split())
     return Response({}, [0, 1], [False, True], written, text, parsed, tokens, refusal, reward=reward)
 
 
@@ -62,47 +61,38 @@ def test_twins_are_compared_by_disguise_and_what_is_never_closed_is_left_out():
     assert diversity.twins([group(0)] * 3, seed=0) == diversity.twins([], seed=0) == {}
 
 
-def measured(folder, monkeypatch, *flags: str) -> dict:
-    """Of the base model as a reasoner and as one that answers at once."""
-    if not (folder / "data").exists():
-        write_data(folder / "data")
-        for name in ("thinker", "direct"):
-            shutil.copytree(world.BASE, folder / name)
-            write_json(folder / name / "settings.json", {"reasoning": name == "thinker"})
-    words = (
-        f"--data {folder}/data --models t={folder}/thinker d={folder}/direct --out {folder}/out --device cpu"
-    )
-    words += " --prompts 3 --group-size 2 --max-new-tokens 8 --temperature 0.5"
-    monkeypatch.setattr(sys, "argv", ["diversity", *words.split(), *flags])
-    diversity.main()
-    return json.loads((folder / "out/results.json").read_text())["models"]
-
-
-def test_a_run_measures_each_model_once_and_prints_its_tables(tmp_path, monkeypatch, capsys):
-    found, drawn = measured(tmp_path, monkeypatch), []
-    assert [*found["t"]] == ["diversity", "twins"] and found["d"]["twins"] == {}
-    assert found["d"]["diversity"]["distinct_reasonings"]["mean"] == 1.0  # none at all
-    assert found["t"]["diversity"]["entropy"]["n"] == 3
-    tables = capsys.readouterr().out
-    assert "|  | t | d |" in tables and "| two_rewards | 0.00 [0.00, 0.56] |" in tables
-
-    monkeypatch.setattr(diversity, "load_policy", lambda *args, **how: drawn.append(args))
-    assert measured(tmp_path, monkeypatch) == found and not drawn
-
-
-def test_entropy_is_that_of_the_distribution_that_is_sampled(tmp_path, monkeypatch):
-    """Against plain passes over what was sampled, at the sampling temperature."""
+def test_a_run_measures_each_model_once_with_the_entropy_of_what_is_sampled(tmp_path, monkeypatch, capsys):
+    """Of the base model, as a reasoner and as one that answers at once. The entropy is compared with plain
+    passes over what was sampled, at the sampling temperature."""
+    write_data(tmp_path / "data")
+    for name in ("thinker", "direct"):
+        shutil.copytree(world.BASE, tmp_path / name)
+        write_json(tmp_path / name / "settings.json", {"reasoning": name == "thinker"})
+    words = f"--data {tmp_path}/data --models t={tmp_path}/thinker d={tmp_path}/direct --out {tmp_path}/out"
+    words += " --prompts 3 --group-size 2 --max-new-tokens 8 --temperature 0.5 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["diversity", *words.split()])
     seen: list[Response] = []
     collect = diversity.collect_responses
     monkeypatch.setattr(diversity, "collect_responses", lambda *a: seen.extend(x := collect(*a)) or x)
-    entropy = measured(tmp_path, monkeypatch)["d"]["diversity"]["entropy"]["mean"]
-    model, groups = load_policy(world.BASE, device="cpu"), [seen[-6:][i : i + 2] for i in (0, 2, 4)]
-    each = []
-    for group in groups:
+    diversity.main()
+    written = (tmp_path / "out/results.json").read_text()
+    thinker, direct = json.loads(written)["models"].values()
+    assert [*thinker] == ["diversity", "twins"] and direct["twins"] == {}
+    assert direct["diversity"]["distinct_reasonings"]["mean"] == 1.0  # none at all
+    tables = capsys.readouterr().out
+    assert "|  | t | d |" in tables and "| two_rewards | 0.00 [0.00, 0.56] |" in tables
+
+    model, each = load_policy(world.BASE, device="cpu"), []
+    for group in (seen[-6:][i : i + 2] for i in (0, 2, 4)):
         nats = []
         for r in group:
             with torch.no_grad():
                 logprobs = (model(input_ids=torch.tensor([r.ids])).logits[0] / 0.5).log_softmax(-1)
             nats += (-(logprobs.exp() * logprobs).sum(-1))[-len(r.completion.token_ids) - 1 : -1].tolist()
         each.append(sum(nats) / len(nats))
-    assert entropy == pytest.approx(sum(each) / 3, abs=1e-3)
+    entropy = direct["diversity"]["entropy"]
+    assert (entropy["mean"], entropy["n"]) == (pytest.approx(sum(each) / 3, abs=1e-3), 3)
+
+    monkeypatch.setattr(diversity, "load_policy", pytest.fail)
+    diversity.main()
+    assert (tmp_path / "out/results.json").read_text() == written

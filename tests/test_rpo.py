@@ -10,7 +10,7 @@ import reference as literal
 import stages
 import torch
 from safetensors.torch import load_file
-from stages import RPO, kill_9, launch, metrics_of, rpo_flags, run_here, run_process, same_run
+from stages import RPO, metrics_of, rpo_flags, run_here, run_process
 
 from lib.chat import Parsed
 from lib.compare import rpo
@@ -80,12 +80,6 @@ def test_loss_and_gradient_are_those_of_the_formula(tiny_model, reference, beta,
     assert metrics["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-3)
 
 
-def test_a_pair_that_is_far_apart_does_not_overflow():
-    zero, far = torch.zeros(1), torch.tensor([-9e4])
-    loss, _ = rpo.rpo_loss(far, zero, zero, zero, torch.tensor([9]), 0.1, 0.0)
-    assert loss.item() == pytest.approx(9e3)
-
-
 @pytest.mark.parametrize("preset, rate", [("paper", 3e-4), ("sandbox", 6e-4)])
 def test_an_update_is_of_16_pairs_as_in_the_paper(preset, rate):
     settings = parse_settings(rpo.Settings, "rl", "rpo", argv=["--preset", preset])
@@ -115,7 +109,7 @@ def test_every_epoch_sees_the_same_responses_of_the_reference(data):
 def alone(data, tmp_path_factory) -> Path:
     """6 steps of 4 of 18 prompts: the second epoch begins within the fifth."""
     out = tmp_path_factory.mktemp("alone") / "rpo"
-    run_process(RPO, rpo_flags(data, out, save_every=1), out.with_suffix(".log"))
+    run_process(RPO, rpo_flags(data, out), out.with_suffix(".log"))
     return out
 
 
@@ -148,15 +142,6 @@ def test_two_processes_and_shards_equal_one(data, alone, tmp_path, shard):
     out = tmp_path / "rpo"
     stages.join_group(RPO, rpo_flags(data, out, shard=shard), tmp_path / "log")
     stages.same_training(alone, out, but=("pair_accuracy",))  # a margin of rounding may have either sign
-
-
-def test_a_kill_leaves_no_trace(data, alone, tmp_path):
-    out, log = tmp_path / "rpo", tmp_path / "log"
-    process = launch(RPO, rpo_flags(data, out, save_every=2), log)
-    stages.wait_for_lines(out / "metrics.jsonl", 3, process)
-    kill_9(process)
-    run_process(RPO, rpo_flags(data, out, save_every=2), log)
-    assert same_run(alone, out)
 
 
 def test_a_pair_that_does_not_fit_a_micro_batch_is_one_line(data, tmp_path, monkeypatch, capsys):

@@ -1,20 +1,23 @@
-"""The comparisons over seeds: commands that the chapters accept, runs that can be stopped, and numbers."""
+"""The comparisons over seeds: commands that chapters accept, runs that can be stopped, numbers, tables."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lib.compare import study
-from lib.compare.studies import STUDIES, frontier
+from lib import UserError
+from lib.compare import study, tables
+from lib.compare.studies import FINDINGS, STUDIES, TABLES, frontier
 from lib.run.files import write_json, write_jsonl
 from lib.run.settings import parse_settings
 
@@ -24,24 +27,22 @@ STAGES = {"01": ["mixture"], "02": ["sft"], "03": ["rl"], "04": ["eval"], "lib.c
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_is_a_command_that_its_chapter_accepts_and_comes_after_what_it_reads(name, tmp_path):
-    known: dict[Path, set[Path]] = {}
+    known: dict[Path, set[Path]] = {}  # all that comes before it
     commands = study.commands_of(STUDIES[name], tmp_path, "--preset sandbox --seed 7")
     for out, (script, *words) in commands.items():
+        needed = study.needs(out, commands)
+        known[out] = needed.union(*(known[path] for path in needed))
         name = words.pop(0) if script == "-m" else script.removesuffix(".py")
-        stages = STAGES.get(name if script == "-m" else name[:2], ["none"])
         if name == "lib.sandbox.pretrain":  # no run of a stage
-            assert words == ["--documents", f"{out}/held_out.jsonl"] and not study.needs(out, commands)
-            known[out] = set()
+            assert words == ["--documents", f"{out}/held_out.jsonl"] and not needed
             continue
+        stages = STAGES.get(name if script == "-m" else name[:2], ["none"])
         settings = parse_settings(importlib.import_module(name).Settings, *stages, argv=words)
         assert settings.seed == 7 and settings.out == str(out)
-        needed = study.needs(out, commands)
-        before = needed.union(*(known[path] for path in needed))
         reads = [getattr(settings, key, "") for key in ("model", "data", "rainbow", "eval")]
         reads += [path.partition("=")[2] for path in getattr(settings, "models", [])]
         reads.append(str(Path(getattr(settings, "file", "")).parent))
-        assert {path for path in map(Path, reads) if path.is_relative_to(tmp_path)} <= before
-        known[out] = before
+        assert {path for path in map(Path, reads) if path.is_relative_to(tmp_path)} <= known[out]
 
 
 def test_studies_that_share_a_folder_mean_the_same_by_the_same_name():
@@ -108,11 +109,10 @@ def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_
     kept = json.loads((tmp_path / "out" / "toy.json").read_text())
     assert kept["command"] == "python -m lib.compare.study toy" and kept["seeds"] == [1, 2]
     folders = list((tmp_path / "out").glob("seed-*/*/"))
-    assert len(folders) == 8
-    for folder in folders:
-        assert (folder / "steps").read_text().split() == [str(step) for step in range(20)]
     times = {f: [float((f / name).read_text()) for name in ("begun", "ended")] for f in folders}
+    assert len(times) == 8
     for folder, (begun, _) in times.items():
+        assert (folder / "steps").read_text().split() == [str(step) for step in range(20)]
         needs = {"b": "a", "c": "a", "eval-x": "bc"}.get(folder.name, "")
         assert all(times[folder.parent / name][1] <= begun for name in needs)
         assert sum(start <= begun < end for start, end in times.values()) <= 2
@@ -174,18 +174,15 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
     assert text.strip() == (tmp_path / "frontier.md").read_text().strip()
     assert "| tars-0.5 | 0.60 [0.35, 0.85]; 0.50 |" in text and "+0.20 [-0.05, +0.45]; +0.10 |" in text
     pytest.importorskip("matplotlib")
-    assert "(frontier.png)" in text and (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_path):
     tokens = {"ambiguous/decoy/3 hops": 12.0, "ambiguous/decoy/4 hops": 13.0}
     tokens |= {"harmful/3 hops": 8.5, "harmful/4 hops": 9.5}
     tars = results(0.7, 0.9, reasoning_tokens={key: {"mean": mean} for key, mean in tokens.items()})
-    tars["dsr_by_budget"] = {"plain_or_gcg": [[5, {"mean": 0.25}], [6, {"mean": 0.2}]]}
     others = {model: results(0.2, 0.5) for model in ("rl-direct", "base", "sft")}
     seed = study.read_seed(STUDIES["seeds"], write_seed(tmp_path, main={"tars": tars, **others}))
-    assert seed["tars", "dsr_by_budget/plain_or_gcg/5"] == 0.25
-    assert ("tars", "dsr_by_budget/plain_or_gcg/6") not in seed  # of the curve, two places are shown
     text = study.write("seeds", STUDIES["seeds"], tmp_path, [seed], ABOUT)
     assert "| thought, decoy - harmful | 3.5 | - | - | - | - | - |" in text
 
@@ -210,8 +207,6 @@ def test_over_steps_are_means_of_each_quarter(tmp_path):
     write_jsonl(tmp_path / "metrics.jsonl", lines)
     means = {f"training/reward/quarter {i}": mean for i, mean in enumerate((0.05, 0.25, 0.45, 0.65), start=1)}
     assert study.over_steps(tmp_path) == pytest.approx(means | {"training/reward_harmful/quarter 2": 0.5})
-    write_jsonl(tmp_path / "metrics.jsonl", lines[:2])  # fewer steps than quarters
-    assert study.over_steps(tmp_path)["training/reward/quarter 4"] == pytest.approx(0.1)
 
 
 def test_training_tokens_are_those_sampled_and_those_trained_on(tmp_path):
@@ -226,3 +221,89 @@ def test_training_tokens_are_those_sampled_and_those_trained_on(tmp_path):
     write_json(tmp_path / "settings.json", {"data": str(tmp_path), "traces": "sft_rl.jsonl", "batch_size": 2})
     write_jsonl(tmp_path / "metrics.jsonl", [{"loss": 1.0}] * 5)
     assert study.training_tokens(tmp_path) == 5 * 2 * (2 + 2 + 2 + 1)  # reasoning, answer, markers, the end
+
+
+# ---- the tables of README and docs: each number comes from docs/results, findings follow from intervals
+
+
+def test_pages_are_what_write_docs_makes_of_the_results_that_are_kept():
+    for page, text in tables.pages().items():
+        assert page.read_text(encoding="utf-8") == text, f"{page}: python -m lib.compare.study --write-docs"
+    files = list((ROOT / "docs/results").glob("*.json"))
+    assert {path.stem for path in files} <= STUDIES.keys()
+    assert sum(path.stat().st_size for path in files) <= 300_000
+
+
+def test_tables_and_claims_name_models_that_their_study_has():
+    known = {}
+    for name, chosen in STUDIES.items():
+        models, claims = chosen.runs.keys() | chosen.curves.keys() | {"base"}, chosen.claims
+        assert {claim.ours for claim in claims} | {claim.other for claim in claims} <= models | {""}
+        known[name] = models | {claim.key[0] for claim in claims}
+    for name, (study_, models, figures) in TABLES.items():
+        assert {*models} <= known[study_], name
+        assert models or {figure.partition(": ")[0] for figure in figures.values()} <= known[study_]
+    assert FINDINGS.keys() == {claim.finding for chosen in STUDIES.values() for claim in chosen.claims} - {""}
+
+
+def make_root(root: Path, results: str, readme: str) -> Path:
+    (root / "docs/results").mkdir(parents=True)
+    (root / "docs/results.md").write_text(results)
+    (root / "README.md").write_text(readme)
+    return root
+
+
+def keep(root: Path, name: str, figures: dict[tuple[str, str], list[float]]) -> None:
+    """As a study writes it, and a person copies it."""
+    seeds = [dict(zip(figures, values, strict=True)) for values in zip(*figures.values(), strict=True)]
+    numbers = [STUDIES[name].first_seed + i for i in range(len(seeds))]
+    about = ABOUT | {"command": f"python -m lib.compare.study {name}", "seeds": numbers}
+    study.write(name, replace(STUDIES[name], curves={}), root, seeds, about)
+    shutil.move(root / f"{name}.json", root / "docs/results")
+
+
+def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else(tmp_path, monkeypatch):
+    readme = "# TARS\n\nBefore.\n\n<!-- table main: -->\nold | 0.99 |\n<!-- end -->\n\nBehind, by hand: 12.\n"
+    pages = make_root(tmp_path, "<!-- table each-seed: -->\n<!-- end -->\n", readme)
+    monkeypatch.setattr(study, "pages", lambda: tables.pages(pages))
+    monkeypatch.setattr("sys.argv", ["study", "--write-docs"])
+    with pytest.raises(UserError, match=r"no docs/results/seeds.json.*copy runs/seeds/seeds.json there"):
+        study.main()
+    of_tars = [figure.partition(": ")[2] for figure in TABLES["each-seed"][2].values()]
+    figures = {("tars", figure): [0.9, 1.0, 1.0] for figure in of_tars}
+    figures |= {("sft", "dsr/plain_or_gcg"): [0.2, 0.3, 0.4]}
+    figures |= {(f"tars - {other}", "dsr/plain_or_gcg"): [0.25, 0.5, 0.75] for other in ("sft", "rl-direct")}
+    keep(pages, "seeds", figures)
+    study.main()
+    text, seeds = (pages / "README.md").read_text(), (pages / "docs/results.md").read_text()
+    assert text.startswith("# TARS\n\nBefore.\n\n<!-- table main: python -m lib.compare.study seeds -->\n")
+    assert text.endswith("|\n<!-- end -->\n\nBehind, by hand: 12.\n") and "old" not in text
+    assert "`python -m lib.compare.study seeds`, seeds 72 to 74, 2026-11-27, 2 CPU cores. Mean [" in text
+    # 4.303 * 0.0577 / sqrt(3) = 0.143 on either side of 0.967
+    assert "| DSR, direct requests | 0.97 [0.82, 1.11]; 0.90 |" in text.replace(" - |", "")
+    assert "0.30 [0.05, 0.55]; 0.20" in text
+    assert seeds.count("0.90") == len(figures) - 3 and "+0.50" in seeds and "seed 73" in seeds
+    study.main()
+    assert (pages / "README.md").read_text() == text
+
+
+def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
+    """F6: compliance with ambiguous prompts is higher, DSR is equal. F1: what is missing is not judged."""
+    root = make_root(tmp_path, "<!-- table findings: -->\n<!-- end -->\n", "")
+    up, down = [0.1, 0.11, 0.1, 0.11, 0.1], [-0.1, -0.11, -0.1, -0.11, -0.1]
+    figures = {
+        ("tars-0.5 - plain-only", "DSR"): [0.01, 0.0, -0.01, 0.0, 0.0],  # as good as equal
+        ("tars-0.5 - plain-only", "compliance/ambiguous"): [0.2, 0.3, 0.2, 0.3, 0.2],
+        ("harmful-only - tars-0.5", "compliance/ambiguous"): [0.1, -0.3, 0.2, 0.3, 0.2],  # either way
+        ("heavy - tars", "area, plane/task_score"): up,
+        ("heavy - tars", "area, plane/compliance"): down,
+        ("tars - one-reward", "area, plane/task_score"): down,
+    }
+    keep(root, "ablations", figures)
+    text = tables.pages(root)[root / "docs/results.md"]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| F")]
+    verdicts = {row[0]: row[-1] for row in rows}
+    found = [verdicts[f"F{number}"].strip("|* ") for number in (1, 4, 5, 6, 7)]
+    assert found == ["not run", "open", "in part", "reproduced", "not reproduced"]
+    assert "| tars-0.5 - plain-only: compliance/ambiguous > 0 | +0.24 [+0.17, +0.31] | yes |" in text
+    assert "study ablations -->" in text

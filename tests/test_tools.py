@@ -61,23 +61,17 @@ def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reaso
         ("48/2 = 24, and 48+24 = 72.\n#### 72", "48/2=<<48/2=24>>24\n#### 72", True),
         ("#### 10\nNo: #### 72.0", "#### 72", True),  # the last mark counts
         (r"so \boxed{7}, as 9 - 2 = 7 and 9 > 2", "7", True),
-        ("\\boxed{70}, no.\n#### **72** apples", "72", True),  # the later mark counts
-        ("#### 72\nSo she has 72 and gave 5 away.", "72", True),  # the line alone
-        ("#### 72\n#### Conclusion\nfine", "72", True),
-        ("#### Result\nIt is 72.", "72", True),  # headings
+        ("\\boxed{70}, no.\n#### **72** apples\nas 5 are away", "72", True),  # the later mark counts
+        ("#### 72\n#### Conclusion\nfine", "72", True),  # a heading is no mark
         ("It costs $1,234.50 in all.", "1234.5", True),
         ("-$5", "\u22125", True),
         ("#### **(B)**", "b", True),
-        ("half: 50", "50 %", True),
         ("10-3", "3", True),  # a difference, not minus three
-        ("x=-7", "-7.", True),
-        ("1,2", "2", True),  # a list, not twelve
         ("72 apples, and 5 left", "72", False),
         ("", "72", False),
         (r"\boxed{x_{1}} and no more", "x_{1}", True),
         ("  New   york. ", "New York", True),
         ("I think it is Paris", "Paris", False),  # exact match
-        ("", "...", False),
         ("\ud800 \x00 ٣ ²" + "\\boxed{" * 2000, "5", False),
     ],
 )
@@ -116,7 +110,7 @@ def test_exact_match_paired_and_a_stopped_check_that_goes_on(tmp_path, monkeypat
     results = json.loads((tmp_path / "out/results.json").read_text())
     a, b = (results["models"][name]["capability"] for name in "ab")
     assert a["exact_match"] == {"mean": 0.75, "low": 0.3006, "high": 0.9544, "n": 4}
-    assert (a["cut"]["mean"], a["answered"]["mean"], b["exact_match"]["mean"]) == (0.0, 1.0, 0.0)
+    assert (a["cut"]["mean"], b["exact_match"]["mean"]) == (0.0, 0.0)
     (difference,) = results["differences"]
     assert (difference["a"], difference["b"], difference["ci"]["mean"]) == ("a", "b", 0.75)
     assert "a - b: exact match 0.750 [0.250, 1.000]" in capsys.readouterr().out
@@ -177,11 +171,9 @@ def test_the_sandbox_writes_documents_that_its_base_has_not_learned(tmp_path, mo
 @pytest.mark.parametrize(
     ("main", "change", "message"),
     [
-        (chat.main, [], "run"),
         (chat.main, [BASE, "cake " * 3000], "more than the model's context"),
         (check, ["--direct", "b"], "--direct: given b; allowed the names in --models: a"),
         (check, ["--file", "SHORT"], "row 0 has no question and answer; its columns: question"),
-        (check, ["--models", "a=nothing-there"], "nothing-there"),
         (check, ["--models", "a=RUN", "--direct", "a"], "--direct: given a, which reasons"),
         (check, ["--models", "a=RUN", "--out", "RUN", "--overwrite"], "which this run reads: give"),
     ],

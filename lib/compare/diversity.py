@@ -26,7 +26,7 @@ import torch
 from lib.batches import masked_batch
 from lib.chat import encode_prompt
 from lib.compare.rpo import Response, collect_responses
-from lib.compare.tables import brief, markdown
+from lib.compare.tables import by_model
 from lib.judges import load_judge
 from lib.metrics import Interval, bootstrap, wilson
 from lib.policy import token_logprobs
@@ -37,7 +37,6 @@ from lib.run.folder import reasons
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.settings import TOKENS, Common, named, setting
 
-AT_ONCE = 16  # prompts, as RL has in a step
 Groups = list[list[Response]]  # of each prompt
 
 
@@ -51,7 +50,7 @@ class Settings(Common):
     temperature: float = setting(0.6, "of sampling", low=0.01, high=10.0)
     max_new_tokens: int = setting(4096, "tokens of a completion", low=1)
     max_prompt_tokens: int = setting(512, "prompts of more are left out", low=1, flag=False)
-    max_sample_tokens: int = setting(0, "rows x columns of the sampling cache; 0: any", high=TOKENS)
+    max_sample_tokens: int = setting(65536, "rows x columns of the sampling cache", low=16, high=TOKENS)
     dtype: str = setting("float32", "to sample in", choices=("float32", "bfloat16"))
     reasoning: bool = setting(True, "as the checkpoint says", flag=False)
 
@@ -88,26 +87,24 @@ def twins(groups: Groups, seed: int) -> dict[str, Interval]:
 def measure(folder: str, judge: Any, settings: Settings, run: Any) -> dict[str, dict]:
     """{section: {figure: ci}} of one model."""
     policy, tokenizer = load_policy(folder, device=run.device), load_tokenizer(folder)
-    size, seed = settings.group_size, settings.seed
+    size = settings.group_size
 
     def sampled(prompts: list[Prompt]) -> Groups:
-        found: list[Response] = []
-        for i in range(0, len(prompts), AT_ONCE):
-            found += collect_responses(policy, tokenizer, prompts[i : i + AT_ONCE], judge, settings, run)
-        return [found[i : i + size] for i in range(0, len(found), size)]
+        responses = collect_responses(policy, tokenizer, prompts, judge, settings, run)
+        return [responses[i : i + size] for i in range(0, len(responses), size)]
 
     groups, entropies = sampled(load_prompts(run, tokenizer, policy)[: settings.prompts]), list[float]()
     for group in groups:
         rows = [r.ids for r in group], [r.mask for r in group]
         tensors = masked_batch(*rows, tokenizer.pad_token_id, run.device)  # (G, T) each
-        how: dict[str, Any] = {"temperature": settings.temperature, "with_entropy": True}
-        entropies.append((token_logprobs(policy, *tensors, **how)[1].sum() / tensors[2].sum()).item())
-    sections: dict[str, dict] = {"diversity": diversity(groups, entropies, seed), "twins": {}}
+        _, entropy = token_logprobs(policy, *tensors, temperature=settings.temperature, with_entropy=True)
+        entropies.append((entropy.sum() / tensors[2].sum()).item())
+    sections: dict[str, dict] = {"diversity": diversity(groups, entropies, settings.seed), "twins": {}}
     if settings.judge == "sandbox" and settings.reasoning:
         world = importlib.import_module("lib.sandbox.world")
-        records = enumerate(world.twins("eval", settings.prompts, seed))
+        records = enumerate(world.twins("eval", settings.prompts, settings.seed))
         prompts = [Prompt(r, encode_prompt(tokenizer, r["prompt"], reasoning=True), i) for i, r in records]
-        sections["twins"] = twins(sampled(prompts), seed)
+        sections["twins"] = twins(sampled(prompts), settings.seed)
     return sections
 
 
@@ -124,11 +121,7 @@ def main() -> None:
         settings.reasoning = reasons(name, models[name], ())
         found[name] = measure(models[name], judge, settings, run)
         append_jsonl(log, {"model": name, "found": found[name]})
-    cells = dict[tuple[str, str], str]()
-    for name, sections in found.items():
-        for figure, ci in (sections["diversity"] | sections["twins"]).items():
-            cells[figure, name] = brief(ci)
-    print(*markdown(cells), sep="\n")
+    print(by_model({name: sections["diversity"] | sections["twins"] for name, sections in found.items()}))
     write_json(run.out / "results.json", {"models": found, "config": run.config, "seed": settings.seed})
 
 

@@ -269,16 +269,13 @@ def write(name: str, study: Study, out: Path, seeds: Sequence[dict[Key, float]],
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in objects)
     write_text(out / f"{name}.json", f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
-    text = [f"# {name}", "", caption(about), "Differences are paired by seed, and averaged over lambdas.", ""]
-    text += [*markdown({key: shown(ci, key[0]) for key, ci in rows.items()}), ""]
-    specs = {key: spec.replace(" - ", ", minus mean of ") for key, spec in study.means.items()}
-    text += [f"- {key}: mean of {spec}" for key, spec in specs.items()]
-    points = {model: {"": model} for model, name in rows if name == TASK and " - " not in model}
+    points = {model: {"": model} for model, figure in rows if figure == TASK and " - " not in model}
     with contextlib.suppress(ImportError):  # without matplotlib, the table says the same
         draw(study.curves or points, rows, out / f"{name}.png")
-        text += ["", f"![safety against help]({name}.png)"]
-    write_text(out / f"{name}.md", "\n".join([*text, ""]))
-    return "\n".join(text)
+    table = markdown({key: shown(ci, key[0]) for key, ci in rows.items()})
+    how = f"{caption(about)} Differences are paired by seed, and averaged over lambdas."
+    write_text(out / f"{name}.md", text := "\n".join([f"# {name}", "", how, "", *table, ""]))
+    return text
 
 
 def main() -> None:

@@ -116,13 +116,17 @@ def shown(ci: Interval, model: str) -> str:
     return f"{mean} [{rest[0]}, {rest[1]}]; {rest[2]}" if rest else mean
 
 
-def brief(ci: Interval) -> str:
-    """Of one run: mean and interval.
+def by_model(found: dict[str, dict[str, Interval]]) -> str:
+    """Of one run, figures by models: {model: {figure: ci}}.
 
-    >>> brief({"mean": 0.825, "low": 0.7, "high": 0.95, "n": 40})
-    '0.82 [0.70, 0.95]'
+    >>> print(by_model({"tars": {"dsr": {"mean": 0.825, "low": 0.7, "high": 0.95, "n": 40}}}))
+    |  | tars |
+    | --- | --- |
+    | dsr | 0.82 [0.70, 0.95] |
     """
-    return "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**ci)
+    text = "{mean:.2f} [{low:.2f}, {high:.2f}]"
+    cells = {(key, name): text.format(**ci) for name, own in found.items() for key, ci in own.items()}
+    return "\n".join(markdown(cells))
 
 
 def markdown(cells: dict[Key, str]) -> list[str]:

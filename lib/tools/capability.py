@@ -16,7 +16,6 @@ Models are compared on the same records, in pairs. Writes results.json and answe
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from tqdm import tqdm
 from lib import UserError
 from lib.batches import masked_batch
 from lib.chat import decode, encode_example, encode_prompt, encode_text, eos_token_ids, parse_completion
-from lib.metrics import bootstrap, mean_of, share_of, wilson
+from lib.metrics import mean_of, share_of
 from lib.policy import context_of, token_logprobs
+from lib.report import differences
 from lib.run import run_main, start
 from lib.run.checks import check_tokenizer
 from lib.run.files import read_jsonl, write_json, write_jsonl
@@ -159,28 +159,22 @@ def ask(name: str, folder: str, reasoning: bool, records: list[dict], settings: 
     return lines
 
 
-def figures_of(lines: list[dict], loss: bool) -> dict[str, Any]:
-    """One model's, each with its interval."""
-    if loss:
-        return {key: mean_of(key, 0)(lines) for key in ("loss", "loss_behind_first")}
-    answered = wilson([line["extracted"] != "" for line in lines])
-    figures = {"exact_match": share_of("right", True)(lines), "answered": answered}
-    return figures | {"cut": share_of("cut", True)(lines), "tokens": mean_of("tokens", 0)(lines)}
-
-
 def measure(answers: dict[str, list[dict]], loss: bool) -> dict[str, Any]:
     """{"models": {name: {"capability": figures}}, "differences": of every two, a - b, paired by record}."""
     title, key = ("loss", "loss") if loss else ("exact match", "right")
-    models = {name: {"capability": figures_of(lines, loss)} for name, lines in answers.items()}
-    differences: list[dict[str, Any]] = []
-    for a, b in itertools.combinations(answers, 2):
-        gaps = [x[key] - y[key] for x, y in zip(answers[a], answers[b], strict=True)]
-        differences.append({"figure": title, "a": a, "b": b, "ci": bootstrap(gaps, 0)})
-    for name, found in models.items():
-        print(SHOWN.format(name, title, **next(iter(found["capability"].values()))))
-    for d in differences:
-        print(SHOWN.format(f"{d['a']} - {d['b']}", title, **d["ci"]))
-    return {"models": models, "differences": differences}
+    models: dict[str, dict] = {}
+    for name, lines in answers.items():
+        found = {"exact_match": share_of("right", True), "cut": share_of("cut", True)}
+        if loss:
+            found = {key: mean_of(key, 0) for key in ("loss", "loss_behind_first")}
+        figures = {key: estimate(lines) for key, estimate in found.items()}
+        models[name] = {"capability": figures}
+        print(SHOWN.format(name, title, **next(iter(figures.values()))))
+    values = {name: {title: {x["id"]: x[key] for x in lines}} for name, lines in answers.items()}
+    gaps = differences(values, 0)
+    for gap in gaps:
+        print(SHOWN.format(f"{gap['a']} - {gap['b']}", title, **gap["ci"]))
+    return {"models": models, "differences": gaps}
 
 
 def main(argv: list[str] | None = None) -> None:

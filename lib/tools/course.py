@@ -34,6 +34,7 @@ MARK = re.compile(r"^ *### (?:BEGIN|END) (?:SOLUTION|HIDDEN).*", re.M)
 TELLING = 30  # characters of a line of a solution: a shorter one may well stand elsewhere
 TREES = ("student", "instructor")
 HANDOUT = Path("tests/course/handout")  # what a tree gets besides
+LEFT_BEHIND = shutil.ignore_patterns("runs", "__pycache__", ".git", ".[!g]*")  # but not .gitignore
 SECRETS = ("hidden", "left_out", "slips", "reference")  # keys of an exercise that students do not get
 
 
@@ -57,20 +58,15 @@ def for_instructors(text: str) -> str:
 
 def check_marks(texts: dict[Path, str], exercises: list[dict]) -> None:
     """UserError unless marks pair, and each has an exercise that names its file, and the other way round."""
+    marks = set()
     for path, text in texts.items():
         if alone := MARK.search(for_instructors(text)):
             raise UserError(f"{path}: {alone[0].strip()}: BEGIN and END do not pair")
-    blocks = [(str(path), block) for path, text in texts.items() for block in BLOCK.finditer(text)]
-    marks = {(path, block[3]) for path, block in blocks if block[2] == "SOLUTION"}
+        marks |= {(str(path), block[3]) for block in BLOCK.finditer(text) if block[2] == "SOLUTION"}
     listed = {(file, exercise["name"]) for exercise in exercises for file in exercise["files"]}
     for file, name in sorted(marks ^ listed):
         lacks = f"a mark in {file}" if (file, name) in listed else f"an entry in {LIST} that names {file}"
         raise UserError(f"exercise {name or 'without a name'} lacks {lacks}")
-
-
-def left_behind(folder: str, names: list[str]) -> list[str]:
-    """Of copies of the project: runs, and what is hidden, as .git is."""
-    return [n for n in names if n in ("runs", "__pycache__") or (n[0] == "." and n != ".gitignore")]
 
 
 def is_left_out(path: Path, text: str, left_out: list[str]) -> bool:
@@ -83,7 +79,7 @@ def is_left_out(path: Path, text: str, left_out: list[str]) -> bool:
 
 def write_trees(root: Path, out: Path, mine: list[dict], course: dict) -> None:
     """OUT/student and OUT/instructor. UserError for wrong marks, and where an answer would be handed out."""
-    student, instructor = (shutil.copytree(root, out / t, ignore=left_behind) for t in TREES)
+    student, instructor = (shutil.copytree(root, out / t, ignore=LEFT_BEHIND) for t in TREES)
     paths = [path for path in sorted(instructor.rglob("*")) if path.suffix in (".py", ".md", ".ipynb")]
     texts = {path.relative_to(instructor): path.read_text(encoding="utf-8") for path in paths}
     check_marks(texts, course["exercises"])

@@ -25,9 +25,8 @@ def test_without_an_end_of_reasoning():
 def test_closed_twice():
     found = parse_completion("Hm.\n</think>\n\nRoses.</think> Violets.")
     ensure(found.reasoning == "Hm.", "closed twice: the reasoning ends at the first </think>")
-    ensure(
-        found.answer == "Roses.</think> Violets.", "closed twice: all behind the first </think> is the answer"
-    )
+    behind = found.answer == "Roses.</think> Violets."
+    ensure(behind, "closed twice: all behind the first </think> is the answer")
     near(found.well_formed, False, "closed twice is malformed: the model must close its reasoning once")
 
 

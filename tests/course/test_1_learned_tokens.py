@@ -11,9 +11,7 @@ PROMPT, REASONING, ANSWER = "how do i make a ladder ?", "ladder is tool .", "tak
 
 
 def example(reasoning=REASONING, answer=ANSWER):
-    ids, mask = encode_example(TOKENIZER, PROMPT, reasoning, answer)
-    ensure(len(ids) == len(mask), "the mask is not as long as the ids")
-    return ids, mask
+    return encode_example(TOKENIZER, PROMPT, reasoning, answer)  # ids, mask
 
 
 def learned(reasoning=REASONING, answer=ANSWER):
@@ -31,10 +29,8 @@ def test_it_begins_as_what_the_model_will_read():
 def test_the_prompt_is_not_learned():
     ids, mask = example()
     prompt = encode_prompt(TOKENIZER, PROMPT, reasoning=False)
-    ensure(
-        not any(mask[: len(prompt)]),
-        "the prompt is learned, too: questions are not the model's to write",
-    )
+    hint = "the prompt is learned, too: questions are not the model's to write"
+    ensure(not any(mask[: len(prompt)]), hint)
     ensure("golu" in learned(), "the answer is not learned")
     ensure("tool" in learned(), "the reasoning is not learned")
 

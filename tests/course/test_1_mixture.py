@@ -7,23 +7,17 @@ from grading import ensure, near
 stage = importlib.import_module("01_build_mixture")
 
 
-def needed(lambda_harmful, rl_prompts, ambiguous_share=0.5):
-    settings = stage.Settings(
-        lambda_harmful=lambda_harmful, rl_prompts=rl_prompts, ambiguous_share=ambiguous_share
-    )
-    found = stage.prompts_needed(settings)
-    kinds = {"harmful", "harmless", "ambiguous"}
-    ensure(set(found) == kinds, "the result has a count for each kind: harmful, harmless, ambiguous")
-    return [found["harmful"], found["harmless"], found["ambiguous"]]
+def needed(lam, count, share=0.5):
+    settings = stage.Settings(lambda_harmful=lam, rl_prompts=count, ambiguous_share=share)
+    found, kinds = stage.prompts_needed(settings), ("harmful", "harmless", "ambiguous")
+    ensure(found.keys() == {*kinds}, "the result has a count for each kind: harmful, harmless, ambiguous")
+    return [found[kind] for kind in kinds]
 
 
 def test_the_sandbox():
     slips = {"ambiguous_share is a share of the prompts that are not harmful, not of all": [640, 0, 640]}
-    slips["lambda is the share of harmful prompts: all others are split between the other two kinds"] = [
-        320,
-        640,
-        320,
-    ]
+    split = "lambda is the share of harmful prompts: all others are split between the other two kinds"
+    slips[split] = [320, 640, 320]
     near(needed(0.5, 1280), [640, 320, 320], "lambda 0.5 of 1280 prompts: the counts are wrong", slips)
 
 

@@ -41,10 +41,7 @@ def test_the_promising_ones():
         slopes = SLOPES[position].clone()
         slopes[~ALLOWED] = torch.nan
         slopes[SUFFIX[position]] = torch.nan
-        ensure(
-            len(tokens) == 3,
-            "not gcg_top_k tokens are proposed for each position, where all have room",
-        )
+        ensure(len(tokens) == 3, "not gcg_top_k tokens are proposed for each position, where all have room")
         inside = torch.tensor([slopes[token] for token in tokens]).mean()
         top += bool(inside > slopes.nanmean())
     ensure(top == 0, "the tokens of the largest slopes are proposed: a swap should lower the loss")
