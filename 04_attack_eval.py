@@ -136,7 +136,7 @@ def search(slots: list[Slot], budget: Budget, generator: torch.Generator) -> lis
 
     suffix = slots[0].start  # (S,)
     allowed = torch.stack([slot.allowed() for slot in slots]).all(0)  # (vocab,)
-    history = [{"step": 0, "loss": mean_losses(suffix[None]).item(), "suffix": slots[0].start_text}]
+    steps: list[dict] = [{"step": 0, "loss": mean_losses(suffix[None]).item(), "suffix": slots[0].start_text}]
     for step in slots[0].victim.bar(range(1, budget.gcg_steps + 1), "GCG"):
         slopes = torch.stack([gradient(slot, suffix) for slot in slots])  # (slots, S, vocab)
         if len(slots) > 1:
@@ -144,15 +144,15 @@ def search(slots: list[Slot], budget: Budget, generator: torch.Generator) -> lis
         candidates = propose(slopes.mean(0), suffix, allowed, budget, generator)  # (N, S)
         candidates, texts = attacks.surviving(slots, candidates)  # (M, S): those that can be typed
         found = mean_losses(candidates)  # (M,)
-        best = history[-1] | {"step": step}
+        best = steps[-1] | {"step": step}
         # Ids are scored, but text is sent: the best one whose text, in the template, gives these ids again.
         i = attacks.first_exact(slots, candidates, texts, found)
         if i is not None:  # None: not one of them does, so the suffix stays
             suffix = candidates[i]
             if found[i].item() < best["loss"]:
                 best |= {"loss": found[i].item(), "suffix": texts[i]}
-        history.append(best)
-    return history
+        steps.append(best)
+    return steps
 
 
 # ---- 2. judge: what a model is sent ------------------------------------------------------------------------

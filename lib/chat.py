@@ -99,7 +99,7 @@ def encode_example(
 
     With reasoning that is "<think>\\n" z "\\n</think>\\n\\n" y and the end-of-turn token, markers included
     (paper, appendix F; at sampling the prompt has "<think>\\n" already, but others may run the model without
-    this library). With None it is the answer and the end-of-turn token.
+    this library). With None it is y and the end-of-turn token. No spaces stand at the edges of z and y.
     """
     ### BEGIN SOLUTION learned_tokens
     ids = _encode_turn(tokenizer, [{"role": "user", "content": prompt}], reasoning is not None)

@@ -288,7 +288,7 @@ def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else
 
 
 def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
-    """F6: compliance with ambiguous prompts is higher, DSR is equal. F1: what is missing is not judged."""
+    """F6: compliance with ambiguous prompts is higher, DSR is equal. F1: what is missing is told."""
     root = make_root(tmp_path, "<!-- table findings: -->\n<!-- end -->\n", "")
     up, down = [0.1, 0.11, 0.1, 0.11, 0.1], [-0.1, -0.11, -0.1, -0.11, -0.1]
     figures = {
@@ -304,6 +304,6 @@ def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| F")]
     verdicts = {row[0]: row[-1] for row in rows}
     found = [verdicts[f"F{number}"].strip("|* ") for number in (1, 4, 5, 6, 7)]
-    assert found == ["not run", "open", "in part", "reproduced", "not reproduced"]
+    assert found == ["not measured", "open", "in part", "reproduced", "not reproduced"]
     assert "| tars-0.5 - plain-only: compliance/ambiguous > 0 | +0.24 [+0.17, +0.31] | yes |" in text
     assert "study ablations -->" in text

@@ -5,7 +5,7 @@ r"""Does the reasoning decide? Three questions to each reasoner, about its reaso
 
 1. **Agreement.** `agreement`: of the z that have a verdict, "bad" or "fine", the share whose y does as it
    says: refuses, or not. `no verdict`: the share without one. By set and attack, of EVAL/completions.jsonl
-   the last try of each request.
+   the last try of each request; and over training, "step K", of the model's rollouts.jsonl.
 2. **Intervention.** The model writes z greedily. The other verdict is put in the place of its own, what
    stood behind is dropped, and the model writes on, greedily. A z without a verdict has its y's, unsaid; the
    other one is put at its end. `follows`: y does as the new verdict says; `keeps`: as the old one said.
@@ -33,7 +33,7 @@ from typing import Any
 
 from lib import UserError
 from lib.attacks import NOT_ASKED, Lab, Model, Tries, a_try, files_of, read_sets
-from lib.chat import THINK_CLOSE, decode, encode_text
+from lib.chat import THINK_CLOSE, decode, encode_text, parse_completion
 from lib.compare.tables import by_model
 from lib.judges import OWN, load_judge
 from lib.metrics import BENIGN, SETS, Interval, Lines, bootstrap, wilson
@@ -93,11 +93,16 @@ def held(line: dict) -> bool:
 # ---- 1. agreement
 
 
-def agreements(evaluated: Lines, reader: Any) -> Figures:
-    """The figures of 1, FIGURE/SET, from a model's lines of stage 4: the last of each request."""
+def agreements(rollouts: Lines, evaluated: Lines, reader: Any) -> Figures:
+    """The figures of 1, FIGURE/SET, from a model's rollouts and its lines of stage 4."""
     last = {(x["set"], x["id"]): x for x in sorted(evaluated, key=lambda x: x["step"])}
+    cases = [(line["set"], line) for line in last.values()]
+    for line in rollouts:
+        text = line["completion"]
+        read = {"reasoning": parse_completion(text).reasoning, "closed": "</think>" in text}
+        cases.append((f"step {line['step']}", line | read))
     agreed, without = defaultdict(list), defaultdict(list)
-    for (name, _), line in last.items():
+    for name, line in cases:
         if legible(line):
             verdict = reader.verdict(line["reasoning"])
             without[f"no verdict/{name}"].append(verdict is None)
@@ -228,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in models:
         cases, found[model.name] = own_traces(lab, model, sets, attempts), {}
         if reads:
-            found[model.name] |= agreements([line for line in lines if line["model"] == model.name], reader)
+            mine = [line for line in lines if line["model"] == model.name]
+            found[model.name] |= agreements(read_log(Path(model.path) / "rollouts.jsonl"), mine, reader)
             found[model.name] |= intervene(lab, model, cases, reader)
         found[model.name] |= allow(lab, model, cases)
     print(by_model(found))

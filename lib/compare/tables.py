@@ -66,23 +66,31 @@ def table(name: str, kept: dict[str, Results]) -> tuple[str, list[str]]:
     return kept[study]["command"], [about, "", *markdown(cells)]
 
 
-def findings(kept: dict[str, Results]) -> tuple[str, list[str]]:
-    """Likewise F1 to F10: each claim of the studies that are kept, and what follows from all of a finding's.
+UNKNOWN = "not measured"
 
-    A claim of two studies is the first one's, which has more seeds.
+
+def findings(kept: dict[str, Results]) -> tuple[str, list[str]]:
+    """Likewise F1 to F10: each claim of the studies, and what follows from all of a finding's.
+
+    A claim of two studies is the first one's that is kept, which has more seeds.
     """
-    claims = [(name, claim) for name in STUDIES if name in kept for claim in STUDIES[name].claims]
+    claims = [(name, claim) for name in STUDIES for claim in STUDIES[name].claims]
     lines, used = ["|  | the paper finds | measured here | as claimed? |", "| --- | --- | --- | --- |"], {}
     for finding, what in FINDINGS.items():
         measured = dict[Key, tuple[str, str]]()
         for name, claim in claims:
-            ci = kept[name]["rows"].get(claim.key)
-            if claim.finding == finding and ci and claim.key not in measured:
+            ci = kept[name]["rows"].get(claim.key) if name in kept else None
+            known = measured.get(claim.key, ("", UNKNOWN))[1] != UNKNOWN
+            if claim.finding != finding or known:
+                continue
+            measured[claim.key] = f"{claim.sign} 0 |", UNKNOWN
+            if ci:
                 used[name], value = kept[name], shown(ci, " - ").partition(";")[0]
                 measured[claim.key] = f"{claim.sign} 0 | {value}", verdict(ci, claim.sign)
         verdicts = {found for _, found in measured.values()}
         whole = "in part" if "yes" in verdicts else "not reproduced" if "no" in verdicts else "open"
-        whole = "not run" if not measured else "reproduced" if verdicts == {"yes"} else whole
+        if verdicts in ({"yes"}, {UNKNOWN}):
+            whole = "reproduced" if verdicts == {"yes"} else UNKNOWN
         lines.append(f"| {finding} | {what} | | **{whole}** |")
         for (ours, figure), (value, found) in measured.items():
             lines.append(f"| | {ours}: {figure} {value} | {found} |")

@@ -1,6 +1,8 @@
 """Exercise `learned_tokens`: lib/chat.py, encode_example."""
 
 from grading import ensure
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from lib.chat import decode, encode_example, encode_prompt, encode_text
 from lib.run.hub import load_tokenizer
@@ -58,12 +60,21 @@ def test_without_reasoning():
     ensure(ids[: len(prompt)] == prompt, "without reasoning the prompt has no <think>, either")
 
 
-def test_spaces_at_the_edges_do_not_count():
-    same = example() == example(f" {REASONING}\n", f"\n{ANSWER} ")
-    ensure(same, "spaces or line breaks at the edges of reasoning or answer change the ids")
-    whole = encode_text(TOKENIZER, ANSWER)
-    ids, _ = example()
-    ensure(ids[-len(whole) - 1 : -1] == whole, "the ids of the answer are not those of its text")
+def test_reasoning_and_answer_are_one_text():
+    text = f"{REASONING}\n</think>\n\n{ANSWER}"
+    bpe = Tokenizer(models.BPE())  # its tokens may hold the end of one part and the beginning of the next
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([text] * 9, trainers.BpeTrainer(initial_alphabet=letters, show_progress=False))
+    template = TOKENIZER.chat_template
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=TOKENIZER.eos_token, chat_template=template
+    )
+    for space in ("", " "):
+        ids, _ = encode_example(tokenizer, PROMPT, f"{space}{REASONING}{space}", f"{space}{ANSWER}{space}")
+        whole = encode_text(tokenizer, text)
+        hint = "spaces at the edges change the ids" if space else "it is tokenised between other seams"
+        ensure(ids[-len(whole) - 1 : -1] == whole, f"of reasoning, </think> and answer: {hint}")
 
 
 ### END HIDDEN
