@@ -265,7 +265,7 @@ def main() -> None:
         score([prompts[0].record["prompt"]], ["No."])
     longest = max(len(prompt.ids) for prompt in prompts)
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
-    run.rehearse(policy, reference, rows=rows, longest=longest + settings.max_new_tokens, prompt=longest)
+    run.rehearse(policy, reference, rows=rows, longest=longest + settings.max_new_tokens)
 
     optimizer = torch.optim.AdamW(policy.parameters(), **run.adamw)
     total = max(1, round(settings.epochs * len(prompts) / settings.prompts_per_step))

@@ -40,6 +40,7 @@ _PRESET.RL = {**sandbox.RL, "warmup_steps": 0, "rollouts_every": 1}
 _PRESET.RPO = {}
 sys.modules[_PRESET.__name__] = _PRESET
 run_settings.presets_found = lambda: ["open", "paper", "sandbox", "smollm", "stages"]
+flags = run_settings.as_flags
 PATIENCE = 300  # seconds, for a machine that is busy with other things
 
 
@@ -63,18 +64,6 @@ def write_data(folder: Path) -> Path:
             traces.append({"id": f"sft-{i}-{k}", **record, "reasoning": reasoning, "answer": answer})
     write_jsonl(folder / "sft.jsonl", traces)
     return folder
-
-
-def flags(**settings: object) -> list[str]:
-    """flags(group_size=4, decay=False) -> ["--group-size", "4", "--no-decay"]; a list: values."""
-    words: list[str] = []
-    for name, value in settings.items():
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def sft_flags(data: Path, out: Path, **settings: object) -> list[str]:

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lib import UserError
 from lib.chat import decode, encode_prompt
 from lib.policy import context_of, token_logprobs
-from lib.run.checks import check_ids, check_tokenizer
-from lib.run.hub import load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
 from lib.sampler import sample
 from tests.bench import families
 from tests.bench.families import TEMPLATE, make, word_tokenizer

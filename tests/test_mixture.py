@@ -18,7 +18,7 @@ from lib.run.files import read_jsonl, sha256_file, write_jsonl
 from lib.run.presets import paper, sandbox
 from lib.run.text import same_prompt
 from lib.sources import EVAL_SETS, parse_word
-from lib.sources.pools import in_order
+from lib.sources.reading import in_order
 
 stage = importlib.import_module("01_build_mixture")
 

@@ -20,10 +20,9 @@ from lib.attacks.table import ATTACKS, CONTROL
 from lib.chat import encode_text
 from lib.metrics import SETS
 from lib.rewards import KINDS
-from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl, resume_log
 from lib.run.folder import reasons
-from lib.run.hub import load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
 from lib.run.settings import named, preset_values
 from lib.sampler import draw_seeds
 

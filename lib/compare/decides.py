@@ -246,9 +246,7 @@ def read_models(settings: Settings, known: Sequence[str]) -> list[Model]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings, run = start(Settings, "decides", argv=argv)
-    if run.size > 1:
-        raise UserError("torchrun: this command runs as one process; start it with python")
+    settings, run = start(Settings, "decides", argv=argv, alone=True)
     if wrong := [k for k in settings.thoughts if not k.isdecimal()]:
         raise UserError(f"--thoughts: given {wrong[0]}; allowed whole numbers of tokens")
     evaluated, attacked = (Path(settings.eval) / f"{name}.jsonl" for name in ("completions", "attacks"))

@@ -64,12 +64,6 @@ class Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
-    def add_device(self, dtype: str) -> None:
-        devices, dtypes = ("auto", "cpu", "cuda", "mps"), ("float32", "bfloat16", "auto")
-        self.add_argument("--device", choices=devices, default="auto", help="where to compute")
-        help_ = f"of weights; auto: as saved (default: {dtype})"
-        self.add_argument("--dtype", choices=dtypes, default=dtype, help=help_)
-
 
 def number(kind: type, low: float, high: float = 10**6) -> Callable[[Any], Any]:
     """For add_argument(type=...): text to an int or a float within the limits."""

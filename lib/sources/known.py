@@ -44,7 +44,6 @@ class DataSet:
 
 KNOWN: dict[str, DataSet] = {}
 CC_BY = "CC-BY-4.0"
-TSV = {"delimiter": "\t", "keep_default_na": False}
 
 
 def data_set(*facts: Any, **more: Any) -> Callable:
@@ -72,6 +71,9 @@ def tars(row):
     """The authors' parquet files, RL's prompts or the test set. WildJailbreak's count as jailbreaks."""
     kind = {"wildjailbreak": "jailbreak", "refusal": "harmless"}.get(row["ability"], "harmful")
     return dict(kind=kind, prompt=row["prompt"], category=row["ability"])
+
+
+TSV = {"delimiter": "\t", "keep_default_na": False}
 
 
 @data_set("allenai/wildjailbreak:train:train", "ODC-BY", options=TSV, any_length=True)
@@ -107,22 +109,17 @@ def ultrafeedback(row):
     return dict(kind="harmless", prompt=row["prompt"], id=row.get("prompt_id"))
 
 
-@data_set("bench-llm/or-bench:or-bench-hard-1k:train", CC_BY)
-def or_bench_hard(row):
-    """All of or-bench-hard-1k."""
-    return dict(kind="ambiguous", prompt=row["prompt"], category=row["category"])
-
-
 @cache
 def hard_prompts(file: Path | None) -> set[str]:
-    rows = read_table(file) if file else load_rows(KNOWN["or-bench-hard"].hub)
+    rows = read_table(file) if file else load_rows("bench-llm/or-bench:or-bench-hard-1k:train")
     return {same_prompt(row["prompt"]) for row in rows}
 
 
 @data_set("bench-llm/or-bench:or-bench-80k:train", CC_BY, beside=lambda name: "or-bench-hard-1k.csv")
 def or_bench(row, beside=None):
     """or-bench-80k without or-bench-hard-1k (for a file: the csv of this name beside it). Paper: 2000."""
-    return None if same_prompt(row["prompt"]) in hard_prompts(beside) else or_bench_hard(row)
+    if same_prompt(row["prompt"]) not in hard_prompts(beside):
+        return dict(kind="ambiguous", prompt=row["prompt"], category=row["category"])
 
 
 @data_set("UCSC-VLAA/STAR-1:train")
@@ -130,9 +127,8 @@ def star1(row):
     """All, with a trace by DeepSeek-R1: `<think> reasoning </think> answer`."""
     reasoning, marker, answer = row["response"].partition("</think>")
     reasoning = reasoning.replace("<think>", "", 1).strip() if marker else ""
-    category = text_of(row["category"]) or row["category"][0]
     trace = dict(reasoning=reasoning, answer=answer.strip())
-    return dict(kind="harmful", prompt=row["question"], category=category, **trace)
+    return dict(kind="harmful", prompt=row["question"], category=row["category"][0], **trace)
 
 
 # ---- to evaluate on ----
@@ -151,13 +147,6 @@ def xstest(row):
     """Safe: ambiguous (paper: 250). Unsafe, by the hub's label or the authors' type contrast_...: harmful."""
     unsafe = row.get("label") == "unsafe" or row["type"].startswith("contrast_")
     return dict(kind="harmful" if unsafe else "ambiguous", prompt=row["prompt"], category=row["type"])
-
-
-@data_set("walledai/StrongREJECT:train")
-def strongreject(row):
-    """All; or by @FILE the small set, strongreject_small_dataset.csv of alexandrasouly/strongreject."""
-    prompt = row.get("forbidden_prompt") or row["prompt"]
-    return dict(kind="harmful", prompt=prompt, category=row["category"])
 
 
 DOMAINS = {5: "hate speech", 24: "crimes or torts"}  # by the last of their categories

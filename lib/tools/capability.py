@@ -31,10 +31,9 @@ from lib.chat import decode, encode_example, encode_prompt, encode_text, eos_tok
 from lib.metrics import bootstrap, mean_of, share_of, wilson
 from lib.policy import context_of, token_logprobs
 from lib.run import run_main, start
-from lib.run.checks import check_tokenizer
 from lib.run.files import read_jsonl, write_json, write_jsonl
 from lib.run.folder import reasons
-from lib.run.hub import load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
 from lib.run.settings import TOKENS, Common, named, setting
 from lib.sampler import sample
 from lib.sources import read_table, text_of
@@ -184,9 +183,7 @@ def measure(answers: dict[str, list[dict]], loss: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings, run = start(Settings, "capability", argv=argv)
-    if run.size > 1:
-        raise UserError("torchrun: this command runs as one process; start it with python")
+    settings, run = start(Settings, "capability", argv=argv, alone=True)
     models, records = named("--models", settings.models), read_records(settings.file, settings.loss)
     if unknown := [name for name in settings.direct if name not in models]:
         raise UserError(f"--direct: given {unknown[0]}; allowed the names in --models: {', '.join(models)}")

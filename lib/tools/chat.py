@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--reasoning", action="store_true", help="open <think>, as a run of ours does unasked")
     flags.add_argument("--temperature", type=number(float, 0, 10), default=0.6, help="0: greedy (0.6)")
     flags.add_argument("--max-new-tokens", type=number(int, 1), default=2048, help="of an answer (2048)")
-    flags.add_device("auto")
+    flags.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    flags.add_argument("--dtype", choices=("float32", "bfloat16", "auto"), default="auto", help="of weights")
     given = flags.parse_intermixed_args(argv)
     reasoning, heat = given.reasoning or read_settings(given.run).get("reasoning") is True, given.temperature
     tokenizer = load_tokenizer(given.run)
