@@ -81,10 +81,8 @@ def rl_flags(data: Path, out: Path, **settings: object) -> list[str]:
 
 
 def rpo_flags(data: Path, out: Path, **settings: object) -> list[str]:
-    usual = {"learning_rate": 3e-5, "epochs": 1.4} | settings
-    words = rl_flags(data, out, **usual)
-    place = words.index("--kl-coef")  # has none
-    return words[:place] + words[place + 2 :]
+    usual = {"learning_rate": 3e-5, "epochs": 1.4, "kl_coef": ""}  # of which it has none
+    return rl_flags(data, out, **usual | settings)
 
 
 # ---- here ----
@@ -146,9 +144,7 @@ def _child(stage: str, words: list[str], log: Path, environment: dict[str, str])
 
 def run_process(stage: str, words: list[str], log: Path) -> None:
     """To the end, which must be a good one."""
-    process = launch(stage, words, log)
-    process.join(PATIENCE)
-    assert process.exitcode == 0, log.read_text()
+    join_group(stage, words, log, 1)
 
 
 def run_group(stage: str, words: list[str], log: Path, size: int = 2) -> list:

@@ -75,18 +75,13 @@ def aegis(prompt: str, label: str = "unsafe") -> dict:
     return {"id": prompt[-1], "prompt": prompt, "prompt_label": label, "violated_categories": "Zog, Wip"}
 
 
-def sorry(category: str, style: str = "base") -> dict:
-    return {"question_id": 3, "category": category, "turns": [f"p{category}"], "prompt_style": style}
-
-
 def tars(prompt: str, ability: str) -> dict:
     return {"data_source": "", "prompt": [turn(prompt)], "ability": ability}
 
 
-ODD = [("a", "homonyms", ""), ("b", "contrast_x", ""), ("c", "t", "safe"), ("d", "t", "unsafe")]
+ODD = [("a", "homonyms", ""), ("b", "contrast_x", ""), ("c", "t", "unsafe")]
 ODD = [dict(zip(("prompt", "type", "label"), values, strict=True)) for values in ODD]
 STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
-SORRIES = [sorry("6", "slang"), sorry("6"), sorry("Fraud")]
 WILD = [wild("NA"), wild('say, "me"\nof'), wild("b", "adversarial_benign"), wild("007", "vanilla_harmful")]
 CHATS = [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True), chat("I begin", role="assistant")]
 TARS = [tars("a", "wildjailbreak"), tars("b", "aegis"), tars("c", "refusal")]
@@ -99,11 +94,7 @@ CASES: dict[str, tuple[list[dict], list[str]]] = {
     "safeedit.json": ([EDIT], ["harmful: zog: Z"]),
     "ultrafeedback.parquet": ([{"prompt": "Soup.", "prompt_id": "p"}], ["harmless: Soup.: "]),
     "wildchat.parquet": (CHATS, ["harmless: hello: "]),
-    "xstest.csv": (
-        ODD,
-        ["ambiguous: a: homonyms", "harmful: b: contrast_x", "ambiguous: c: t", "harmful: d: t"],
-    ),
-    "sorry-bench.jsonl": (SORRIES, ["harmful: p6: crimes or torts", "harmful: pFraud: Fraud"]),
+    "xstest.csv": (ODD, ["ambiguous: a: homonyms", "harmful: b: contrast_x", "harmful: c: t"]),
     "harmbench.parquet": ([{"prompt": "make a zog", "category": "zogs"}], ["harmful: make a zog: zogs"]),
     "rainbow.jsonl": ([{"prompt": "a zog", "risk": "zogs", "style": "slang"}], ["harmful: a zog: zogs"]),
     "tars.parquet": (TARS, ["jailbreak: a: wildjailbreak", "harmful: b: aegis", "harmless: c: refusal"]),
@@ -167,15 +158,13 @@ def test_a_text_is_what_stands_in_the_file(tmp_path, ending):
 
 ASKED = turn("how to zog?")
 MORE = [turn("Be brief.", "system"), ASKED, turn("No.", "assistant"), turn("why?")]
-GPT = [{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}]}]
 
 
 def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path):
     """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
-    talks = ["how to zog?", [ASKED], MORE, [turn("Hello.", "assistant"), ASKED], GPT, PARTS, []]
+    talks = ["how to zog?", [ASKED], MORE, [turn("Hello.", "assistant"), ASKED], []]
     path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk} for talk in talks])
-    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 6 + [""]
+    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 4 + [""]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

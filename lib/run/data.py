@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib import UserError
 from lib.chat import encode_prompt
 from lib.policy import context_of
 from lib.rewards import KINDS
@@ -26,9 +25,6 @@ def load_prompts(run: Any, tokenizer: Any, policy: Any) -> list[Prompt]:
     settings, prompts = run.settings, []
     path = Path(settings.data) / "rl.jsonl"
     for place, record in enumerate(read_jsonl(path, ("id", "prompt", "kind"))):
-        if record["kind"] not in KINDS:
-            allowed = ", ".join(KINDS)
-            raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {allowed}")
         ids = encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning)
         prompts.append(Prompt(record, ids, place))
     context, new, most = context_of(policy.config), settings.max_new_tokens, settings.max_prompt_tokens

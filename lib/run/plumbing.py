@@ -62,7 +62,7 @@ class Run:
         """Meet the other processes, fix the date, lock OUT, and look whether it holds this run or another."""
         settings, stage = self.settings, self.stages[0]
         if stage != "mixture":
-            self.rank, self.size, self.local_rank = start_processes(settings, waits=stage == "eval")
+            self.rank, self.size, self.local_rank = start_processes(settings)
         known = settings.date or read_settings(self.out).get("date")  # chat templates may tell it
         settings.date = self.gather(known or datetime.date.today().isoformat())[0]
         set_date(settings.date)

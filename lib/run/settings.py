@@ -185,6 +185,4 @@ def following(settings: Any, stages: Sequence[str]) -> str:
     flags["out"] = os.path.normpath(Path(out) / ".." / folder)
     usual = preset_values(type(settings), settings.preset, *stages)
     flags |= {key: getattr(settings, key) for key in kept if getattr(settings, key, None) != usual.get(key)}
-    several = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    words = ["python"] if several == "1" else ["torchrun", "--nproc-per-node", several]
-    return shlex.join([*words, script, "--preset", settings.preset, *as_flags(**flags)])
+    return shlex.join(["python", script, "--preset", settings.preset, *as_flags(**flags)])

@@ -26,7 +26,7 @@ from typing import Any
 
 from lib.rewards import KINDS
 from lib.run.text import same_prompt
-from lib.sources.tables import load_rows, read_table, text_of
+from lib.sources.tables import load_rows, read_table
 
 KIND_OF = {kind: kind for kind in KINDS} | {"jailbreak": "harmful"}  # of an evaluation set: it is in disguise
 EVAL_SETS = tuple(KIND_OF)
@@ -147,20 +147,6 @@ def xstest(row):
     """Safe: ambiguous (paper: 250). Unsafe, by the hub's label or the authors' type contrast_...: harmful."""
     unsafe = row.get("label") == "unsafe" or row["type"].startswith("contrast_")
     return dict(kind="harmful" if unsafe else "ambiguous", prompt=row["prompt"], category=row["type"])
-
-
-DOMAINS = {5: "hate speech", 24: "crimes or torts"}  # by the last of their categories
-DOMAINS |= {39: "potentially inappropriate topics", 44: "unqualified advice"}
-
-
-@data_set("sorry-bench/sorry-bench-202503:train", "its own, research only: see its card")
-def sorry_bench(row):
-    """prompt_style base; of the 44 categories, the four domains of the paper's table 3."""
-    category = text_of(row["category"])
-    if category.isdecimal():
-        category = next((domain for last, domain in DOMAINS.items() if int(category) <= last), category)
-    if row["prompt_style"] == "base":
-        return dict(kind="harmful", prompt=row["turns"][0], category=category)
 
 
 @cache

@@ -3,8 +3,6 @@
 HarmBench and XSTest come as files from GitHub (see docs/real-models.md): on the hub they are gated.
 """
 
-from __future__ import annotations
-
 RUNS = "runs/open"
 BASE = "Qwen/Qwen2.5-0.5B-Instruct"
 JUDGE = "qwen3guard+skywork"  # 0.6 B each: they stay beside the policy

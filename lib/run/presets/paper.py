@@ -1,7 +1,5 @@
 """The paper's settings: the stages' own defaults and these. Files that no hub has are given as flags."""
 
-from __future__ import annotations
-
 RUNS = "runs/paper"
 
 MIXTURE = dict(

@@ -1,7 +1,5 @@
 """The embedded world: no data set, no hub, no GPU; minutes on two CPU cores."""
 
-from __future__ import annotations
-
 MIXTURE = dict(
     rl_prompts=1200,  # 75 steps, each prompt once
     eval_prompts=150,

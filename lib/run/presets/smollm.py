@@ -4,8 +4,6 @@ Needs the files named below (public: GitHub danielkty/tars and paul-rottger/exag
 and `--trace-model` for stage 1, `--model` for the others.
 """
 
-from __future__ import annotations
-
 RUNS = "runs/smollm"
 DATA = "../shared/data"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
