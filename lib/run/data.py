@@ -90,14 +90,6 @@ def rollout_line(rollout: Any, step: int) -> dict[str, Any]:
     }
 
 
-SILENT = 10  # steps without a signal in a row that are worth a word
-NO_SIGNAL = (
-    f"warning: for {SILENT} steps no group has had two different rewards, so nothing is learned: read "
-    "rollouts.jsonl. Reward near 1: it is learned. format_rate near 0: stage 2 did not teach the format, "
-    "or --max-new-tokens cuts it off. Else look at the judge's scores, and at --temperature"
-)
-
-
 def groups_to_show(rollouts: list[dict], group_size: int) -> list[dict]:
     """One whole group of each kind: the first with a signal, else the first."""
     shown: dict[str, Sequence[dict]] = {}

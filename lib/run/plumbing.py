@@ -23,7 +23,7 @@ from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
 from lib.policy import shares_prompts, token_logprobs
 from lib.run.checkpoint import PROGRESS, describe, load_progress, save_policy, save_progress
-from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
+from lib.run.data import groups_to_show, rollout_line, summarise
 from lib.run.files import append_jsonl
 from lib.run.folder import checksums, claim_folder, read_settings, take_folder
 from lib.run.hub import check_tokenizer, load_policy
@@ -54,7 +54,7 @@ class Run:
         self.config: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # of this step, by phase
         self.lap_began = time.perf_counter()
-        self.rate, self.silent_steps, self.step = 0.0, 0, 0
+        self.rate, self.step = 0.0, 0
 
     # ---- beginning ----
 
@@ -205,9 +205,7 @@ class Run:
             inner = getattr(model, "within_forward", None) or (lambda function, *args: function(model, *args))
             # what `lib.policy.token_logprobs` calls
             model.within_forward = precision(device, "bfloat16")(inner)  # type: ignore[assignment]
-        if self.shares_prompts and not shares_prompts(model):
-            self.shares_prompts = False
-            self.say(f"{path}: its attention has windows, or is not SDPA: each row computes its prompt anew")
+        self.shares_prompts &= shares_prompts(model)
         return model
 
     def rehearse(
@@ -309,15 +307,11 @@ class Run:
         line: dict[str, Any] = {"step": step}
         if described:
             line |= summarise(described, settings.group_size, self.seconds)
-            silent = line["zero_advantage_groups"] * settings.group_size == len(described)
-            self.silent_steps = self.silent_steps + 1 if silent else 0
         line |= {**metrics, "learning_rate": self.rate}
         if not self.leader:
             return
         values = {key: line.get(key) for key in ("reward", "format_rate", "kl", "loss")}
         self.bar.set_postfix({key: f"{value:.2f}" for key, value in values.items() if value is not None})
-        if self.silent_steps == SILENT:
-            self.bar.write(NO_SIGNAL)
         append_jsonl(self.out / "metrics.jsonl", line)
         if described and step % settings.rollouts_every == 0:
             for rollout in groups_to_show(described, settings.group_size):
