@@ -57,7 +57,6 @@ from lib.run.text import same_prompt
 @dataclass
 class Settings(Training):
     traces: str = setting("sft.jsonl", "file in DATA to learn from; sft_rl.jsonl: traces of the RL prompts")
-    out: str = setting("runs/demo/sft", "folder for the checkpoint and its logs")
     learning_rate: float = setting(3e-5, "peak rate. Paper: 3e-5 (light), 1e-4 (heavy)", low=0.0, high=1.0)
     epochs: int = setting(3, "passes over the traces. Paper: 3 (light), 6 (heavy)", low=1, high=1000)
     batch_size: int = setting(16, "traces per update, over all processes. Paper: 16", low=1, high=10_000)

@@ -58,7 +58,6 @@ from lib.sampler import Completion, sample
 @dataclass
 class Settings(Training):
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
-    out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK. Paper: moderation API, GRM")
     refusals: str = setting("phrases", "who labels them, for the log: phrases, strongreject, your.module")
     one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (finding F7)")

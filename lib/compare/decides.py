@@ -56,7 +56,6 @@ class Settings(Common):
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
     eval: str = setting("runs/demo/eval", "folder that 04_attack_eval.py wrote, of the same models")
     models: list[str] = setting(["sft=runs/demo/sft", "tars=runs/demo/rl"], "as in 04_attack_eval.py")
-    out: str = setting("runs/demo/decides", "folder for the results")
     judge: str = setting("sandbox", "as in 04_attack_eval.py")
     limit: int = setting(48, "prompts of each set for 2 and 3; 0: all", low=0)
     thoughts: list[str] = setting(["0", "2", "4", "8", "16"], "tokens of reasoning allowed, beside all")

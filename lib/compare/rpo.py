@@ -49,7 +49,6 @@ TIE = 1e-6  # rewards nearer than this say nothing
 @dataclass
 class Settings(Training):
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
-    out: str = setting("runs/demo/rpo", "folder for the checkpoint and its logs")
     judge: str = setting("sandbox", "as in 03_rl_train.py")
     prompts_per_step: int = setting(4, "prompts a step, over all processes. Paper: 4", low=1, high=10_000)
     group_size: int = setting(8, "responses a prompt: half as many pairs. Paper: 8", low=2, high=1000)

@@ -43,7 +43,7 @@ class Common:
     """What every stage has."""
 
     preset: str = setting("sandbox", "where the defaults come from")
-    out: str = setting("runs/demo/out", "folder to write")
+    out: str = setting("runs/demo/out", "folder to write")  # if none is named, RUNS/STAGE: `preset_values`
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     seed: int = setting(0, "of every random choice", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -119,6 +119,8 @@ def presets_found() -> list[str]:
 def preset_values(cls: type, preset: str, *stages: str) -> dict[str, Any]:
     """All settings of the class as the preset has them. UserError for one that the stage has not."""
     values = dataclasses.asdict(cls()) | {"preset": preset}
+    if values["out"] == Common.out:
+        values["out"] = f"runs/demo/{stages[-1]}"
     module = importlib.import_module(f"lib.run.presets.{preset}")
     for name, value in values.items():
         if isinstance(value, str):

@@ -50,7 +50,6 @@ class Settings(Common):
     direct: list[str] = setting([], "names of those without reasoning; those of 02 and 03 say it themselves")
     loss: bool = setting(False, "the loss on documents, instead of answers to questions")
     file: str = setting("questions.jsonl", "question and answer, or text: .jsonl, .json, .csv or .parquet")
-    out: str = setting("runs/demo/capability", "folder for the results")
     max_new_tokens: int = setting(1024, "of an answer", low=1)
     max_batch_tokens: int = setting(16384, "rows x columns of the sampler's cache", low=16, high=TOKENS)
     dtype: str = setting("float32", "of weights; auto: as saved", choices=("float32", "bfloat16", "auto"))

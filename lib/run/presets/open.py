@@ -32,7 +32,6 @@ RL = dict(
     dtype="bfloat16",
 )
 EVAL = {
-    "out": "runs/open/eval",
     "models": [f"base={BASE}", "sft=runs/open/sft", "tars=runs/open/rl"],
     "direct": ["base"],
     "judge": JUDGE,

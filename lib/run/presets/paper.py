@@ -31,7 +31,6 @@ RL = dict(
     gradient_checkpointing=True,
 )
 EVAL = {
-    "out": "runs/paper/eval",
     "judge": "harmbench+grm-8b",  # the paper's classifier of 13 B parameters; task scores as in training
     "max_new_tokens": 4096,
     "answer_tokens": 1024,

@@ -46,7 +46,6 @@ RL = dict(
     rollouts_every=1,
 )
 EVAL = {
-    "out": "runs/smollm/eval",
     "judge": "standin",
     "max_new_tokens": 112,
     "answer_tokens": 64,
