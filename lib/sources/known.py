@@ -26,7 +26,7 @@ from typing import Any
 
 from lib.rewards import KINDS
 from lib.run.text import same_prompt
-from lib.sources.tables import load_rows, read_table
+from lib.sources.tables import load_rows, read_table, text_of
 
 KIND_OF = {kind: kind for kind in KINDS} | {"jailbreak": "harmful"}  # of an evaluation set: it is in disguise
 EVAL_SETS = tuple(KIND_OF)
@@ -127,8 +127,9 @@ def star1(row):
     """All, with a trace by DeepSeek-R1: `<think> reasoning </think> answer`."""
     reasoning, marker, answer = row["response"].partition("</think>")
     reasoning = reasoning.replace("<think>", "", 1).strip() if marker else ""
+    category = text_of(row["category"]) or row["category"][0]
     trace = dict(reasoning=reasoning, answer=answer.strip())
-    return dict(kind="harmful", prompt=row["question"], category=row["category"][0], **trace)
+    return dict(kind="harmful", prompt=row["question"], category=category, **trace)
 
 
 # ---- to evaluate on ----
