@@ -48,7 +48,6 @@ from lib.chat import encode_example
 from lib.policy import context_of, token_logprobs
 from lib.report import draw_curves
 from lib.run import run_main, start
-from lib.run.checks import check_ids, check_tokenizer
 from lib.run.files import read_jsonl
 from lib.run.hub import load_tokenizer
 from lib.run.settings import Training, setting
@@ -58,7 +57,6 @@ from lib.run.text import same_prompt
 @dataclass
 class Settings(Training):
     traces: str = setting("sft.jsonl", "file in DATA to learn from; sft_rl.jsonl: traces of the RL prompts")
-    out: str = setting("runs/demo/sft", "folder for the checkpoint and its logs")
     learning_rate: float = setting(3e-5, "peak rate. Paper: 3e-5 (light), 1e-4 (heavy)", low=0.0, high=1.0)
     epochs: int = setting(3, "passes over the traces. Paper: 3 (light), 6 (heavy)", low=1, high=1000)
     batch_size: int = setting(16, "traces per update, over all processes. Paper: 16", low=1, high=10_000)
@@ -81,7 +79,7 @@ class Example:
 
 
 def load_examples(settings: Settings, tokenizer, model, run) -> list[Example]:
-    """The traces that fit. Raises UserError for texts and ids that the model cannot read."""
+    """The traces that fit. Raises UserError for texts that the model cannot read."""
     path, context = Path(settings.data) / settings.traces, context_of(model.config)
     keys = ("id", "prompt", "reasoning", "answer") if settings.reasoning else ("id", "prompt", "answer")
     examples = []
@@ -89,10 +87,7 @@ def load_examples(settings: Settings, tokenizer, model, run) -> list[Example]:
         reasoning = record["reasoning"] if settings.reasoning else None
         ids, mask = encode_example(tokenizer, record["prompt"], reasoning, record["answer"])
         examples.append(Example(record, ids, mask))
-    first = [example.record["prompt"] for example in examples[:8]]
-    check_tokenizer(model, tokenizer, first, reasoning=settings.reasoning)
-    check_ids(model, [e.ids for e in examples], [e.record["id"] for e in examples])
-    return run.drop_too_long(examples, context, f"{path} (context {context})")
+    return run.usable(examples, model, tokenizer, context, f"{path} (context {context})")
 
 
 def split_by_prompt(examples: list[Example], settings: Settings) -> tuple[list[Example], list[Example]]:
@@ -147,9 +142,8 @@ def main() -> None:
     train, held_out = split_by_prompt(load_examples(settings, tokenizer, model, run), settings)
     read = f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}"
     run.say(f"{read}; start {settings.model}")
-    longest = max(train + held_out, key=lambda example: len(example.ids))
-    rows = max(settings.batch_size, len(held_out))
-    run.rehearse(model, None, rows=rows, longest=len(longest.ids), prompt=longest.mask.index(True))
+    longest = max(len(example.ids) for example in train + held_out)
+    run.rehearse(model, None, rows=max(settings.batch_size, len(held_out)), longest=longest)
 
     optimizer = torch.optim.AdamW(model.parameters(), **run.adamw)
     steps_per_epoch = math.ceil(len(train) / settings.batch_size)

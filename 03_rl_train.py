@@ -58,7 +58,6 @@ from lib.sampler import Completion, sample
 @dataclass
 class Settings(Training):  # defaults: the paper's; the preset, `sandbox` if none is given, has its own
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
-    out: str = setting("runs/demo/rl", "folder for the checkpoint and its logs")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK. Paper: moderation API, GRM")
     refusals: str = setting("phrases", "who labels them, for the log: phrases, strongreject, your.module")
     one_reward: bool = setting(False, "r_n for all prompts, harmful ones too (F7 in docs/results.md)")
@@ -265,7 +264,7 @@ def main() -> None:
         score([prompts[0].record["prompt"]], ["No."])
     longest = max(len(prompt.ids) for prompt in prompts)
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
-    run.rehearse(policy, reference, rows=rows, longest=longest + settings.max_new_tokens, prompt=longest)
+    run.rehearse(policy, reference, rows=rows, longest=longest + settings.max_new_tokens)
 
     optimizer = torch.optim.AdamW(policy.parameters(), **run.adamw)
     total = max(1, round(settings.epochs * len(prompts) / settings.prompts_per_step))

@@ -41,6 +41,7 @@ _PRESET.RL = {**sandbox.RL, "warmup_steps": 0, "rollouts_every": 1}
 _PRESET.RPO = {}
 sys.modules[_PRESET.__name__] = _PRESET
 run_settings.presets_found = lambda: ["open", "paper", "sandbox", "smollm", "stages"]
+flags = run_settings.as_flags
 PATIENCE = 300  # seconds, for a machine that is busy with other things
 
 
@@ -76,18 +77,6 @@ def a_line(name: str, request: str, step=-1, harm: Any = 0.0, refusal: Any = "fu
     return line | more
 
 
-def flags(**settings: object) -> list[str]:
-    """flags(group_size=4, decay=False) -> ["--group-size", "4", "--no-decay"]; a list: values."""
-    words: list[str] = []
-    for name, value in settings.items():
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
 def sft_flags(data: Path, out: Path, **settings: object) -> list[str]:
     usual = {"preset": "stages", "model": world.BASE, "learning_rate": 1e-3, "epochs": 2, "batch_size": 8}
     usual |= {"held_out_share": 0.2, "max_batch_tokens": 1024, "save_every": 2, "device": "cpu"}
@@ -103,10 +92,8 @@ def rl_flags(data: Path, out: Path, **settings: object) -> list[str]:
 
 
 def rpo_flags(data: Path, out: Path, **settings: object) -> list[str]:
-    usual = {"learning_rate": 3e-5, "epochs": 1.4} | settings
-    words = rl_flags(data, out, **usual)
-    place = words.index("--kl-coef")  # has none
-    return words[:place] + words[place + 2 :]
+    usual = {"learning_rate": 3e-5, "epochs": 1.4, "kl_coef": ""}  # of which it has none
+    return rl_flags(data, out, **usual | settings)
 
 
 # ---- here ----
@@ -168,9 +155,7 @@ def _child(stage: str, words: list[str], log: Path, environment: dict[str, str])
 
 def run_process(stage: str, words: list[str], log: Path) -> None:
     """To the end, which must be a good one."""
-    process = launch(stage, words, log)
-    process.join(PATIENCE)
-    assert process.exitcode == 0, log.read_text()
+    join_group(stage, words, log, 1)
 
 
 def run_group(stage: str, words: list[str], log: Path, size: int = 2) -> list:

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -43,14 +42,11 @@ def fails(monkeypatch, capsys):
 # ---- flags: a stage, its words, what the line says ----
 
 WORDS = [
-    (RL, "--preset sandbx", "--preset: invalid choice: 'sandbx'"),
     (RL, "--shard", "--shard: there is one process; start several with torchrun"),
     (RL, "--offload", "--offload: moves shards, so it needs --shard"),
     (SFT, "runs/sft", "unrecognized arguments: runs/sft"),
     (MIXTURE, "--source files", "--files"),
-    (MIXTURE, "--source files --sft-prompts 0 --files harmful=none.csv", "none.csv"),
     (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
-    (MIXTURE, "--trace-files none.jsonl", "none.jsonl"),
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
     (EVAL, f"{BASE} --direct other", "--direct: given other; allowed the names in --models: it"),
     (EVAL, f"{BASE} --data none", "eval_harmful.jsonl: no such file"),
@@ -70,9 +66,7 @@ TRACE = {"id": "x", "prompt": "how ?", "reasoning": "so .", "answer": "so ."}
 LONG = [{"id": f"x-{i}", "prompt": "cake " * 600, "kind": "harmless"} for i in range(2)]
 LINES = [
     (RL, LONG, "2 of 3 have more than the 500 tokens that fit, such as x-0 (60"),
-    (RL, ['{"id": 1, "prompt": "how'], "rl.jsonl:2: not a JSON object"),
     (RL, [{"id": "x", "prompt": "how ?", "kind": "evil"}], "x: kind is 'evil'; allowed: harmful, harmless"),
-    (SFT, [{"id": "x", "prompt": "how ?", "answer": "so ."}], "sft.jsonl:2: has no key 'reasoning'"),
     (SFT, [TRACE | {"id": 5, "reasoning": 6}], "sft.jsonl:2: 5: reasoning is 6"),
 ]
 
@@ -80,33 +74,26 @@ LINES = [
 @pytest.mark.parametrize("stage, bad, fragment", LINES)
 def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
     good = (data / FILE[stage]).read_text().splitlines()[:1]
-    lines = good + [line if isinstance(line, str) else json.dumps(line) for line in bad]
-    (tmp_path / FILE[stage]).write_text("\n".join(lines))
+    (tmp_path / FILE[stage]).write_text("\n".join(good + [json.dumps(line) for line in bad]))
     before = contents(tmp_path)
     fails(stage, FLAGS[stage](tmp_path, tmp_path / "out"), fragment)
     assert contents(tmp_path) == before
     fails(stage, FLAGS[stage](tmp_path / "absent", tmp_path / "out"), tmp_path / "absent", "no such file")
 
 
-REQUESTS = [
-    ([{"id": "a", "kind": "evil"}], "a: kind is 'evil'; allowed: harmful, harmless, ambiguous"),
-    ([{"id": "a", "twin": ["how ?"]}], "eval_harmful.jsonl:1: a: twin is ['how ?']"),
-]
-
-
-@pytest.mark.parametrize("lines, fragment", REQUESTS)
-def test_requests_to_evaluate(lines, fragment, tmp_path, fails):
+def test_requests_to_evaluate(tmp_path, fails):
     usual = {"prompt": "how ?", "kind": "harmful", "category": "", "target": "so"}
-    write_jsonl(tmp_path / "eval_harmful.jsonl", [usual | line for line in lines])
+    write_jsonl(tmp_path / "eval_harmful.jsonl", [usual | {"id": "a", "twin": ["how ?"]}])
     write_jsonl(tmp_path / "eval_harmless.jsonl", [usual | {"id": "h", "kind": "harmless"}])
-    fails(EVAL, f"--data {tmp_path} --out {tmp_path}/eval {BASE}".split(), fragment)
+    words = f"--data {tmp_path} --out {tmp_path}/eval {BASE}".split()
+    fails(EVAL, words, "eval_harmful.jsonl:1: a: twin is ['how ?']")
     assert not (tmp_path / "eval").exists()
 
 
-LIMITS = [(RL, "max_batch_tokens", 30), (RL, "max_sample_tokens", 30), (RL, "max_new_tokens", 500)]
+LIMITS = [(RL, "max_sample_tokens", 30), (RL, "max_new_tokens", 500), (SFT, "max_batch_tokens", 40)]
 
 
-@pytest.mark.parametrize("stage, name, most", [*LIMITS, (SFT, "max_batch_tokens", 40)])
+@pytest.mark.parametrize("stage, name, most", LIMITS)
 def test_limits_too_tight_for_the_data(stage, name, most, data, tmp_path, fails):
     words = FLAGS[stage](data, tmp_path / "out", **{name: most})
     fails(stage, words, f"--{name.replace('_', '-')}", "tokens", "fit")
@@ -116,27 +103,28 @@ def test_limits_too_tight_for_the_data(stage, name, most, data, tmp_path, fails)
 # ---- models ----
 
 
-def reasons(folder: Path) -> None:
-    (folder / "settings.json").write_text('{"reasoning": true}')
+MODELS = [(SFT, "config.json", "cannot load a model"), (RL, "chat_template.jinja", "no chat template")]
 
 
-MODELS = [
-    (SFT, shutil.rmtree, "not to be had from the hub"),
-    (RL, "chat_template.jinja", "no chat template"),
-    (RL, reasons, "--no-reasoning: "),
-]
-
-
-@pytest.mark.parametrize("stage, spoil, fragment", MODELS)
-def test_model_that_cannot_be_used(stage, spoil, fragment, data, tmp_path, fails, monkeypatch):
+@pytest.mark.parametrize("stage, without, fragment", MODELS)
+def test_model_that_cannot_be_used(stage, without, fragment, data, tmp_path, fails, monkeypatch):
     def no_network(*args, **keywords):
         raise OSError("no network")
 
     monkeypatch.setattr("lib.run.hub.HfApi.model_info", no_network)
-    shutil.copytree(world.BASE, tmp_path / "model")
-    (tmp_path / "model" / spoil).unlink() if isinstance(spoil, str) else spoil(tmp_path / "model")
-    fails(stage, FLAGS[stage](data, tmp_path / "out", model=tmp_path / "model"), tmp_path / "model", fragment)
+    shutil.copytree(world.BASE, model := tmp_path / "model")
+    (model / without).unlink()
+    fails(stage, FLAGS[stage](data, tmp_path / "out", model=model), model, fragment)
+    fails(
+        stage, FLAGS[stage](data, tmp_path / "out", model="me/mine"), "me/mine", "not to be had from the hub"
+    )
     assert not (tmp_path / "out").exists()
+
+
+def test_rl_goes_on_as_sft_began(data, tmp_path, fails):
+    shutil.copytree(world.BASE, model := tmp_path / "model")
+    (model / "settings.json").write_text('{"reasoning": true}')
+    fails(RL, rl_flags(data, tmp_path / "out", model=model), "--no-reasoning: ", model)
 
 
 # ---- output folders ----
@@ -163,23 +151,11 @@ def test_a_finished_run_is_kept_whatever_is_wrong_next(stage, usual, data, tmp_p
     assert contents(out) == before
 
 
-SMALL = "--sft-prompts 4 --rl-prompts 8 --eval-prompts 4 --overwrite"
-
-
-def test_mixture_with_a_mistake_costs_no_earlier_one(tmp_path, fails, monkeypatch):
-    words = [*SMALL.split(), "--out", f"{tmp_path}/data"]
-    run_here(MIXTURE, words, monkeypatch)
-    before = contents(tmp_path / "data")
-    for mistake in ("--source files --files harmful=none.csv", "--trace-files none.jsonl"):
-        fails(MIXTURE, [*words, *mistake.split()])
-        assert contents(tmp_path / "data") == before
-
-
 def test_a_folder_that_cannot_be_written(tmp_path, fails, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.chdir(tmp_path)
     for out, fragment in (("file", "File exists"), ("file/below/it", "Not a directory")):
-        fails(MIXTURE, [*SMALL.split(), "--out", out], "--out", fragment)
+        fails(MIXTURE, ["--out", out], "--out", fragment)
     assert contents(tmp_path) == {"file": b"mine"}
 
 
@@ -256,36 +232,6 @@ def test_torchruns_processes_all_end_when_the_folder_is_taken(data, tmp_path):
     assert [process.exitcode for process in group] == [2, 2]
     (leader,), (other,) = (messages((tmp_path / f"log.{rank}").read_text())[-1:] for rank in (0, 1))
     assert "a run is writing there" in leader and "lost another process of this run" in other
-
-
-RACE = """
-import os, sys, time
-from lib import UserError
-from lib.run.command import at_end
-from lib.run.folder import lock_folder
-
-end = time.monotonic() + 2
-while time.monotonic() < end:
-    try:
-        lock_folder(sys.argv[1])
-    except UserError:
-        time.sleep(0.0005)
-    else:
-        os.close(os.open(sys.argv[1] + "/inside", os.O_CREAT | os.O_EXCL))  # fails if there is another
-        time.sleep(0.001)
-        os.unlink(sys.argv[1] + "/inside")
-        print("in")
-    at_end.close()
-"""
-
-
-def test_two_at_once_leave_one(tmp_path):
-    """One folder, again and again."""
-    words = [sys.executable, "-c", RACE, tmp_path / "out"]
-    how = {"env": {**os.environ, "PYTHONPATH": str(stages.ROOT)}, "stdout": subprocess.PIPE, "text": True}
-    group = [subprocess.Popen(words, **how) for _ in range(3)]
-    came_in = [process.communicate(timeout=120)[0].count("in") for process in group]
-    assert [process.returncode for process in group] == [0, 0, 0] and all(came_in), came_in
 
 
 # ---- as a user sees it ----

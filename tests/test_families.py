@@ -13,10 +13,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lib import UserError
-from lib.chat import decode, encode_prompt
+from lib.chat import decode
 from lib.policy import context_of, token_logprobs
-from lib.run.checks import check_ids, check_tokenizer
-from lib.run.hub import load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
 from lib.sampler import sample
 from tests.bench import families
 from tests.bench.families import TEMPLATE, make, word_tokenizer
@@ -27,12 +26,8 @@ PHI3 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
 DYNAMIC |= {"max_position_embeddings": 64}
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-GEMMA3 = {
-    "text_config": {**families.SIZES, "pad_token_id": 0},
-    "mm_tokens_per_image": 4,
-    "image_token_index": 96,
-}
-GEMMA3 |= {"vision_config": VISION | {"image_size": 28, "patch_size": 14}}
+GEMMA3 = {"text_config": {**families.SIZES, "pad_token_id": 0}, "mm_tokens_per_image": 4}
+GEMMA3 |= {"image_token_index": 96, "vision_config": VISION | {"image_size": 28, "patch_size": 14}}
 ACCEPTED = {  # what was wrong with it -> architecture, changes of its configuration
     "no SDPA, but sinks": ("gpt_oss", {}),
     "no SDPA, and no end of its context": ("bloom", {}),
@@ -51,9 +46,8 @@ ACCEPTED = {  # what was wrong with it -> architecture, changes of its configura
 def test_what_is_accepted_is_exact_in_all_that_it_is_used_for(case, monkeypatch):
     monkeypatch.setattr(families, "NEW", 4)
     found = families.examine(*ACCEPTED[case])
-    assert found.pop("checkpointing").startswith(
-        ("ok", "REFUSED")
-    )  # some have noise that cannot be switched off
+    noise = found.pop("checkpointing")  # some have noise that cannot be switched off
+    assert noise.startswith(("ok", "REFUSED"))
     assert found == dict.fromkeys(("sampling", "logprobs", "gcg", "autodan", "saving"), "ok")
 
 
@@ -131,33 +125,28 @@ def llama(tmp_path_factory):
     return load_policy(make(tmp_path_factory.mktemp("llama"), "llama", {}), device="cpu")
 
 
-def test_a_padding_token_without_a_row_gives_way_if_eos_has_one(llama):
-    tokenizer = word_tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id == 97
-    check_tokenizer(llama, tokenizer, ["tell me a story"], reasoning=True)
+def test_ids_of_words_and_template_have_rows_or_it_is_refused(llama):
+    tokenizer, prompts = word_tokenizer(), ["tell me a story"]
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # without a row: it gives way to the end of sequence
+    check_tokenizer(llama, tokenizer, prompts, reasoning=True)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    with pytest.raises(UserError, match="x: has the token id 97, the model 97 rows"):
-        check_ids(llama, [encode_prompt(tokenizer, "a [PAD]", reasoning=True)], ["x"])
-    tokenizer.add_special_tokens({"pad_token": "[PAD]", "eos_token": "[EOS]"})
-    with pytest.raises(UserError, match="ids up to 98, its model 97 rows: they do not belong together"):
-        check_tokenizer(llama, tokenizer, ["tell me a story"], reasoning=True)
+    tokenizer.chat_template = TEMPLATE.replace("<|im_start|>", "[PAD]")
+    with pytest.raises(UserError, match="ids up to 97, its model 97 rows: they do not belong together"):
+        check_tokenizer(llama, tokenizer, prompts, reasoning=True)
 
 
 def test_a_tokenizer_that_loses_words_is_one_line(llama):
     with pytest.raises(UserError, match="loses most words of the prompts: 'Write a poem' becomes 'a'"):
         check_tokenizer(llama, word_tokenizer(), ["Write a poem"], reasoning=True)
     check_tokenizer(llama, word_tokenizer(), ["tell me poems"], reasoning=True)  # of which most is kept
-    check_tokenizer(llama, words := word_tokenizer(unknown="-"), ["tell me a story"], reasoning=True)
     with pytest.raises(UserError, match="its tokenizer cannot read .*Hello"):
-        encode_prompt(words, "Hello", reasoning=True)
+        check_tokenizer(llama, word_tokenizer(unknown="-"), ["Hello"], reasoning=True)
 
 
 def test_a_tokenizer_may_compose_accents_but_must_write_the_markers(llama):
     core = json.loads(word_tokenizer().backend_tokenizer.to_str())
-    core["model"]["vocab"]["other"] = core["model"]["vocab"].pop("</think>")
-    core["model"]["vocab"]["caf\u00e9"] = core["model"]["vocab"].pop("w3")
-    core["normalizer"] = {"type": "NFC"}
+    words, core["normalizer"] = core["model"]["vocab"], {"type": "NFC"}
+    words["other"], words["caf\u00e9"] = words.pop("</think>"), words.pop("w3")
     core = Tokenizer.from_str(json.dumps(core))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE

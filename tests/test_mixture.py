@@ -13,12 +13,11 @@ import stages
 from test_sources import aegis, chat, needs_data, wild, write_rows
 
 from lib.judges import load_judge
-from lib.rewards import KINDS, total_reward
+from lib.rewards import KINDS
 from lib.run.files import read_jsonl, sha256_file, write_jsonl
 from lib.run.presets import paper, sandbox
 from lib.run.text import same_prompt
 from lib.sources import EVAL_SETS, parse_word
-from lib.sources.pools import in_order
 
 stage = importlib.import_module("01_build_mixture")
 
@@ -111,25 +110,14 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     assert {r["prompt"] for r in other} != {r["prompt"] for r in sets["eval_harmless"]}, "the seed's choice"
 
 
-def test_another_file_more_leaves_the_order_of_the_others():
-    rows = [{"prompt": f"{name} {i}"} for name in ("old", "new") for i in range(50)]
-    ordered = in_order(rows, "seed")
-    assert [r for r in ordered if r["prompt"].startswith("old")] == in_order(rows[:50], "seed")
-    assert ordered != in_order(rows, "other seed") and in_order(rows[::-1], "seed") == ordered
-
-
 def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes(build):
     line = "--rl-prompts 80 --sft-prompts 10"
     plain, sets = build("plain", line), build("traced", f"{line} --rl-traces 8")
     traces, judge = sets.pop("sft_rl"), load_judge("sandbox")
     assert sets == plain and Counter(t["prompt"] for t in traces) == {r["prompt"]: 8 for r in sets["rl"]}
-    for kind in KINDS:  # a teacher that is mostly right, and not always
-        prompts, answers = zip(
-            *((t["prompt"], t["answer"]) for t in traces if t["kind"] == kind), strict=True
-        )
-        scores = zip(judge.harm_score(prompts, answers), judge.task_score(prompts, answers), strict=True)
-        rewards = [total_reward(kind, harm, task, True) for harm, task in scores]
-        assert set(rewards) == {0.0, 1.0} and 0.7 < sum(rewards) / len(rewards) < 0.9
+    harmless = [trace for trace in traces if trace["kind"] == "harmless"]  # mostly right, and not always
+    scores = judge.task_score([t["prompt"] for t in harmless], [t["answer"] for t in harmless])
+    assert 0.7 < sum(scores) / len(scores) < 0.9
 
 
 # ---- quotas: the paper's preset, with a local file for each source, a few prompts more than it takes ----
@@ -204,8 +192,6 @@ MISTAKES = {
     "--rl-traces 3": "no traces; give --trace-files",
     "--trace-files TMP/t.jsonl --trace-model b": "--trace-model: given together",
     "--trace-files TMP/harmful.jsonl --sft-prompts 1": "--sft-prompts: given 1; traces or quotas have 0",
-    "--trace-files TMP/t.jsonl --rl-traces 2 --rainbow x": "none for what --rainbow finds",
-    "--trace-model b --sft-prompts 3 --files harmful=TMP/harmful.jsonl:2+3": "given 3; traces or",
     "--source sandbox": "--files: given, but --source is sandbox",
 }
 

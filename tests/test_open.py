@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import stages
 from judge_models import QWEN, make_judge, make_model
 from transformers import Qwen2Config
+
+from lib.rewards import KINDS
+from lib.run.files import read_jsonl, write_jsonl
 
 MIXTURE, EVAL = "01_build_mixture", "04_attack_eval"
 CHATML = (
@@ -17,41 +19,22 @@ CHATML = (
 )
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> dict[str, list[str]]:
-    """Flags of each stage: smaller numbers; files and models where the preset has names of the hub."""
-    folder = tmp_path_factory.mktemp("open")
-    unsafe = {"prompt_label": "unsafe", "violated_categories": "x"}
-    files = {
-        "aegis.jsonl": [unsafe | {"prompt": f"bad {i}"} for i in range(9)],
-        "ultrafeedback.jsonl": [{"prompt": f"good {i}", "prompt_id": f"u{i}"} for i in range(20)],
-        "or-bench.jsonl": [{"prompt": f"odd {i}", "category": "x"} for i in range(20)],
-        "xstest.jsonl": [{"prompt": f"strange {i}", "type": "homonyms", "label": "safe"} for i in range(4)],
-        "star1.jsonl": [
-            {"question": f"harm {i}", "response": f"<think>Hm {i}.</think>I can not.", "category": ["x"]}
-            for i in range(8)
-        ],
-    }
-    for name, rows in files.items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "or-bench-hard-1k.csv").write_text("prompt,category\nodd 3,x\n")
-    evil = "".join(f"evil {i},x,b{i}\n" for i in range(3))
-    (folder / "harmbench_behaviors.csv").write_text(f"Behavior,SemanticCategory,BehaviorID\n{evil}")
-    (folder / "harmbench_targets.json").write_text(json.dumps({f"b{i}": "Sure, here is" for i in range(3)}))
+def flags_of_stages(folder: Path) -> dict[str, list[str]]:
+    """Smaller numbers; files and models where the preset has names of the hub."""
+    rows = [{"prompt": f"{kind} {i}", "kind": kind} for kind in KINDS for i in range(20)]
+    asked = [{"prompt": f"evil {i}", "kind": "harmful", "target": "Sure, here is"} for i in range(3)]
+    asked += [{"prompt": f"strange {i}", "kind": "ambiguous"} for i in range(4)]
+    traces = [{"prompt": f"harm {i}", "reasoning": f"Hm {i}.", "answer": "I can not."} for i in range(8)]
+    files = {name: folder / f"{name}.jsonl" for name in ("files", "eval_files", "trace_files")}
+    for path, lines in zip(files.values(), (rows, asked, traces), strict=True):
+        write_jsonl(path, lines)
     spaced = [("\u0120", letter) for letter in "!?abcdefgh"]  # a suffix is of words, such as " !"
     policy = make_model(folder / "policy", Qwen2Config, QWEN, CHATML, merges=spaced)
     guard = make_judge("qwen3guard", folder / "guard")
     reward = make_judge("skywork", folder / "reward")
     judge, data = f"qwen3guard={guard}+skywork={reward}", folder / "data"
-    named = {"harmful": "aegis", "harmless": "ultrafeedback", "ambiguous": "or-bench"}
-    sources = [f"{kind}={name}@{folder}/{name}.jsonl" for kind, name in named.items()]
-    tests = [
-        f"harmful=harmbench@{folder}/harmbench_behaviors.csv",
-        f"ambiguous=xstest@{folder}/xstest.jsonl",
-    ]
     each = {
-        MIXTURE: {"out": data, "files": sources, "eval_files": tests, "rl_prompts": 16, "sft_prompts": 8}
-        | {"trace_files": f"star1@{folder}/star1.jsonl"},
+        MIXTURE: {"out": data, **files, "rl_prompts": 16, "sft_prompts": 8},
         stages.SFT: {"data": data, "model": policy, "out": folder / "sft", "epochs": 1, "batch_size": 8},
         stages.RL: {"data": data, "model": folder / "sft", "out": folder / "rl", "judge": judge}
         | {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 12, "epochs": 0.5},
@@ -61,15 +44,12 @@ def words(tmp_path_factory) -> dict[str, list[str]]:
     return {stage: stages.flags(preset="open", device="cpu", **values) for stage, values in each.items()}
 
 
-def test_the_four_stages_run_on_the_architectures_of_the_recipe(words, monkeypatch):
-    for stage, flags in words.items():
+def test_the_four_stages_run_on_the_architectures_of_the_recipe(tmp_path, monkeypatch):
+    for stage, flags in flags_of_stages(tmp_path).items():
         stages.run_here(stage, flags, monkeypatch)
-    folder = Path(words[EVAL][words[EVAL].index("--out") + 1])
-    lines = [json.loads(line) for line in (folder.parent / "rl" / "metrics.jsonl").open()]
+    lines = read_jsonl(tmp_path / "rl" / "metrics.jsonl")
     assert len(lines) == 2 and all(line["unknown_verdicts"] == 0 for line in lines)
-    results = json.loads((folder / "results.json").read_text())["models"]
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())["models"]
     assert set(results) == {"base", "tars"} and "gcg" in results["tars"]["dsr"]
-    assert (
-        results["tars"]["task_score"]["harmless"]["n"]
-        and results["tars"]["compliance"]["ambiguous"]["n"] == 4
-    )
+    assert results["tars"]["task_score"]["harmless"]["n"]
+    assert results["tars"]["compliance"]["ambiguous"]["n"] == 4

@@ -26,60 +26,41 @@ COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^    (python .*)", PA
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> tuple[Path, list[str]]:
-    """(folder in which all commands were run, what each printed last)."""
-    folder, said = tmp_path_factory.mktemp("own"), []
+def tiny(tmp_path_factory) -> Path:
+    """The folder in which all commands were run."""
+    folder = tmp_path_factory.mktemp("own")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
-        last = []
         for words in COMMANDS:
             words = words[1:] if words[0] == "-m" else words
             stages.run_here(words[0].removesuffix(".py"), words[1:], patch)
-            last.append(said[-1] if said else "")
-    return folder / "runs/tiny", last
-
-
-def test_records_keep_what_they_bring_and_evaluation_is_apart(tiny):
-    data = tiny[0] / "data"
-    rl, kept = read_jsonl(data / "rl.jsonl"), read_jsonl(data / "eval_ambiguous.jsonl")
-    assert len(rl) == 64 and {record["hops"] for record in rl} == {0, 1}
-    assert all(record["target"].startswith("say ") for record in rl)
-    assert {record["category"] for record in kept} == {"decoy"}
-    prompts = [{record["prompt"] for record in read_jsonl(path)} for path in data.glob("*.jsonl")]
-    assert len(prompts) == 6 and sum(map(len, prompts)) == len(set().union(*prompts))
-
-
-def test_the_next_command_keeps_what_was_given(tiny):
-    told = [line.partition("Next: ")[2] for line in tiny[1]]
-    assert "--data runs/tiny/data --model runs/tiny/sft" in told[2]
-    assert "--judge tests.tiny_world.tower --refusals tests.tiny_world.tower" in told[3]
+    return folder / "runs/tiny"
 
 
 def test_a_folder_opens_the_reasoning_though_its_tokenizer_knows_few_words(tiny):
     question = [{"role": "user", "content": "open vault"}]
     for run_, opened in (("base", False), ("sft", True), ("rl", True)):
-        tokenizer = load_tokenizer(tiny[0] / run_)
+        tokenizer = load_tokenizer(tiny / run_)
         assert tokenizer.unk_token is None and tokenizer.added_tokens_decoder[4].special  # <think>
         text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
         assert text.endswith("<think>\n") == opened
 
 
 def test_refusals_in_another_manner_reach_logs_and_results(tiny):
-    metrics, rollouts = (read_jsonl(tiny[0] / "rl" / f"{name}.jsonl") for name in ("metrics", "rollouts"))
+    metrics, rollouts = (read_jsonl(tiny / "rl" / f"{name}.jsonl") for name in ("metrics", "rollouts"))
     assert len(metrics) == 4 and metrics[0]["format_rate"] > 0.5  # special tokens keep the format
     assert any(line["refusal_rate_harmful"] for line in metrics)
-    for line in rollouts + read_jsonl(tiny[0] / "eval" / "completions.jsonl"):
+    for line in rollouts + read_jsonl(tiny / "eval" / "completions.jsonl"):
         answer = line.get("answer", line.get("completion", "").partition("</think>")[2])
         assert "not for you" not in answer or (line["refusal"], refusal_label(answer)) == ("full", "none")
     assert "full" in {line["refusal"] for line in rollouts}
 
 
 def test_all_attacks_were_made_in_its_own_words(tiny):
-    results = json.loads((tiny[0] / "eval" / "results.json").read_text())["models"]
+    results = json.loads((tiny / "eval" / "results.json").read_text())["models"]
     assert {*SETS[:2], "gcg", "best_of_n", "plain_or_gcg"} <= results["tars"]["dsr"].keys()
     assert results["tars"]["task_score"]["ambiguous/decoy"]["n"] and not results["tars"]["unknown"]
-    sent = [x["sent"] for x in read_jsonl(tiny[0] / "eval" / "completions.jsonl") if x["set"] == "best_of_n"]
+    sent = [x["sent"] for x in read_jsonl(tiny / "eval" / "completions.jsonl") if x["set"] == "best_of_n"]
     assert len(sent) == 2 * 2 * 16 and all(
         re.fullmatch(r"open \w+( (please|now|so))*", text) for text in sent
     )

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -137,16 +136,16 @@ def test_a_reference_in_bfloat16_begins_as_the_policy_to_the_bit(tiny_model, tmp
     assert torch.equal(one, other) and not torch.equal(one, exact) and torch.allclose(one, exact, atol=0.1)
 
 
-def test_a_model_that_cannot_share_prompts_says_so_once_and_is_given_plain_rows(tmp_path, capsys):
+def test_a_model_that_cannot_share_prompts_is_given_plain_rows(tmp_path):
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     sizes |= dict(num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     Qwen2ForCausalLM(Qwen2Config(vocab_size=97, **sizes)).save_pretrained(tmp_path)  # a window in one layer
-    for path, line in ((world.BASE, ""), (str(tmp_path), f"{tmp_path}: its attention has windows, .*anew\n")):
+    for path in (world.BASE, str(tmp_path)):
         run = Run(stage.Settings(device="cpu"))
-        run.model(path), run.model(path, frozen=True)
-        assert re.fullmatch(line, capsys.readouterr().out)
+        run.model(path)
         places = [ids.numel() for _, ids, _, _ in run.micro_batches(make_rollouts(), 0, 28)]
-        assert (max(places) <= 28) == bool(line)  # a budget of what is computed: with padding, or without
+        padding_counts = max(places) <= 28  # the budget is of what is computed
+        assert padding_counts == (path != world.BASE)
 
 
 # ---- the parts of a step ----
@@ -230,14 +229,6 @@ def test_who_breaks_the_format_earns_nothing_and_all_metrics_are_there(data, tmp
     rollouts = read_jsonl(out / "rollouts.jsonl")
     assert len(rollouts) % 4 == 0 and all(r["well_formed"] or r["reward"] == 0 for r in rollouts)
     assert (out / "curves.png").exists()
-
-
-def test_steps_without_a_signal_are_said_once(data, tmp_path, monkeypatch, capsys):
-    """A reasoner that cannot close its reasoning earns nothing for ever."""
-    changes = {"reasoning": True, "max_new_tokens": 2, "prompts_per_step": 1, "group_size": 2, "epochs": 0.7}
-    run_here(RL, rl_flags(data, tmp_path / "rl", **changes), monkeypatch)
-    output = capsys.readouterr()
-    assert (output.err + output.out).count("warning: for 10 steps no group") == 1
 
 
 @pytest.fixture(scope="module")

@@ -8,29 +8,24 @@ import errno
 import importlib
 import json
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from stages import RL, SFT
 
 from lib import UserError
 from lib.run import files, run_main
-from lib.run.checkpoint import read_state
+from lib.run.checkpoint import load_progress
 from lib.run.command import at_end
 from lib.run.files import append_jsonl, read_jsonl, resume_log, write_json, write_jsonl
 from lib.run.folder import claim_folder, take_folder
 from lib.run.plumbing import Run, set_learning_rate
-from lib.run.processes import pick_device, start_processes
-from lib.run.settings import Training, following, parse_settings, presets_found
+from lib.run.processes import leave_on_error, pick_device
+from lib.run.settings import following, parse_settings, presets_found
 
-ROOT = Path(__file__).parents[1]
-
-
-STAGES = {"mixture": "01_build_mixture", "sft": "02_sft_warmstart", "rl": "03_rl_train"}
-STAGES["eval"] = "04_attack_eval"
+STAGES = {"mixture": "01_build_mixture", "sft": SFT, "rl": RL, "eval": "04_attack_eval"}
 
 
 def parse(line: str, stage: str = "rl"):
@@ -53,9 +48,7 @@ def test_class_then_preset_then_flags():
 
 MISTAKES = [
     ("--learning-rate abc", "--learning-rate: given abc; allowed a number from 0 to 1"),
-    ("--learning-rate nan", "--learning-rate: given nan; allowed"),
     ("--group-size 2.5", "--group-size: given 2.5; allowed a whole number from 2 to 1e+06"),
-    ("--kl-estimator k4", "--kl-estimator: invalid choice: 'k4'"),
     ("--preset huge", "--preset: invalid choice: 'huge'"),
     ("--warmup-steps 3", "unrecognized arguments: --warmup-steps"),  # presets alone set it
     ("--group 3", "unrecognized arguments: --group"),  # nothing is shortened
@@ -63,27 +56,21 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("words, message", MISTAKES)
-def test_a_mistake_in_flags_is_named(words, message):
+def test_a_mistake_in_flags_or_in_a_preset_is_named(words, message, monkeypatch):
     with pytest.raises(UserError) as error:
         parse(words)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
-
-
-def test_a_mistake_in_a_preset_is_named(monkeypatch):
     monkeypatch.setattr("lib.run.presets.sandbox.RL", {"nonsense": 1})
     with pytest.raises(UserError, match="lib/run/presets/sandbox.py: RL sets 'nonsense': no setting"):
         parse("")
 
 
 def test_help_shows_the_chosen_presets_defaults(capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         parse("--preset paper --help")
     text = " ".join(capsys.readouterr().out.split())
-    assert (
-        stop.value.code == 0 and "--learning-rate N peak rate of AdamW. Paper: 1e-6 (default: 1e-06)" in text
-    )
+    assert "--learning-rate N peak rate of AdamW. Paper: 1e-6 (default: 1e-06)" in text
     assert "--no-reasoning think first" in text and "--warmup-steps" not in text
-    assert "--dtype TEXT to compute in. Paper: bfloat16 (float32 | bfloat16) (default: bfloat16)" in text
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -99,32 +86,27 @@ def test_every_preset_fits_its_stage_and_every_number_has_a_range(stage):
 
 
 def test_the_next_command_has_what_was_given_and_not_what_the_preset_has():
+    """That it leads from chapter to chapter: tests/test_bad_input.py."""
+
     def command(stage: str, line: str) -> str:
         return following(parse(line, stage), [stage])
 
     found = command("rl", "--preset paper --device cpu --refusals mine --data d --out runs/x")
     expected = "--preset paper --data d --models x=runs/x --out runs/eval-x --device cpu --refusals mine"
     assert found == f"python 04_attack_eval.py {expected}"
-    found = command("sft", "--preset paper --out a/sft --seed 7 --dtype float32 --no-reasoning")
-    expected = "--data runs/paper/data --model a/sft --out a/rl --seed 7 --dtype float32 --no-reasoning"
-    assert found == f"python 03_rl_train.py --preset paper {expected}"
     assert "04_attack_eval" in command("sft", "--traces sft_rl.jsonl")
-    assert "02_sft" in command("mixture", "") and "03_rl" in command("mixture", "--sft-prompts 0")
+    assert "03_rl" in command("mixture", "--sft-prompts 0")
     assert "03_rl_train.py --preset sandbox --data m --model pi" in command("mixture", "--rainbow pi --out m")
 
 
 # ---- ends ----
 
+OUT_OF_MEMORY = RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't")
 ENDS = [
-    (UserError("x is wrong: do y"), 2, "error: x is wrong: do y"),
     (NotImplementedError("group_advantages"), 2, "error: not implemented yet: group_advantages"),
     (KeyboardInterrupt(), 130, "stopped; what was saved is kept: run the same command again"),
     (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: a/b: No space left on device"),
-    (
-        RuntimeError("[x.cpp:1] . DefaultCPUAllocator: can't"),
-        2,
-        "error: out of memory: lower --max-batch-tokens",
-    ),
+    (OUT_OF_MEMORY, 2, "error: out of memory: lower --max-batch-tokens"),
     (UserError("a\x1b[2J\u202eb\nc: no such file"), 2, "error: a\\u001b[2J\\u202eb\\nc: no such file\n"),
 ]
 
@@ -161,12 +143,10 @@ def test_jsonl_round_trip_readable_with_surrogates_marks_and_other_line_ends(tmp
 
 UNREADABLE = [
     (b"\n \n", "is empty"),
-    (b'{"id": 1}\n\n{"id": \n', ":3: not a JSON object"),
-    (b'{"id": "\xff"}\n', ":1: not a JSON object in UTF-8"),
+    (b'{"id": 1}\n\n{"id": "\xff"}\n', ":3: not a JSON object in UTF-8"),
     (b'{"id": 1}\n{"ID": 2}\n', ":2: has no key 'id'"),
-    (b'{"id": 7}\n\n{"id": "7"}\n', "id '7' stands in lines 1 and 3: give each record an id"),
-    (b'{"id": "a\\ud800"}\n{"id": "a\\udfff"}\n', "stands in lines 1 and 2"),
-    *((b'{"id": %s}\n' % value, "id is") for value in (b"null", b'" "', b"true")),
+    (b'{"id": 7}\n\n{"id": "7"}\n', "id '7' stands in 2 records: give each one of its own"),
+    (b'{"id": " "}\n', "id is"),
     (b'{"id": "r", "target": 7}\n', ":1: r: target is 7; allowed: some text"),
 ]
 
@@ -280,15 +260,12 @@ def test_a_run_never_deletes_what_it_reads_nor_where_it_stands_nor_behind_links(
     for read in (log, "x/deep/log", tmp_path / "link/deep/log", out):
         with pytest.raises(UserError, match=r"--out: .*x holds .*, which this run reads: give another"):
             claim_folder(out, {"n": 2}, overwrite=True, inputs=[read])
-    for here, home, checkout in ((out / "deep", "/", False), (tmp_path, out, False), (tmp_path, "/", True)):
+    for here, home in ((out / "deep", "/"), (tmp_path, out)):
         monkeypatch.chdir(here)
         monkeypatch.setenv("HOME", str(home))
-        if checkout:
-            (out / ".git").mkdir()
         with pytest.raises(UserError, match="which --overwrite will not empty"):
             claim_folder(out, {"n": 2}, overwrite=True)
-    (out / ".git").rmdir()
-    assert log.read_text() == "work"
+    monkeypatch.setenv("HOME", "/")
     claim_folder(out, {"n": 2}, overwrite=True, inputs=[far, "org/name", tmp_path])
     assert log.exists()  # looking empties nothing
     take_folder(out, {"n": 2})
@@ -299,14 +276,11 @@ def test_a_run_never_deletes_what_it_reads_nor_where_it_stands_nor_behind_links(
 
 
 def test_a_device_for_each_process_and_no_attention_of_cudnn(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert start_processes(Training(device="cpu")) == (0, 1, 0)
-    assert pick_device("cpu", 3) == torch.device("cpu")
-    before = torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        assert pick_device("cuda", 1) == torch.device("cuda:1")
+        assert pick_device("cpu", 3) == torch.device("cpu") and pick_device("cuda", 1).index == 1
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
@@ -314,32 +288,15 @@ def test_a_device_for_each_process_and_no_attention_of_cudnn(monkeypatch):
         pick_device("cuda", 2)
 
 
-FAILING = """
-import time
-import torch.distributed as dist
-from lib import UserError
-from lib.run.command import run_main
-from lib.run.processes import start_processes
-from lib.run.settings import Common
-
-def main():
-    start_processes(Common(device="cpu"))
-    dist.barrier()
-    dist.get_backend_config = lambda: "cpu:gloo,cuda:nccl"
-    dist.destroy_process_group = lambda: time.sleep(600)  # as nccl's does, which waits for the others
-    raise UserError("told before it leaves")
-
-run_main(main)
-"""
-
-
-def test_a_failing_process_on_gpus_leaves_without_waiting_for_the_others():
-    port = 20_000 + os.getpid() % 20_000
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    how = dict(stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    places = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    for rank in [subprocess.Popen([sys.executable, "-c", FAILING], env=place, **how) for place in places]:
-        assert "error: told before it leaves" in rank.communicate(timeout=120)[1] and rank.returncode == 1
+def test_a_failing_process_on_gpus_leaves_without_waiting_for_the_others(monkeypatch):
+    """nccl's destroy_process_group waits for all of them."""
+    codes, waited = [], []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: not codes)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: waited.append(1))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    leave_on_error()
+    assert codes == [1] and not waited
 
 
 # ---- an update ----
@@ -360,18 +317,16 @@ def test_learning_rate_of_each_step(warmup, decay, rates):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
 
 
-@pytest.mark.parametrize("loss, slope", [(float("nan"), 1.0), (1.0, float("nan")), (1.0, -float("inf"))])
-def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(loss, slope, tmp_path):
-    weight = torch.nn.Parameter(torch.ones(4))
-    weight.grad = torch.full((4,), slope)
-    run = Run(types.SimpleNamespace(out=str(tmp_path), max_grad_norm=0.0, shard=False))
-    with pytest.raises(UserError, match="step 0: .*stopped before the update.*--learning-rate"):
-        run.clip_and_step(torch.optim.SGD([weight], lr=1.0), loss)
-    assert torch.equal(weight, torch.ones(4))
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more"])
-def test_a_damaged_state_is_one_line(content, tmp_path):
-    (tmp_path / "progress.pt").write_bytes(content)
+def test_a_damaged_state_is_one_line(tmp_path):
+    (tmp_path / "progress.pt").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(UserError, match="progress.pt: not a saved state; delete it"):
-        read_state(tmp_path / "progress.pt")
+        load_progress(Run(types.SimpleNamespace(out=str(tmp_path))), None, None)
+
+
+def test_no_step_is_taken_with_a_gradient_that_is_not_finite(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.full((4,), float("inf"))
+    run = Run(types.SimpleNamespace(out=str(tmp_path), max_grad_norm=0.0, shard=False))
+    with pytest.raises(UserError, match="step 0: gradient norm is inf, stopped before the update"):
+        run.clip_and_step(torch.optim.SGD([weight], lr=1.0), 1.0)
+    assert torch.equal(weight, torch.ones(4))

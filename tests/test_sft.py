@@ -14,7 +14,6 @@ import stages
 import torch
 from stages import SFT, kill_9, launch, metrics_of, run_here, run_process, same_run, sft_flags
 
-from lib.chat import encode_prompt
 from lib.run.files import read_jsonl, write_jsonl
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.plumbing import Run
@@ -60,30 +59,11 @@ def loaded(folder: Path, **changes):
     return stage.split_by_prompt(stage.load_examples(settings, tokenizer, model, Run(settings)), settings)
 
 
-def prompts(examples) -> set[tuple]:
-    return {tuple(e.ids[: e.mask.index(True)]) for e in examples}
-
-
-def test_examples_split_by_prompt_and_mask_all_but_the_prompt(data):
-    tokenizer = load_tokenizer(world.BASE)
-    train, held_out = loaded(data)
-    assert (len(train), len(held_out)) == (32, 8) and (len(prompts(train)), len(prompts(held_out))) == (16, 4)
-    texts = {r["prompt"] for r in read_jsonl(data / "sft.jsonl")}
-    encoded = {tuple(encode_prompt(tokenizer, text, reasoning=False)) for text in texts}
-    assert prompts(train) | prompts(held_out) == encoded
-    learned = [tokenizer.decode([i for i, m in zip(e.ids, e.mask, strict=True) if m]) for e in train]
-    assert all(text.startswith("<think>") and text.count("</think>") == 1 for text in learned)
-    assert all(e.ids[-1] == tokenizer.eos_token_id and e.mask[-1] for e in train)
-    assert prompts(loaded(data)[0]) == prompts(train) != prompts(loaded(data, seed=1)[0])
-
-
 def test_without_reasoning_the_answers_alone_are_learned(data):
-    train, held_out = loaded(data, reasoning=False, held_out_share=0.0)
-    tokenizer = load_tokenizer(world.BASE)
+    train, _ = loaded(data, reasoning=False, held_out_share=0.0)
     learned = [[i for i, m in zip(e.ids, e.mask, strict=True) if m] for e in train]
     answers = [r["answer"] for r in read_jsonl(data / "sft.jsonl")]
-    assert not held_out and [tokenizer.decode(ids[:-1]) for ids in learned] == answers
-    assert not any("<think>" in tokenizer.decode(e.ids) for e in train)
+    assert [load_tokenizer(world.BASE).decode(ids[:-1]) for ids in learned] == answers
 
 
 def test_traces_that_are_too_long_are_left_out_counted_and_said(data, tmp_path, capsys):

@@ -83,34 +83,31 @@ def tars(prompt: str, ability: str) -> dict:
     return {"data_source": "", "prompt": [turn(prompt)], "ability": ability}
 
 
-ODD = [{"type": "homonyms", "prompt": "kill time?"}, {"type": "contrast_x", "prompt": "zog?"}]
-ON_HUB = [row | {"label": label, "type": "t"} for row, label in zip(ODD, ("safe", "unsafe"), strict=True)]
-STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
+ODD = [("a", "homonyms", ""), ("b", "contrast_x", ""), ("c", "t", "unsafe")]
+ODD = [dict(zip(("prompt", "type", "label"), values, strict=True)) for values in ODD]
 DOMAINS = {"5": "hate speech", "6": "crimes or torts", "44": "unqualified advice", "Fraud": "Fraud"}
 SORRIES = [sorry("6", "slang"), *map(sorry, DOMAINS)]
+STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
 WILD = [wild("NA"), wild('say, "me"\nof'), wild("b", "adversarial_benign"), wild("007", "vanilla_harmful")]
 CHATS = [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True), chat("I begin", role="assistant")]
 TARS = [tars("a", "wildjailbreak"), tars("b", "aegis"), tars("c", "refusal")]
 REDACTED = [aegis(" zog 1 "), aegis("REDACTED"), aegis("soup", "safe")]
 EDIT = {"unsafety category": "Z", "adversarial prompt": "zog", "question": "?"}
-ULTRA = {"prompt": "Soup.", "prompt_id": "p", "chosen": [turn("x")]}
 # a file of the data set: its rows, and "set: prompt: category" of what is taken
 CASES: dict[str, tuple[list[dict], list[str]]] = {
     "wildjailbreak.tsv": (WILD, ["harmful: NA: ", 'harmful: say, "me"\nof: ', "harmful: 007: "]),
     "aegis.json": (REDACTED, ["harmful: zog 1: Zog, Wip"]),
     "safeedit.json": ([EDIT], ["harmful: zog: Z"]),
-    "ultrafeedback.parquet": ([ULTRA], ["harmless: Soup.: "]),
-    "or-bench-hard.csv": ([{"prompt": "Kill it", "category": "c"}], ["ambiguous: Kill it: c"]),
+    "ultrafeedback.parquet": ([{"prompt": "Soup.", "prompt_id": "p"}], ["harmless: Soup.: "]),
     "wildchat.parquet": (CHATS, ["harmless: hello: "]),
-    "xstest.csv": (ODD, ["ambiguous: kill time?: homonyms", "harmful: zog?: contrast_x"]),
-    "xstest.parquet": (ON_HUB, ["ambiguous: kill time?: t", "harmful: zog?: t"]),
+    "xstest.csv": (ODD, ["ambiguous: a: homonyms", "harmful: b: contrast_x", "harmful: c: t"]),
+    "or-bench-hard.csv": ([{"prompt": "Kill it", "category": "c"}], ["ambiguous: Kill it: c"]),
     "strongreject.parquet": ([{"prompt": "zog", "category": "Z"}], ["harmful: zog: Z"]),
     "strongreject.csv": ([{"category": "Z", "forbidden_prompt": "zog"}], ["harmful: zog: Z"]),
     "sorry-bench.jsonl": (SORRIES, [f"harmful: p{number}: {domain}" for number, domain in DOMAINS.items()]),
     "harmbench.parquet": ([{"prompt": "make a zog", "category": "zogs"}], ["harmful: make a zog: zogs"]),
     "rainbow.jsonl": ([{"prompt": "a zog", "risk": "zogs", "style": "slang"}], ["harmful: a zog: zogs"]),
     "tars.parquet": (TARS, ["jailbreak: a: wildjailbreak", "harmful: b: aegis", "harmless: c: refusal"]),
-    "star1.parquet": ([STAR], ["harmful: zog?: zogs"]),
 }
 
 
@@ -122,7 +119,7 @@ def test_a_known_data_set_of_its_own_columns(tmp_path, file):
     assert [f"{r['kind']}: {r['prompt']}: {r['category']}" for r in found] == expected
     assert all(set(r) >= KEYS and r["source"] == path.stem for r in found)
     assert KNOWN[path.stem].record.__doc__
-    assert {name.split(".")[0] for name in CASES} | {"or-bench"} == set(KNOWN)
+    assert {name.split(".")[0] for name in CASES} | {"or-bench", "star1"} == set(KNOWN)
 
 
 def test_or_bench_is_without_its_hard_prompts(tmp_path):
@@ -152,6 +149,7 @@ def test_traces_of_star1(tmp_path):
     path = write_rows(tmp_path / "star.parquet", [STAR, STAR | {"response": "I will not."}])
     whole, cut = read(f"star1@{path}", "--trace-files")
     assert (whole["reasoning"], whole["answer"]) == ("No good.", "I will not.") and "answer" not in cut
+    assert (whole["prompt"], whole["category"]) == ("zog?", "zogs")
 
 
 # ---- files of yours ----
@@ -170,15 +168,13 @@ def test_a_text_is_what_stands_in_the_file(tmp_path, ending):
 
 ASKED = turn("how to zog?")
 MORE = [turn("Be brief.", "system"), ASKED, turn("No.", "assistant"), turn("why?")]
-GPT = [{"from": "system", "value": "x"}, {"from": "human", "value": "how to zog?"}]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "to zog?"}]}]
 
 
 def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path):
     """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
-    talks = ["how to zog?", [ASKED], MORE, [turn("Hello.", "assistant"), ASKED], GPT, PARTS, []]
+    talks = ["how to zog?", [ASKED], MORE, [turn("Hello.", "assistant"), ASKED], []]
     path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk} for talk in talks])
-    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 6 + [""]
+    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 4 + [""]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -205,11 +201,8 @@ def test_ids_are_unique_and_no_text_holds_what_tokenizers_do_not_take(tmp_path):
 
 BROKEN = {  # word: what stands in its file, and in the line
     "harmful=more.csv": ("prompt,b\n1,2,3\n", "more cells than the header"),
-    "harmful=head.csv": ("prompt,b\n", "is empty"),
     "harmful=deep.json": ("[" * 10**5, "cannot be read as json"),
-    "harmful=no.parquet": ("no parquet", "cannot be read as parquet"),
     "harmful=other.jsonl": ('{"question": "why?"}', "no harmful prompt in 1 rows of question"),
-    "harmful=hops.jsonl": ('{"prompt": "p", "hops": "two"}', "record 1: ValueError"),
     "kind.jsonl": ('{"prompt": "p", "kind": "odd"}', "record 1: ValueError: kind is 'odd', allowed harmful"),
     "wildjailbreak@x.csv": ("attack,data_type\nzog,vanilla_harmful", "'adversarial'; its columns are attack"),
     "harmless=aegis@x.json": (json.dumps(REDACTED), "no harmless prompt in 3 rows"),
@@ -228,10 +221,9 @@ SAME = [
     "How do I bake?|how  do i\tbake|\u201cHow do I bake?\u201d|How do I ba\u200bke?\ufeff|How do I bake...",
     "How do I bake?|How\u00a0do\u2003I ba\u00adke ?|\uff28ow do I bake\uff1f",
     "don't say 'x'|don\u2019t say \u00abx\u00bb",
-    "a-b - c|a\u2010b \u2014 c|\u00bfa\ufe0f-b \u2212 c?",
-    "caf\u00e9 office stra\u00dfe|cafe\u0301 o\ufb03ce STRASSE",
+    "caf\u00e9 o\ufb03ce|cafe\u0301 - OFFICE",
 ]
-APART = ["bake|boil", "what is C#|what is C", "10 - 3|103", "it's|its", "!!!|???", "caf\u00e9|cafe", "1.5|15"]
+APART = ["bake|boil", "what is C#|what is C", "10 - 3|103", "it's|its", "caf\u00e9|cafe", "1.5|15"]
 
 
 @pytest.mark.parametrize("texts", SAME + APART)

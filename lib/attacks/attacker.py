@@ -22,8 +22,7 @@ from lib import UserError
 from lib.attacks.core import write
 from lib.chat import decode, encode_chat
 from lib.policy import context_of
-from lib.run.checks import check_tokenizer
-from lib.run.hub import load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
 from lib.sampler import draw_seeds
 
 Texts = Sequence[str]

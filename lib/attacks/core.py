@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import UserError
 from lib.chat import decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
 from lib.policy import context_of
-from lib.run.checks import check_ids
 from lib.run.settings import TOKENS, setting
 from lib.sampler import Completion, draw_seeds, sample
 
@@ -91,9 +90,7 @@ class Victim:
         Raises UserError for what its tokenizer cannot read: some have no token for the unknown.
         """
         ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
-        ids = [*ids, *encode_text(self.tokenizer, opening)]
-        check_ids(self.model, [ids], [self.name])
-        return ids
+        return [*ids, *encode_text(self.tokenizer, opening)]
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
         """Whether these tokens, and the answer or `behind` further ones, are within the model's context."""

@@ -34,10 +34,9 @@ from lib import UserError
 from lib.attacks.attacker import LanguageModelAttacker
 from lib.attacks.core import Victim, a_try, random_numbers
 from lib.metrics import Interval, bootstrap
-from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl, resume_log, write_json, write_jsonl
 from lib.run.folder import read_settings
-from lib.run.hub import dtype_to_infer, load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, dtype_to_infer, load_policy, load_tokenizer
 from lib.run.text import same_prompt
 from lib.sampler import draw_seeds
 

@@ -19,11 +19,9 @@ from lib.attacks.gcg import check_suffixes
 from lib.attacks.table import ATTACKS, CONTROL
 from lib.chat import encode_text
 from lib.metrics import SETS
-from lib.rewards import KINDS
-from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, read_jsonl, resume_log
 from lib.run.folder import reasons
-from lib.run.hub import load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
 from lib.run.settings import named, preset_values
 from lib.sampler import draw_seeds
 
@@ -72,10 +70,6 @@ def read_sets(settings: Any, names: Sequence[str]) -> tuple[dict[str, list[dict]
     sets, folder = {}, Path(settings.data)
     for name, path in files_of(settings.data).items():
         sets[name] = read_jsonl(path, needs, texts)[: settings.limit or None]
-        for record in sets[name]:
-            if record["kind"] not in KINDS:
-                allowed = f"kind is {record['kind']!r}; allowed: {', '.join(KINDS)}"
-                raise UserError(f"{path}: {record['id']}: {allowed}")
     benign = sets.get("harmless") or sets.get("ambiguous")
     if not benign:
         missing = f"{folder / FILES['harmless']}: no such file, nor {FILES['ambiguous']}"

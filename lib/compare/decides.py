@@ -56,7 +56,6 @@ class Settings(Common):
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
     eval: str = setting("runs/demo/eval", "folder that 04_attack_eval.py wrote, of the same models")
     models: list[str] = setting(["sft=runs/demo/sft", "tars=runs/demo/rl"], "as in 04_attack_eval.py")
-    out: str = setting("runs/demo/decides", "folder for the results")
     judge: str = setting("sandbox", "as in 04_attack_eval.py")
     limit: int = setting(48, "prompts of each set for 2 and 3; 0: all", low=0)
     thoughts: list[str] = setting(["0", "2", "4", "8", "16"], "tokens of reasoning allowed, beside all")
@@ -215,9 +214,7 @@ def read_models(settings: Settings, evaluated: Lines) -> list[Model]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings, run = start(Settings, "decides", argv=argv)
-    if run.size > 1:
-        raise UserError("torchrun: this command runs as one process; start it with python")
+    settings, run = start(Settings, "decides", argv=argv, alone=True)
     if wrong := [k for k in settings.thoughts if not k.isdecimal()]:
         raise UserError(f"--thoughts: given {wrong[0]}; allowed whole numbers of tokens")
     evaluated, attacked = (Path(settings.eval) / f"{name}.jsonl" for name in ("completions", "attacks"))

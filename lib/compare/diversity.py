@@ -110,7 +110,7 @@ def measure(folder: str, judge: Any, settings: Settings, run: Any) -> dict[str, 
 
 def main() -> None:
     # A preset has no values of our own, but RL's: temperature, tokens of a completion, group size.
-    settings, run = start(Settings, "diversity", "rl", "diversity")
+    settings, run = start(Settings, "diversity", "rl", "diversity", alone=True)
     models, judge = named("--models", settings.models, "FOLDER"), load_judge(settings.judge)
     for folder in models.values():  # all inputs are looked at before OUT is emptied
         load_tokenizer(folder)

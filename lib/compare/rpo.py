@@ -49,7 +49,6 @@ TIE = 1e-6  # rewards nearer than this say nothing
 @dataclass
 class Settings(Training):
     model: str = setting("runs/demo/sft", "pi_SFT, also the frozen reference: a folder or a hub name")
-    out: str = setting("runs/demo/rpo", "folder for the checkpoint and its logs")
     judge: str = setting("sandbox", "as in 03_rl_train.py")
     prompts_per_step: int = setting(4, "prompts a step, over all processes. Paper: 4", low=1, high=10_000)
     group_size: int = setting(8, "responses a prompt: half as many pairs. Paper: 8", low=2, high=1000)
@@ -206,7 +205,7 @@ def main() -> None:
     run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
     longest, pad_id = max(len(prompt.ids) for prompt in prompts), tokenizer.pad_token_id
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
-    run.rehearse(policy, reference, rows, 2 * (longest + settings.max_new_tokens), longest)
+    run.rehearse(policy, reference, rows, 2 * (longest + settings.max_new_tokens))
 
     optimizer = torch.optim.AdamW(policy.parameters(), **run.adamw)
     total = max(1, round(settings.epochs * len(prompts) / settings.prompts_per_step))

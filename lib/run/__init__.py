@@ -12,8 +12,8 @@
 
 On one device each is a line or nothing. You may skip this room: a chapter reads the same without it. Inside:
 plumbing (`Run`, rate, rehearsal), settings and presets (one module a preset), command (flags, ends in one
-line), folder (claims, locks), files (atomic writes, logs), text, hub and checks (opening a model), processes
-(several GPUs, shards), checkpoint (resuming; what others need of it), data (stage 3's prompts and rollouts).
+line), folder (claims, locks), files (atomic writes, logs), text, hub (opening a model), processes (several
+GPUs, shards), checkpoint (resuming; what others need of it), data (stage 3's prompts and rollouts).
 Tests: tests/test_run.py, and runs of whole stages in tests/test_rl.py and tests/test_sft.py.
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from lib import UserError
 from lib.run.command import run_main
 from lib.run.settings import parse_settings
 
@@ -29,14 +30,19 @@ __all__ = ["run_main", "start"]
 S = TypeVar("S")
 
 
-def start(cls: type[S], *stages: str, argv: Sequence[str] | None = None) -> tuple[S, Any]:
+def start(
+    cls: type[S], *stages: str, argv: Sequence[str] | None = None, alone: bool = False
+) -> tuple[S, Any]:
     """The settings of a stage, and its `Run`: what can be refused is refused here, before anything is loaded.
 
-    `stages` are those of `parse_settings`. A run that is finished says so, and ends. Raises UserError.
+    `stages` are those of `parse_settings`. `alone`: it knows no torchrun. A run that is finished says so, and
+    ends. Raises UserError.
     """
     settings = parse_settings(cls, *stages, argv=argv)
     from lib.run.plumbing import Run  # torch: not before the command line is understood
 
     run = Run(settings, stages)
     run.join()
+    if alone and run.size > 1:
+        raise UserError("torchrun: this command runs as one process; start it with python")
     return settings, run

@@ -55,8 +55,12 @@ def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.
 
 def load_progress(run: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore model, optimizer and `run.state`, drop what logs have beyond; the number of finished steps."""
-    path = run.out / PROGRESS
-    state: dict[str, Any] = read_state(path) if run.leader and path.exists() else {"step": 0}
+    path, state = run.out / PROGRESS, dict[str, Any](step=0)
+    if run.leader and path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
+        except Exception as error:  # of pickle's, of zip's, of torch's
+            raise UserError(f"{path}: not a saved state; delete it to start anew") from error
     step = run.gather(state["step"])[0]
     if step:
         whole = {"full_state_dict": True, "broadcast_from_rank0": run.size > 1, "strict": False}
@@ -70,14 +74,6 @@ def load_progress(run: Any, model: torch.nn.Module, optimizer: torch.optim.Optim
         for log in ("metrics.jsonl", "rollouts.jsonl"):
             resume_log(run.out / log, lambda record: record["step"] < step)
     return step
-
-
-def read_state(path: Path) -> dict:
-    """A resume point, tensors on the CPU; runs no code of the file. UserError for anything else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of pickle's, of zip's, of torch's
-        raise UserError(f"{path}: not a saved state; delete it to start anew") from error
 
 
 def save_policy(

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib import UserError
 from lib.chat import encode_prompt
 from lib.policy import context_of
 from lib.rewards import KINDS
-from lib.run.checks import check_ids, check_tokenizer
 from lib.run.files import read_jsonl
 
 
@@ -27,17 +25,11 @@ def load_prompts(run: Any, tokenizer: Any, policy: Any) -> list[Prompt]:
     settings, prompts = run.settings, []
     path = Path(settings.data) / "rl.jsonl"
     for place, record in enumerate(read_jsonl(path, ("id", "prompt", "kind"))):
-        if record["kind"] not in KINDS:
-            allowed = ", ".join(KINDS)
-            raise UserError(f"{path}: {record['id']}: kind is {record['kind']!r}; allowed: {allowed}")
         ids = encode_prompt(tokenizer, record["prompt"], reasoning=settings.reasoning)
         prompts.append(Prompt(record, ids, place))
-    texts = [prompt.record["prompt"] for prompt in prompts[:8]]
-    check_tokenizer(policy, tokenizer, texts, reasoning=settings.reasoning)
-    check_ids(policy, [p.ids for p in prompts], [p.record["id"] for p in prompts])
     context, new, most = context_of(policy.config), settings.max_new_tokens, settings.max_prompt_tokens
     limits = f"context {context}, max_prompt_tokens {most}, --max-new-tokens {new}"
-    return run.drop_too_long(prompts, min(most, context - new), f"{path} ({limits})")
+    return run.usable(prompts, policy, tokenizer, min(most, context - new), f"{path} ({limits})")
 
 
 # ---- what it writes ----

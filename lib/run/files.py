@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lib import UserError
+from lib.rewards import KINDS
 from lib.run.text import readable
 
 
@@ -82,22 +84,18 @@ def read_jsonl(path: str | Path, required: Sequence[str] = (), maybe_empty: Sequ
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     records: list[dict] = []
-    lines: dict[str, int] = {}  # by id
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         where, record = f"{path}:{number}", _parse(line)
         if record is None:
             raise UserError(f"{where}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}")
-        if required:
-            record = _checked(readable(record), where, required, maybe_empty)
-            first = lines.setdefault(record["id"], number)
-            if first != number:
-                same = f"id {record['id']!r} stands in lines {first} and {number}"
-                raise UserError(f"{path}: {same}: give each record an id, drop copies")
-        records.append(record)
+        records.append(_checked(readable(record), where, required, maybe_empty) if required else record)
     if not records:
         raise UserError(f"{path}: is empty")
+    ids = Counter(record["id"] for record in records if required)
+    if shared := [f"id {name!r} stands in {n} records" for name, n in ids.items() if n > 1]:
+        raise UserError(f"{path}: {shared[0]}: give each one of its own")
     return records
 
 
@@ -108,8 +106,10 @@ def _checked(record: dict, where: str, required: Sequence[str], maybe_empty: Seq
         record["id"] = str(record["id"])
     for key in (*required, *(key for key in maybe_empty if record.get(key) is not None)):
         value = record[key]
-        if not isinstance(value, str) or not (value.strip() or key in maybe_empty):
-            raise UserError(f"{where}: {record['id']}: {key} is {value!r}; allowed: some text")
+        good = isinstance(value, str) and (value.strip() or key in maybe_empty)
+        if not good or key == "kind" and value not in KINDS:
+            allowed = ", ".join(KINDS) if key == "kind" else "some text"
+            raise UserError(f"{where}: {record['id']}: {key} is {value!r}; allowed: {allowed}")
     return record
 
 

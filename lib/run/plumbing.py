@@ -28,7 +28,7 @@ from lib.run.checkpoint import PROGRESS, describe, load_progress, save_policy, s
 from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
 from lib.run.files import append_jsonl, read_log
 from lib.run.folder import checksums, claim_folder, read_settings, take_folder
-from lib.run.hub import load_policy
+from lib.run.hub import check_tokenizer, load_policy
 from lib.run.processes import (
     full_weights,
     gathered,
@@ -135,12 +135,14 @@ class Run:
 
     # ---- data and models ----
 
-    def drop_too_long(self, items: Sequence[Any], most: int, what: str) -> list[Any]:
+    def usable(self, items: Sequence[Any], model: Any, tokenizer: Any, most: int, what: str) -> list[Any]:
         """Those of `items`, which have `ids` and a `record`, of at most `most` tokens; says what is left out.
 
         A few long ones must not end a run over a data set (the authors' script drops them, too). UserError
-        when less than half is left: then the limit is wrong.
+        when less than half is left: then the limit is wrong; or when model and tokenizer do not fit the data.
         """
+        prompts = [item.record["prompt"] for item in items[:8]]
+        check_tokenizer(model, tokenizer, prompts, reasoning=self.settings.reasoning)
         kept = [item for item in items if len(item.ids) <= most]
         if long := [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]:
             found = f"{len(long)} of {len(items)} have more than the {most} tokens that fit"
@@ -212,13 +214,13 @@ class Run:
         return model
 
     def rehearse(
-        self, policy: PreTrainedModel, reference: PreTrainedModel | None, rows: int, longest: int, prompt: int
+        self, policy: PreTrainedModel, reference: PreTrainedModel | None, rows: int, longest: int
     ) -> None:
         """Compute the largest micro-batch there may be, with room taken for the optimizer and the key-value
         cache, and forget it: what does not fit memory, or a budget of tokens, ends here, before step 1.
 
         Call it before the optimizer has its state. rows: sequences of an update, on this process; longest:
-        tokens of the longest, `prompt` of them of its prompt.
+        tokens of the longest.
         """
         settings = self.settings
         tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
@@ -237,7 +239,7 @@ class Run:
         # No row begins as the one above: no token is spared.
         ids = torch.arange(height, device=self.device)[:, None].repeat(1, width) % 2
         seen = torch.ones_like(ids, dtype=torch.bool)
-        learned = seen.cumsum(1) > max(1, min(prompt, width - 1))
+        learned = seen.cumsum(1) > 1
         both: Any = {"with_entropy": True, "entropy_gradient": getattr(settings, "entropy_coef", 0) > 0}
         logprobs, entropy = token_logprobs(policy, ids, seen, learned, **both)
         if reference is not None:

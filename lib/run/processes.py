@@ -56,9 +56,9 @@ def start_processes(settings: Any, waits: bool = False) -> tuple[int, int, int]:
     """Join the processes of this run (torchrun's environment): (rank, size, rank on this machine).
 
     gloo on cpu, nccl on cuda (and gloo for what lies in the CPU's memory there). A process that waits for
-    another for hours gives up (ranks first meet when all have sampled, and lengths differ; with `waits`, as
-    in stage 4, where one may search alone, for a week). So does one that notices that another has died: gloo
-    by an error (`run_main` makes it one line), nccl by its watchdog, which aborts the process.
+    another for two hours gives up; with `waits`, as in stage 4, where one may search alone, after a week. So
+    does one that notices that another has died: gloo by an error (`run_main` makes it one line), nccl by its
+    watchdog, which aborts the process.
     """
     rank, size, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     size = max(1, size)
@@ -75,7 +75,7 @@ def start_processes(settings: Any, waits: bool = False) -> tuple[int, int, int]:
             torch.cuda.set_device(local_rank)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=7 * 24 if waits else 2))
-        atexit.register(_leave_on_error)
+        atexit.register(leave_on_error)
     return rank, size, local_rank
 
 
@@ -85,7 +85,7 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def _leave_on_error() -> None:
+def leave_on_error() -> None:
     """At the exit of a process that is still in the group, by an error: the others must hear of it."""
     if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
         sys.stdout.flush()

@@ -43,7 +43,7 @@ class Common:
     """What every stage has."""
 
     preset: str = setting("sandbox", "where the defaults come from")
-    out: str = setting("runs/demo/out", "folder to write")
+    out: str = setting("runs/demo/out", "folder to write")  # if none is named, RUNS/STAGE: `preset_values`
     overwrite: bool = setting(False, "empty OUT first if it holds a run with other settings")
     seed: int = setting(0, "of every random choice", low=0, high=2**32 - 1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -119,6 +119,8 @@ def presets_found() -> list[str]:
 def preset_values(cls: type, preset: str, *stages: str) -> dict[str, Any]:
     """All settings of the class as the preset has them. UserError for one that the stage has not."""
     values = dataclasses.asdict(cls()) | {"preset": preset}
+    if values["out"] == Common.out:
+        values["out"] = f"runs/demo/{stages[-1]}"
     module = importlib.import_module(f"lib.run.presets.{preset}")
     for name, value in values.items():
         if isinstance(value, str):
@@ -147,6 +149,22 @@ def named(flag: str, given: Sequence[str], value: str = "FOLDER or NAME=HUB-NAME
     return values
 
 
+def as_flags(**values: Any) -> list[str]:
+    """Words of a command line; of a list all items, of "" none.
+
+    >>> as_flags(group_size=4, decay=False, judge="")
+    ['--group-size', '4', '--no-decay']
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value != "":
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
 def following(settings: Any, stages: Sequence[str]) -> str:
     """The next stage's command, to paste into a shell. After SFT: RL, but on RL's traces the evaluation.
 
@@ -154,28 +172,21 @@ def following(settings: Any, stages: Sequence[str]) -> str:
     """
     out, stage = settings.out, stages[0]
     name = re.sub(r"[^\w.-]+", "-", Path(out).resolve().name) or "model"  # as far as --models allows
+    flags = {"data": out if stage == "mixture" else settings.data}
+    kept = ["seed", "device", "dtype", "reasoning", *PARTS_OF_A_MODEL]
     if stage == "mixture" and settings.sft_prompts and not settings.rainbow:
-        script, folder, flags = "02_sft_warmstart.py", "sft", {"data": out, "model": settings.trace_model}
+        script, folder, flags["model"] = "02_sft_warmstart.py", "sft", settings.trace_model
     elif stage == "mixture":
-        script, folder, flags = "03_rl_train.py", "rl", {"data": out, "model": settings.rainbow}
+        script, folder, flags["model"] = "03_rl_train.py", "rl", settings.rainbow
     elif stage == "sft" and settings.traces == "sft.jsonl":
         script, folder = "03_rl_train.py", name.replace("sft", "rl") if "sft" in name else f"rl-{name}"
-        flags = {"data": settings.data, "model": out}
+        flags["model"] = out
     else:
-        script, folder = "04_attack_eval.py", f"eval-{name}"
-        flags = {"data": settings.data, "models": f"{name}={out}"}
-    kept = ["seed", "device", "dtype"]
-    kept += ["judge", "refusals"] if script.startswith("04") else ["reasoning", *PARTS_OF_A_MODEL]
+        script, folder, flags["models"] = "04_attack_eval.py", f"eval-{name}", f"{name}={out}"
+        kept = ["seed", "device", "dtype", "judge", "refusals"]
     flags["out"] = os.path.normpath(Path(out) / ".." / folder)
     usual = preset_values(type(settings), settings.preset, *stages)
     flags |= {key: getattr(settings, key) for key in kept if getattr(settings, key, None) != usual.get(key)}
     several = os.environ.get("LOCAL_WORLD_SIZE", "1")
     words = ["python"] if several == "1" else ["torchrun", "--nproc-per-node", several]
-    words += [script, "--preset", settings.preset]
-    for key, value in flags.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value != "":
-            words += [f"--{flag}", str(value)]
-    return shlex.join(words)
+    return shlex.join([*words, script, "--preset", settings.preset, *as_flags(**flags)])

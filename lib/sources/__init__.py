@@ -4,16 +4,25 @@ You may skip it at first: `01_build_mixture.py` gets lists of records from it. I
 
     known     a short function for each known data set: add yours there
     tables    rows of a jsonl, json, csv, tsv or parquet file, or of the hub; the text in a cell
-    reading   from a word of --files, [KIND=]SOURCE[:N], to records
-    pools     many sources: prompts in the seed's order, quotas, what was made of what
+    reading   from words of --files, [KIND=]SOURCE[:N], to records, pools, quotas, the manifest
     traces    reasoning traces that a model writes itself
 
 Tests: tests/test_sources.py, tests/test_mixture.py, tests/test_traces.py.
 """
 
 from lib.sources.known import EVAL_SETS
-from lib.sources.pools import Pool, Traced, hold_out, read_pool, read_traces, take_sft, write_manifest
-from lib.sources.reading import HELP, Source, parse_word
+from lib.sources.reading import (
+    HELP,
+    Pool,
+    Source,
+    Traced,
+    hold_out,
+    parse_word,
+    read_pool,
+    read_traces,
+    take_sft,
+    write_manifest,
+)
 from lib.sources.tables import read_table, text_of
 
 __all__ = ["EVAL_SETS", "HELP", "Pool", "Source", "Traced", "hold_out", "parse_word", "read_pool"]

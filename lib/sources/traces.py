@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.chat import decode, encode_example, encode_prompt, eos_token_ids
-from lib.run.checks import check_tokenizer
 from lib.run.files import append_jsonl, resume_log
-from lib.run.hub import dtype_to_infer, load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, dtype_to_infer, load_policy, load_tokenizer
 from lib.sampler import sample
 
 REFLECT = (

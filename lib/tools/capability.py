@@ -31,10 +31,9 @@ from lib.metrics import mean_of, share_of
 from lib.policy import context_of, token_logprobs
 from lib.report import differences
 from lib.run import run_main, start
-from lib.run.checks import check_tokenizer
 from lib.run.files import read_jsonl, write_json, write_jsonl
 from lib.run.folder import reasons
-from lib.run.hub import load_policy, load_tokenizer
+from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
 from lib.run.settings import TOKENS, Common, named, setting
 from lib.sampler import sample
 from lib.sources import read_table, text_of
@@ -51,7 +50,6 @@ class Settings(Common):
     direct: list[str] = setting([], "names of those without reasoning; those of 02 and 03 say it themselves")
     loss: bool = setting(False, "the loss on documents, instead of answers to questions")
     file: str = setting("questions.jsonl", "question and answer, or text: .jsonl, .json, .csv or .parquet")
-    out: str = setting("runs/demo/capability", "folder for the results")
     max_new_tokens: int = setting(1024, "of an answer", low=1)
     max_batch_tokens: int = setting(16384, "rows x columns of the sampler's cache", low=16, high=TOKENS)
     dtype: str = setting("float32", "of weights; auto: as saved", choices=("float32", "bfloat16", "auto"))
@@ -178,9 +176,7 @@ def measure(answers: dict[str, list[dict]], loss: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings, run = start(Settings, "capability", argv=argv)
-    if run.size > 1:
-        raise UserError("torchrun: this command runs as one process; start it with python")
+    settings, run = start(Settings, "capability", argv=argv, alone=True)
     models, records = named("--models", settings.models), read_records(settings.file, settings.loss)
     if unknown := [name for name in settings.direct if name not in models]:
         raise UserError(f"--direct: given {unknown[0]}; allowed the names in --models: {', '.join(models)}")

@@ -3,8 +3,6 @@
 HarmBench and XSTest come as files from GitHub (see docs/real-models.md): on the hub they are gated.
 """
 
-from __future__ import annotations
-
 RUNS = "runs/open"
 BASE = "Qwen/Qwen2.5-0.5B-Instruct"
 JUDGE = "qwen3guard+skywork"  # 0.6 B each: they stay beside the policy
@@ -34,7 +32,6 @@ RL = dict(
     dtype="bfloat16",
 )
 EVAL = {
-    "out": "runs/open/eval",
     "models": [f"base={BASE}", "sft=runs/open/sft", "tars=runs/open/rl"],
     "direct": ["base"],
     "judge": JUDGE,

@@ -1,7 +1,5 @@
 """The paper's settings: the stages' own defaults and these. Files that no hub has are given as flags."""
 
-from __future__ import annotations
-
 RUNS = "runs/paper"
 
 MIXTURE = dict(
@@ -37,7 +35,6 @@ RL = dict(
     gradient_checkpointing=True,
 )
 EVAL = {
-    "out": "runs/paper/eval",
     "judge": "harmbench+grm-8b",  # the paper's classifier of 13 B parameters; task scores as in training
     "max_new_tokens": 4096,
     "answer_tokens": 1024,

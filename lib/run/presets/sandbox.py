@@ -1,7 +1,5 @@
 """The embedded world: no data set, no hub, no GPU; minutes on two CPU cores."""
 
-from __future__ import annotations
-
 MIXTURE = dict(
     rl_prompts=1200,  # 75 steps, each prompt once
     eval_prompts=150,
@@ -31,7 +29,6 @@ RL = dict(
 # 16 pairs an update, as in the paper; the rate is the best of three tried at 64
 RPO = dict(prompts_per_step=4, learning_rate=6e-4)
 EVAL = {
-    "out": "runs/demo/eval",
     "models": ["base=lib/sandbox/base", "sft=runs/demo/sft", "tars=runs/demo/rl"],
     "direct": ["base"],
     "mutation": 0.2,  # AutoDAN's 0.01 is for 256 prompts; of 24, it would hardly ever rewrite one

@@ -4,8 +4,6 @@ Needs the files named below (public: GitHub danielkty/tars and paul-rottger/exag
 and `--trace-model` for stage 1, `--model` for the others.
 """
 
-from __future__ import annotations
-
 RUNS = "runs/smollm"
 DATA = "../shared/data"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,7 +46,6 @@ RL = dict(
     rollouts_every=1,
 )
 EVAL = {
-    "out": "runs/smollm/eval",
     "judge": "standin",
     "max_new_tokens": 112,
     "answer_tokens": 64,
