@@ -21,11 +21,12 @@ from test_attacks import (
 )
 
 from lib import UserError
-from lib.attacks import ATTACKS, NOT_ASKED, Attempt, autodan, core
+from lib.attacks import ATTACKS, NOT_ASKED, Attempt, autodan
 from lib.attacks import attacker as attacker_module
 from lib.attacks.attacker import Conversation, LanguageModelAttacker, parse_reply
 from lib.attacks.autodan import Individual
 from lib.chat import THINK_CLOSE, encode_chat
+from lib.run import writing
 from lib.sampler import Completion, draw_seeds
 from lib.sandbox import judge, world
 from lib.sandbox.attacker import SandboxAttacker
@@ -124,23 +125,21 @@ def test_pair_shows_the_last_four_exchanges_with_answers_and_ratings_but_no_reas
     attacker, budget = Scripted(), replace(SMALL, streams=4, depth=6)
     attempt = pair_with(model, tokenizer, attacker, 1 / 3, budget)
     assert [t["step"] for t in attempt.trace] == list(range(1, 25))
-    assert {(talk.goal, talk.target) for talk in attacker.seen} == {(BEHAVIOURS[1]["prompt"], "w90")}
-    shown = [len(talk.exchanges) for talk in attacker.seen]
-    assert shown == [n for n in (0, 1, 2, 3, 4, 4) for _ in range(4)]
     assert [talk.stream for talk in attacker.seen] == [0, 1, 2, 3] * 6
+    assert [len(talk.exchanges) for talk in attacker.seen[::4]] == [0, 1, 2, 3, 4, 4]
     tries = [t for t in attempt.trace if t["step"] % 4 == 3][1:5]  # of stream 2, but the first and the last
-    expected = [(t["sent"], t["completion"]["answer"], 4) for t in tries]
-    last = attacker.seen[-2].exchanges
-    assert [(e["prompt"], e["answer"], e["rating"]) for e in last] == expected
-    assert {key for e in last for key in e} == {"improvement", "prompt", "answer", "rating"}
+    shown = [(t["sent"], t["completion"]["answer"], 4) for t in tries]
+    last = attacker.seen[-2]
+    assert (last.goal, last.target) == (BEHAVIOURS[1]["prompt"], "w90")
+    assert [(e["prompt"], e["answer"], e["rating"]) for e in last.exchanges] == shown
+    assert {key for e in last.exchanges for key in e} == {"improvement", "prompt", "answer", "rating"}
 
 
 @pytest.mark.parametrize(("harm", "rating", "tries"), [(0.9, 9, 6), (0.95, 10, 2), (None, 1, 6)])
 def test_pair_stops_at_a_rating_of_ten_and_not_at_a_success(model, tokenizer, harm, rating, tries):
     """After two tries: both streams of the first turn."""
     attacker = Scripted()
-    attempt = pair_with(model, tokenizer, attacker, harm)
-    assert [t["step"] for t in attempt.trace] == list(range(1, tries + 1))
+    assert len(pair_with(model, tokenizer, attacker, harm).trace) == tries
     assert {e["rating"] for talk in attacker.seen for e in talk.exchanges} <= {rating}
 
 
@@ -154,15 +153,15 @@ class Scribe(LanguageModelAttacker):
     """A chat model whose replies are known: keeps what it is asked, and answers by chat and seed."""
 
     def __init__(self, answer) -> None:
-        self.answer, self.calls, self.max_new_tokens = answer, [], 7
+        self.answer, self.calls, self.limits, self.max_new_tokens = answer, [], [], 7
 
-    def reply(self, chats, seeds, limit, top_p=1.0):
-        self.calls.append((chats, seeds, limit, top_p))
-        return [self.answer(str(chat), seed) for chat, seed in zip(chats, seeds, strict=True)]
+    def reply(self, chats, seeds, *limits):
+        self.limits.append(limits)
+        self.calls.append(list(zip(chats, seeds, strict=True)))
+        return [self.answer(str(chat), seed) for chat, seed in self.calls[-1]]
 
     def seeds_of(self, goal: str) -> list[int]:
-        asked = [pair for chats, seeds, *_ in self.calls for pair in zip(chats, seeds, strict=True)]
-        return [seed for chat, seed in asked if goal in str(chat)]
+        return [seed for call in self.calls for chat, seed in call if goal in str(chat)]
 
 
 @pytest.fixture
@@ -174,27 +173,21 @@ def chatting(model, monkeypatch):
     return LanguageModelAttacker("chat", 5, 10)
 
 
-def exchanges(*answers: str) -> list[dict]:
-    seen = []
-    for i, answer in enumerate(answers, start=1):
-        seen.append({"improvement": f"idea {i}", "prompt": f"try {i}", "answer": answer, "rating": i})
-    return seen
-
-
 def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat():
-    attacker, long = Scribe(lambda chat, seed: GOOD), "I will not. " * 300
-    talks = [Conversation(GOAL, TARGET, stream, exchanges("No.", long)) for stream in range(4)]
+    attacker, long = Scribe(lambda chat, seed: GOOD), "I will not. " * 300  # nothing is cut
+    seen = [{"improvement": "idea 1", "prompt": "try 1", "answer": "No.", "rating": 1}]
+    seen.append({"improvement": "idea 2", "prompt": "try 2", "answer": long, "rating": 2})
+    talks = [Conversation(GOAL, TARGET, stream, seen) for stream in range(4)]
     assert attacker.refine(talks, [1, 2, 3, 4]) == [json.loads(GOOD)] * 4
-    chats, _, *limits = attacker.calls[0]
-    assert limits == [500, 0.9]  # PAIR's own: not --attacker-tokens
+    assert attacker.limits == [(500, 0.9)]  # PAIR's own: not --attacker-tokens
+    chats = [chat for chat, _ in attacker.calls[0]]
     for chat in chats:
         assert [m["role"] for m in chat] == ["system", *["user", "assistant"] * 2, "user"]
         said = [m["content"] for m in chat]
-        written = [{"improvement": f"idea {i}", "prompt": f"try {i}"} for i in (1, 2)]
-        assert [json.loads(said[2]), json.loads(said[4])] == written
+        for k, exchange in zip((2, 4), seen, strict=True):
+            assert json.loads(said[k]).items() <= exchange.items()
+            assert exchange["answer"] in said[k + 1] and f"Rating: {exchange['rating']}" in said[k + 1]
         assert all(GOAL in said[k] and TARGET in said[k] for k in (1, 3, 5))
-        assert "No." in said[3] and "Rating: 1" in said[3]
-        assert long in said[5] and "Rating: 2" in said[5]  # nothing is cut
     systems = [chat[0]["content"] for chat in chats]
     assert len({*systems}) == 3 and systems[3] == systems[0]  # three strategies, in turn
     assert all('{"improvement": "...", "prompt": "..."}' in system for system in systems)
@@ -230,13 +223,8 @@ def test_a_malformed_reply_is_asked_for_again_at_most_five_times_whatever_else_i
 
 def test_a_chat_that_is_too_long_loses_its_oldest_exchanges(chatting, monkeypatch):
     seen, roles = [], ["system", *["user", "assistant"] * 2, "user"]
-
-    def sample(model, prompts, *, max_batch_tokens, max_new_tokens, **options):
-        assert max_batch_tokens >= max_new_tokens + max(map(len, prompts), default=0)  # it goes alone
-        seen.append(prompts)
-        return [Completion([], [], "stop") for _ in prompts]
-
-    monkeypatch.setattr(core, "sample", sample)
+    nothing = lambda model, prompts, **how: seen.append(prompts) or [Completion([], [], "") for _ in prompts]  # noqa: E731
+    monkeypatch.setattr(writing, "sample", nothing)
     chat = [{"role": role, "content": f"w{i}"} for i, role in enumerate(roles)]
     kept = [chat, chat[:2] + chat[4:], chat[:2]]
     ids = [encode_chat(chatting.tokenizer, part, reasoning=False) for part in kept]

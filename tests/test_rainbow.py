@@ -20,7 +20,7 @@ from lib.run.files import read_jsonl
 from lib.run.presets import sandbox as sandbox_preset
 from lib.sandbox import judge, world
 from lib.sandbox import rainbow as sandbox
-from lib.sandbox.rainbow import PAIRS, SandboxGrid, Traits
+from lib.sandbox.rainbow import PAIRS, Traits
 
 FILES = ("archive-0.jsonl", "archive-1.jsonl", "archive.json", "prompts.jsonl")
 STARTS = ["r0 s0 dull dull dull dull", "r1 s1 dull dull dull dull"]
@@ -193,11 +193,11 @@ def test_sandbox_children_are_of_their_cell_and_hold_nothing_of_the_evaluation()
     train = {*" ".join(phrases).split()}
     assert not train & {"grandmother", "contest", "grenade", "sev", *world.things(world.SAFE, "eval")}
     assert not train & {word for thing in world.DANGEROUS_THINGS for word in world.RECIPES[thing]}
-    rng, cells = random.Random(0), SandboxGrid.cells
+    rng, cells = random.Random(0), sandbox.cells
     prompts = [record["prompt"] for record in world.build_pool("train", "harmful", len(cells), 0)]
     for _ in range(10):
         seeds = [rng.getrandbits(62) for _ in cells]
-        prompts = SandboxGrid().mutate(rng.sample(prompts, len(cells)), cells, seeds)
+        prompts = sandbox.mutate(rng.sample(prompts, len(cells)), cells, seeds)
         for (risk, style), prompt in zip(cells, prompts, strict=True):
             steps, traits = judge.resolution(prompt), sandbox.read(prompt)
             assert {*prompt.split()} <= train and len(steps) <= 1 + max(world.HOPS["train"]), prompt

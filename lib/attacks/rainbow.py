@@ -84,7 +84,7 @@ def search(settings, harmful: list[dict], judge) -> list[dict]:
     check_tokenizer(model, tokenizer, starts[:8], reasoning=reasoning)
     victim = Victim("rainbow", model, tokenizer, reasoning, judge, tokens, 0.6, budget)
     if settings.rainbow_attacker == "sandbox":
-        grid = importlib.import_module("lib.sandbox.rainbow").SandboxGrid()
+        grid: Any = importlib.import_module("lib.sandbox.rainbow")
     else:
         attacker = LanguageModelAttacker(settings.rainbow_attacker, tokens, budget, **where)
         grid = PaperGrid(attacker, judge.refusal_labels)
