@@ -44,8 +44,8 @@ def made(tmp_path_factory) -> Path:
         records = []
         for i in range(4):
             record = {"id": f"{file}-{i}", "prompt": f"w{i} w{i + 1} w{i + 20} w{len(file)}", "kind": kind}
-            record |= {"category": ("toy", "decoy")[i % 2], "hops": 3 + i % 2, "target": f"w{i + 30} w{i + 31}"}
-            records.append(record)
+            record |= {"category": ("toy", "decoy")[i % 2], "hops": 3 + i % 2}
+            records.append(record | {"target": f"w{i + 30} w{i + 31}"})
         write_jsonl(folder / f"data/eval_{file}.jsonl", records)
     tokenizer = make_tokenizer()
     for name in ("thinker", "direct"):
@@ -177,19 +177,6 @@ def test_what_is_too_long_is_not_asked_and_in_no_figure(folder, tmp_path, monkey
         assert model["compliance"]["harmless"]["n"] == 3 and not model["unknown"]
     monkeypatch.setattr(attacks.session, "load_policy", None)  # nothing is asked again
     assert results_of(run(folder, out, names, **known)) == found
-
-
-def test_separation_compares_equal_groups_once(tmp_path):
-    lab, tokenizer, model = Lab.__new__(Lab), make_tokenizer(), stage.Model("m", "nowhere", True, "")
-    lab.run = type("Run", (), {"out": tmp_path})
-    lab.victim = lambda model: attacks.Victim("m", make_model(tokenizer), tokenizer, True, None, 2, 1.0, 999)
-    numbers = {"jailbreak": range(12), "ambiguous": range(50, 62)}
-    sets = {name: [{"prompt": f"w{i}"} for i in own] for name, own in numbers.items()}
-    found = {"gcg": [{"trace": [{"sent": "w1"}, {"sent": f"w{i + 40} w2"}]} for i in range(10)]}
-    parts = stage.separate(lab, model, sets, found)
-    sizes = {key: figure["n"] for key, figure in parts["separation"].items() if key.endswith("accuracy")}
-    assert sizes == {"before/accuracy": 24, "GCG before/accuracy": 20}  # in two tokens no thought is closed
-    assert stage.separate(lab, model, {}, {}) == parts  # kept
 
 
 # ---- kills, processes --------------------------------------------------------------------------------------

@@ -169,11 +169,10 @@ class LanguageModelAttacker:
 def load_attacker(name: str, *limits: int, **placed) -> Attacker:
     """The attacker "sandbox"; a module of yours, which has the functions of `Attacker`; or a chat model: a
     folder or hub name, with limits as LanguageModelAttacker has them."""
-    if name == "sandbox":  # by name: nothing else of this room knows that world
-        return importlib.import_module("lib.sandbox.attacker").SandboxAttacker()
+    module = "lib.sandbox.attacker" if name == "sandbox" else name
     with contextlib.suppress(ImportError, TypeError):  # ORGANISATION/MODEL, or a path
-        if hasattr(module := importlib.import_module(name), "augment"):
-            return module
+        if hasattr(attacker := importlib.import_module(module), "augment"):
+            return attacker
     return LanguageModelAttacker(name, *limits, **placed)
 
 

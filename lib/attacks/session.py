@@ -152,17 +152,15 @@ class Lab:
 
     def attack(self, model: Model, name: str, behaviours: list[dict]) -> list[dict]:
         """Lines of attacks.jsonl. Part by part: each process attacks its share, then the part is saved."""
-        parts, key = list[Part](), {"model": model.name, "attack": name}
-        together = ATTACKS[name].at_once * self.run.size or len(behaviours)
-        for begin in range(0, len(behaviours), together):
-            part = behaviours[begin : begin + together]
-            parts.append((key, part, partial(self._attempts, model, name, part)))
+        key, together = {"model": model.name, "attack": name}, ATTACKS[name].at_once * self.run.size
+        together = together or len(behaviours)
+        shares = [behaviours[k : k + together] for k in range(0, len(behaviours), together)]
+        parts = [(key, share, partial(self._attempts, model, name, share)) for share in shares]
         return self._grow("attacks.jsonl", model, name, parts)
 
     def _attempts(self, model: Model, name: str, part: list[dict]) -> list[dict]:
-        attack, mine = ATTACKS[name], part if self.run.leader else []
-        if attack.at_once:  # else there is one search for all, which has no shares
-            mine = self.run.share(part)
+        attack, alone = ATTACKS[name], part if self.run.leader else []
+        mine = self.run.share(part) if attack.at_once else alone  # one search for all has no shares
         attempts = [Attempt(b, random_numbers(self.settings.seed, f"{name}/{b['id']}")) for b in mine]
         if attempts:  # who has nothing to do loads no model
             helper = getattr(self, attack.helper) if attack.helper else None
@@ -212,9 +210,8 @@ def check_victim(victim: Victim, sets: dict, behaviours: list[dict], names: Sequ
     """UserError for what its tokenizer cannot read, for a set of which no prompt fits its context, and where
     no suffix can be searched for."""
     for name, records in sets.items():
-        if not any(
-            [victim.fits(victim.encode(record["prompt"])) for record in records]
-        ):  # a list: all are read
+        prompts = [victim.encode(record["prompt"]) for record in records]
+        if not any(map(victim.fits, prompts)):
             flag = "--max-new-tokens" if victim.reasoning else "answer_tokens"
             given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {FILES[name]} exceed"
             raise UserError(f"{given} the context of {victim.name}: lower it, or leave the model out")
