@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stages
@@ -22,27 +23,25 @@ from lib.sandbox import rainbow as sandbox
 from lib.sandbox.rainbow import PAIRS, Traits
 
 FILES = ("archive-0.jsonl", "archive-1.jsonl", "archive.json", "prompts.jsonl")
+CELLS = [(risk, style) for risk in ("r0", "r1", "r2") for style in ("s0", "s1", "s2", "s3")]
 STARTS = ["r0 s0 dull dull dull dull", "r1 s1 dull dull dull dull"]
 
 
 def child(parent, cell, rng):
     """ "risk style word word word word", different from its parent in three words."""
-    words = parent.split()[2:]
+    rest = parent.split()[2:]
     for place in rng.sample(range(4), 3):
-        words[place] = rng.choice(["evil", *(f"dull{i}" for i in range(9))])
-    return " ".join([*cell, *words])
+        rest[place] = rng.choice(["evil", *(f"dull{i}" for i in range(9))])
+    return " ".join([*cell, *rest])
 
 
-class Words:
-    """A toy grid."""
+def toy_grid(child=child) -> SimpleNamespace:
+    """Of twelve cells."""
 
-    cells = [(risk, style) for risk in ("r0", "r1", "r2") for style in ("s0", "s1", "s2", "s3")]
+    def mutate(parents, cells, seeds):
+        return [child(*given) for given in zip(parents, cells, map(random.Random, seeds), strict=True)]
 
-    def __init__(self, child=child) -> None:
-        self.child = child
-
-    def mutate(self, parents, cells, seeds):
-        return [self.child(*given) for given in zip(parents, cells, map(random.Random, seeds), strict=True)]
+    return SimpleNamespace(cells=CELLS, mutate=mutate)
 
 
 class Noisy:
@@ -73,7 +72,7 @@ def small():
 
 
 def run(folder: Path, victim=None, grid=None, starts=STARTS, seed=0) -> list[dict]:
-    return Rainbow(victim or Noisy(), grid or Words(), starts, folder, seed).records(20, 2, 130)
+    return Rainbow(victim or Noisy(), grid or toy_grid(), starts, folder, seed).records(20, 2, 130)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +137,7 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
         def ask(self, *given):
             return [answer | {"harm": None} for answer in super().ask(*given)]
 
-    cases = {"faulty": (Noisy(0), Words(faulty)), "silent": (Silent(), Words(lambda *_: "z z z"))}
+    cases = {"faulty": (Noisy(0), toy_grid(faulty)), "silent": (Silent(), toy_grid(lambda *_: "z z z"))}
     found = []
     for name in ("faulty", "silent", "silent"):  # again: it goes on after a kill between two archives
         (tmp_path / name / FILES[1]).unlink(missing_ok=True)
@@ -153,11 +152,11 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
 
 
 def test_cells_with_little_harm_are_drawn_more_often_and_are_distinct():
-    archive = {cell: ("", [1.0 if cell[1] == "s0" else 0.5] * 40) for cell in Words.cells[:-1]}
+    archive = {cell: ("", [1.0 if cell[1] == "s0" else 0.5] * 40) for cell in CELLS[:-1]}
     generator = torch.Generator().manual_seed(0)
-    drawn = [choose_cells(archive, Words.cells, 4, generator) for _ in range(200)]
+    drawn = [choose_cells(archive, CELLS, 4, generator) for _ in range(200)]
     assert all(len(set(chosen)) == 4 for chosen in drawn)
-    assert sum(Words.cells[-1] in chosen for chosen in drawn) > 190  # the empty one
+    assert sum(CELLS[-1] in chosen for chosen in drawn) > 190  # the empty one
     assert sum(style == "s0" for chosen in drawn for _, style in chosen) < 20
 
 
