@@ -116,7 +116,7 @@ class Victim:
         what else is asked. A text that is too long, or that it cannot read, gets UNANSWERED."""
         prompts = [self.sendable(new["sent"], new["opening"]) for _, new in tries]
         limits = self.max_new_tokens, self.max_batch_tokens
-        how = {"seeds": seeds, "temperature": self.temperature, "progress": self.progress}
+        how: dict = {"seeds": seeds, "temperature": self.temperature, "progress": self.progress}
         written = write(self.name, self.model, self.tokenizer, prompts, *limits, **how)
         answers = [self._read(new["opening"], wrote) for (_, new), wrote in zip(tries, written, strict=True)]
         pairs = [(behaviour, answer) for (behaviour, _), answer in zip(tries, answers, strict=True)]
