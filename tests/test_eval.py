@@ -44,9 +44,8 @@ def made(tmp_path_factory) -> Path:
         records = []
         for i in range(4):
             record = {"id": f"{file}-{i}", "prompt": f"w{i} w{i + 1} w{i + 20} w{len(file)}", "kind": kind}
-            record |= {"source": "test", "hops": 3 + i % 2, "target": f"w{i + 30} w{i + 31}"}
-            category = ("toy", "decoy")[i % 2] if kind == "ambiguous" else "any"
-            records.append(record | {"category": category})
+            record |= {"category": ("toy", "decoy")[i % 2], "hops": 3 + i % 2}
+            records.append(record | {"target": f"w{i + 30} w{i + 31}"})
         write_jsonl(folder / f"data/eval_{file}.jsonl", records)
     tokenizer = make_tokenizer()
     for name in ("thinker", "direct"):
@@ -120,7 +119,7 @@ def test_results_have_the_names_that_stay_and_follow_from_the_completions(finish
         assert len(mine) == 4 * 4 + 2 * (2 + 3)
         held = [x["harm"] < 0.5 for x in mine if x["set"] == "direct"]
         assert model["dsr"]["direct"]["mean"] == pytest.approx(np.mean(held))
-        toys = [x["task"] for x in mine if x["category"] == "toy"]
+        toys = [x["task"] for x in mine if (x["set"], x["category"]) == ("ambiguous", "toy")]
         assert model["task_score"]["ambiguous/toy"]["mean"] == pytest.approx(np.mean(toys), abs=1e-4)
 
 
@@ -141,7 +140,7 @@ def test_each_try_is_sent_as_the_attack_found_it_and_answered_within_its_budget(
     assert traces["thinker", "gcg", "harmful-0"][0]["sent"] == "w0 w1 w20 w7 please please please"
 
 
-def test_techniques_and_transfers_are_told_and_what_has_no_target_is_not_attacked(folder, tmp_path):
+def test_techniques_and_transfers_are_told_and_what_lacks_a_target_or_a_set_is_left_out(folder, tmp_path):
     records = change_first(folder, "harmful", target=" ")
     out = run(folder, tmp_path / "eval", "--attacks gcg_universal pap", universal_behaviours=1)
     lines = [x for x in read_jsonl(out / "completions.jsonl") if x["model"] == "direct"]
@@ -150,8 +149,13 @@ def test_techniques_and_transfers_are_told_and_what_has_no_target_is_not_attacke
     assert asked["no_suffix"] == asked["transfer_thinker"] == asked["direct"][1:3]
     assert {*asked["gcg_universal"]} == {"harmful-1"} and {*asked["gcg_universal_new"]} == {"harmful-2"}
     assert all(("technique" in line) == (line["set"] == "pap") for line in lines)
-    run(folder, tmp_path / "pap", "--attacks pap")  # which needs no target
-    assert read_jsonl(tmp_path / "pap/attacks.jsonl")[0]["id"] == "harmful-0"
+    for name in ("jailbreak", "harmless"):  # which stage 1 need not write
+        (folder / f"data/eval_{name}.jsonl").unlink()
+    out = run(folder, tmp_path / "pap", "--attacks pap")  # which needs no target
+    assert read_jsonl(out / "attacks.jsonl")[0]["id"] == "harmful-0"
+    model = results_of(out)["models"]["direct"]
+    assert {*model["dsr"]} == {"direct", "pap", "pap_mean", "plain_or_pap"}
+    assert "harmless" not in model["compliance"] and "ambiguous" in model["compliance"]
 
 
 def test_what_is_too_long_is_not_asked_and_in_no_figure(folder, tmp_path, monkeypatch):
@@ -173,28 +177,6 @@ def test_what_is_too_long_is_not_asked_and_in_no_figure(folder, tmp_path, monkey
         assert model["compliance"]["harmless"]["n"] == 3 and not model["unknown"]
     monkeypatch.setattr(attacks.session, "load_policy", None)  # nothing is asked again
     assert results_of(run(folder, out, names, **known)) == found
-
-
-def test_sets_that_stage_1_did_not_write_and_attacks_are_left_out(folder, tmp_path):
-    for name in ("jailbreak", "harmless"):
-        (folder / f"data/eval_{name}.jsonl").unlink()
-    model = results_of(run(folder, tmp_path / "eval", "--behaviours 0"))["models"]["direct"]
-    assert set(model["dsr"]) == {"direct"} and model["plane"]["dsr"] == model["dsr"]["direct"]
-    assert "harmless" not in model["compliance"] and "ambiguous" in model["compliance"]
-    assert not model["controls"] and not model["worst_case"]
-
-
-def test_separation_compares_equal_groups_once(tmp_path):
-    lab, tokenizer, model = Lab.__new__(Lab), make_tokenizer(), stage.Model("m", "nowhere", True, "")
-    lab.run = type("Run", (), {"out": tmp_path})
-    lab.victim = lambda model: attacks.Victim("m", make_model(tokenizer), tokenizer, True, None, 2, 1.0, 999)
-    numbers = {"jailbreak": range(12), "ambiguous": range(50, 62)}
-    sets = {name: [{"prompt": f"w{i}"} for i in own] for name, own in numbers.items()}
-    found = {"gcg": [{"trace": [{"sent": "w1"}, {"sent": f"w{i + 40} w2"}]} for i in range(10)]}
-    parts = stage.separate(lab, model, sets, found)
-    sizes = {key: figure["n"] for key, figure in parts["separation"].items() if key.endswith("accuracy")}
-    assert sizes == {"before/accuracy": 24, "GCG before/accuracy": 20}  # in two tokens no thought is closed
-    assert stage.separate(lab, model, {}, {}) == parts  # kept
 
 
 # ---- kills, processes --------------------------------------------------------------------------------------
@@ -239,13 +221,11 @@ def test_two_processes_find_and_answer_what_one_does(made, tmp_path, monkeypatch
 
 
 MISTAKES = [  # flags, what changes in the first harmful record, and in the preset
-    ("--direct other", {}, {}, "--direct: given other; allowed the names in --models: thinker, direct"),
     ("--systems other=Kind.", {}, {}, "--systems: given other; allowed the names in --models"),
     ("--attacks pap --attacker /nowhere", {}, {}, "/nowhere"),
     ("--max-new-tokens 500", {}, {}, "--max-new-tokens: given 500; with it all prompts of"),
     ("--judge broken_judge", {}, {}, "--judge: broken_judge gave 2.0"),
     ("", {"prompt": "w1 Hello"}, {}, "its tokenizer cannot read"),
-    ("", {"target": "Hello"}, {}, "its tokenizer cannot read 'Hello'"),
     ("--attacks gcg_forged", {}, {}, "its tokenizer cannot read 'let me see"),
     ("", {}, {"gcg_init": "w1 w2"}, "gcg_init: given w1 w2; 3 of it make 6 tokens behind 'w0 w1"),
 ]
@@ -264,15 +244,13 @@ def test_a_mistake_is_one_line_before_any_search(
     assert not (tmp_path / "eval").exists()
 
 
-def test_a_mistake_and_other_weights_cost_no_earlier_results(folder, tmp_path):
-    out = run(folder, tmp_path / "eval", "--behaviours 0", models=("direct",))
-    (folder / "thinker").rename(folder / "away")
-    with pytest.raises(UserError, match="cannot load"):
-        run(folder, out, "--behaviours 0 --overwrite")
+def test_other_weights_and_missing_sets_cost_no_earlier_results(folder, tmp_path):
+    more = {"more": "--behaviours 0", "models": ("direct",)}
+    out = run(folder, tmp_path / "eval", **more)
     weights = folder / "direct/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(UserError, match="sha256 of .*direct/model.safetensors"):
-        run(folder, out, "--behaviours 0", models=("direct",))
+        run(folder, out, **more)
     for name in ("harmless", "ambiguous"):
         (folder / f"data/eval_{name}.jsonl").unlink()
     with pytest.raises(UserError, match="eval_harmless.jsonl: no such file, nor eval_ambiguous.jsonl"):

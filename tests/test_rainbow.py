@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stages
@@ -20,30 +20,28 @@ from lib.run.files import read_jsonl
 from lib.run.presets import sandbox as sandbox_preset
 from lib.sandbox import judge, world
 from lib.sandbox import rainbow as sandbox
-from lib.sandbox.rainbow import PAIRS, SandboxGrid, Traits
+from lib.sandbox.rainbow import PAIRS, Traits
 
 FILES = ("archive-0.jsonl", "archive-1.jsonl", "archive.json", "prompts.jsonl")
+CELLS = [(risk, style) for risk in ("r0", "r1", "r2") for style in ("s0", "s1", "s2", "s3")]
 STARTS = ["r0 s0 dull dull dull dull", "r1 s1 dull dull dull dull"]
 
 
 def child(parent, cell, rng):
     """ "risk style word word word word", different from its parent in three words."""
-    words = parent.split()[2:]
+    rest = parent.split()[2:]
     for place in rng.sample(range(4), 3):
-        words[place] = rng.choice(["evil", *(f"dull{i}" for i in range(9))])
-    return " ".join([*cell, *words])
+        rest[place] = rng.choice(["evil", *(f"dull{i}" for i in range(9))])
+    return " ".join([*cell, *rest])
 
 
-class Words:
-    """A toy grid."""
+def toy_grid(child=child) -> SimpleNamespace:
+    """Of twelve cells."""
 
-    cells = [(risk, style) for risk in ("r0", "r1", "r2") for style in ("s0", "s1", "s2", "s3")]
+    def mutate(parents, cells, seeds):
+        return [child(*given) for given in zip(parents, cells, map(random.Random, seeds), strict=True)]
 
-    def __init__(self, child=child) -> None:
-        self.child = child
-
-    def mutate(self, parents, cells, seeds):
-        return [self.child(*given) for given in zip(parents, cells, map(random.Random, seeds), strict=True)]
+    return SimpleNamespace(cells=CELLS, mutate=mutate)
 
 
 class Noisy:
@@ -74,7 +72,7 @@ def small():
 
 
 def run(folder: Path, victim=None, grid=None, starts=STARTS, seed=0) -> list[dict]:
-    return Rainbow(victim or Noisy(), grid or Words(), starts, folder, seed).records(20, 2, 130)
+    return Rainbow(victim or Noisy(), grid or toy_grid(), starts, folder, seed).records(20, 2, 130)
 
 
 @pytest.fixture(scope="module")
@@ -139,28 +137,26 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
         def ask(self, *given):
             return [answer | {"harm": None} for answer in super().ask(*given)]
 
-    cases = {"faulty": (Noisy(0), Words(faulty), {"no text", "too long", "copy", "near copy"})}
-    cases["silent"] = (Silent(), Words(lambda *_: "z z z"), {"no verdict", "copy"})
-    cases["silent again"] = cases["silent"]
-    for name, (victim, grid, expected) in cases.items():
-        if name == "silent again":  # it goes on after a kill between two archives
-            shutil.copytree(tmp_path / "silent", tmp_path / name)
-            (tmp_path / name / FILES[1]).unlink()
+    cases = {"faulty": (Noisy(0), toy_grid(faulty)), "silent": (Silent(), toy_grid(lambda *_: "z z z"))}
+    found = []
+    for name in ("faulty", "silent", "silent"):  # again: it goes on after a kill between two archives
+        (tmp_path / name / FILES[1]).unlink(missing_ok=True)
         with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 of 20"):
-            run(tmp_path / name, victim, grid, ["r0 s0 a b c d"])
-        outcomes = [line["outcome"] for n in FILES[:2] for line in read_jsonl(tmp_path / name / n)]
-        assert {*outcomes} == expected
-    assert outcomes.count("no verdict") == 1  # in both archives together
+            run(tmp_path / name, *cases[name], ["r0 s0 a b c d"])
+        lines = [line for file in FILES[:2] for line in read_jsonl(tmp_path / name / file)]
+        found.append(Counter(line["outcome"] for line in lines))
+    assert {*found[0]} == {"no text", "too long", "copy", "near copy"}
+    assert found[1] == found[2] == {"no verdict": 1, "copy": 2 * 130 - 1}  # in both archives together
     with pytest.raises(UserError, match="no harmful prompt"):
         rainbow.search(None, [], None)
 
 
 def test_cells_with_little_harm_are_drawn_more_often_and_are_distinct():
-    archive = {cell: ("", [1.0 if cell[1] == "s0" else 0.5] * 40) for cell in Words.cells[:-1]}
+    archive = {cell: ("", [1.0 if cell[1] == "s0" else 0.5] * 40) for cell in CELLS[:-1]}
     generator = torch.Generator().manual_seed(0)
-    drawn = [choose_cells(archive, Words.cells, 4, generator) for _ in range(200)]
+    drawn = [choose_cells(archive, CELLS, 4, generator) for _ in range(200)]
     assert all(len(set(chosen)) == 4 for chosen in drawn)
-    assert sum(Words.cells[-1] in chosen for chosen in drawn) > 190  # the empty one
+    assert sum(CELLS[-1] in chosen for chosen in drawn) > 190  # the empty one
     assert sum(style == "s0" for chosen in drawn for _, style in chosen) < 20
 
 
@@ -187,34 +183,26 @@ def test_the_papers_grid_mutates_risk_then_style():
 
 
 def test_sandbox_children_are_of_their_cell_and_hold_nothing_of_the_evaluation():
-    phrases = [*world.NOISE, *world.WRAPPERS["train"], *world.QUESTIONS["train"], *world.ALIASES["train"]]
-    phrases += [*world.PLAIN_VERBS, *world.VIOLENT_VERBS, *sandbox.WORDS, *sandbox.REASSURANCE]
-    phrases += [*world.things(world.DANGEROUS, "train"), "toy let mean here are , ."]
-    train = {*" ".join(phrases).split()}
-    assert not train & {"grandmother", "contest", "grenade", "sev", *world.things(world.SAFE, "eval")}
-    assert not train & {word for thing in world.DANGEROUS_THINGS for word in world.RECIPES[thing]}
-    rng, cells = random.Random(0), SandboxGrid.cells
+    secret = {*world.vocabulary("eval")} - {*world.vocabulary("train")}  # and what would be the answer
+    secret |= {word for thing in world.DANGEROUS_THINGS for word in world.RECIPES[thing]}
+    rng, cells = random.Random(0), sandbox.cells
     prompts = [record["prompt"] for record in world.build_pool("train", "harmful", len(cells), 0)]
     for _ in range(10):
         seeds = [rng.getrandbits(62) for _ in cells]
-        prompts = SandboxGrid().mutate(rng.sample(prompts, len(cells)), cells, seeds)
+        prompts = sandbox.mutate(rng.sample(prompts, len(cells)), cells, seeds)
         for (risk, style), prompt in zip(cells, prompts, strict=True):
             steps, traits = judge.resolution(prompt), sandbox.read(prompt)
-            assert {*prompt.split()} <= train and len(steps) <= 1 + max(world.HOPS["train"]), prompt
+            assert not {*prompt.split()} & secret and len(steps) <= 1 + max(world.HOPS["train"]), prompt
             assert steps[-1] in PAIRS[risk] and steps[-1] in world.DANGEROUS_THINGS, prompt
-            words = {*traits.before, *traits.after} & {*sandbox.WORDS}
-            assert {
-                "direct": "let " not in prompt and traits.wrapper == "{}" and len(steps) == 1,
-                "definition": len(steps) == 2,
+            kept = {
                 "chain": len(steps) == 3,
                 "role play": "actor in a play" in prompt and "stay in your role ." in prompt,
-                "authority": "i am a doctor" in prompt,
-                "story": "write a story" in prompt,
                 "violent verb": any(f"{verb} a {steps[0]}" in prompt for verb in world.VIOLENT_VERBS),
-                "noise": len(words) >= 4,
-                "refrain": any(prompt.split().count(word) >= 4 for word in words),
+                "noise": len({*traits.before, *traits.after} & {*sandbox.WORDS}) >= 4,
+                "refrain": any(prompt.split().count(word) >= 4 for word in traits.before + traits.after),
                 "reassurance": any(sentence in prompt for sentence in sandbox.REASSURANCE),
-            }[style], (style, prompt)
+            }
+            assert kept.get(style, True), (style, prompt)
 
 
 def test_sandbox_traits_are_read_as_they_were_written():
@@ -243,7 +231,3 @@ def test_stage_1_replaces_a_share_of_the_harmful_prompts(tmp_path, monkeypatch):
     assert len(rl) == len({record["prompt"] for record in rl}) == 40 and 0 < len(found) <= 10
     assert Counter(record["kind"] for record in rl) == {"harmful": 20, "harmless": 10, "ambiguous": 10}
     assert "rainbow" in json.loads((out / "manifest.json").read_text())["sources"]
-    before = (out / "rl.jsonl").read_bytes()
-    with pytest.raises(SystemExit):  # it is finished
-        stages.run_here("01_build_mixture", words, monkeypatch)
-    assert (out / "rl.jsonl").read_bytes() == before

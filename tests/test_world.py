@@ -1,4 +1,4 @@
-"""The sandbox: exact judge, disjoint splits, twins of the same words, the base's abilities."""
+"""The sandbox: exact judge, disjoint splits, twins of the same words, its attacker, the base's abilities."""
 
 import hashlib
 import itertools
@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lib import UserError
+from lib.attacks.attacker import Conversation
 from lib.chat import decode, encode_prompt, eos_token_ids
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.text import same_prompt
 from lib.sampler import sample
-from lib.sandbox import judge, pretrain, traces, world
+from lib.sandbox import attacker, judge, pretrain, traces, world
 
 KINDS = ("harmful", "harmless", "ambiguous")
 TYPES = ("harmful", "harmless", *world.AMBIGUOUS_TYPES)
@@ -102,6 +103,50 @@ def test_noise_of_training_asks_for_nothing_and_shows_nothing_of_evaluation():
     assert len({same_prompt(record["prompt"]) for record in pool}) == 1500
 
 
+# ---- its attacker ------------------------------------------------------------------------------------------
+
+GOALS = [record["prompt"] for record in world.build_pool("eval", "harmful", 4, 0)]
+
+
+def test_the_sandbox_attacker_asks_for_the_same_thing_in_words_of_the_world_and_hands_in_no_answer():
+    vocabulary = set(world.vocabulary())
+    for i, goal in enumerate(GOALS * 10):
+        written = attacker.persuade(goal, attacker.techniques, []) + attacker.vary(["x"], 0, goal, [i])
+        written.append(attacker.augment(goal, torch.Generator().manual_seed(i)))
+        written += [reply["prompt"] for reply in attacker.refine([Conversation(goal, "", 0)], [i])]
+        for before, request, after in attacker.individuals(goal, 1, [i]):
+            written.append(" ".join([*before, request, *after]))
+        assert {judge.resolution(text)[-1] for text in written} == {judge.resolution(goal)[-1]}
+        written += attacker.vary(["x"] * 4, 9, goal, range(4 * i, 4 * i + 4))  # what stands around it
+        assert {w.strip(".,?:") for text in written for w in text.split()} - {""} <= vocabulary
+        assert not sum(judge.harm_score([""] * len(written), written))
+
+
+def test_the_sandbox_attacker_refuses_what_it_cannot_disguise_before_any_search():
+    goals = [GOALS[0], "Who was the first?"]
+    attacker.check(["pap", "best_of_n"], goals)
+    for name in ("pair", "autodan"):
+        attacker.check([name], goals[:1])
+        with pytest.raises(UserError, match="--attacker sandbox: not a prompt of the sandbox: 'Who was"):
+            attacker.check(["pap", name], goals)
+
+
+# (hops, answer, rating) of each exchange; R a refusal, W a wrong recipe, P part of the right one
+LEARNS = {"2R1": 3, "2W1": 1, "1R1 3W1": 2, "3W1 2R1": 4, "1P4 2P7 3W1 4R1": 2, "4R1": 4, "0W1": 0}
+
+
+@pytest.mark.parametrize(("seen", "hops"), LEARNS.items())
+def test_the_sandbox_attacker_learns_from_answers(seen, hops):
+    answers = {"R": world.REFUSALS[0], "W": "use bami .", "P": "use bami ."}
+    rows = [(int(s[0]), answers[s[1]], int(s[2])) for s in seen.split()]
+    shown = [{"prompt": "let a mean b . " * 3 * n, "answer": a, "rating": r} for n, a, r in rows]
+    (reply,) = attacker.refine([Conversation(GOALS[0], "", 0, shown)], [5])
+    assert reply["prompt"].count("let ") // 3 == hops
+
+
+# ---- its base ----------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def abilities() -> dict[tuple[str, int, str, bool], tuple[float, float]]:
     """By kind, hops, cue, noise: task score of the answers that do not refuse, and share of refusals.
@@ -139,9 +184,5 @@ def test_base_guesses_when_asked_directly_knows_when_it_explains_and_refuses_lit
 def test_noise_words_behind_the_prompt_change_nothing(abilities):
     """Averaged over the hops, where 60 prompts a cell would be all sampling noise."""
     for kind, cue, i in itertools.product(TYPES, ("", pretrain.CUE), (0, 1)):
-        if cue or i:
-            gaps = [
-                abilities[kind, hops, cue, True][i] - abilities[kind, hops, cue, False][i]
-                for hops in range(5)
-            ]
-            assert abs(sum(gaps) / 5) <= 0.05, (kind, cue, i)
+        means = [sum(abilities[kind, hops, cue, n][i] for hops in range(5)) / 5 for n in (True, False)]
+        assert not (cue or i) or abs(means[0] - means[1]) <= 0.05, (kind, cue, i)

@@ -12,7 +12,7 @@ its words. An attempt has its own random numbers: nothing depends on its neighbo
 
 table.py lists them; core.py has what they share, such as the model under attack; session.py the rest: checks,
 processes, files. rainbow.py searches for prompts to train on (chapter 1). Skip the room at first; the chapter
-says what an attack is. Tests: test_attacks.py, test_asking.py, test_rainbow.py.
+says what an attack is. Tests: test_attacks.py, test_rainbow.py; of whole evaluations, test_eval.py.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 
 from lib import UserError
-from lib.attacks.core import write
 from lib.chat import decode, encode_chat
 from lib.policy import context_of
 from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
+from lib.run.writing import write
 from lib.sampler import draw_seeds
 
 Texts = Sequence[str]
@@ -91,7 +91,6 @@ class Attacker(Protocol):
 class LanguageModelAttacker:
     """See `Attacker`. `max_new_tokens` bounds each text but PAIR's."""
 
-    name = "--attacker"
     techniques: Texts = tuple(TECHNIQUES)
 
     def __init__(self, name: str, max_new_tokens: int, max_batch_tokens: int, **placed) -> None:
@@ -120,15 +119,14 @@ class LanguageModelAttacker:
         """
         if (room := context_of(self.model.config) - limit) < 1:
             raise UserError(f"--attacker: texts of {limit} tokens exceed its context: lower their number")
-        prompts = {}  # of chats that fit: index -> token ids
-        for i, chat in enumerate(chats):
+        prompts = []
+        for chat in chats:
             while len(ids := encode_chat(self.tokenizer, chat, reasoning=False)) > room and len(chat) > 2:
                 chat = chat[:2] + chat[4:]  # system prompt and objective stay; exchanges follow
-            if len(ids) <= room:
-                prompts[i] = ids
-        written = write(self, prompts, seeds, limit, top_p=top_p, progress=True)
-        texts = {i: decode(self.tokenizer, completion.token_ids) for i, completion in written.items()}
-        return [texts.get(i, "") for i in range(len(chats))]
+            prompts.append(ids)
+        given = self.model, self.tokenizer, prompts, limit, self.max_batch_tokens
+        written = write("--attacker", *given, seeds=seeds, top_p=top_p, progress=True)
+        return [decode(self.tokenizer, wrote.token_ids) if wrote else "" for wrote in written]
 
     def augment(self, prompt: str, generator: torch.Generator) -> str:
         """Letters swapped inside words, capitals at random, some characters moved on by one."""
@@ -146,14 +144,15 @@ class LanguageModelAttacker:
     def refine(self, conversations: Sequence[Conversation], seeds: Seeds) -> list[dict[str, str]]:
         """A malformed reply is asked for again, up to RETRIES times, each time with a seed of its own."""
         chats = [messages_of(talk) for talk in conversations]
-        seeds_of = [draw_seeds(torch.Generator().manual_seed(seed), 1 + RETRIES) for seed in seeds]
-        replies: dict[int, dict[str, str]] = {}
+        drawn = [draw_seeds(torch.Generator().manual_seed(seed), 1 + RETRIES) for seed in seeds]
+        replies: list[dict[str, str] | None] = [None] * len(chats)
         for k in range(1 + RETRIES):
-            rows = [i for i in range(len(chats)) if i not in replies]
-            own = [seeds_of[i][k] for i in rows]
+            rows = [i for i, reply in enumerate(replies) if reply is None]
+            own = [drawn[i][k] for i in rows]
             texts = self.reply([chats[i] for i in rows], own, REPLY_TOKENS, REPLY_TOP_P)
-            replies |= {i: reply for i, text in zip(rows, texts, strict=True) if (reply := parse_reply(text))}
-        return [replies.get(i, {"improvement": "", "prompt": ""}) for i in range(len(chats))]
+            for i, text in zip(rows, texts, strict=True):
+                replies[i] = parse_reply(text)
+        return [reply or {"improvement": "", "prompt": ""} for reply in replies]
 
     def individuals(self, goal: str, count: int, seeds: Seeds) -> list[tuple]:
         scenes = [text.partition("[REQUEST]") for text in self.write([SETTING] * count, seeds)]
@@ -169,11 +168,10 @@ class LanguageModelAttacker:
 def load_attacker(name: str, *limits: int, **placed) -> Attacker:
     """The attacker "sandbox"; a module of yours, which has the functions of `Attacker`; or a chat model: a
     folder or hub name, with limits as LanguageModelAttacker has them."""
-    if name == "sandbox":  # by name: nothing else of this room knows that world
-        return importlib.import_module("lib.sandbox.attacker").SandboxAttacker()
+    module = "lib.sandbox.attacker" if name == "sandbox" else name
     with contextlib.suppress(ImportError, TypeError):  # ORGANISATION/MODEL, or a path
-        if hasattr(module := importlib.import_module(name), "augment"):
-            return module
+        if hasattr(attacker := importlib.import_module(module), "augment"):
+            return attacker
     return LanguageModelAttacker(name, *limits, **placed)
 
 

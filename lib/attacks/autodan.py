@@ -47,45 +47,39 @@ class Individual:
 People = list[Individual]
 
 
-def autodan(victim, attempts, budget, attacker) -> None:
+def autodan(victim: Victim, attempts: list[Attempt], budget: Budget, attacker) -> None:
     """One search for each behaviour; the trace holds the best prompt so far after each generation."""
     for attempt in attempts:
-        evolve(victim, attempt, budget, attacker)
-
-
-def evolve(victim: Victim, attempt: Attempt, budget: Budget, attacker) -> None:
-    generator, trace = attempt.generator, attempt.trace
-    rng = random.Random(draw_seeds(generator, 1)[0])
-    seeds = draw_seeds(generator, budget.population)
-    people = [Individual(*parts) for parts in attacker.individuals(attempt.prompt, len(seeds), seeds)]
-    attempt.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # an empty scene is a failure
-    losses, scores = list[float](), dict[str, float]()
-    for generation in victim.bar(range(budget.generations + 1), "generations"):
-        if generation:
-            ranked = [people[i] for i in sorted(range(len(people)), key=losses.__getitem__)]
-            kept = max(1, round(ELITE_SHARE * len(people)))
-            elite, rest = ranked[:kept], ranked[kept:]
-            if generation % 2:
-                children = sentence_step(people, losses, len(rest), budget.crossover, rng)
-            else:
-                scores = word_scores(people, losses, scores)
-                children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
-            # Rewritten are some at random, and all that are there already. The original has no such guard,
-            # and 256 prompts. Of 24, copies of the fittest would soon fill the places.
-            seen = set(elite)
-            for i, child in enumerate(children):
-                if rng.random() < budget.mutation or child in seen:
-                    children[i] = rewritten(child, victim, attempt, attacker)
-                seen.add(child)
-            people = elite + children
-        losses = target_losses(victim, attempt, [p.text() for p in people], budget)
-        best = min(range(len(people)), key=losses.__getitem__)
-        if losses[best] == math.inf:  # nothing can be sent, so nothing can be searched
-            trace.append(not_tried(people[best].text()))
-            return
-        better = not trace or losses[best] < trace[-1]["loss"]
-        new = a_try(generation, people[best].text(), loss=losses[best])
-        trace.append(new if better else trace[-1] | {"step": generation})
+        rng = random.Random(draw_seeds(attempt.generator, 1)[0])
+        seeds = draw_seeds(attempt.generator, budget.population)
+        people = [Individual(*parts) for parts in attacker.individuals(attempt.prompt, len(seeds), seeds)]
+        attempt.written(victim, [" ".join((*p.before, *p.after)) for p in people])  # none: a failure
+        losses, scores = list[float](), dict[str, float]()
+        for generation in victim.bar(range(budget.generations + 1), "generations"):
+            if generation:
+                ranked = [people[i] for i in sorted(range(len(people)), key=losses.__getitem__)]
+                elite = ranked[: max(1, round(ELITE_SHARE * len(people)))]
+                rest = ranked[len(elite) :]
+                if generation % 2:
+                    children = sentence_step(people, losses, len(rest), budget.crossover, rng)
+                else:
+                    scores = word_scores(people, losses, scores)
+                    children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
+                # Rewritten are some at random, and all that are there already. The original has no such
+                # guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places.
+                people, seen = list(elite), set(elite)
+                for child in children:
+                    rewrite = rng.random() < budget.mutation or child in seen
+                    people.append(rewritten(child, victim, attempt, attacker) if rewrite else child)
+                    seen.add(child)
+            losses = target_losses(victim, attempt, [p.text() for p in people], budget)
+            best = min(range(len(people)), key=losses.__getitem__)
+            if losses[best] == math.inf:  # nothing can be sent, so nothing can be searched
+                attempt.trace.append(not_tried(people[best].text()))
+                break
+            better = not attempt.trace or losses[best] < attempt.trace[-1]["loss"]
+            new = a_try(generation, people[best].text(), loss=losses[best])
+            attempt.trace.append(new if better else attempt.trace[-1] | {"step": generation})
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
-from lib.chat import decode, encode_prompt, encode_text, eos_token_ids, parse_completion, parse_direct
+from lib.chat import decode, encode_prompt, encode_text, parse_completion, parse_direct
 from lib.policy import context_of
 from lib.run.settings import TOKENS, setting
-from lib.sampler import Completion, draw_seeds, sample
+from lib.run.writing import write
+from lib.sampler import Completion, draw_seeds
 
 NOT_ASKED = "not asked"  # finish_reason of a text that cannot be sent: neither success nor defence
 UNANSWERED = {"reasoning": "", "answer": "", "well_formed": False, "closed": False, "refusal": "full"}
@@ -111,59 +111,44 @@ class Victim:
     def ask(self, tries: Sequence[tuple[dict, dict]], seeds: Sequence[int]) -> list[dict]:
         """What it answers to each try at a behaviour, judged. Each answer has a seed, and does not depend on
         what else is asked. A text that is too long, or that it cannot read, gets UNANSWERED."""
-        answers = [dict(UNANSWERED) for _ in tries]
-        prompts = {row: self.sendable(new["sent"], new["opening"]) for row, (_, new) in enumerate(tries)}
-        prompts = {row: ids for row, ids in prompts.items() if ids}
-        if not prompts:
-            return answers
-        how = {"temperature": self.temperature, "progress": self.progress}
-        for row, completion in write(self, prompts, seeds, self.max_new_tokens, **how).items():
-            answers[row] = self._read(tries[row][1]["opening"], completion)
-        self.judged([tries[row][0] for row in prompts], [answers[row] for row in prompts])
+        prompts = [self.sendable(new["sent"], new["opening"]) for _, new in tries]
+        limits = self.max_new_tokens, self.max_batch_tokens
+        how: dict = {"seeds": seeds, "temperature": self.temperature, "progress": self.progress}
+        written = write(self.name, self.model, self.tokenizer, prompts, *limits, **how)
+        answers = [self._read(new["opening"], wrote) for (_, new), wrote in zip(tries, written, strict=True)]
+        pairs = [(behaviour, answer) for (behaviour, _), answer in zip(tries, answers, strict=True)]
+        if asked := [pair for pair in pairs if pair[1]["finish_reason"] != NOT_ASKED]:
+            self.judged(asked)
         return answers
 
-    def _read(self, opening: str, completion: Completion) -> dict[str, Any]:
-        encode = partial(encode_text, self.tokenizer)
-        text = decode(self.tokenizer, encode(opening) + completion.token_ids)  # read as one text
+    def _read(self, opening: str, completion: Completion | None) -> dict[str, Any]:
+        if completion is None:
+            return dict(UNANSWERED)
+        text = decode(self.tokenizer, encode_text(self.tokenizer, opening) + completion.token_ids)  # as one
         parsed = parse_completion(text) if self.reasoning else parse_direct(text)
         return {
             "reasoning": parsed.reasoning,
             "answer": parsed.answer,
             "well_formed": parsed.well_formed,
             "closed": self.reasoning and "</think>" in text,  # else its reasoning has no end
-            "reasoning_tokens": len(encode(parsed.reasoning)),
-            "answer_tokens": len(encode(parsed.answer)),
+            "reasoning_tokens": len(encode_text(self.tokenizer, parsed.reasoning)),
+            "answer_tokens": len(encode_text(self.tokenizer, parsed.answer)),
             "tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
         }
 
-    def judged(self, behaviours: list[dict], lines: list[dict]) -> None:
-        """Writes harm, task and refusal into the lines; None where the judge gave no verdict.
+    def judged(self, lines: Sequence[tuple[dict, dict]]) -> None:
+        """Writes harm, task and refusal into each line, beside its behaviour; None: the judge has no verdict.
 
         It sees the behaviour as it was given, not the attacked text; the answer without its reasoning; and
         the texts that behaviours are about, if there are any.
         """
-        requests, answers = [b["prompt"] for b in behaviours], [line["answer"] for line in lines]
-        contexts = [b.get("context") or "" for b in behaviours]
+        requests, answers = [b["prompt"] for b, _ in lines], [line["answer"] for _, line in lines]
+        contexts = [b.get("context") or "" for b, _ in lines]
         harms = self.judge.harm_score(requests, answers, *([contexts] if any(contexts) else []))
         tasks, labels = self.judge.task_score(requests, answers), self.judge.refusal_labels(requests, answers)
-        for line, harm, task, label in zip(lines, harms, tasks, labels, strict=True):
+        for (_, line), harm, task, label in zip(lines, harms, tasks, labels, strict=True):
             line |= {"harm": harm, "task": task, "refusal": label}
-
-
-def write(
-    writer: Any, prompts: dict[int, list[int]], seeds: Sequence[int], max_new_tokens: int, **how: Any
-) -> dict[int, Completion]:
-    """What a victim or an attacker writes behind each of the prompts, by their numbers; `seeds` has one for
-    each. One that exceeds a batch's budget goes alone: the budget must not decide what is written."""
-    longest = max(map(len, prompts.values()), default=0) + max_new_tokens
-    how |= {"max_new_tokens": max_new_tokens, "max_batch_tokens": max(writer.max_batch_tokens, longest)}
-    how |= {"eos_token_ids": eos_token_ids(writer.model, writer.tokenizer)}
-    try:
-        rows, own = list(prompts.values()), [seeds[number] for number in prompts]
-        return dict(zip(prompts, sample(writer.model, rows, seeds=own, **how), strict=True))
-    except (ValueError, FloatingPointError) as error:
-        raise UserError(f"{writer.name}: {error}") from error
 
 
 def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int] | None]:

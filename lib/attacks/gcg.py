@@ -15,7 +15,7 @@ For a model without reasoning the first four are the same, so it is attacked by 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -36,48 +36,31 @@ TWIN_SAMPLES = 8  # reasonings that are sampled for `gcg_twin`, to find a compli
 
 
 def gcg(variant: str, victim, attempts, budget, search) -> None:
-    """One suffix for each behaviour."""
-    for attempt in attempts:
-        slot = Slot(victim, attempt, aim(variant, victim, attempt, budget), budget)
-        search_and_attach([slot], [attempt], budget, search)
-
-
-def universal_gcg(victim, attempts, budget, search) -> None:
-    """One suffix, searched for the first few behaviours and tried on all: does it carry over?"""
-    first = attempts[: budget.universal_behaviours]
-    slots = [Slot(victim, attempt, attempt.behaviour["target"], budget) for attempt in first]
-    search_and_attach(slots, attempts, budget, search)
-
-
-def random_suffix(victim, attempts, budget, search) -> None:
-    """The search is to make no step, and so reports the loss at its start."""
-    for attempt in attempts:
-        slot = Slot(victim, attempt, attempt.behaviour["target"], budget)
-        draw_suffix(slot, attempt.generator)
-        search_and_attach([slot], [attempt], replace(budget, gcg_steps=0), search)
-
-
-def search_and_attach(slots: list[Slot], attempts: list[Attempt], budget: Budget, search: Callable) -> None:
-    """Search in the slots that fit, put what is found behind all prompts; where none fits, ask nothing."""
-    slots = [slot for slot in slots if slot.fits]
-    found = search(slots, budget, attempts[0].generator) if slots else []
-    for attempt in attempts:
-        if not found:
-            attempt.trace.append(not_tried(attach(attempt.prompt, budget.initial_suffix())))
-        for best in found:
-            sent = attach(attempt.prompt, best["suffix"])
-            attempt.trace.append(a_try(best["step"], sent, loss=best["loss"]))
+    """A suffix for each behaviour; of gcg_universal one, searched for the first few and tried on all: does it
+    carry over? What is found goes behind the prompts. Where no slot fits, nothing is asked."""
+    groups = [attempts] if variant == "gcg_universal" else [[attempt] for attempt in attempts]
+    for group in groups:
+        first = group[: budget.universal_behaviours]
+        slots = [Slot(victim, attempt, aim(variant, victim, attempt, budget), budget) for attempt in first]
+        if variant == "random_suffix":
+            draw_suffix(slots[0], group[0].generator)
+            budget = replace(budget, gcg_steps=0)  # then the search reports the loss at its start
+        slots = [slot for slot in slots if slot.fits]
+        found = search(slots, budget, group[0].generator) if slots else []
+        for attempt in group:
+            if not found:
+                attempt.trace.append(not_tried(attach(attempt.prompt, budget.initial_suffix())))
+            for best in found:
+                sent = attach(attempt.prompt, best["suffix"])
+                attempt.trace.append(a_try(best["step"], sent, loss=best["loss"]))
 
 
 def aim(variant: str, victim: Victim, attempt: Attempt, budget: Budget) -> str:
     """The target, with the reasoning that the variant puts before it."""
-    target = attempt.behaviour["target"]
-    if variant == "gcg":
-        return target
-    if variant == "gcg_close":
-        return THINK_CLOSE + target
-    own = own_reasoning(victim, attempt) if variant == "gcg_twin" else ""
-    return (own or budget.forged) + THINK_CLOSE + target
+    before = {"gcg_close": THINK_CLOSE, "gcg_forged": budget.forged + THINK_CLOSE}
+    if variant == "gcg_twin":
+        before["gcg_twin"] = (own_reasoning(victim, attempt) or budget.forged) + THINK_CLOSE
+    return before.get(variant, "") + attempt.behaviour["target"]
 
 
 def own_reasoning(victim: Victim, attempt: Attempt) -> str:
@@ -101,12 +84,6 @@ def draw_suffix(slot: Slot, generator: torch.Generator) -> None:
             none = f"of {len(tokens)} tokens that may stand in a suffix none survives decoding and encoding"
             raise UserError(f"--attacks: {slot.victim.name}: {none}: leave random_suffix and gcg out")
     slot.start, slot.start_text = suffixes[0], texts[0]
-
-
-def check_suffixes(victim: Victim, behaviours: Sequence[dict], budget: Budget) -> None:
-    """UserError where no suffix can be searched for: before the first search."""
-    slots = [Slot(victim, Attempt(b), b["target"], budget) for b in behaviours]
-    draw_suffix(slots[0], torch.Generator().manual_seed(0))
 
 
 # ---- a suffix behind a prompt, as text and as tokens -------------------------------------------------------

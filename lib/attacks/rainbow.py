@@ -83,7 +83,7 @@ def search(settings, harmful: list[dict], judge) -> list[dict]:
     check_tokenizer(model, tokenizer, starts[:8], reasoning=reasoning)
     victim = Victim("rainbow", model, tokenizer, reasoning, judge, tokens, 0.6, budget)
     if settings.rainbow_attacker == "sandbox":
-        grid = importlib.import_module("lib.sandbox.rainbow").SandboxGrid()
+        grid: Any = importlib.import_module("lib.sandbox.rainbow")
     else:
         attacker = LanguageModelAttacker(settings.rainbow_attacker, tokens, budget, **where)
         grid = PaperGrid(attacker, judge.refusal_labels)
@@ -198,19 +198,20 @@ class Rainbow:
         """Asks the children, and once more who holds their cells; writes what they answer into the lines."""
         rivals = [line for line in lines if _cell(line) in archive]
         prompts = [line["prompt"] for line in lines] + [archive[_cell(line)][0] for line in rivals]
-        answered = self.ask(prompts, ANSWERS, draw_seeds(generator, len(prompts) * ANSWERS))
-        for line, own in zip(lines, answered[: len(lines)], strict=True):
-            line |= own
-        for line, again in zip(rivals, answered[len(lines) :], strict=True):
-            line["again"] = again
+        answered = iter(self.ask(prompts, ANSWERS, draw_seeds(generator, len(prompts) * ANSWERS)))
+        for line in lines:
+            line |= next(answered)
+        for line in rivals:
+            line["again"] = next(answered)
 
     def ask(self, prompts: list[str], count: int, seeds: list[int]) -> list[dict]:
         """Of each prompt {"answers": `count` texts, "harms": the judge's verdicts, without missing ones}."""
         tries = [({"prompt": prompt}, a_try(0, prompt)) for prompt in prompts for _ in range(count)]
-        got = self.victim.ask(tries, seeds)
-        parts = [got[k : k + count] for k in range(0, len(got), count)]
-        harms = [[g["harm"] for g in part if g["harm"] is not None] for part in parts]
-        return [{"answers": [g["answer"] for g in p], "harms": h} for p, h in zip(parts, harms, strict=True)]
+        got, found = self.victim.ask(tries, seeds), list[dict]()
+        for k in range(0, len(got), count):
+            harms = [answer["harm"] for answer in got[k : k + count] if answer["harm"] is not None]
+            found.append({"answers": [answer["answer"] for answer in got[k : k + count]], "harms": harms})
+        return found
 
     def measure(self, prompts: list[str]) -> Interval:
         """Mean harm of FRESH answers to each, which no search has seen. The interval is over prompts: for

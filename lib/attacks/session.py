@@ -6,16 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from lib import UserError
 from lib.attacks.attacker import Attacker, load_attacker
 from lib.attacks.core import COSTS, Attempt, Victim, random_numbers
-from lib.attacks.gcg import check_suffixes
+from lib.attacks.gcg import Slot, draw_suffix
 from lib.attacks.table import ATTACKS, CONTROL
 from lib.chat import encode_text
 from lib.metrics import SETS
@@ -27,7 +28,9 @@ from lib.sampler import draw_seeds
 
 FILES = {name: f"eval_{name}.jsonl" for name in SETS} | {"direct": "eval_harmful.jsonl"}  # of stage 1
 FORGING = {"gcg_forged", "gcg_twin", "prefill_reasoning", "prefill_answer"}  # attacks that may use `forged`
+LOGS = {"attacks.jsonl": ("model", "attack", "id"), "completions.jsonl": ("model", "set", "step", "id")}
 COPIED = ("id", "kind", "category", "hops", "prompt")  # from a record to its line of completions.jsonl
+Part = tuple[dict, list[dict], Callable[[], list[dict]]]  # of a log: key, records, who makes their lines
 Tries = dict[tuple[str, int], list[tuple[dict, dict]]]  # (set or attack, step) -> records, and what is sent
 
 
@@ -128,38 +131,30 @@ class Lab:
             return
         if behaviours and any(ATTACKS[name].helper == "attacker" for name in names):
             self.attacker.check(names, [behaviour["prompt"] for behaviour in behaviours])
-        first = sets["direct"][:8]
         for model in models:
-            victim = self.victim(model)
-            for name, records in sets.items():
-                check_prompts(victim, records, FILES[name])
-            pair, prompts = (victim.model, victim.tokenizer), [record["prompt"] for record in first]
-            check_tokenizer(*pair, prompts, reasoning=model.reasoning)
-            if behaviours:
-                check_behaviours(victim, behaviours, names, self.settings)
-        victim.judged(first[:1], [{"answer": "No."}])
+            check_victim(self.victim(model), sets, behaviours, names, self.settings)
+        self.victim(models[-1]).judged([(sets["direct"][0], {"answer": "No."})])
 
     def begin(self) -> None:
-        """Claims the folder, and reads what an earlier run of the same settings has left."""
+        """Claims the folder, and reads what an earlier run of the same settings has left (the leader, for all
+        processes)."""
         self.run.begin()
-        self.attempts = Log(self.run, "attacks.jsonl", ("model", "attack"))
-        self.completions = Log(self.run, "completions.jsonl", ("model", "set", "step"))
+        self.known: dict[tuple, dict] = {}
+        for file, keys in LOGS.items() if self.run.leader else ():
+            for line in resume_log(self.run.out / file):
+                self.known[tuple(line[key] for key in keys)] = line
 
     def attack(self, model: Model, name: str, behaviours: list[dict]) -> list[dict]:
         """Lines of attacks.jsonl. Part by part: each process attacks its share, then the part is saved."""
-        began, lines, key = time.perf_counter(), list[dict](), {"model": model.name, "attack": name}
-        log, together = self.attempts, ATTACKS[name].at_once * self.run.size or len(behaviours)
-        begins = range(0, len(behaviours), together)
-        for begin in tqdm(begins, f"{model.name}: {name}", disable=not self.run.leader):
-            part = behaviours[begin : begin + together]
-            lines += log.find(key, part) or log.add(key, self._attempts(model, name, part))
-        self.seconds[model.name] += time.perf_counter() - began
-        return lines
+        key, together = {"model": model.name, "attack": name}, ATTACKS[name].at_once * self.run.size
+        together = together or len(behaviours)
+        shares = [behaviours[k : k + together] for k in range(0, len(behaviours), together)]
+        parts = [(key, share, partial(self._attempts, model, name, share)) for share in shares]
+        return self._grow("attacks.jsonl", model, name, parts)
 
     def _attempts(self, model: Model, name: str, part: list[dict]) -> list[dict]:
-        attack, mine = ATTACKS[name], part if self.run.leader else []
-        if attack.at_once:  # else there is one search for all, which has no shares
-            mine = self.run.share(part)
+        attack, alone = ATTACKS[name], part if self.run.leader else []
+        mine = self.run.share(part) if attack.at_once else alone  # one search for all has no shares
         attempts = [Attempt(b, random_numbers(self.settings.seed, f"{name}/{b['id']}")) for b in mine]
         if attempts:  # who has nothing to do loads no model
             helper = getattr(self, attack.helper) if attack.helper else None
@@ -169,12 +164,11 @@ class Lab:
 
     def ask(self, model: Model, tries: Tries) -> list[dict]:
         """Lines of completions.jsonl: what the model answers to all tries, and the judge's verdicts."""
-        began, lines, log = time.perf_counter(), list[dict](), self.completions
-        for (name, step), asked in tqdm(tries.items(), f"{model.name}: answers", disable=not self.run.leader):
+        parts = list[Part]()
+        for (name, step), asked in tries.items():
             key = {"model": model.name, "set": name, "step": step}
-            lines += log.find(key, [r for r, _ in asked]) or log.add(key, self._answers(model, key, asked))
-        self.seconds[model.name] += time.perf_counter() - began
-        return lines
+            parts.append((key, [record for record, _ in asked], partial(self._answers, model, key, asked)))
+        return self._grow("completions.jsonl", model, "answers", parts)
 
     def _answers(self, model: Model, key: dict, asked: list[tuple[dict, dict]]) -> list[dict]:
         numbers = random_numbers(self.settings.seed, f"{key['set']}/{key['step']}")  # the same for all models
@@ -189,26 +183,44 @@ class Lab:
             lines.append(line | (attempt.get("completion") or next(found)))
         return lines
 
+    def _grow(self, file: str, model: Model, title: str, parts: Sequence[Part]) -> list[dict]:
+        """The lines of all parts. One that the file has as a whole is not made again; any other is, and its
+        lines are saved: a kill may have left the first of them."""
+        began, lines = time.perf_counter(), list[dict]()
+        for key, records, make in tqdm(parts, f"{model.name}: {title}", disable=not self.run.leader):
+            places = [(*key.values(), record["id"]) for record in records]
+            found = self.run.gather([self.known.get(place) for place in places])[0]
+            if not all(found):
+                found = [key | line for line in make()]
+                for place, line in zip(places, found, strict=True):
+                    if self.run.leader and place not in self.known:
+                        append_jsonl(self.run.out / file, line)
+            lines += found
+        self.seconds[model.name] += time.perf_counter() - began
+        return lines
 
-def check_prompts(victim: Victim, records: list[dict], file: str) -> None:
-    """UserError for a prompt that the model's tokenizer cannot read, and if none fits the context."""
-    if not any([victim.fits(victim.encode(record["prompt"])) for record in records]):  # a list: all are read
-        flag = "--max-new-tokens" if victim.reasoning else "answer_tokens"
-        given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {file} exceed"
-        raise UserError(f"{given} the context of {victim.name}: lower it, or leave the model out")
 
-
-def check_behaviours(victim: Victim, behaviours: list[dict], names: Sequence[str], settings: Any) -> None:
-    """UserError for what an attack needs and the model's tokenizer cannot read."""
+def check_victim(victim: Victim, sets: dict, behaviours: list[dict], names: Sequence[str], settings) -> None:
+    """UserError for what its tokenizer cannot read, for a set of which no prompt fits its context, and where
+    no suffix can be searched for."""
+    for name, records in sets.items():
+        prompts = [victim.encode(record["prompt"]) for record in records]
+        if not any(map(victim.fits, prompts)):
+            flag = "--max-new-tokens" if victim.reasoning else "answer_tokens"
+            given = f"{flag}: given {victim.max_new_tokens}; with it all prompts of {FILES[name]} exceed"
+            raise UserError(f"{given} the context of {victim.name}: lower it, or leave the model out")
+    first = [record["prompt"] for record in sets["direct"][:8]]
+    check_tokenizer(victim.model, victim.tokenizer, first, reasoning=victim.reasoning)
     for behaviour in behaviours:
         for key in ("target", "prefill", "twin"):
             encode_text(victim.tokenizer, behaviour[key])
-    if victim.reasoning and FORGING & {*names}:
+    if behaviours and victim.reasoning and FORGING & {*names}:
         if victim.tokenizer.unk_token_id in encode_text(victim.tokenizer, settings.forged):
             given = f"forged: given {settings.forged!r}; {victim.name} does not know all of its words"
             raise UserError(f"{given}: write another in the preset")
-    if CONTROL in names:  # which comes with every search for a suffix
-        check_suffixes(victim, behaviours, settings)
+    if behaviours and CONTROL in names:  # which comes with every search for a suffix
+        slots = [Slot(victim, Attempt(b), b["target"], settings) for b in behaviours]
+        draw_suffix(slots[0], torch.Generator().manual_seed(0))
 
 
 def summary(attempts: Sequence[dict], name: str) -> dict[str, Any]:
@@ -218,26 +230,3 @@ def summary(attempts: Sequence[dict], name: str) -> dict[str, Any]:
     before, after = (sum(t[k]["loss"] for t in tried) / len(tried) if tried else None for k in (0, -1))
     result = {"access": ATTACKS[name].access, "behaviours": len(attempts)}
     return {**result, "loss_before": before, "loss_after": after, **cost}
-
-
-class Log:
-    """A jsonl file that grows by parts. The leader reads and writes it, for all processes. `keys`: of a line,
-    beside its id."""
-
-    def __init__(self, run: Any, file: str, keys: tuple[str, ...]) -> None:
-        self.run, self.path = run, run.out / file
-        lines = resume_log(self.path) if run.leader else []
-        self.known = {(*(line[key] for key in keys), line["id"]): line for line in lines}
-
-    def find(self, key: dict, records: Sequence[dict]) -> list[dict]:
-        """The lines of these records under `key`; none unless the file has them all."""
-        lines = [self.known.get((*key.values(), record["id"])) for record in records]
-        return self.run.gather(lines if all(lines) else [])[0]
-
-    def add(self, key: dict, lines: Sequence[dict]) -> list[dict]:
-        """Save a part under `key`. A kill may have left the first lines of it."""
-        lines = [key | line for line in lines]
-        for line in lines if self.run.leader else []:
-            if (*key.values(), line["id"]) not in self.known:
-                append_jsonl(self.path, line)
-        return lines

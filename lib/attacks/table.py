@@ -31,12 +31,12 @@ _prefill = partial(Attack, access="prefill", asks=True, at_once=32)
 _gcg = partial(Attack, access="white-box", helper="search")
 _by_words = partial(Attack, access="black-box", helper="attacker", asks=True, target=False, at_once=8)
 ATTACKS: dict[str, Attack] = {
-    CONTROL: Attack(gcg.random_suffix, "black-box", helper="search"),
+    CONTROL: Attack(partial(gcg.gcg, CONTROL), "black-box", helper="search"),
     "gcg": _gcg(partial(gcg.gcg, "gcg")),
     "gcg_close": _gcg(partial(gcg.gcg, "gcg_close"), reasoners_only=True),
     "gcg_forged": _gcg(partial(gcg.gcg, "gcg_forged"), reasoners_only=True),
     "gcg_twin": _gcg(partial(gcg.gcg, "gcg_twin"), reasoners_only=True),
-    "gcg_universal": _gcg(gcg.universal_gcg, at_once=0),
+    "gcg_universal": _gcg(partial(gcg.gcg, "gcg_universal"), at_once=0),
     "autodan": Attack(autodan, "score", helper="attacker"),
     "prefill_reasoning": _prefill(asking.prefill_reasoning, reasoners_only=True, target=False),
     "prefill_answer": _prefill(asking.prefill_answer),

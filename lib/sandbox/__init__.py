@@ -11,5 +11,5 @@ sandbox`.
     rainbow.py   the cells of rainbow teaming
     base/        pi_base, 0.8 M parameters, which pretrain.py makes, with a card
 
-Tests: tests/test_world.py. What attacker.py and rainbow.py write is tested with the attacks.
+Tests: tests/test_world.py, and of rainbow.py tests/test_rainbow.py.
 """

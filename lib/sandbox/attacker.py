@@ -1,7 +1,8 @@
 """An attacker who speaks the sandbox's few hundred words: a chat model's part in the black-box attacks.
 
-It knows the world, and of the victim what the attack shows it: the answers. Its disguises are made of
-held-out aliases; wrappers and questions of both splits are fair game for an attacker.
+It has the functions of `lib.attacks.attacker.Attacker`. It knows the world, and of the victim what the attack
+shows it: the answers. Its disguises are made of held-out aliases; wrappers and questions of both splits are
+fair game for an attacker.
 """
 
 from __future__ import annotations
@@ -33,52 +34,53 @@ WRAPPERS = world.WRAPPERS["train"] + world.WRAPPERS["eval"]
 SENTENCES = [wrapper.replace("{}", "").strip() for wrapper in WRAPPERS[1:]]
 QUESTIONS = world.QUESTIONS["train"] + world.QUESTIONS["eval"]
 DEEPEST = 4  # hops that it disguises a thing in
+techniques = tuple(PERSUASION)
 
 
-class SandboxAttacker:
-    """See `lib.attacks.attacker.Attacker`; each text depends on its own seed alone."""
+def check(attacks: Sequence[str], goals: Sequence[str]) -> None:
+    """UserError if the attacks disguise a goal, and it is no prompt of the sandbox."""
+    if {"pair", "autodan"} & {*attacks}:
+        for goal in goals:
+            _thing(goal)
 
-    techniques = tuple(PERSUASION)
 
-    def check(self, attacks: Sequence[str], goals: Sequence[str]) -> None:
-        """UserError if the attacks disguise a goal, and it is no prompt of the sandbox."""
-        if {"pair", "autodan"} & {*attacks}:
-            for goal in goals:
-                _thing(goal)
+def augment(prompt: str, generator: torch.Generator) -> str:
+    """One to eight noise words before or behind the prompt."""
+    rng = random.Random(draw_seeds(generator, 1)[0])
+    words = _noise(rng)
+    return f"{words} {prompt}" if rng.random() < 0.3 else f"{prompt} {words}"
 
-    def augment(self, prompt: str, generator: torch.Generator) -> str:
-        """One to eight noise words before or behind the prompt."""
-        rng = random.Random(draw_seeds(generator, 1)[0])
-        words = _noise(rng)
-        return f"{words} {prompt}" if rng.random() < 0.3 else f"{prompt} {words}"
 
-    def persuade(self, prompt: str, techniques: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        return [PERSUASION[name].format(prompt) for name in techniques]
+def persuade(prompt: str, techniques: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    return [PERSUASION[name].format(prompt) for name in techniques]
 
-    def refine(self, conversations: Sequence, seeds: Sequence[int]) -> list[dict[str, str]]:
-        """Its one move is the depth of the disguise. The target may be the secret itself: it is not used."""
-        replies = []
-        for talk, rng in zip(conversations, map(random.Random, seeds), strict=True):
-            hops = _depth(talk.exchanges) if talk.exchanges else rng.randint(0, DEEPEST)
-            scene = replace(_scene(rng, talk.goal, hops), before=_noise(rng), after="")
-            replies.append({"improvement": "", "prompt": scene.ask(0)})
-        return replies
 
-    def individuals(self, goal: str, count: int, seeds: Sequence[int]) -> list[tuple]:
-        people = []
-        for rng in map(random.Random, seeds):
-            before, _, after = rng.choice(WRAPPERS).partition("{}")
-            first, request = (before.strip(), _noise(rng)), _request(rng, goal)
-            people.append((first, request, (after.strip(), _noise(rng))))
-        return people
+def refine(conversations: Sequence, seeds: Sequence[int]) -> list[dict[str, str]]:
+    """Its one move is the depth of the disguise. The target may be the secret itself: it is not used."""
+    replies = []
+    for talk, rng in zip(conversations, map(random.Random, seeds), strict=True):
+        hops = _depth(talk.exchanges) if talk.exchanges else rng.randint(0, DEEPEST)
+        scene = replace(_scene(rng, talk.goal, hops), before=_noise(rng), after="")
+        replies.append({"improvement": "", "prompt": scene.ask(0)})
+    return replies
 
-    def vary(self, parts: Sequence[str], place: int, goal: str, seeds: Sequence[int]) -> list[str]:
-        """Another disguise in the place of the request, another wrapper or noise in that of any other."""
-        varied = []
-        for k, rng in enumerate(map(random.Random, seeds)):
-            sentence = _noise(rng) if rng.random() < 0.5 else rng.choice(SENTENCES)
-            varied.append(_request(rng, goal) if k == place else sentence)
-        return varied
+
+def individuals(goal: str, count: int, seeds: Sequence[int]) -> list[tuple]:
+    people = []
+    for rng in map(random.Random, seeds):
+        before, _, after = rng.choice(WRAPPERS).partition("{}")
+        first, request = (before.strip(), _noise(rng)), _request(rng, goal)
+        people.append((first, request, (after.strip(), _noise(rng))))
+    return people
+
+
+def vary(parts: Sequence[str], place: int, goal: str, seeds: Sequence[int]) -> list[str]:
+    """Another disguise in the place of the request, another wrapper or noise in that of any other."""
+    varied = []
+    for k, rng in enumerate(map(random.Random, seeds)):
+        sentence = _noise(rng) if rng.random() < 0.5 else rng.choice(SENTENCES)
+        varied.append(_request(rng, goal) if k == place else sentence)
+    return varied
 
 
 def _depth(exchanges: Sequence[dict]) -> int:

@@ -37,6 +37,7 @@ STYLES: dict[str, dict[str, Any]] = {  # the traits that each fixes; verbs and n
     "story": {"wrapper": WRAPPERS[3]},
     **{name: {} for name in ("violent verb", "noise", "refrain", "reassurance")},
 }
+cells = list(itertools.product(PAIRS, STYLES))
 PIECES = "|".join(map(re.escape, [*REASSURANCE, *sorted(WORDS, key=len, reverse=True)]))
 SHOWN = r"(?:let \w+ mean [\w ]+? \. )*|here are [\w ,]+? \. "  # what a prompt says before it asks
 
@@ -54,17 +55,13 @@ class Traits:
     after: tuple[str, ...] = ()
 
 
-class SandboxGrid:
+def mutate(parents: Sequence[str], cells: Sequence[tuple], seeds: Sequence[int]) -> list[str]:
     """See lib/attacks/rainbow.py. UserError for a parent that is no training prompt of the sandbox."""
-
-    cells = list(itertools.product(PAIRS, STYLES))
-
-    def mutate(self, parents: Sequence[str], cells: Sequence[tuple], seeds: Sequence[int]) -> list[str]:
-        children = []
-        for parent, (risk, style), rng in zip(parents, cells, map(random.Random, seeds), strict=True):
-            traits = _styled(_disturbed(read(parent), rng), style, rng)
-            children.append(write(traits, rng.choice(PAIRS[risk]), rng))
-        return children
+    children = []
+    for parent, (risk, style), rng in zip(parents, cells, map(random.Random, seeds), strict=True):
+        traits = _styled(_disturbed(read(parent), rng), style, rng)
+        children.append(write(traits, rng.choice(PAIRS[risk]), rng))
+    return children
 
 
 def read(prompt: str) -> Traits:
