@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lib import UserError
 from lib.batches import micro_batches, pad_batch
-from lib.chat import decode, eos_token_ids
+from lib.chat import decode
 from lib.policy import context_of, states_once
 from lib.run.hub import dtype_to_infer, load_policy, load_pretrained, load_tokenizer, read_tokenizer
 from lib.run.processes import pick_device
 from lib.run.text import readable
-from lib.sampler import sample
+from lib.run.writing import write
 
 BATCH_TOKENS = 8192  # rows x columns of a pass
 CACHE_TOKENS = 65_536  # while a chat model writes on a GPU: 3.8 GB of a Qwen2.5 of 7 B
@@ -53,24 +53,12 @@ class LanguageModel:
 
     def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """What it writes after each list of token ids; "" after one that its context cannot hold."""
-        fits = [len(ids) + max_new_tokens <= self.context for ids in prompts]
-        fitting = list(compress(prompts, fits))
-        longest = max(map(len, fitting), default=0) + max_new_tokens
         budget = CACHE_TOKENS if self.chat and self.device.type == "cuda" else BATCH_TOKENS
-        try:
-            completions = sample(
-                self.model,
-                fitting,
-                max_new_tokens=max_new_tokens,
-                temperature=0.0,
-                eos_token_ids=eos_token_ids(self.model, self.tokenizer) if self.chat else [],
-                max_batch_tokens=max(budget, longest),
-                progress=True,
-            )
-        except (ValueError, FloatingPointError) as error:
-            raise UserError(f"--judge: {self.name}: {error}") from error
-        texts = (decode(self.tokenizer, completion.token_ids) for completion in completions)
-        return [next(texts) if fit else "" for fit in fits]
+        how: dict[str, Any] = {"temperature": 0.0, "progress": True}
+        how |= {} if self.chat else {"eos_token_ids": []}
+        model = f"--judge: {self.name}", self.model, self.tokenizer
+        written = write(*model, prompts, max_new_tokens, budget, **how)
+        return [decode(self.tokenizer, one.token_ids) if one else "" for one in written]
 
     def read(self, prompts: Sequence[Sequence[int]], head: Callable[[Tensor], Tensor]) -> list:
         """K numbers at the end of each prompt, which `head` makes of last hidden states, (B, H) -> (B, K);

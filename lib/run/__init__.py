@@ -12,8 +12,9 @@
 
 On one device each is a line or nothing. You may skip this room: a chapter reads the same without it. Inside:
 plumbing (`Run`, rate, rehearsal), settings and presets (one module a preset), command (flags, ends in one
-line), folder (claims, locks), files (atomic writes, logs), text, hub (opening a model), processes (several
-GPUs, shards), checkpoint (resuming; what others need of it), data (stage 3's prompts and rollouts).
+line), folder (claims, locks), files (atomic writes, logs), text, hub (opening a model), writing (what it
+writes), processes (several GPUs, shards), checkpoint (resuming; what others need of it), data (stage 3's
+prompts and rollouts).
 Tests: tests/test_run.py, and runs of whole stages in tests/test_rl.py and tests/test_sft.py.
 """
 

@@ -12,7 +12,13 @@ from lib.sampler import Completion, sample
 
 
 def write(
-    name: str, model: Any, tokenizer: Any, prompts: Sequence[list[int]], limit: int, budget: int, **how: Any
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    budget: int,
+    **how: Any,
 ) -> list[Completion | None]:
     """Its turn of at most `limit` tokens behind each prompt, a list of token ids; None where there are none,
     or its context is too small. `how`, with a seed for each prompt or none: as of `sample`.
@@ -22,7 +28,9 @@ def write(
     """
     fitting = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= context_of(model.config) - limit]
     longest = max((len(prompts[i]) for i in fitting), default=0) + limit
-    how = {"eos_token_ids": eos_token_ids(model, tokenizer), **how, "max_batch_tokens": max(budget, longest)}
+    how["max_batch_tokens"] = max(budget, longest)
+    if "eos_token_ids" not in how:  # of a chat model, its template's
+        how["eos_token_ids"] = eos_token_ids(model, tokenizer)
     if "seeds" in how:
         how["seeds"] = [how["seeds"][i] for i in fitting]
     try:

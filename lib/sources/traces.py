@@ -13,11 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib import UserError
-from lib.chat import decode, encode_example, encode_prompt, eos_token_ids
+from lib.chat import decode, encode_example, encode_prompt
 from lib.run.files import append_jsonl, resume_log
 from lib.run.hub import check_tokenizer, dtype_to_infer, load_policy, load_tokenizer
-from lib.sampler import sample
+from lib.run.writing import write
 
 REFLECT = (
     'Someone sends an assistant this message:\n\n"{}"\n\nIn two or three sentences: what do they want, could '
@@ -63,14 +62,12 @@ def write_pairs(model, tokenizer, prompts: Sequence[str], seeds: Sequence[int], 
 
 
 def complete(model, tokenizer, prompts: list[list[int]], seeds: Sequence[int], settings) -> list[str]:
-    """What the model writes behind each prompt, as whole sentences."""
-    how: dict = {"temperature": settings.trace_temperature, "max_new_tokens": settings.trace_max_new_tokens}
-    how |= {"max_batch_tokens": settings.max_batch_tokens, "eos_token_ids": eos_token_ids(model, tokenizer)}
-    try:
-        completions = sample(model, prompts, seeds=seeds, **how)
-    except (ValueError, FloatingPointError) as error:  # too long a prompt, or a broken model
-        raise UserError(f"--trace-model: {settings.trace_model}: {error}") from error
-    return [whole_sentences(decode(tokenizer, c.token_ids), c.finish_reason == "eos") for c in completions]
+    """What the model writes behind each prompt, as whole sentences; "" where its context is too small."""
+    name, limit = f"--trace-model: {settings.trace_model}", settings.trace_max_new_tokens
+    how = {"temperature": settings.trace_temperature, "seeds": seeds}
+    written = write(name, model, tokenizer, prompts, limit, settings.max_batch_tokens, **how)
+    parts = [(decode(tokenizer, c.token_ids), c.finish_reason == "eos") if c else ("", True) for c in written]
+    return [whole_sentences(*part) for part in parts]
 
 
 def whole_sentences(text: str, ended: bool) -> str:
