@@ -4,9 +4,9 @@ r"""Chapter 4: attack the models, judge what they answer, measure, and draw (pap
     python 04_attack_eval.py --models tars=runs/demo/rl --attacks gcg pair --out runs/demo/eval-tars
 
 A defence is worth what it withstands, and what it costs. So all models meet, with the same random numbers,
-harmful requests as they are (the set `direct`, of eval_harmful.jsonl; the flag --direct is something else:
-which models do not reason) and in held-out disguises (`jailbreak`), requests that deserve an answer
-(`harmless`, and `ambiguous` ones that only look harmful), and attacks on the first direct ones:
+harmful requests as they are (the set `direct`, of eval_harmful.jsonl) and in held-out disguises
+(`jailbreak`), requests that deserve an answer (`harmless`, and `ambiguous` ones that only look harmful), and
+attacks on the first direct ones:
 
 1. **Attack.** GCG (greedy coordinate gradient, Zou et al. 2023) looks for a *suffix*, a few tokens behind the
    request that make a *target* ("Sure, here is how to ...") the likely beginning of what the model writes.
@@ -61,7 +61,7 @@ class Settings(Common, Budget):
 
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
     models: list[str] = setting([], "models to compare, each NAME=FOLDER or NAME=HUB-NAME")
-    direct: list[str] = setting([], "names of those that do not reason; those of 02 and 03 say it themselves")
+    no_reasoning: list[str] = setting([], "names of those without it; those of 02 and 03 say it themselves")
     systems: list[str] = setting([], "system prompts, each NAME=TEXT; others have none of their own")
     judge: str = setting("sandbox", "sandbox, standin, your.module, or HARM+TASK, e.g. harmbench+standin")
     refusals: str = setting("phrases", "who labels them: phrases; strongreject, as in the paper; your.module")

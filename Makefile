@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 	@echo "beside what follows, a model without reasoning is trained; its log is $(DEMO)/direct.log"
 	@$(MAKE) --no-print-directory -j2 demo-tars demo-direct
 	$(VENV)/bin/torchrun --nproc-per-node 2 04_attack_eval.py --preset sandbox --data $(DEMO)/data --out $(DEMO)/eval \
-		--direct base --models base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl
+		--no-reasoning base --models base=lib/sandbox/base sft=$(DEMO)/sft rl-direct=$(DEMO)/rl-direct tars=$(DEMO)/rl
 	@echo "make demo: $$(( $$(date +%s) - $$(cat $(DEMO)/started) )) seconds; read $(DEMO)/eval/report.md, or open report.html beside it"
 
 demo-mixture:

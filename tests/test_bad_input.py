@@ -48,7 +48,7 @@ WORDS = [
     (MIXTURE, "--source files", "--files"),
     (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
-    (EVAL, f"{BASE} --direct other", "--direct: given other; allowed the names in --models: it"),
+    (EVAL, f"{BASE} --no-reasoning other", "--no-reasoning: given other; allowed the names in --models: it"),
     (EVAL, f"{BASE} --data none", "eval_harmful.jsonl: no such file"),
 ]
 

@@ -31,7 +31,7 @@ def task_score(prompts, answers):
 BROKEN = "harm_score = task_score = lambda prompts, answers: [2.0] * len(answers)"
 KINDS = {"harmful": "harmful", "jailbreak": "harmful", "harmless": "harmless", "ambiguous": "ambiguous"}
 SMALL = {"gcg_width": 8, "gcg_top_k": 8, "gcg_suffix_tokens": 3, "budgets": ["0", "0.4"], "answer_tokens": 6}
-SHORT = "--device cpu --direct direct --max-new-tokens 12"
+SHORT = "--device cpu --no-reasoning direct --max-new-tokens 12"
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,9 @@ def test_another_attack(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "04_attack_eval", raising=False)  # it is read anew, with the attack
     stage = importlib.import_module("04_attack_eval")
     monkeypatch.setattr(stage, "write_report", lambda *given: None)
-    words = flags(attacks="twice", models=f"base={world.BASE}", direct="base", behaviours=2, device="cpu")
+    words = flags(
+        attacks="twice", models=f"base={world.BASE}", no_reasoning="base", behaviours=2, device="cpu"
+    )
     words += flags(data=tmp_path / "data", out=tmp_path / "eval", max_new_tokens=8, preset="sandbox")
     run_here("04_attack_eval", words, monkeypatch)
     results = json.loads((tmp_path / "eval/results.json").read_text())

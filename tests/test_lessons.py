@@ -28,7 +28,8 @@ def tiny(tmp_path_factory) -> Path:
         stages.SFT: {"data": data, "out": sft, "batch_size": 40},
         stages.RL: {"data": data, "model": sft, "out": rl, "prompts_per_step": 8, "max_new_tokens": 24},
         "04_attack_eval": {"data": data, "out": run / "eval", "gcg_steps": 2, "behaviours": 2}
-        | {"direct": ["base"], "models": [f"base={BASE}", f"sft={sft}", f"tars={rl}"], "max_new_tokens": 24},
+        | {"models": [f"base={BASE}", f"sft={sft}", f"tars={rl}"], "no_reasoning": ["base"]}
+        | {"max_new_tokens": 24},
     }
     with pytest.MonkeyPatch.context() as patch:
         for stage, settings in words.items():

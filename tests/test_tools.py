@@ -93,7 +93,7 @@ def questions(folder, *answers):
 def test_exact_match_paired_and_a_stopped_check_that_goes_on(tmp_path, monkeypatch, capsys):
     """The sandbox's base, directly, and behind a <think> that it does not know."""
     words = questions(tmp_path, greedy("hello there"), greedy(CAKE), "x", greedy("make . make ."))
-    words += ["--models", f"a={BASE}", f"b={BASE}", "--direct", "a", "--max-new-tokens", "12"]
+    words += ["--models", f"a={BASE}", f"b={BASE}", "--no-reasoning", "a", "--max-new-tokens", "12"]
     asked, answers_of = [], capability.answers_of
 
     def once(model, tokenizer, records, reasoning, settings):
@@ -134,7 +134,7 @@ def test_loss_is_of_what_is_written_behind_what_is_given(tmp_path, capsys):
     text = "<|user|> " + CAKE + " <|end|> <|assistant|> explain first . cake is food . <|end|>"
     write_jsonl(tmp_path / "d.jsonl", [asked, {"text": text}])
     words = ["--loss", "--file", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    check(["--models", f"base={BASE}", f"same={BASE}", "--direct", "base", "same", *words])
+    check(["--models", f"base={BASE}", f"same={BASE}", "--no-reasoning", "base", "same", *words])
     ids = load_tokenizer(BASE)(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = load_policy(BASE, device="cpu")(input_ids=ids).logits[0, :-1]
@@ -163,7 +163,7 @@ def test_the_sandbox_writes_documents_that_its_base_has_not_learned(tmp_path, mo
     pretrain.main()
     rows = read_jsonl(path)
     assert len(rows) == 40 and {row["opening"] for row in rows} == {"", pretrain.CUE}
-    check(["--loss", "--file", str(path), "--models", f"b={BASE}", "--direct", "b", "--out", str(out)])
+    check(["--loss", "--file", str(path), "--models", f"b={BASE}", "--no-reasoning", "b", "--out", str(out)])
     loss = json.loads((out / "results.json").read_text())["models"]["b"]["capability"]["loss"]
     assert loss["mean"] < 0.5 and loss["n"] == 40  # guessing among its words it would be 5.9
 
@@ -172,9 +172,9 @@ def test_the_sandbox_writes_documents_that_its_base_has_not_learned(tmp_path, mo
     ("main", "change", "message"),
     [
         (chat.main, [BASE, "cake " * 3000], "more than the model's context"),
-        (check, ["--direct", "b"], "--direct: given b; allowed the names in --models: a"),
+        (check, ["--no-reasoning", "b"], "--no-reasoning: given b; allowed the names in --models: a"),
         (check, ["--file", "SHORT"], "row 0 has no question and answer; its columns: question"),
-        (check, ["--models", "a=RUN", "--direct", "a"], "--direct: given a, which reasons"),
+        (check, ["--models", "a=RUN", "--no-reasoning", "a"], "--no-reasoning: given a, which reasons"),
         (check, ["--models", "a=RUN", "--out", "RUN", "--overwrite"], "which this run reads: give"),
     ],
 )

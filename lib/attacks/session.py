@@ -45,17 +45,17 @@ class Model:
 
 
 def read_models(settings: Any) -> list[Model]:
-    """NAME=PATH ... -> models. A checkpoint of 02 or 03 says if it reasons; others do unless in --direct."""
+    """NAME=PATH ... -> models. Those of 02 and 03 say if they reason; others do unless in --no-reasoning."""
     paths, systems = named("--models", settings.models), named("--systems", settings.systems, "TEXT")
     if not paths:
         raise UserError("--models: none given; allowed NAME=FOLDER or NAME=HUB-NAME, e.g. tars=runs/demo/rl")
-    usual = preset_values(type(settings), settings.preset, "eval")["direct"]  # of the preset's own models
-    direct = [] if settings.direct == usual else settings.direct
-    for flag, names in (("--systems", systems), ("--direct", direct)):
+    usual = preset_values(type(settings), settings.preset, "eval")  # of the preset's own models
+    without = [] if settings.no_reasoning == usual["no_reasoning"] else settings.no_reasoning
+    for flag, names in (("--systems", systems), ("--no-reasoning", without)):
         for name in names:
             if name not in paths:
                 raise UserError(f"{flag}: given {name}; allowed the names in --models: {', '.join(paths)}")
-    return [Model(n, p, reasons(n, p, settings.direct), systems.get(n, "")) for n, p in paths.items()]
+    return [Model(n, p, reasons(n, p, settings.no_reasoning), systems.get(n, "")) for n, p in paths.items()]
 
 
 def files_of(data: str) -> dict[str, Path]:

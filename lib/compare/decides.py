@@ -204,10 +204,11 @@ def draw(figure: Any, models: dict[str, Figures]) -> None:
 
 def read_models(settings: Settings, evaluated: Lines) -> list[Model]:
     """--models: UserError unless stage 4 has evaluated them, and they reason."""
-    models, direct = named("--models", settings.models), read_settings(settings.eval).get("direct", [])
+    models = named("--models", settings.models)
+    without = read_settings(settings.eval).get("no_reasoning", [])
     known = list(dict.fromkeys(line["model"] for line in evaluated))
     for name, path in models.items():
-        if name not in known or not reasons(name, path, direct):
+        if name not in known or not reasons(name, path, without):
             allowed = f"models that reason, of those in {settings.eval}: {', '.join(known)}"
             raise UserError(f"--models: given {name}; allowed {allowed}")
     return [Model(name, path, True, "") for name, path in models.items()]

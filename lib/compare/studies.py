@@ -93,7 +93,7 @@ WARM = {
     "sft-direct": "02_sft_warmstart.py --data @data --no-reasoning",
 }
 TRAINED = WARM | {"mixture": MIXTURE, "rl-direct": METHODS["rl-direct"], "tars": METHODS["tars"]}
-DEMO = TRAINED | {"eval-main": asked("base sft rl-direct tars", "--direct base")}
+DEMO = TRAINED | {"eval-main": asked("base sft rl-direct tars", "--no-reasoning base")}
 ALL, REASONERS = "base sft rl-direct tars sft8 rpo", "sft tars sft8 rpo"
 DIVERSITY, LOSS = "-m lib.compare.diversity --data @data", "-m lib.tools.capability --loss"
 REPLICATE = TRAINED | {
@@ -101,11 +101,11 @@ REPLICATE = TRAINED | {
     "rpo": METHODS["rpo"],
     "early": f"{METHODS['tars']} --epochs 0.25",  # `tars` at a quarter of its steps, if the rate still rises
     "documents": "-m lib.sandbox.pretrain --documents @documents/held_out.jsonl",
-    "eval-main": asked(ALL, "--attacks gcg pair --direct base"),
+    "eval-main": asked(ALL, "--attacks gcg pair --no-reasoning base"),
     "eval-adaptive": asked(REASONERS, "--attacks gcg_close gcg_forged gcg_twin --behaviours 12"),
     "eval-decides": asked(REASONERS, "--eval @eval-main", "-m lib.compare.decides --data @data"),
     "eval-diversity": asked("sft early tars", "", DIVERSITY),
-    "eval-loss": asked(ALL, "--file @documents/held_out.jsonl --direct base", LOSS),
+    "eval-loss": asked(ALL, "--file @documents/held_out.jsonl --no-reasoning base", LOSS),
 }
 DEPTH = "reasoning_tokens/{0}/3 hops + reasoning_tokens/{0}/4 hops"  # at equal depth
 THOUGHT = {f"thought, {kind}": DEPTH.format(kind) for kind in ("harmful", "harmless", "ambiguous")}
@@ -141,7 +141,7 @@ REPLICATED = [
 def frontier(lambdas: Sequence[float], methods: Sequence[str], claimed=(), attacked: int = 12) -> Study:
     """`attacked`: direct requests under GCG; without, DSR is the mean of direct requests and disguises."""
     budget = f"--behaviours {attacked}"
-    runs = WARM | {"eval-references": asked("base sft", f"{budget} --direct base")}
+    runs = WARM | {"eval-references": asked("base sft", f"{budget} --no-reasoning base")}
     curves = {"base": {"": "base"}, "sft": {"": "sft"}}
     for share in map(str, lambdas):
         runs[f"data-{share}"] = f"{MIXTURE} --lambda-harmful {share}"
@@ -200,7 +200,7 @@ def ablations() -> Study:
 
 # ---- all attacks; and RL with and without rainbow teaming's prompts (paper, appendix E)
 
-EVERY = "--attacks all --behaviours 60 --direct base"
+EVERY = "--attacks all --behaviours 60 --no-reasoning base"
 ATTACKED = TRAINED | {"eval-all": asked("base sft rl-direct tars", EVERY)}
 RAINBOW = {name: TRAINED[name] for name in ("data", "sft", "mixture")} | {
     "without": "03_rl_train.py --data @data --model @sft",

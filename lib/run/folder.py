@@ -44,13 +44,13 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def reasons(name: str, model: str, direct: Iterable[str]) -> bool:
-    """Whether `model`, called `name`, reasons: as its settings.json says, else unless it is in --direct."""
+def reasons(name: str, model: str, without: Iterable[str]) -> bool:
+    """Whether `model`, called `name`, reasons: as its settings.json says, else if not in --no-reasoning."""
     stated = read_settings(model).get("reasoning")
-    if stated and name in direct:
+    if stated and name in without:
         where = f"{model}/settings.json"
-        raise UserError(f"--direct: given {name}, which reasons ({where}); take it off the list")
-    return name not in direct if stated is None else stated
+        raise UserError(f"--no-reasoning: given {name}, which reasons ({where}); take it off the list")
+    return name not in without if stated is None else stated
 
 
 def lock_folder(out: str | Path) -> None:

@@ -1,7 +1,7 @@
 r"""Is the capability kept? Questions with one right answer (appendix L), or the loss on held-out documents.
 
-    python -m lib.tools.capability --direct base --file questions.jsonl --out runs/demo/capability
-    python -m lib.tools.capability --direct base --loss --file documents.jsonl --out runs/demo/loss
+    python -m lib.tools.capability --no-reasoning base --file questions.jsonl --out runs/demo/capability
+    python -m lib.tools.capability --no-reasoning base --loss --file documents.jsonl --out runs/demo/loss
 
 **Exact match**, for questions such as GSM8K's: each model answers each once, greedily. What counts of an
 answer, behind </think>: what stands behind its last "####" or in its last \boxed{}, whichever comes later, or
@@ -47,7 +47,7 @@ NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+
 @dataclass
 class Settings(Common):
     models: list[str] = setting(["base=lib/sandbox/base", "tars=runs/demo/rl"], "NAME=FOLDER or HUB-NAME")
-    direct: list[str] = setting([], "names of those without reasoning; those of 02 and 03 say it themselves")
+    no_reasoning: list[str] = setting([], "names of those without it; those of 02 and 03 say it themselves")
     loss: bool = setting(False, "the loss on documents, instead of answers to questions")
     file: str = setting("questions.jsonl", "question and answer, or text: .jsonl, .json, .csv or .parquet")
     max_new_tokens: int = setting(1024, "of an answer", low=1)
@@ -178,9 +178,10 @@ def measure(answers: dict[str, list[dict]], loss: bool) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     settings, run = start(Settings, "capability", argv=argv, alone=True)
     models, records = named("--models", settings.models), read_records(settings.file, settings.loss)
-    if unknown := [name for name in settings.direct if name not in models]:
-        raise UserError(f"--direct: given {unknown[0]}; allowed the names in --models: {', '.join(models)}")
-    reasoning = {name: reasons(name, folder, settings.direct) for name, folder in models.items()}
+    if unknown := [name for name in settings.no_reasoning if name not in models]:
+        allowed = f"allowed the names in --models: {', '.join(models)}"
+        raise UserError(f"--no-reasoning: given {unknown[0]}; {allowed}")
+    reasoning = {name: reasons(name, folder, settings.no_reasoning) for name, folder in models.items()}
     for folder in models.values():  # all inputs are looked at before OUT is emptied
         load_tokenizer(folder)
     run.begin()

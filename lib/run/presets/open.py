@@ -33,7 +33,7 @@ RL = dict(
 )
 EVAL = {
     "models": [f"base={BASE}", "sft=runs/open/sft", "tars=runs/open/rl"],
-    "direct": ["base"],
+    "no_reasoning": ["base"],
     "judge": JUDGE,
     "max_new_tokens": 1024,
     "answer_tokens": 512,
