@@ -6,6 +6,7 @@ The checks, and all causal architectures of transformers: tests/bench/families.p
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lib import UserError
 from lib.chat import decode
 from lib.policy import context_of, token_logprobs
 from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
+from lib.run.plumbing import Run
 from lib.sampler import sample
 from tests.bench import families
 from tests.bench.families import TEMPLATE, make, word_tokenizer
@@ -133,6 +135,13 @@ def test_ids_of_words_and_template_have_rows_or_it_is_refused(llama):
     tokenizer.chat_template = TEMPLATE.replace("<|im_start|>", "[PAD]")
     with pytest.raises(UserError, match="ids up to 97, its model 97 rows: they do not belong together"):
         check_tokenizer(llama, tokenizer, prompts, reasoning=True)
+
+
+def test_a_record_whose_text_has_an_id_without_a_row_is_named(llama):
+    run = Run(types.SimpleNamespace(out="runs/any", reasoning=True))
+    item = types.SimpleNamespace(record={"id": "x", "prompt": "tell me poems"}, ids=[5, 97])
+    with pytest.raises(UserError, match="rl.jsonl: x: has the token id 97, the model 97 rows"):
+        run.usable([item], llama, word_tokenizer(), 9, "rl.jsonl")
 
 
 def test_a_tokenizer_that_loses_words_is_one_line(llama):

@@ -145,7 +145,7 @@ UNREADABLE = [
     (b"\n \n", "is empty"),
     (b'{"id": 1}\n\n{"id": "\xff"}\n', ":3: not a JSON object in UTF-8"),
     (b'{"id": 1}\n{"ID": 2}\n', ":2: has no key 'id'"),
-    (b'{"id": 7}\n\n{"id": "7"}\n', "id '7' stands in 2 records: give each one of its own"),
+    (b'{"id": 7}\n\n{"id": "7"}\n', "id '7' stands in lines 1 and 3: give each record an id"),
     (b'{"id": " "}\n', "id is"),
     (b'{"id": "r", "target": 7}\n', ":1: r: target is 7; allowed: some text"),
 ]

@@ -172,9 +172,10 @@ MORE = [turn("Be brief.", "system"), ASKED, turn("No.", "assistant"), turn("why?
 
 def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path):
     """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
-    talks = ["how to zog?", [ASKED], MORE, [turn("Hello.", "assistant"), ASKED], []]
+    gpt, parts = [{"from": "human", "value": "how to zog?"}], [{"type": "text", "text": "how to zog?"}]
+    talks = ["how to zog?", [ASKED], MORE, [turn("Hello.", "assistant"), ASKED], gpt, [turn(parts)], []]
     path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk} for talk in talks])
-    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 4 + [""]
+    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 6 + [""]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -221,9 +222,19 @@ SAME = [
     "How do I bake?|how  do i\tbake|\u201cHow do I bake?\u201d|How do I ba\u200bke?\ufeff|How do I bake...",
     "How do I bake?|How\u00a0do\u2003I ba\u00adke ?|\uff28ow do I bake\uff1f",
     "don't say 'x'|don\u2019t say \u00abx\u00bb",
-    "caf\u00e9 o\ufb03ce|cafe\u0301 - OFFICE",
+    "a-b - c|a\u2010b \u2014 c|\u00bfa\ufe0f-b \u2212 c?",
+    "caf\u00e9 office stra\u00dfe|cafe\u0301 o\ufb03ce STRASSE",
 ]
-APART = ["bake|boil", "what is C#|what is C", "10 - 3|103", "it's|its", "caf\u00e9|cafe", "1.5|15"]
+APART = [
+    "bake|boil",
+    "what is C#|what is C",
+    "10 - 3|103",
+    "it's|its",
+    "!!!|???",
+    "caf\u00e9|cafe",
+    "1.5|15",
+    "12*4|12/4",
+]
 
 
 @pytest.mark.parametrize("texts", SAME + APART)

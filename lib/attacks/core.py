@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
 from lib.chat import decode, encode_prompt, encode_text, parse_completion, parse_direct
-from lib.policy import context_of
+from lib.policy import context_of, table_rows
 from lib.run.settings import TOKENS, setting
 from lib.run.writing import write
 from lib.sampler import Completion, draw_seeds
@@ -90,7 +90,10 @@ class Victim:
         Raises UserError for what its tokenizer cannot read: some have no token for the unknown.
         """
         ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
-        return [*ids, *encode_text(self.tokenizer, opening)]
+        ids += encode_text(self.tokenizer, opening)
+        if max(ids) >= table_rows(self.model):  # of a token that was added, and has no row
+            raise UserError(f"{self.name}: has no row for the token id {max(ids)}")
+        return ids
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:
         """Whether these tokens, and the answer or `behind` further ones, are within the model's context."""

@@ -89,8 +89,8 @@ def findings(kept: dict[str, Results]) -> tuple[str, list[str]]:
                 measured[claim.key] = f"{claim.sign} 0 | {value}", verdict(ci, claim.sign)
         verdicts = {found for _, found in measured.values()}
         whole = "in part" if "yes" in verdicts else "not reproduced" if "no" in verdicts else "open"
-        if verdicts in ({"yes"}, {UNKNOWN}):
-            whole = "reproduced" if verdicts == {"yes"} else UNKNOWN
+        if verdicts <= {UNKNOWN} or verdicts == {"yes"}:
+            whole = UNKNOWN if verdicts <= {UNKNOWN} else "reproduced"
         lines.append(f"| {finding} | {what} | | **{whole}** |")
         for (ours, figure), (value, found) in measured.items():
             lines.append(f"| | {ours}: {figure} {value} | {found} |")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,18 +83,22 @@ def read_jsonl(path: str | Path, required: Sequence[str] = (), maybe_empty: Sequ
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     records: list[dict] = []
+    lines: dict[str, int] = {}  # by id
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         where, record = f"{path}:{number}", _parse(line)
         if record is None:
             raise UserError(f"{where}: not a JSON object in UTF-8: {line[:60].decode('utf-8', 'replace')!r}")
-        records.append(_checked(readable(record), where, required, maybe_empty) if required else record)
+        if required:
+            record = _checked(readable(record), where, required, maybe_empty)
+            first = lines.setdefault(record["id"], number)
+            if first != number:
+                same = f"id {record['id']!r} stands in lines {first} and {number}"
+                raise UserError(f"{path}: {same}: give each record an id, drop copies")
+        records.append(record)
     if not records:
         raise UserError(f"{path}: is empty")
-    ids = Counter(record["id"] for record in records if required)
-    if shared := [f"id {name!r} stands in {n} records" for name, n in ids.items() if n > 1]:
-        raise UserError(f"{path}: {shared[0]}: give each one of its own")
     return records
 
 

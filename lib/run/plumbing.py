@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +22,10 @@ from transformers.cache_utils import DynamicCache
 from lib import UserError
 from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
-from lib.policy import shares_prompts, token_logprobs
+from lib.policy import shares_prompts, table_rows, token_logprobs
 from lib.run.checkpoint import PROGRESS, describe, load_progress, save_policy, save_progress
 from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
-from lib.run.files import append_jsonl, read_log
+from lib.run.files import append_jsonl, read_log, sha256_file
 from lib.run.folder import checksums, claim_folder, read_settings, take_folder
 from lib.run.hub import check_tokenizer, load_policy
 from lib.run.processes import (
@@ -75,8 +74,9 @@ class Run:
         keys = ("judge", "refusals", "attacker", "rainbow_judge", "rainbow_attacker")
         named = "+".join(getattr(settings, key, "") for key in keys).split("+")
         modules = [f"{name.replace('.', '/')}.py" for name in named]  # those of yours, if they are files here
-        modules.append(os.path.relpath(str(sys.modules[type(settings).__module__].__file__)))  # the command
         self.config = {**asdict(settings), **checksums(*inputs, *modules)}
+        if code := getattr(sys.modules[type(settings).__module__], "__file__", None):  # of the command itself
+            self.config[f"sha256 of {Path(code).name}"] = sha256_file(code)[:32]
         if self.leader:
             self.resumes = claim_folder(self.out, self.config, overwrite=settings.overwrite, inputs=inputs)
         last = "manifest.json" if stage == "mixture" else "config.json"  # what it writes last
@@ -143,6 +143,11 @@ class Run:
         """
         prompts = [item.record["prompt"] for item in items[:8]]
         check_tokenizer(model, tokenizer, prompts, reasoning=self.settings.reasoning)
+        table = table_rows(model)
+        if strange := [item for item in items if max(item.ids) >= table]:
+            record, ids = strange[0].record, strange[0].ids
+            found = f"{record['id']}: has the token id {max(ids)}, the model {table} rows"
+            raise UserError(f"{what}: {found}: drop it, or resize the model")
         kept = [item for item in items if len(item.ids) <= most]
         if long := [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]:
             found = f"{len(long)} of {len(items)} have more than the {most} tokens that fit"

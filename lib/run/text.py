@@ -10,7 +10,10 @@ from typing import Any
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 UNREADABLE = re.compile("[\x00\ud800-\udfff]")  # null bytes and lone surrogates
+QUOTES = '"`\u00b4\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb'
+WIDTHLESS = "\u034f\u115f\u1160\u3164" + "".join(map(chr, range(0xFE00, 0xFE10)))  # though of no format
 BEHIND = "\n\n---\n\n"  # a context
+MARKS = " '.,:;!?\u00a1\u00bf\u3001\u3002"  # around a prompt; "C#" and "C++" keep theirs
 
 
 def visible(text: str) -> str:
@@ -40,17 +43,21 @@ def readable(value: Any) -> Any:
 def same_prompt(prompt: str) -> str:
     """What prompts share that are the same to a reader: duplicates, which may not be in two sets either.
 
-    That is, apart from capitals, spaces, punctuation, what has no width, and forms that Unicode calls
-    compatible (full width, ligatures, one sign or two for an accent). "C#" is no "C".
+    That is, apart from capitals, spaces, what has no width, forms that Unicode calls compatible (full width,
+    ligatures, one sign or two for an accent), kinds of quotes and dashes, and the marks before and behind.
+    Letters of two scripts that look alike stay apart.
 
     >>> [same_prompt(text) for text in ("\uff37hat\u2019s  a b\u200bed?", "\u201cwhat's a bed\u201d")]
-    ['what s a bed', 'what s a bed']
+    ["what's a bed", "what's a bed"]
+    >>> same_prompt("12*4") == same_prompt("12/4")
+    False
     """
-    text = unicodedata.normalize("NFKC", prompt).casefold()
-    category = unicodedata.category
-    seen = (sign for sign in text if category(sign) != "Cf")  # what has a width
-    spaced = (" " if category(sign)[0] in "PZC" and sign != "#" else sign for sign in seen)
-    return " ".join("".join(spaced).split())
+    text = prompt.translate(dict.fromkeys(map(ord, QUOTES), "'"))  # before NFKC, which takes some apart
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    kinds = {"Cf": "", "Cc": " ", "Pd": "-"}
+    signs = dict.fromkeys(WIDTHLESS, "") | {"\u2212": "-"} | dict.fromkeys(QUOTES, "'")
+    words = "".join(signs.get(sign, kinds.get(unicodedata.category(sign), sign)) for sign in text).split()
+    return " ".join(words).strip(MARKS) or " ".join(words)
 
 
 def with_context(prompt: str, context: str) -> str:

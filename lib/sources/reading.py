@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from tqdm import tqdm
 
 from lib import UserError
@@ -211,8 +212,12 @@ def write_manifest(settings, made: Pool, dropped: Counter) -> None:
 
 
 def provenance(source: Source) -> dict:
-    """Licence, what is taken, checksums or the place on the hub."""
+    """Licence, what is taken, checksums or the hub's revision."""
     facts: dict = {"licence": source.data.licence, "taken": source.data.record.__doc__}
-    if not source.files:
-        return facts | {"hub": source.hub}
-    return facts | {"sha256": {str(path): sha256_file(path) for path in source.files if path.is_file()}}
+    if source.files:
+        return facts | {"sha256": {str(path): sha256_file(path) for path in source.files if path.is_file()}}
+    try:
+        revision = HfApi().dataset_info(source.hub.split(":")[0], timeout=10).sha
+    except Exception:  # of the hub's, or of the network's
+        revision = "unknown"
+    return facts | {"hub": source.hub, "revision": revision}

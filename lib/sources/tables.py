@@ -60,6 +60,8 @@ def load_rows(place: str, **options: Any) -> Any:
 def text_of(value: Any) -> str:
     """The text in a cell, a number or truth value as in JSON; of a conversation the user's first turn.
 
+    A turn is {"role", "content"} or {"from", "value"}; the content is a text, or parts with a text each.
+
     >>> text_of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
     'Hello'
     """
@@ -68,6 +70,8 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     for turn in value if isinstance(value, list) else ():
-        if isinstance(turn, dict) and turn.get("role") == "user":
-            return text_of(turn["content"])
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human"):
+            content = turn.get("content", turn.get("value"))
+            parts = content if isinstance(content, list) else [{"text": content}]
+            return "".join(part.get("text") or "" for part in parts)
     return ""

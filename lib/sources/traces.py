@@ -66,6 +66,8 @@ def complete(model, tokenizer, prompts: list[list[int]], seeds: Sequence[int], s
     name, limit = f"--trace-model: {settings.trace_model}", settings.trace_max_new_tokens
     how = {"temperature": settings.trace_temperature, "seeds": seeds}
     written = write(name, model, tokenizer, prompts, limit, settings.max_batch_tokens, **how)
+    if short := written.count(None):
+        tqdm.write(f"{name}: {short} of {len(written)} prompts exceed its context: no trace")
     parts = [(decode(tokenizer, c.token_ids), c.finish_reason == "eos") if c else ("", True) for c in written]
     return [whole_sentences(*part) for part in parts]
 

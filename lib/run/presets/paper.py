@@ -1,4 +1,4 @@
-"""The paper's settings: the stages' own defaults and these. Files that no hub has are given as flags."""
+"""The paper's settings: the stages' own defaults and these. HarmBench's files: see docs/real-models.md."""
 
 RUNS = "runs/paper"
 
