@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import UserError
 from lib.chat import decode, encode_prompt, encode_text, parse_completion, parse_direct
-from lib.policy import context_of, table_rows
+from lib.policy import context_of
+from lib.run.hub import check_ids
 from lib.run.settings import TOKENS, setting
 from lib.run.writing import write
 from lib.sampler import Completion, draw_seeds
@@ -91,8 +92,7 @@ class Victim:
         """
         ids = encode_prompt(self.tokenizer, sent, reasoning=self.reasoning, system=self.system)
         ids += encode_text(self.tokenizer, opening)
-        if max(ids) >= table_rows(self.model):  # of a token that was added, and has no row
-            raise UserError(f"{self.name}: has no row for the token id {max(ids)}")
+        check_ids(self.model, ids, self.name)
         return ids
 
     def fits(self, ids: Sequence[int], behind: int = 0) -> bool:

@@ -78,25 +78,29 @@ def findings(kept: dict[str, Results]) -> tuple[str, list[str]]:
     lines, used = ["|  | the paper finds | measured here | as claimed? |", "| --- | --- | --- | --- |"], {}
     for finding, what in FINDINGS.items():
         measured = dict[Key, tuple[str, str]]()
-        for name, claim in claims:
+        for name, claim in [(name, claim) for name, claim in claims if claim.finding == finding]:
+            measured.setdefault(claim.key, (f"{claim.sign} 0 |", UNKNOWN))
             ci = kept[name]["rows"].get(claim.key) if name in kept else None
-            known = measured.get(claim.key, ("", UNKNOWN))[1] != UNKNOWN
-            if claim.finding != finding or known:
-                continue
-            measured[claim.key] = f"{claim.sign} 0 |", UNKNOWN
-            if ci:
+            if ci and measured[claim.key][1] == UNKNOWN:
                 used[name], value = kept[name], shown(ci, " - ").partition(";")[0]
                 measured[claim.key] = f"{claim.sign} 0 | {value}", verdict(ci, claim.sign)
-        verdicts = {found for _, found in measured.values()}
-        whole = "in part" if "yes" in verdicts else "not reproduced" if "no" in verdicts else "open"
-        if verdicts <= {UNKNOWN} or verdicts == {"yes"}:
-            whole = UNKNOWN if verdicts <= {UNKNOWN} else "reproduced"
-        lines.append(f"| {finding} | {what} | | **{whole}** |")
+        lines.append(f"| {finding} | {what} | | **{overall({found for _, found in measured.values()})}** |")
         for (ours, figure), (value, found) in measured.items():
             lines.append(f"| | {ours}: {figure} {value} | {found} |")
     how = f"Mean differences [95 % interval, Student's t], paired by seed; = 0: within {ALIKE} of it."
     captions = [line for results in used.values() for line in (caption(results, ""), "")]
     return "; ".join(results["command"] for results in used.values()), [*captions, how, "", *lines]
+
+
+def overall(verdicts: set[str]) -> str:
+    """Of a finding, from those of its claims."""
+    if verdicts == {"yes"}:
+        return "reproduced"
+    if "yes" in verdicts:
+        return "in part"
+    if "no" in verdicts:
+        return "not reproduced"
+    return "open" if "open" in verdicts else UNKNOWN
 
 
 def verdict(ci: Interval, sign: str) -> str:

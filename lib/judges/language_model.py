@@ -55,7 +55,8 @@ class LanguageModel:
         """What it writes after each list of token ids; "" after one that its context cannot hold."""
         budget = CACHE_TOKENS if self.chat and self.device.type == "cuda" else BATCH_TOKENS
         how: dict[str, Any] = {"temperature": 0.0, "progress": True}
-        how |= {} if self.chat else {"eos_token_ids": []}
+        if not self.chat:
+            how["eos_token_ids"] = []
         model = f"--judge: {self.name}", self.model, self.tokenizer
         written = write(*model, prompts, max_new_tokens, budget, **how)
         return [decode(self.tokenizer, one.token_ids) if one else "" for one in written]

@@ -171,6 +171,15 @@ def random_prompts(model: PreTrainedModel) -> list[list[int]]:
     return [ids[:9], ids[9:13], ids[9:13] + ids[:9]]
 
 
+def check_ids(model: PreTrainedModel, ids: Sequence[int], name: str) -> None:
+    """Raise UserError, with the name of the text, for a token id that the model has no embedding for, such as
+    that of a token which was added to the tokenizer alone."""
+    if (last := max(ids, default=0)) >= (table := table_rows(model)):
+        raise UserError(
+            f"{name}: has the token id {last}, the model {table} rows: drop it, or resize the model"
+        )
+
+
 def check_tokenizer(
     model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], *, reasoning: bool
 ) -> None:

@@ -22,12 +22,12 @@ from transformers.cache_utils import DynamicCache
 from lib import UserError
 from lib.batches import masked_batch, micro_batches
 from lib.chat import set_date
-from lib.policy import shares_prompts, table_rows, token_logprobs
+from lib.policy import shares_prompts, token_logprobs
 from lib.run.checkpoint import PROGRESS, describe, load_progress, save_policy, save_progress
 from lib.run.data import NO_SIGNAL, SILENT, groups_to_show, rollout_line, summarise
 from lib.run.files import append_jsonl, read_log, sha256_file
 from lib.run.folder import checksums, claim_folder, read_settings, take_folder
-from lib.run.hub import check_tokenizer, load_policy
+from lib.run.hub import check_ids, check_tokenizer, load_policy
 from lib.run.processes import (
     full_weights,
     gathered,
@@ -143,11 +143,8 @@ class Run:
         """
         prompts = [item.record["prompt"] for item in items[:8]]
         check_tokenizer(model, tokenizer, prompts, reasoning=self.settings.reasoning)
-        table = table_rows(model)
-        if strange := [item for item in items if max(item.ids) >= table]:
-            record, ids = strange[0].record, strange[0].ids
-            found = f"{record['id']}: has the token id {max(ids)}, the model {table} rows"
-            raise UserError(f"{what}: {found}: drop it, or resize the model")
+        for item in items:
+            check_ids(model, item.ids, f"{what}: {item.record['id']}")
         kept = [item for item in items if len(item.ids) <= most]
         if long := [f"{item.record['id']} ({len(item.ids)})" for item in items if len(item.ids) > most]:
             found = f"{len(long)} of {len(items)} have more than the {most} tokens that fit"
