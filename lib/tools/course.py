@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -150,6 +150,15 @@ def check_suite(tree: Path, tests: Sequence[str], log: str) -> None:
         raise UserError(f"{tree.name}/: its tests fail ({last}), see {log}")
 
 
+def at_once(what: str, jobs: Sequence[Callable[[], None]]) -> None:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for _ in tqdm(pool.map(lambda job: job(), jobs), what, len(jobs)):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error no other begins
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = Flags("lib.tools.course", __doc__)
     flags.add_argument("out", help="a new folder")
@@ -160,19 +169,19 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{given.out}: is there already; give a new folder")
     course = read_course()
     mine = chosen(course["exercises"], given.only)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_trees(Path.cwd(), work, mine, course)
         student, instructor = (work / tree for tree in TREES)
-        jobs = [partial(check_exercises, instructor, mine, solved=True)]
-        jobs.append(partial(check_exercises, student, mine, solved=False))
+        fast = [partial(check_exercises, instructor, mine, solved=True)]
+        fast.append(partial(check_exercises, student, mine, solved=False))
         for number in range(max(len(exercise["slips"]) for exercise in mine)):
             slipping = [exercise for exercise in mine if len(exercise["slips"]) > number]
-            jobs.append(partial(check_slips, instructor, slipping, number))
-        for tree in (instructor, student):  # last: they take minutes
-            jobs.append(partial(check_suite, tree, given.tests, f"{given.out}.{tree.name}.log"))
-        for _ in tqdm(pool.map(lambda job: job(), jobs), "verifying", len(jobs)):
-            pass
+            fast.append(partial(check_slips, instructor, slipping, number))
+        log = f"{given.out}.{{}}.log"
+        slow = [partial(check_suite, t, given.tests, log.format(t.name)) for t in (instructor, student)]
+        at_once("exercises and slips", fast)
+        at_once("all other tests, in both trees", slow)
         for tree in (student, instructor):
             shutil.move(tree, Path(given.out) / tree.name)
     print(f"verified: {len(mine)} exercises. Hand out {given.out}/student, keep {given.out}/instructor")
