@@ -86,14 +86,14 @@ def run_all(commands: Commands, jobs: int) -> None:
     Raises UserError with the last line of the first one that fails, and ends the others: a stage loses
     nothing that it had saved, whatever ends it.
     """
-    waiting, done = list(commands), set[Path]()
+    waiting, done = {out: needs(out, commands) for out in commands}, set[Path]()
     running: dict[Path, subprocess.Popen] = {}
     try:
         with tqdm(total=len(commands), unit="run") as bar:
             while waiting or running:
-                ready = [out for out in waiting if needs(out, commands) <= done]
+                ready = [out for out, needed in waiting.items() if needed <= done]
                 for out in ready[: jobs - len(running)]:
-                    waiting.remove(out)
+                    del waiting[out]
                     running[out] = begin(out, commands[out])
                 time.sleep(0.1)
                 for out in [out for out, child in running.items() if child.poll() is not None]:
