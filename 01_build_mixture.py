@@ -43,6 +43,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lib import UserError, sources
+from lib.chat import parse_completion
 from lib.run import run_main, start
 from lib.run.files import write_jsonl
 from lib.run.settings import TOKENS, Common, following, setting
@@ -57,7 +58,7 @@ class Settings(Common):
     sft_prompts: int = setting(1000, "harmful prompts with traces; 0: no SFT. Paper: 1000", low=0)
     rl_traces: int = setting(0, "traces of each RL prompt, at most. Paper, for its SFT: 8", low=0, high=1000)
     eval_prompts: int = setting(500, "prompts of each evaluation set, at most", low=1)
-    source: str = setting("sandbox", "the sandbox's world, or files", choices=("sandbox", "files"))
+    source: str = setting("sandbox", "the sandbox's world, or files (paper)", choices=("sandbox", "files"))
     files: list[str] = setting([], f"prompts to train on: {sources.HELP}")
     eval_files: list[str] = setting([], "prompts to evaluate on, [KIND=]SOURCE; KIND may be jailbreak, too")
     trace_files: list[str] = setting([], "SOURCEs with reasoning and answer: star1. Paper: by DeepSeek-R1")
@@ -202,6 +203,9 @@ def write_traces(
         for i, (reasoning, answer) in enumerate(traces):
             if not reasoning.strip() or not answer.strip():
                 dropped["empty trace"] += 1  # paper, stage I
+                continue
+            if not parse_completion(f"{reasoning}</think>{answer}").well_formed:
+                dropped["trace with a marker inside"] += 1  # it would teach to break the format
                 continue
             trace = {"id": f"{record['id']}-{i}", "prompt": record["prompt"], "reasoning": reasoning}
             made.append({**trace, "answer": answer, "source": record["source"], "kind": record["kind"]})

@@ -22,8 +22,9 @@ Two things matter more than the loss:
 
 `--no-reasoning` learns the answers alone: the start of the baseline "RL without reasoning". The paper's
 comparison "SFT" is this stage once more, from pi_SFT and on 8 traces for each RL prompt (01's `--rl-traces
-8`): `--traces sft_rl.jsonl --model runs/paper/sft`. Reads DATA/TRACES. Writes a Hugging Face checkpoint,
-metrics.jsonl, curves.png and settings.json to OUT. A killed run goes on when the same command is run again.
+8`): `--traces sft_rl.jsonl --model runs/paper/sft --out runs/paper/sft8 --learning-rate 3e-4`. Reads
+DATA/TRACES. Writes a Hugging Face checkpoint, metrics.jsonl, curves.png and settings.json to OUT. A killed
+run goes on when the same command is run again.
 
 **What you should see** (sandbox, seed 0, 20 seconds): the loss falls from 7.5 to about 0.3 in the first
 hundred of 238 updates, as the format is learned, and creeps to 0.2 after that. The held-out loss ends at

@@ -205,7 +205,7 @@ def main() -> None:
     run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
     longest, pad_id = max(len(prompt.ids) for prompt in prompts), tokenizer.pad_token_id
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
-    run.rehearse(policy, reference, rows, 2 * (longest + settings.max_new_tokens))
+    run.rehearse(policy, reference, rows, longest + settings.max_new_tokens, together=2)  # a pair
 
     optimizer = torch.optim.AdamW(policy.parameters(), **run.adamw)
     total = max(1, round(settings.epochs * len(prompts) / settings.prompts_per_step))

@@ -79,7 +79,7 @@ class Run:
             self.config[f"sha256 of {Path(code).name}"] = sha256_file(code)[:32]
         if self.leader:
             self.resumes = claim_folder(self.out, self.config, overwrite=settings.overwrite, inputs=inputs)
-        last = "manifest.json" if stage == "mixture" else "config.json"  # what it writes last
+        last = "manifest.json" if stage == "mixture" else "README.md"  # what it writes last
         done = (self.out / last).exists() and not (self.out / PROGRESS).exists()
         if self.gather(self.resumes and done)[0]:
             self.say(f"{self.out} is finished. Next: {following(settings, self.stages)}")
@@ -216,13 +216,13 @@ class Run:
         return model
 
     def rehearse(
-        self, policy: PreTrainedModel, reference: PreTrainedModel | None, rows: int, longest: int
+        self, policy: PreTrainedModel, reference: PreTrainedModel | None, rows: int, longest: int, together=1
     ) -> None:
         """Compute the largest micro-batch there may be, with room taken for the optimizer and the key-value
         cache, and forget it: what does not fit memory, or a budget of tokens, ends here, before step 1.
 
         Call it before the optimizer has its state. rows: sequences of an update, on this process; longest:
-        tokens of the longest.
+        tokens of the longest; together: sequences that a micro-batch never parts.
         """
         settings = self.settings
         tokens = min(settings.max_batch_tokens, rows * longest)  # a budget beyond all rows is never used
@@ -232,10 +232,11 @@ class Run:
         if reference is not None:
             with self.sampling(policy):
                 room_of_cache(policy, rows * longest, settings, self.device)
-        for name in ("max_batch_tokens", "max_sample_tokens"):
-            if longest > (most := getattr(settings, name, longest)):
+        for name, least in (("max_batch_tokens", together * longest), ("max_sample_tokens", longest)):
+            if least > (most := getattr(settings, name, least)):
                 flag = f"--{name.replace('_', '-')} {most}"
-                raise UserError(f"{flag}: a sequence may have {longest} tokens, and must fit: raise it")
+                found = f"a sequence may have {longest} tokens, {together} must fit"
+                raise UserError(f"{flag}: {found}: raise it to {least} or more")
         height = -(-tokens // longest)  # the longest rows might leave some of the budget unused
         width = tokens // height
         # No row begins as the one above: no token is spared.
@@ -336,8 +337,8 @@ class Run:
         weights = full_weights(policy)
         if self.leader:
             save_policy(policy, tokenizer, self.out, self.state.get("best") or weights)
-            describe(self.out, tokenizer, self.config)
             draw(self.out / "metrics.jsonl", self.out / "curves.png")
+            describe(self.out, tokenizer, self.config)  # its last file says that the run is finished
             for path in self.out.glob(f"*{PROGRESS}*"):  # from now on it is a checkpoint like any other
                 path.unlink()
             for line in read_log(self.out / "rollouts.jsonl")[-1:]:
@@ -361,7 +362,7 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
 
 def halve_linear_layers(model: torch.nn.Module) -> None:
     """Keep in bfloat16 what autocast would cast anyway: a frozen reference takes half as much, and computes
-    to the bit what the policy of equal weights does, so KL begins at 0."""
+    to the bit what the policy of equal weights does, so KL begins at 0. (In shards all of it is bfloat16.)"""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:  # a tied head stays

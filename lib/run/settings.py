@@ -59,7 +59,7 @@ class Training(Common):
     """What the stages that train a model have."""
 
     data: str = setting("runs/demo/data", "folder that 01_build_mixture.py wrote")
-    model: str = setting("lib/sandbox/base", "where to start: a folder or a hub name")
+    model: str = setting("lib/sandbox/base", "a folder or hub name. Paper: Qwen2.5-1.5B-Instruct")
     reasoning: bool = setting(True, "think first; --no-reasoning: answers alone (the paper's baseline)")
     learning_rate: float = setting(1e-5, "peak rate of AdamW", low=0.0, high=1.0)
     warmup_steps: int = setting(0, "steps of linear warm-up", low=0, flag=False)

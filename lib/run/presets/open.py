@@ -31,6 +31,7 @@ RL = dict(
     max_sample_tokens=196608,  # 16 x 8 completions at their full length: 2.4 GB of cache
     dtype="bfloat16",
 )
+RPO = dict(prompts_per_step=4)  # 16 pairs an update
 EVAL = {
     "models": [f"base={BASE}", "sft=runs/open/sft", "tars=runs/open/rl"],
     "no_reasoning": ["base"],
