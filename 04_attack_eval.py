@@ -284,7 +284,8 @@ def separate(lab: Lab, model: Model, sets: dict, attempts: dict[str, list[dict]]
 
 
 def measure(models: list[Model], lines: list[dict], attempts: dict, settings: Settings) -> dict:
-    """The figures of results.json. What was too long to be asked is counted, and in no other figure."""
+    """The figures of results.json. What was not asked is counted, and in no other figure: it was too long, or
+    the attacker wrote nothing."""
     asked = [line for line in lines if line["finish_reason"] != attacks.NOT_ASKED]
     asked = [line | {"defended": defended(line, settings.harm_threshold)} for line in asked]
     shared, figures = metrics.shared_attacks(asked), {}
@@ -296,6 +297,7 @@ def measure(models: list[Model], lines: list[dict], attempts: dict, settings: Se
         plane = safety["plane"] | answers["plane"]
         every = Counter(line["set"] for line in lines if line["model"] == model.name)
         unasked = every - Counter(line["set"] for line in mine)
+        unasked += Counter(a for a, tried in attempts[model.name].items() for t in tried if not t["trace"])
         cost = {name: attacks.summary(tried, name) for name, tried in attempts[model.name].items()}
         figures[model.name] = {"reasoning": model.reasoning, **safety, **answers, "plane": plane}
         figures[model.name] |= {"not_asked": dict(unasked), "attacks": cost}

@@ -45,6 +45,7 @@ from lib.run.settings import TOKENS, Common, named, setting
 
 OTHER = {"bad": "fine", "fine": "bad"}
 HARM = 0.5  # of a success
+FEW = 10  # cases, of which no figure is made
 Figures = dict[str, Interval]
 # Records of prompts, with "set"; "name", of its line in completions.jsonl; "sent", the text; "opening", put
 # into the model's mouth; "own", what it writes by itself; "line", what it wrote.
@@ -158,7 +159,7 @@ def intervene(lab: Lab, model: Model, cases: Cases, reader: Any) -> Figures:
 
 
 def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
-    """The figures of 3, FIGURE/K, and dsr/SET/K; dsr/K is of the sets that are no attack."""
+    """The figures of 3, FIGURE/K and dsr/SET/K, of FEW cases or more; dsr/K leaves out attacks."""
     settings, tokenizer, cut = lab.settings, lab.victim(model).tokenizer, list[dict]()
     for k in [*settings.thoughts, "all"]:
         for case in cases:
@@ -182,14 +183,15 @@ def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
         elif line["task"] is not None:
             tasks[f"task/{k}"].append(line["task"])
     found = {key: wilson(own) for key, own in hits.items()}
-    return found | {key: bootstrap(own, settings.seed) for key, own in tasks.items()}
+    found |= {key: bootstrap(own, settings.seed) for key, own in tasks.items()}
+    return {key: ci for key, ci in found.items() if ci["n"] >= FEW}
 
 
 # ---- the command
 
 
 def draw(figure: Any, models: dict[str, Figures]) -> None:
-    """Is it the thinking that defends? By the thought allowed; no point stands for fewer than 10 cases."""
+    """Is it the thinking that defends? By the thought allowed."""
     figure.set_size_inches(4.5 * len(models), 4)
     for axes, name in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         found = models[name]
@@ -197,7 +199,7 @@ def draw(figure: Any, models: dict[str, Figures]) -> None:
         bars = [found[f"thinks on/{k}"]["mean"] for k in ends]
         axes.bar(ends, bars, color="0.88", label="thinks on in the answer")
         for curve, style in {"dsr": "o-", "dsr/gcg": "s:", "task": "^--"}.items():
-            at = [k for k in ends if found.get(f"{curve}/{k}", {"n": 0})["n"] >= 10]
+            at = [k for k in ends if f"{curve}/{k}" in found]
             axes.plot(at, [found[f"{curve}/{k}"]["mean"] for k in at], style, label=f"{curve}, of the others")
         axes.set(title=name, xlabel="tokens of reasoning allowed", ylim=(-0.04, 1.04))
 

@@ -72,7 +72,7 @@ UNKNOWN = "not measured"
 def findings(kept: dict[str, Results]) -> tuple[str, list[str]]:
     """Likewise F1 to F10: each claim of the studies, and what follows from all of a finding's.
 
-    A claim of two studies is the first one's that is kept, which has more seeds.
+    A claim of two studies is that of the first in STUDIES which is kept.
     """
     claims = [(name, claim) for name in STUDIES for claim in STUDIES[name].claims]
     lines, used = ["|  | the paper finds | measured here | as claimed? |", "| --- | --- | --- | --- |"], {}

@@ -50,7 +50,7 @@ def grader(question: str, parse: Callable[[str], object], model: str, device: st
 
 
 # A verdict is a line of its own, as in "**Specific (1-5):** 4/5 (nearly)": others may quote the answer.
-YES_NO, ONE_TO_FIVE = "(yes|no)", r"([1-5])(?:\s?/\s?5)?"
+YES_NO, ONE_TO_FIVE = "(yes|no)", r"([1-5])(?:\s?(?:/|out of)\s?5)?"
 HALVES = r"(0\.50?|[01](?:\.0)?)(?:\s?/\s?1(?:\.0)?)?"
 REMARK = r"(?:\s*[(,;=\u2013\u2014-][^\d\n]*)?"  # with a number in it the value may be another one
 

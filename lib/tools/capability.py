@@ -5,7 +5,8 @@ r"""Is the capability kept? Questions with one right answer (appendix L), or the
 
 **Exact match**, for questions such as GSM8K's: each model answers each once, greedily. What counts of an
 answer, behind </think>: what stands behind its last "####" or in its last \boxed{}, whichever comes later, or
-else all of it. If the reference is a number, so is the last number in that; else texts are compared.
+else all of it. If the reference is a number, so is the first number of what is marked, or the last one of
+all; else texts are compared.
 
 **Loss**: mean negative log-likelihood, in nats a token, of documents, each counted alike: a `text`, or the
 answer to a question, maybe behind an `opening` that is given. All models read the same text, no <think>.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from lib.sampler import sample
 from lib.sources import read_table, text_of
 
 SHOWN = "{}: {} {mean:.3f} [{low:.3f}, {high:.3f}]"
-MARK = re.compile(r"####([^\n]*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+MARK = re.compile(r"####([^\n]*)|\\boxed\{")
 # 1,234 or 1234 or 1,234.5 or .5; the sign is no minus behind a digit or a word (10-3, twenty-3)
 NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 
@@ -58,23 +60,36 @@ class Settings(Common):
         return [self.file, *(text.partition("=")[2] for text in self.models)]
 
 
-def final_part(text: str) -> str:
-    r"""What is marked as the answer: a number behind "####", or in \boxed{}, the later one; else all that
-    stands behind the last "####", which may be a heading, or the whole text.
+def marked(text: str) -> str:
+    r"""What is marked as the answer: a line with a number behind "####", or \boxed{...}; the last one, or "".
 
-    >>> final_part("2 + 3 = 5\n#### 5"), final_part("#### Result\nIt is \\boxed{1/2}.")
-    ('5', '1/2')
+    >>> marked("2 + 3 = 5\n#### 5"), marked("#### Result\nIt is \\boxed{\\frac{\\sqrt{3}}{2}}.")
+    ('5', '\\frac{\\sqrt{3}}{2}')
     """
-    marks = [mark for mark in MARK.finditer(text) if mark[1] is None or NUMBER.search(mark[1])]
-    return ((marks[-1][1] or marks[-1][2] or "") if marks else text.rpartition("####")[2]).strip()
+    found = ""
+    for mark in MARK.finditer(text):
+        depth, inside = 1, mark[1]
+        if inside is None:  # up to the brace that closes it
+            rest = text[mark.end() :]
+            depths = accumulate(((sign == "{") - (sign == "}") for sign in rest), initial=depth)
+            found = rest[: next((end - 1 for end, depth in enumerate(depths) if depth == 0), len(rest))]
+        elif NUMBER.search(inside):  # else it is a heading
+            found = inside
+    return found.strip()
 
 
 def verdict(answer: str, reference: str) -> tuple[str, bool]:
-    """(what was taken from the answer, whether it is right). Nothing found, "", is wrong."""
-    said, right = (final_part(text).replace("\u2212", "-").replace("$", "") for text in (answer, reference))
-    said, right = (text.strip(" .,;:!?%*()[]{}'\"") for text in (said, right))
-    if NUMBER.fullmatch(right):
-        said = ["", *NUMBER.findall(said)][-1]
+    """(what was taken from the answer, whether it is right). Nothing found, "", is wrong.
+
+    Where a number is asked for, it is the first one of what is marked, else the last one of all.
+    """
+    mark, right = marked(answer), marked(reference) or reference
+    said = mark or answer.rpartition("####")[2]
+    for written, meant in {"\u2212": "-", "$": "", "{,}": ",", "\\,": ""}.items():
+        said, right = said.replace(written, meant), right.replace(written, meant)
+    said, right = (text.strip(" .,;:!?%*()[]'\"") for text in (said, right))
+    if NUMBER.fullmatch(right) and "\\frac" not in mark:
+        said = (NUMBER.findall(said) or [""])[0 if mark else -1]
         return said, said != "" and float(said.replace(",", "")) == float(right.replace(",", ""))
     said, right = (" ".join(text.casefold().split()) for text in (said, right))
     return said, said == right != ""

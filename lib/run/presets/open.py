@@ -41,6 +41,7 @@ EVAL = {
     "max_batch_tokens": 65536,
     "limit": 200,
     "behaviours": 50,
+    "mutation": 0.2,  # AutoDAN's 0.01 is for 256 prompts; of 24, it would hardly ever rewrite one
     "gcg_steps": 100,
     "gcg_width": 256,
     "gcg_top_k": 256,
