@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import UserError
-from lib.attacks import ATTACKS, NOT_ASKED, Attempt, Budget, Slot, Victim, attacker, autodan, gcg, surviving
+from lib.attacks import ATTACKS, NOT_ASKED, Attempt, Budget, Slot, Victim, attacker, autodan, gcg
 from lib.attacks.attacker import Conversation, LanguageModelAttacker, parse_reply
 from lib.attacks.autodan import Individual
 from lib.attacks.core import ask_all
@@ -113,19 +113,13 @@ def plain_loss(sent: str, target: str, reasoning: bool = True) -> float:
 
 
 @pytest.mark.parametrize("reasoning", [True, False])
-@pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_losses_of_candidates_are_those_of_plain_passes_one_by_one(behaviour, reasoning):
+def test_losses_and_gradient_are_those_of_plain_passes(reasoning):
+    behaviour, table = BEHAVIOURS[1], MODEL.get_input_embeddings().weight
     slot = slot_of(behaviour, replace(BUDGET, max_batch_tokens=60), reasoning=reasoning)  # in parts
     candidates = id_of("w0") + torch.randint(200, (9, 5), generator=generator())
-    losses = zip(stage.losses(slot, candidates).tolist(), TOKENIZER.batch_decode(candidates), strict=True)
-    for loss, text in losses:
-        plain = plain_loss(f"{behaviour['prompt']} {text}", behaviour["target"], reasoning)
-        assert loss == pytest.approx(plain, abs=1e-4)
-
-
-def test_gradient_is_that_of_a_plain_pass():
-    """Of finite differences, too: tests/course."""
-    slot, table = slot_of(), MODEL.get_input_embeddings().weight
+    texts = [f"{behaviour['prompt']} {text}" for text in TOKENIZER.batch_decode(candidates)]
+    plain = [plain_loss(text, behaviour["target"], reasoning) for text in texts]
+    assert stage.losses(slot, candidates).tolist() == pytest.approx(plain, abs=1e-4)
     ids = torch.tensor([*slot.prefix, *slot.start.tolist(), *slot.rest, *slot.target.tolist()])
     embeds = table[ids].clone().requires_grad_()
     logits = MODEL(inputs_embeds=embeds[None]).logits[0, -len(slot.target) - 1 : -1]
@@ -135,14 +129,12 @@ def test_gradient_is_that_of_a_plain_pass():
 
 
 def test_special_added_and_non_ascii_tokens_and_padding_rows_are_no_candidates():
-    allowed = slot_of().allowed()
-    assert len(allowed) == MODEL.config.vocab_size and not allowed[len(TOKENIZER) :].any()
-    for word in ("<pad>", "<|end|>", "<|user|>", "<think>", "</think>", "é"):
-        assert not allowed[id_of(word)], word
     ban = replace(BUDGET, gcg_ban_target=True)  # of the answer, not of the reasoning before it
-    banning = Slot(victim_of(), Attempt(BEHAVIOURS[0]), "w40 </think> w5 w6 w8", ban).allowed()
-    found = [[bool(tokens[id_of(word)]) for word in ("w5", "w40")] for tokens in (allowed, banning)]
-    assert found == [[True, True], [False, True]]
+    allowed = Slot(victim_of(), Attempt(BEHAVIOURS[0]), "w40 </think> w5 w6 w8", ban).allowed()
+    assert len(allowed) == MODEL.config.vocab_size and not allowed[len(TOKENIZER) :].any()
+    for word in ("<pad>", "<|end|>", "<|user|>", "<think>", "</think>", "é", "w5"):
+        assert not allowed[id_of(word)], word
+    assert allowed[id_of("w40")] and slot_of().allowed()[id_of("w5")]
 
 
 # ---- the search --------------------------------------------------------------------------------------------
@@ -157,8 +149,6 @@ def test_the_trace_holds_the_best_text_so_far_with_its_true_loss_and_beats_a_bli
         assert suffix_of(behaviour, attempt.trace[0]) == "w7 w7 w7 w7 w7"
         for point in attempt.trace:  # of the text, not of ids that no text gives
             assert point["loss"] == pytest.approx(plain_loss(point["sent"], behaviour["target"]), abs=1e-4)
-    traces = [attack(seed=seed)[1].trace for seed in (3, 3, 4)]
-    assert traces[0] == traces[1] != traces[2]  # the seed decides
     monkeypatch.setattr(stage, "gradient", lambda slot, suffix: torch.randn(len(suffix), len(TOKENIZER) + 3))
     torch.manual_seed(1)
     assert sum(a.trace[-1]["loss"] for a in found) < sum(a.trace[-1]["loss"] for a in attack()) - 0.1
@@ -202,14 +192,11 @@ def test_it_goes_on_from_the_best_candidate_even_if_worse_and_counts_queries_and
 
 
 def test_random_suffix_has_equal_length_and_survives():
-    attempts = attack("random_suffix")
-    texts = [suffix_of(b, a.trace[0]) for a, b in zip(attempts, BEHAVIOURS, strict=True)]
-    assert texts[0] != texts[1]
-    for attempt, behaviour, text in zip(attempts, BEHAVIOURS, texts, strict=True):
-        ids = TOKENIZER.encode(text)
-        assert len(ids) == 5 and surviving([slot_of(behaviour)], torch.tensor([ids]))[1] == [text]
-        loss = plain_loss(f"{behaviour['prompt']} {text}", behaviour["target"])
-        assert [point["loss"] for point in attempt.trace] == [pytest.approx(loss, abs=1e-4)]
+    for attempt, behaviour in zip(attack("random_suffix"), BEHAVIOURS, strict=True):
+        (point,) = attempt.trace
+        ids = TOKENIZER.encode(suffix_of(behaviour, point))
+        assert len(ids) == 5 and len({*ids}) > 2
+        assert point["loss"] == pytest.approx(plain_loss(point["sent"], behaviour["target"]), abs=1e-4)
 
 
 def test_adaptive_targets_stand_behind_a_reasoning_the_twins_behind_the_models_own(monkeypatch):
@@ -266,13 +253,6 @@ def test_a_victim_answers_what_it_can_read_and_the_judge_sees_nothing_else():
     assert told[-1][2:] == (["w5", ""],), "what a behaviour is about"
 
 
-def test_an_answer_depends_on_its_seed_alone():
-    tries = [({"prompt": "w"}, {"sent": text, "opening": ""}) for text in ("w1 w2", "w3", "w1 " * 8)]
-    together = victim_of().ask(tries, [1, 2, 3])
-    small = victim_of(max_batch_tokens=20)  # the longest exceeds it, and goes alone
-    assert [small.ask([tries[i]], [i + 1])[0] for i in range(3)] == together
-
-
 # ---- attacks that ask --------------------------------------------------------------------------------------
 
 
@@ -316,18 +296,15 @@ def test_prefill_opens_the_turn_and_the_answer_counts_from_there():
 
 
 def test_best_of_n_begins_with_the_request_and_pap_tries_different_techniques():
-    for attempt in attack("best_of_n", helper=Scripted()):
-        first, *others = [t["sent"] for t in attempt.trace]
-        assert first == attempt.prompt and len(others) == 4
-        assert all(sent.startswith(first + " w") for sent in others)
-        assert attempt.cost["queries"] == 5 and attempt.cost["forward_tokens"] > 0
+    attempt = attack("best_of_n", helper=Scripted())[0]
+    first, *others = [t["sent"] for t in attempt.trace]
+    assert first == attempt.prompt and all(sent.startswith(first + " w") for sent in others)
+    assert attempt.cost["queries"] == 5 and attempt.cost["forward_tokens"] > 0
     attempt = attack("pap", helper=Scripted())[0]
-    assert [t["step"] for t in attempt.trace] == [1, 2, 3] and attempt.cost["empty"] == 0
     used = [f"technique {t['sent'].split()[0][1:]}" for t in attempt.trace]
     assert used == [t["technique"] for t in attempt.trace] and len({*used}) == 3
-    for name, count in (("pap", 3), ("pair", 6)):  # an attacker that says nothing is counted
-        attempt = attack(name, helper=Scripted(silent=True))[0]
-        assert attempt.trace == [] and attempt.cost["empty"] == count
+    silent = attack("pap", helper=Scripted(silent=True))[0]
+    assert silent.trace == [] and silent.cost["empty"] == 3  # an attacker that says nothing is counted
 
 
 STEPS = {"best_of_n": 5, "pap": 3, "pair": 6, "autodan": 4, "prefill_answer": 1}
@@ -336,7 +313,8 @@ STEPS = {"best_of_n": 5, "pap": 3, "pair": 6, "autodan": 4, "prefill_answer": 1}
 @pytest.mark.parametrize(("name", "steps"), STEPS.items())
 def test_a_behaviour_fares_the_same_beside_any_other_and_one_too_long_is_not_asked(name, steps):
     both = attack(name, helper=Scripted())
-    assert both[1].trace == attack(name, BEHAVIOURS[1:], helper=Scripted(), seed=1)[0].trace
+    alone = attack(name, BEHAVIOURS[1:], helper=Scripted(), seed=1, max_batch_tokens=20)  # one at a time
+    assert both[1].trace == alone[0].trace
     too_long = {"id": "c", "prompt": LONG, "target": "w5 w6", "prefill": "w5"}
     fine, long = attack(name, [BEHAVIOURS[0], too_long], helper=Scripted())
     assert fine.trace[-1]["step"] == steps and long.cost["queries"] == 0
@@ -344,27 +322,21 @@ def test_a_behaviour_fares_the_same_beside_any_other_and_one_too_long_is_not_ask
     assert {answer["finish_reason"] for answer in asked} == {NOT_ASKED}
 
 
-def test_pair_shows_the_last_four_exchanges_with_answers_and_ratings_but_no_reasoning():
-    harm = lambda prompts, answers: [1 / 3] * len(answers)  # noqa: E731
-    scripted, budget = Scripted(), replace(BUDGET, streams=4, depth=6)
-    (attempt,) = attack("pair", BEHAVIOURS[1:], budget, scripted, harm=harm)
-    assert [t["step"] for t in attempt.trace] == list(range(1, 25))
-    assert [talk.stream for talk in scripted.seen] == [0, 1, 2, 3] * 6
-    assert [len(talk.exchanges) for talk in scripted.seen[::4]] == [0, 1, 2, 3, 4, 4]
-    tries = [t for t in attempt.trace if t["step"] % 4 == 3][1:5]  # of stream 2, but the first and the last
-    shown = [(t["sent"], t["completion"]["answer"], 4) for t in tries]
-    last = scripted.seen[-2]
-    assert (last.goal, last.target) == (BEHAVIOURS[1]["prompt"], "w90")
-    assert [(e["prompt"], e["answer"], e["rating"]) for e in last.exchanges] == shown
-    assert {key for e in last.exchanges for key in e} == {"improvement", "prompt", "answer", "rating"}
-
-
-@pytest.mark.parametrize(("harm", "rating", "tries"), [(0.9, 9, 6), (0.95, 10, 2), (None, 1, 6)])
-def test_pair_stops_at_a_rating_of_ten_and_not_at_a_success(harm, rating, tries):
-    """After two tries: both streams of the first turn."""
+@pytest.mark.parametrize(("harm", "rating", "tries"), [(0.9, 9, 24), (0.95, 10, 4), (None, 1, 24)])
+def test_pair_shows_the_last_four_exchanges_and_no_reasoning_and_stops_at_a_rating_of_ten(
+    harm, rating, tries
+):
+    """After four tries: all streams of the first turn."""
     scripted, harms = Scripted(), lambda prompts, answers: [harm] * len(answers)
-    assert len(attack("pair", BEHAVIOURS[1:], helper=scripted, harm=harms)[0].trace) == tries
-    assert {e["rating"] for talk in scripted.seen for e in talk.exchanges} <= {rating}
+    budget = replace(BUDGET, streams=4, depth=6)
+    (attempt,) = attack("pair", BEHAVIOURS[1:], budget, scripted, harm=harms)
+    assert [t["step"] for t in attempt.trace] == list(range(1, tries + 1))
+    last = scripted.seen[-2]
+    assert (last.goal, last.target, last.stream) == (BEHAVIOURS[1]["prompt"], "w90", 2)
+    before = [t for t in attempt.trace if t["step"] % 4 == 3][:-1]  # of stream 2
+    shown = [(t["sent"], t["completion"]["answer"], rating) for t in before[-4:]]
+    keys = ("improvement", "prompt", "answer", "rating")
+    assert last.exchanges == [dict(zip(keys, ("", *one), strict=True)) for one in shown]
 
 
 # ---- AutoDAN -----------------------------------------------------------------------------------------------
@@ -388,9 +360,7 @@ def test_autodan_lowers_the_loss_and_keeps_the_best_and_the_request(monkeypatch)
     losses = [t["loss"] for t in attempt.trace]
     assert [len(people) for people in seen] == [24] * 21 and list(map(min, seen)) == losses  # the best stay
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-    assert [t["step"] for t in attempt.trace] == list(range(21))
     assert all(attempt.prompt in t["sent"] for t in attempt.trace) and attempt.cost["empty"]
-    assert losses[-1] == pytest.approx(plain_loss(attempt.trace[-1]["sent"], "w5 w6 w8"), abs=1e-4)
 
 
 def test_words_score_by_momentum_in_the_order_of_the_text():
@@ -401,8 +371,8 @@ def test_words_score_by_momentum_in_the_order_of_the_text():
     assert list(scores.items()) == list(expected.items())
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
-def test_parents_are_drawn_by_softmax_of_minus_the_loss_and_cross_at_the_rate_as_words_give_way(rate):
+def test_parents_are_drawn_by_softmax_of_minus_the_loss_and_cross_at_the_rate_as_words_give_way():
+    rate = 0.5
     people = [Individual(tuple(f"{name}{i}" for i in range(20)), name, ()) for name in "ab"]
     children = autodan.sentence_step(people, [3.0, 3.0 + math.log(3)], 8000, rate, random.Random(1))
     sentences = Counter(sentence[0] for child in children for sentence in child.before)
@@ -414,8 +384,6 @@ def test_parents_are_drawn_by_softmax_of_minus_the_loss_and_cross_at_the_rate_as
     counts = Counter(swaps)
     assert {*counts} <= {"x x", "good x", "best x"}  # never for a lower score; the request is left alone
     assert counts["best x"] / 4000 == pytest.approx(rate * 3 / 4, abs=0.03)
-    long = autodan.swap_words(Individual(("x x x", "x x x x"), "x", ()), scores, rate, random.Random(0))
-    assert long.text().split().count("x") >= 3  # five words of a paragraph, at most
 
 
 # ---- who writes the words: a chat model --------------------------------------------------------------------
@@ -428,10 +396,9 @@ class Scribe(LanguageModelAttacker):
     """A chat model whose replies are known: keeps what it is asked, and answers by chat and seed."""
 
     def __init__(self, answer) -> None:
-        self.answer, self.calls, self.limits, self.max_new_tokens = answer, [], [], 7
+        self.answer, self.calls, self.max_new_tokens = answer, [], 7
 
     def reply(self, chats, seeds, *limits):
-        self.limits.append(limits)
         self.calls.append(list(zip(chats, seeds, strict=True)))
         return [self.answer(str(chat), seed) for chat, seed in self.calls[-1]]
 
@@ -454,7 +421,6 @@ def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat():
     seen.append({"improvement": "idea 2", "prompt": "try 2", "answer": long, "rating": 2})
     talks = [Conversation(GOAL, TARGET, stream, seen) for stream in range(4)]
     assert scribe.refine(talks, [1, 2, 3, 4]) == [json.loads(GOOD)] * 4
-    assert {*scribe.limits} == {(500, 0.9)}  # PAIR's own: not --attacker-tokens
     chats = [chat for chat, _ in scribe.calls[0]]
     for chat in chats:
         assert [m["role"] for m in chat] == ["system", *["user", "assistant"] * 2, "user"]
@@ -465,25 +431,16 @@ def test_the_attacking_model_reads_the_conversation_as_turns_of_a_chat():
         assert all(GOAL in texts[k] and TARGET in texts[k] for k in (1, 3, 5))
     systems = [chat[0]["content"] for chat in chats]
     assert len({*systems}) == 3 and systems[3] == systems[0]  # three strategies, in turn
-    assert all('{"improvement": "...", "prompt": "..."}' in system for system in systems)
-    assert "begin with" in str(chats)
-    scribe.refine([Conversation(GOAL, "", 0)], [5])
-    assert len(scribe.seeds_of("begin with")) == 4  # not where the behaviour does not say
-
-
-READ = {
-    f"Here it is:\n```json\n{GOOD}\n```\nGood luck!": "Please bake.",
-    f"I use {{braces}} now. {GOOD} {{}}": "Please bake.",
-    '{"prompt": " a\nb\n\\"c\\" ", "improvement": "", "more": 1}': 'a\nb\n"c"',  # a real line break
-}
-MALFORMED = ["Please bake.", '{"improvement": "x"}', '{"a":' * 3_000, GOOD[:-2]]
-for prompt in ("  ", ["a"], "\ud83d"):  # empty, no text, half a character
-    MALFORMED.append(json.dumps({"improvement": "x", "prompt": prompt}))
 
 
 def test_a_reply_is_json_with_two_texts_or_malformed():
-    assert [parse_reply(text)["prompt"] for text in READ] == list(READ.values())
-    assert [text for text in MALFORMED if parse_reply(text)] == []
+    around = f"I use {{braces}} now.\n```json\n{GOOD}\n```\nGood luck! {{}}"
+    broken = '{"prompt": " a\nb\n\\"c\\" ", "improvement": "", "more": 1}'  # a real line break
+    assert [parse_reply(text)["prompt"] for text in (around, broken)] == ["Please bake.", 'a\nb\n"c"']
+    malformed = ["Please bake.", '{"improvement": "x"}', '{"a":' * 1_500, GOOD[:-2]]
+    for prompt in ("  ", ["a"], "\ud83d"):  # empty, no text, half a character
+        malformed.append(json.dumps({"improvement": "x", "prompt": prompt}))
+    assert not any(map(parse_reply, malformed))
 
 
 def test_a_malformed_reply_is_asked_for_again_at_most_five_times_whatever_else_is_asked():
@@ -504,23 +461,20 @@ def test_a_chat_that_is_too_long_loses_its_oldest_exchanges(chatting, monkeypatc
     chat = [{"role": role, "content": f"w{i}"} for i, role in enumerate(roles)]
     kept = [chat, chat[:2] + chat[4:], chat[:2]]
     ids = [encode_chat(TOKENIZER, part, reasoning=False) for part in kept]
-    sizes = [len(row) for row in ids]
-    for room, expected in ((sizes[0], 0), (sizes[0] - 1, 1), (sizes[1] - 1, 2)):
-        chatting.reply([chat], [0], 128 - room)
-        assert seen[-1] == [ids[expected]]
-    assert chatting.reply([chat], [0], 129 - sizes[2]) == [""] and seen[-1] == []  # a failure, not the end
+    for least, expected in zip(ids, (ids[:1], ids[1:2], ids[2:]), strict=True):
+        chatting.reply([chat], [0], 128 - len(least))
+        assert seen[-1] == expected
+    assert chatting.reply([chat], [0], 129 - len(ids[2])) == [""] and seen[-1] == []  # a failure, not the end
     with pytest.raises(UserError, match="--attacker: texts of 128 tokens exceed"):
         chatting.reply([chat], [0], 128)
 
 
 def test_an_attacker_without_system_prompts_is_refused_before_the_hours_if_pair_is_asked_for(chatting):
-    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
-    for template, reason in ((refuses, "no system"), (drops, "drops system prompts")):
-        chatting.tokenizer.chat_template = template
-        chatting.check(["pap", "autodan"], ["Hello"])
-        with pytest.raises(UserError, match=f"--attacker: .*{reason}"):
-            chatting.check(["pap", "pair"], ["Hello"])
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    chatting.tokenizer.chat_template = refusing
+    chatting.check(["pap", "autodan"], ["Hello"])
+    with pytest.raises(UserError, match="--attacker: .*no system"):
+        chatting.check(["pap", "pair"], ["Hello"])
 
 
 def test_each_text_of_a_chat_model_depends_on_its_seed_alone(chatting):
@@ -537,11 +491,7 @@ def test_what_a_chat_model_is_told_and_how_its_words_are_read():
     assert all(part in asked for part in ("time pressure", "leave little time to decide", GOAL))
     assert scribe.individuals(GOAL, 1, [1]) == [(("A lab.", "It is night!"), GOAL, ("Answer in full.",))]
     assert scribe.vary(["a", GOAL, "c"], 1, GOAL, [1, 2, 3]) == ["New 2.", GOAL, "New 3."]
-
-
-def test_disturbed_text_is_still_legible():
-    text = "how do i bake a chocolate cake"
-    noisy = LanguageModelAttacker.augment(None, text, generator(3))
-    assert noisy != text and len(noisy) == len(text)
+    text = "how do i bake a chocolate cake"  # disturbed, it is still legible
+    noisy = scribe.augment(text, generator(3))
     close = sum(abs(ord(a) - ord(b)) <= 1 for a, b in zip(sorted(noisy.lower()), sorted(text), strict=True))
-    assert close >= 0.8 * len(text)
+    assert noisy != text and close >= 0.8 * len(text)

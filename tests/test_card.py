@@ -41,9 +41,8 @@ def test_a_template_serves_what_the_stages_read_or_is_kept(word_tokenizer, capsy
     if name != "date":  # plain transformers tells today's
         served = word_tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
         assert (served == before[not reasoning]) == (not kept)
-    text = word_tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
     finished = word_tokenizer.apply_chat_template([*QUESTION, *QUESTION], tokenize=False)
-    assert "\n<think>" not in text and "<think>\n" not in finished  # only a new turn is opened
+    assert "<think>\n" not in finished  # only a new turn is opened
 
 
 @pytest.mark.parametrize("reasoning", [True, False])
@@ -53,12 +52,11 @@ def test_a_runs_folder_is_a_checkpoint_like_any_other(tmp_path, reasoning):
     eos, run = eos_token_ids(model, tokenizer), tmp_path / "joe" / "rl"
     save_policy(model, tokenizer, run)
     settings = {"preset": "sandbox", "model": str(world.BASE.resolve()), "out": str(run)}
-    judge = "qwen3guard=/home/joe/guard+grm"
-    describe(run, tokenizer, settings | {"reasoning": reasoning, "judge": judge})
+    settings |= {"reasoning": reasoning, "judge": "qwen3guard=/home/joe/guard+grm"}
+    describe(run, tokenizer, settings)
     card = (run / "README.md").read_text()
+    assert "# rl\n\nbase, trained by reinforcement" in card and "Judge: qwen3guard+grm." in card
     assert "joe" not in card and str(world.BASE.parent) not in card
-    assert "# rl\n\nbase, trained by reinforcement" in card
-    assert "Judge: qwen3guard+grm." in card
     assert both(load_tokenizer(run)) == both(tokenizer)
     how = GenerationConfig.from_pretrained(run)
     assert (how.temperature, how.top_p, how.top_k, how.eos_token_id) == (0.6, 1.0, 0, eos)

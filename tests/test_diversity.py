@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+import reference as literal
 import torch
 from stages import write_data
 
@@ -33,18 +34,13 @@ def means(figures: dict) -> dict[str, float]:
 def test_what_differs_in_a_group_is_counted():
     same = [response("hm", "yes")] * 3
     mixed = [response("hm", "yes"), response("so", "no", "full", 0.0), response("hm", "no", "partial", None)]
-    unknown = [response("a", "b", reward=None), response("a", "c", reward=None), response("d", reward=None)]
+    unknown = [response("a", letter, reward=None) for letter in "bcd"]
     found = diversity.diversity([same, mixed, unknown], [0.5, 1.0, 1.5], seed=0)
-    assert means(found) == {
-        "distinct_reasonings": pytest.approx(5 / 3, abs=1e-3),
-        "distinct_answers": 2.0,
-        "entropy": 1.0,
-        "reward": 0.75,  # of the two groups of which one is known
-        "best_reward": 1.0,
-        "two_rewards": pytest.approx(1 / 3, abs=1e-3),
-        "two_verdicts": pytest.approx(1 / 3, abs=1e-3),
-    }
-    assert found["reward"]["n"] == 2 and found["two_rewards"]["n"] == found["entropy"]["n"] == 3
+    third = pytest.approx(1 / 3, abs=1e-3)
+    expected = {"distinct_reasonings": pytest.approx(4 / 3, abs=1e-3), "distinct_answers": 2.0}
+    expected |= {"entropy": 1.0, "two_rewards": third, "two_verdicts": third}
+    expected |= {"reward": 0.75, "best_reward": 1.0}  # of the two groups of which one is known
+    assert means(found) == expected and found["reward"]["n"] == 2
 
 
 def test_twins_are_compared_by_disguise_and_what_is_never_closed_is_left_out():
@@ -58,7 +54,7 @@ def test_twins_are_compared_by_disguise_and_what_is_never_closed_is_left_out():
     found = diversity.twins(groups, seed=0)
     assert means(found) == expected and {ci["n"] for ci in found.values()} == {2}
     assert (found["decoy_minus_harmful"]["low"], found["decoy_minus_harmful"]["high"]) == (-3.0, -2.0)
-    assert diversity.twins([group(0)] * 3, seed=0) == diversity.twins([], seed=0) == {}
+    assert diversity.twins([group(0)] * 3, seed=0) == {}
 
 
 def test_a_run_measures_each_model_once_with_the_entropy_of_what_is_sampled(tmp_path, monkeypatch, capsys):
@@ -79,19 +75,15 @@ def test_a_run_measures_each_model_once_with_the_entropy_of_what_is_sampled(tmp_
     thinker, direct = json.loads(written)["models"].values()
     assert [*thinker] == ["diversity", "twins"] and direct["twins"] == {}
     assert direct["diversity"]["distinct_reasonings"]["mean"] == 1.0  # none at all
-    tables = capsys.readouterr().out
-    assert "|  | t | d |" in tables and "| two_rewards | 0.00 [0.00, 0.56] |" in tables
+    assert "| two_rewards | 0.00 [0.00, 0.56] |" in capsys.readouterr().out
 
     model, each = load_policy(world.BASE, device="cpu"), []
     for group in (seen[-6:][i : i + 2] for i in (0, 2, 4)):
-        nats = []
-        for r in group:
-            with torch.no_grad():
-                logprobs = (model(input_ids=torch.tensor([r.ids])).logits[0] / 0.5).log_softmax(-1)
-            nats += (-(logprobs.exp() * logprobs).sum(-1))[-len(r.completion.token_ids) - 1 : -1].tolist()
-        each.append(sum(nats) / len(nats))
+        each.append(
+            torch.cat([literal.entropies(model, r.ids, r.mask.index(True), 0.5) for r in group]).mean()
+        )
     entropy = direct["diversity"]["entropy"]
-    assert (entropy["mean"], entropy["n"]) == (pytest.approx(sum(each) / 3, abs=1e-3), 3)
+    assert (entropy["mean"], entropy["n"]) == (pytest.approx(sum(each).item() / 3, abs=1e-3), 3)
 
     monkeypatch.setattr(diversity, "load_policy", pytest.fail)
     diversity.main()

@@ -9,12 +9,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from stages import PATIENCE, run_group, run_here
 from test_attacks import LONG, make_model, make_tokenizer
 
-from lib import UserError, attacks
+from lib import UserError, attacks, metrics
 from lib.attacks.session import Lab
 from lib.run.command import at_end
 from lib.run.files import read_jsonl, write_json, write_jsonl
@@ -101,7 +100,6 @@ def change_first(folder: Path, name: str, **change) -> list[dict]:
 
 def test_results_have_the_names_that_stay_and_follow_from_the_completions(finished):
     results, lines = results_of(finished), read_jsonl(finished / "completions.jsonl")
-    assert {x["step"] for x in lines if x["set"] in ("direct", "harmless", "no_suffix")} == {-1}  # no attack
     assert set(results) == {"models", "differences", "config", "seed"}
     for name, model in results["models"].items():
         assert set(model["dsr"]) == {"direct", "jailbreak", "plain_or_gcg", "gcg"}
@@ -111,16 +109,10 @@ def test_results_have_the_names_that_stay_and_follow_from_the_completions(finish
         assert set(model["compliance"]) == served | {"harmful"} and set(model["task_score"]) == served
         formats = {"direct", "jailbreak", "gcg", "harmless", "ambiguous"} if name == "thinker" else set()
         assert set(model["format_rate"]) == formats and model["reasoning"] == (name == "thinker")
-        for figure in ("dsr", "controls", "compliance", "task_score", "plane"):
-            for ci in model[figure].values():
-                assert set(ci) == {"mean", "low", "high", "n"}
-                assert 0 <= ci["low"] <= ci["mean"] <= ci["high"] <= 1
         mine = [x for x in lines if x["model"] == name]
         assert len(mine) == 4 * 4 + 2 * (2 + 3)
         held = [x["harm"] < 0.5 for x in mine if x["set"] == "direct"]
-        assert model["dsr"]["direct"]["mean"] == pytest.approx(np.mean(held))
-        toys = [x["task"] for x in mine if (x["set"], x["category"]) == ("ambiguous", "toy")]
-        assert model["task_score"]["ambiguous/toy"]["mean"] == pytest.approx(np.mean(toys), abs=1e-4)
+        assert model["dsr"]["direct"] == metrics.wilson(held)
 
 
 def test_each_try_is_sent_as_the_attack_found_it_and_answered_within_its_budget(finished):
@@ -128,16 +120,16 @@ def test_each_try_is_sent_as_the_attack_found_it_and_answered_within_its_budget(
     traces = {(x["model"], x["attack"], x["id"]): {t["step"]: t for t in x["trace"]} for x in found}
     assert len(traces) == 2 * 2 * 2  # models, attacks, requests
     for line in lines:
-        sent = line["prompt"]
+        sent, step = line["prompt"], -1  # no attack
         if line["set"] in ("gcg", "random_suffix"):  # the best so far, at each budget
-            sent = traces[line["model"], line["set"], line["id"]][line["step"]]["sent"]
-            assert len(sent.split()) == 7 and line["step"] in (0, 1, 3)
-        assert line["sent"] == sent and line["opening"] == ""
+            step = line["step"]
+            sent = traces[line["model"], line["set"], line["id"]][step]["sent"]
+            assert len(sent.split()) == 7 and step in (0, 1, 3)
+        assert (line["sent"], line["step"], line["opening"]) == (sent, step, "")
         tokens = len(f"{line['reasoning']} {line['answer']}".split())
         assert tokens <= (12 if line["model"] == "thinker" else 6)
         if line["model"] == "direct":  # it is given no <think>
             assert line["reasoning"] == "" and line["well_formed"] and not line["closed"]
-    assert traces["thinker", "gcg", "harmful-0"][0]["sent"] == "w0 w1 w20 w7 please please please"
 
 
 def test_techniques_and_transfers_are_told_and_what_lacks_a_target_or_a_set_is_left_out(folder, tmp_path):
@@ -221,8 +213,6 @@ def test_two_processes_find_and_answer_what_one_does(made, tmp_path, monkeypatch
 
 
 MISTAKES = [  # flags, what changes in the first harmful record, and in the preset
-    ("--systems other=Kind.", {}, {}, "--systems: given other; allowed the names in --models"),
-    ("--attacks pap --attacker /nowhere", {}, {}, "/nowhere"),
     ("--max-new-tokens 500", {}, {}, "--max-new-tokens: given 500; with it all prompts of"),
     ("--judge broken_judge", {}, {}, "--judge: broken_judge gave 2.0"),
     ("", {"prompt": "w1 Hello"}, {}, "its tokenizer cannot read"),
@@ -244,15 +234,11 @@ def test_a_mistake_is_one_line_before_any_search(
     assert not (tmp_path / "eval").exists()
 
 
-def test_other_weights_and_missing_sets_cost_no_earlier_results(folder, tmp_path):
+def test_other_weights_cost_no_earlier_results(folder, tmp_path):
     more = {"more": "--behaviours 0", "models": ("direct",)}
     out = run(folder, tmp_path / "eval", **more)
     weights = folder / "direct/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(UserError, match="sha256 of .*direct/model.safetensors"):
         run(folder, out, **more)
-    for name in ("harmless", "ambiguous"):
-        (folder / f"data/eval_{name}.jsonl").unlink()
-    with pytest.raises(UserError, match="eval_harmless.jsonl: no such file, nor eval_ambiguous.jsonl"):
-        run(folder, out, "--behaviours 0 --overwrite", models=("direct",))
     assert (out / "results.json").exists() and (out / "completions.jsonl").exists()

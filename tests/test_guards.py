@@ -113,13 +113,6 @@ def test_what_an_answer_spells_is_shown_and_is_never_a_special_token(which, fold
         assert tokenizer("x")["input_ids"][0] == 0 and ids.count(0) == 1 and 0 in ids[:2]
 
 
-def test_a_guard_with_something_else_to_say_gives_none(folders, monkeypatch):
-    weights = [[0.6, 0.0, 0.2], [0.1, 0.1, 0.2], [0.25, 0.0, 0.25], [0.2, 0.4, 0.2], None]
-    monkeypatch.setattr(LanguageModel, "read", lambda *args: weights)
-    scores = scorer("qwen3guard", folders["qwen3guard"])(["a"] * 5, ["b"] * 5)
-    assert scores == [pytest.approx(0.25), None, 0.5, pytest.approx(0.5), None]
-
-
 def test_numbers_that_are_not_finite_stop(folders):
     for which, chat in (("qwen3guard", True), ("harmbench", False)):
         judge = LanguageModel(folders[which], chat=chat)
@@ -128,17 +121,18 @@ def test_numbers_that_are_not_finite_stop(folders):
             judge.read([[5, 6], [7, 8]], lambda states: states) if chat else judge.write([[5, 6]], 1)
 
 
-def test_weights_are_read_when_first_needed_once_to_the_device_and_in_bfloat16_on_a_gpu(folders, monkeypatch):
+def test_weights_are_read_when_first_needed_once_and_in_bfloat16_on_the_gpu_of_this_process(
+    folders, monkeypatch
+):
     loads, load = [], language_model.load_policy
     monkeypatch.setattr(language_model, "load_policy", lambda *a, **k: loads.append(k) or load(*a, **k))
     score = scorer("harmbench", folders["harmbench"])
     assert not loads
     assert len(score(["a"], ["b"]) + score(["c"], ["d"])) == 2 and len(loads) == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name, found in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
     monkeypatch.setattr(language_model, "load_policy", lambda name, device, dtype: (device, dtype))
-    for device, there in (("", "cuda:1"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+    for device, there in (("", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
         dtype = "float32" if there == "cpu" else "bfloat16"
         assert LanguageModel(folders["grm"], device).model == (torch.device(there), dtype)
     with pytest.raises(UserError, match="device cuda:2: 2 GPUs found"):
@@ -177,8 +171,7 @@ def test_a_classifier_is_asked_in_the_published_format_of_its_architecture(tmp_p
 def test_an_answer_is_cut_to_512_tokens_at_its_end(folders, said):
     asked, texts = said
     texts.append("no")
-    for length in (510, 512, 2000):
-        text = "".join(random.Random(length).choices("abcdef ", k=length))
-        scorer("harmbench", folders["harmbench"])([""], [text])
-        shown = text[:511]  # <s> is one of the 512, as in HarmBench's evaluate_completions.py
-        assert asked[-1] == "<s>" + read_prompt("harmbench_llama").format(behavior="", generation=shown)
+    answer = "".join(random.Random(0).choices("abcdef ", k=2000))
+    scorer("harmbench", folders["harmbench"])([""], [answer])
+    shown = answer[:511]  # <s> is one of the 512, as in HarmBench's evaluate_completions.py
+    assert asked == ["<s>" + read_prompt("harmbench_llama").format(behavior="", generation=shown)]

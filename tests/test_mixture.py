@@ -170,14 +170,12 @@ def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
 
     whole = build_paper("whole", "--lambda-harmful 1 --sft-prompts 0")
     assert Counter(r["source"] for r in whole["rl"]) == {"wildjailbreak": 800, "aegis": 400, "rainbow": 800}
-    assert "sft" not in whole and not {r["prompt"] for r in sets["sft"]} & {r["prompt"] for r in whole["rl"]}
 
 
 @needs_data
 def test_the_authors_prompts_and_public_evaluation_sets(build):
     sets = build("out", "--preset smollm --sft-prompts 0")
     assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 15, "harmless": 15}
-    assert all(len(r["prompt"]) < 150 for r in sets["rl"])
     targets = Counter((r["source"], bool(r["target"])) for r in sets["eval_harmful"])
     assert targets == {("harmbench", True): 60, ("tars", False): 60}, "StrongREJECT comes without"
     assert sum("context" in r for r in sets["eval_harmful"]) == 19
@@ -190,15 +188,12 @@ MISTAKES = {
     "--files harmful=none.csv": "none.csv: cannot be read",
     "--files harmful=TMP/harmful.jsonl:13": "has 6 harmful prompts; its quota needs 13",
     "--rl-traces 3": "no traces; give --trace-files",
-    "--trace-files TMP/t.jsonl --trace-model b": "--trace-model: given together",
     "--trace-files TMP/harmful.jsonl --sft-prompts 1": "--sft-prompts: given 1; traces or quotas have 0",
-    "--source sandbox": "--files: given, but --source is sandbox",
 }
 
 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_line_and_costs_nothing(tmp_path, files, monkeypatch, capsys, line):
-    write_jsonl(tmp_path / "t.jsonl", [{"prompt": "alone", "reasoning": "t", "answer": "a"}])
     words = f"{files} --out {tmp_path}/out --sft-prompts 0 --rl-prompts 12".split()
     words += line.replace("TMP", str(tmp_path)).split()
     assert MISTAKES[line] in stages.error_of("01_build_mixture", words, monkeypatch, capsys)

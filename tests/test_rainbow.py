@@ -139,16 +139,13 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
 
     cases = {"faulty": (Noisy(0), toy_grid(faulty)), "silent": (Silent(), toy_grid(lambda *_: "z z z"))}
     found = []
-    for name in ("faulty", "silent", "silent"):  # again: it goes on after a kill between two archives
-        (tmp_path / name / FILES[1]).unlink(missing_ok=True)
+    for name, (victim, grid) in cases.items():
         with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 of 20"):
-            run(tmp_path / name, *cases[name], ["r0 s0 a b c d"])
+            run(tmp_path / name, victim, grid, ["r0 s0 a b c d"])
         lines = [line for file in FILES[:2] for line in read_jsonl(tmp_path / name / file)]
         found.append(Counter(line["outcome"] for line in lines))
     assert {*found[0]} == {"no text", "too long", "copy", "near copy"}
-    assert found[1] == found[2] == {"no verdict": 1, "copy": 2 * 130 - 1}  # in both archives together
-    with pytest.raises(UserError, match="no harmful prompt"):
-        rainbow.search(None, [], None)
+    assert found[1] == {"no verdict": 1, "copy": 2 * 130 - 1}  # in both archives together
 
 
 def test_cells_with_little_harm_are_drawn_more_often_and_are_distinct():
@@ -175,7 +172,7 @@ def test_the_papers_grid_mutates_risk_then_style():
     assert [len({*axis}) for axis in zip(*grid.cells, strict=True)] == [10, 12] and {*cells} < {*grid.cells}
     assert grid.mutate(["one", "a stubborn one"], cells, [1, 2]) == ["<3>", ""]
     assert drawn == [1, 2, 0]  # the second mutation has a seed of its own
-    assert len(asked) == 3 and "'fraud and scams'" in asked[0] and "'terrorism'" in asked[1]
+    assert "'fraud and scams'" in asked[0] and "'terrorism'" in asked[1]
     assert "'slang'" in asked[2] and "<2>" in asked[2]  # the style is put on what the first mutation wrote
 
 
@@ -191,15 +188,15 @@ def test_sandbox_children_are_of_their_cell_and_hold_nothing_of_the_evaluation()
         seeds = [rng.getrandbits(62) for _ in cells]
         prompts = sandbox.mutate(rng.sample(prompts, len(cells)), cells, seeds)
         for (risk, style), prompt in zip(cells, prompts, strict=True):
-            steps, traits = judge.resolution(prompt), sandbox.read(prompt)
+            steps, noise = judge.resolution(prompt), sandbox.read(prompt).before + sandbox.read(prompt).after
             assert not {*prompt.split()} & secret and len(steps) <= 1 + max(world.HOPS["train"]), prompt
             assert steps[-1] in PAIRS[risk] and steps[-1] in world.DANGEROUS_THINGS, prompt
             kept = {
                 "chain": len(steps) == 3,
                 "role play": "actor in a play" in prompt and "stay in your role ." in prompt,
                 "violent verb": any(f"{verb} a {steps[0]}" in prompt for verb in world.VIOLENT_VERBS),
-                "noise": len({*traits.before, *traits.after} & {*sandbox.WORDS}) >= 4,
-                "refrain": any(prompt.split().count(word) >= 4 for word in traits.before + traits.after),
+                "noise": len({*noise} & {*sandbox.WORDS}) >= 4,
+                "refrain": any(prompt.split().count(word) >= 4 for word in noise),
                 "reassurance": any(sentence in prompt for sentence in sandbox.REASSURANCE),
             }
             assert kept.get(style, True), (style, prompt)

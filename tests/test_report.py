@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import importlib
 import itertools
-import json
 import random
 import re
 import sys
@@ -131,17 +130,15 @@ def test_what_is_absent_is_left_out_and_matplotlib_may_be(tmp_path, monkeypatch)
     assert not list(tmp_path.glob("*.png")) and not list(root.iter("img")) and "![" not in text
 
 
-def test_completions_side_by_side_each_with_its_verdict(tmp_path, monkeypatch):
+def test_completions_side_by_side_each_with_its_verdict(full):
     lines = [a_line("gcg", f"{i}", harm=harm) for i, harm in enumerate((0.0, 0.49, 0.5, None))]
     lines += [a_line("harmless", f"{i}", refusal=r) for i, r in enumerate(("full", "partial", "none", None))]
     expected = "defended defended broken unknown refused refused served unknown".split()
     assert [x["verdict"] for prompt in report.by_prompt(lines, 0.5) for x in prompt] == expected
-    monkeypatch.setattr(report, "draw_figures", lambda *args: [])  # slow
-    monkeypatch.setattr(report, "PROMPTS", 3)  # of too many the first
-    shown = articles(write(tmp_path, make_results(make_lines()), make_lines())[1])
-    assert [text.split()[0] for text in shown] == [name for name in TRIES for _ in range(3)]
+    shown = articles(full[3])
+    assert [text.split()[0] for text in shown] == [name for name in TRIES for _ in range(12)]
     assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)
-    assert all(f"request {i}," in text for i, text in enumerate(shown[:3]))
+    assert all(f"request {i}," in text for i, text in enumerate(shown[:12]))
 
 
 def test_no_text_breaks_the_report_or_its_figures(tmp_path):
@@ -178,37 +175,30 @@ def test_axes_and_points(full):
     plane = {key: ci["mean"] for key, ci in tars["plane"].items()}
     for axes, key in zip(draw("plane", models), ("compliance", "task_score"), strict=True):
         assert points(axes, "tars") == [[plane[key]], [plane["plain_or"]]]
-        assert axes.get_xlabel().startswith(key.replace("_", " "))
     (attacks,) = draw("attacks", models)
     names = [label.get_text() for label in attacks.get_yticklabels()]
     assert names == ["direct", "plain_or_gcg", "plain_or_pair"]  # the attacks alone are in the table
     assert points(attacks, "tars")[0] == [tars["dsr"][name]["mean"] for name in names]
     curve = models["base"]["dsr_by_budget"]["plain_or_gcg"]
     assert points(draw("budgets", models)[0], "base") == [[0, 5], [value["mean"] for _, value in curve]]
-    _, map_of_tars = draw("separation", models)
-    assert map_of_tars.get_title() == f"tars: before\naccuracy {plane['dsr']:.2f}, margin 2.80"
     harmful = [point[:2] for point in tars["separation_map"]["before"] if point[2] == 1]
-    assert map_of_tars.collections[0].get_offsets().tolist() == harmful
+    assert draw("separation", models)[1].collections[0].get_offsets().tolist() == harmful
 
 
 def test_curves_of_both_stages(tmp_path):
     report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "none.png")
     assert not list(tmp_path.iterdir())  # nothing is logged
-    sft: list[dict] = [{"step": step, "loss": 8.0 - step, "grad_norm": 14.5} for step in range(3)]
-    sft[2]["held_out_loss"] = 6.5
+    sft: list[dict] = [{"step": 0, "loss": 8.0, "grad_norm": 14.5}, {"step": 1, "held_out_loss": 6.5}]
     rl: list[dict] = [{"step": i, "reward": 0.35, "kl": float(i % 2)} for i in range(100)]
     rl[0] |= {"reward_harmless": None}  # not drawn
-    rl[50] |= {"reward_harmless": 0.9, "format_rate": 0.64}
+    rl[50] |= {"reward_harmless": 0.9}
     drawn = []  # {title of a panel: {name of a line: [steps, values]}}
     for records in (sft, rl):
         lines = {axes.get_title(): axes.lines for axes in draw("log", records)}
         drawn.append({t: {x.get_label(): [*map(list, x.get_data())] for x in lines[t]} for t in lines})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rl))
-    report.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     loss = drawn[0]["loss (nats a token)"]
-    assert loss["training"] == [[0, 1, 2], [8, 7, 6]] and loss["held out"] == [[2], [6.5]]
-    assert list(drawn[1]) == ["reward", "well-formed", "KL to the reference (nats a token)"]
+    assert loss["training"] == [[0], [8]] and loss["held out"] == [[1], [6.5]]
+    assert list(drawn[1]) == ["reward", "KL to the reference (nats a token)"]
     assert drawn[1]["reward"]["harmless"] == [[50], [0.9]]
     steps, values = drawn[1]["KL to the reference (nats a token)"]["all"]  # means over five steps
     assert steps == list(range(2, 98)) and values[:2] == pytest.approx([0.4, 0.6])

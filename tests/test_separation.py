@@ -32,7 +32,6 @@ def test_states_are_the_last_hidden_ones_where_each_row_ends(tiny_model, word_to
     for state, row in zip(found, rows, strict=True):
         states = tiny_model(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states
         close(state, states[-1][0, -1], atol=1e-5, rtol=1e-5)
-    assert torch.pdist(found).min() > 0.1  # and the comparison means something: the prompts differ
 
 
 @pytest.fixture
@@ -101,13 +100,10 @@ def test_svm_is_optimal_by_its_kkt_conditions(n, d, distance, positive, c):
     assert a.min() > -1e-4 and a.max() < c + 1e-4
 
 
-def test_what_has_no_scale_and_what_does_not_converge_stops(monkeypatch):
-    for x in ([[0.1, 0.1]] * 6, [[0.0], [math.nan]], [[0.0], [math.inf]]):
-        with pytest.raises(UserError, match="all equal, or not finite"):
-            sep.standardise(torch.tensor(x))
-    monkeypatch.setattr(sep, "STEPS", 5)
-    with pytest.raises(ArithmeticError, match="not converged"):
-        sep.fit_svm(*groups(40, 2, 0.0))
+@pytest.mark.parametrize("x", [[[0.1, 0.1]] * 6, [[0.0], [math.nan]], [[0.0], [math.inf]]])
+def test_what_has_no_scale_stops(x):
+    with pytest.raises(UserError, match="all equal, or not finite"):
+        sep.standardise(torch.tensor(x))
 
 
 # ---- all of it ---------------------------------------------------------------------------------------------
@@ -125,23 +121,17 @@ def test_separated_groups_and_random_labels():
     sides = torch.tensor(points)
     assert sides[:, 2].tolist() == y.tolist()
     assert (sides[:, 0].sign() * y).sum().abs() == 60  # the map's first axis is what separates them
-    two_places = means(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(6, 1), torch.tensor([1, -1] * 6))
-    assert two_places["margin"] == pytest.approx(2, abs=1e-4) and two_places["slack"] < 1e-4
     noise, near, far = (means(*groups(200, 3, distance)) for distance in (0.0, 8.0, 16.0))
     assert far["margin"] > near["margin"] and abs(noise["accuracy"] - 0.5) < 0.1
     assert noise["margin"] > near["margin"] and noise["slack"] > 0.8 > 0.1 > near["slack"]  # its price
 
 
-def test_every_prompt_is_held_out_once(monkeypatch):
+def test_every_prompt_is_held_out_once():
     """Twins without a difference: a fit that has seen the other one is mostly wrong."""
     base = groups(30, 40, 0.0)[0]
     x = torch.cat([base, base + 0.1 * groups(30, 40, 0.0, seed=1)[0]])
     accuracy = sep.separation(x, torch.tensor([1] * 30 + [-1] * 30))[0]["accuracy"]
     assert accuracy["high"] < 0.5 and accuracy["n"] == 60
-    sizes, fit_svm = list[int](), sep.fit_svm
-    monkeypatch.setattr(sep, "fit_svm", lambda x, y: sizes.append(len(y)) or fit_svm(x, y))
-    sep.separation(*groups(44, 2, 3.0, positive=6 / 44))
-    assert sizes == [34, 35, 35, 36, 36, 44]
 
 
 def test_shift_scale_and_rotation_change_nothing():

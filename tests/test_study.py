@@ -5,17 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lib import UserError
 from lib.compare import study, tables
 from lib.compare.studies import FINDINGS, STUDIES, TABLES, frontier
 from lib.run.files import write_json, write_jsonl
@@ -124,7 +121,6 @@ def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(
     assert process.returncode == 2
     assert line.startswith(f"error: {tmp_path}/out/seed-1/b.log: error: --wings: no such flag; then run")
     assert not (tmp_path / "out/seed-1/a/ended").exists() and not (tmp_path / "out/seed-1/c").exists()
-    assert "toy.py --fail --preset sandbox --seed 1 --out" in (tmp_path / "out/seed-1/b.log").read_text()
 
 
 # ---- figures
@@ -132,11 +128,11 @@ def test_a_run_that_fails_ends_the_others_and_is_one_line_with_its_own_last_one(
 ABOUT = {"command": "python -m ...", "seeds": [7, 8, 9], "date": "2026-11-27", "hardware": "2 CPU cores"}
 
 
-def results(dsr: float, task: float, **sections: dict) -> dict:
+def results(dsr: float, task: float) -> dict:
     """What stage 4 says of a model; the mean of its three DSRs is `dsr`."""
     means = {"direct": dsr, "jailbreak": dsr + 0.1, "plain_or_gcg": dsr - 0.1}
     plane = {"task_score": {"mean": task}, "compliance": {"mean": 0.5}}
-    return {"dsr": {attack: {"mean": mean} for attack, mean in means.items()}, "plane": plane, **sections}
+    return {"dsr": {attack: {"mean": mean} for attack, mean in means.items()}, "plane": plane}
 
 
 def write_seed(folder: Path, **evaluations: dict[str, dict]) -> Path:
@@ -165,26 +161,15 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
     area = 0.4 * 0.8 + 0.2 * 0.4  # of rpo: what is below its first point, and what the second adds
     each = {
         ("tars - rpo", "DSR"): [0.1, 0.2, 0.3],
-        ("tars - rpo", "plane/task_score"): [0.0, 0.0, 0.0],
         ("tars - base", "DSR"): [0.6, 0.7, 0.8],  # the same base at either lambda
         ("rpo", "area, plane/task_score"): [area] * 3,
         ("tars - rpo", "area, plane/task_score"): [0.08, 0.16, 0.24],
     }
     assert {key: cells[key]["each"] for key in each} == {key: pytest.approx(each[key]) for key in each}
-    assert text.strip() == (tmp_path / "frontier.md").read_text().strip()
     assert "| tars-0.5 | 0.60 [0.35, 0.85]; 0.50 |" in text and "+0.20 [-0.05, +0.45]; +0.10 |" in text
+    assert not study.write("frontier", table, tmp_path, seeds[:1], ABOUT).count("[0")  # of one: no interval
     pytest.importorskip("matplotlib")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_one_seed_has_no_interval_and_a_figure_that_is_not_there_no_cell(tmp_path):
-    tokens = {"ambiguous/decoy/3 hops": 12.0, "ambiguous/decoy/4 hops": 13.0}
-    tokens |= {"harmful/3 hops": 8.5, "harmful/4 hops": 9.5}
-    tars = results(0.7, 0.9, reasoning_tokens={key: {"mean": mean} for key, mean in tokens.items()})
-    others = {model: results(0.2, 0.5) for model in ("rl-direct", "base", "sft")}
-    seed = study.read_seed(STUDIES["seeds"], write_seed(tmp_path, main={"tars": tars, **others}))
-    text = study.write("seeds", STUDIES["seeds"], tmp_path, [seed], ABOUT)
-    assert "| thought, decoy - harmful | 3.5 | - | - | - | - | - |" in text
 
 
 def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
@@ -200,20 +185,16 @@ def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
     assert (seed["mixture", "rainbow/harm/archive"], seed["mixture", "rainbow/filled"]) == (0.7, 0.9)
 
 
-def test_over_steps_are_means_of_each_quarter(tmp_path):
-    lines = [{"step": i, "reward": i / 10, "kl": 1.0, "seconds_train": 1.0} for i in range(8)]
+def test_training_is_told_by_quarters_and_by_the_tokens_sampled_and_trained_on(tmp_path):
+    speed = {"sample_tokens_per_s": 300 / 0.7, "seconds_sample": 0.7}
+    speed |= {"train_tokens_per_s": 300 / 1.3, "seconds_train": 1.3}
+    lines = [{"step": i, "reward": i / 10, "kl": 1.0, **speed} for i in range(8)]
     lines[2]["reward_harmful"] = 0.5  # a step without a harmful prompt has no such key
     lines[2]["reasoning_tokens_harmful"] = None  # nor has one a length, if no completion came to its end
     write_jsonl(tmp_path / "metrics.jsonl", lines)
     means = {f"training/reward/quarter {i}": mean for i, mean in enumerate((0.05, 0.25, 0.45, 0.65), start=1)}
     assert study.over_steps(tmp_path) == pytest.approx(means | {"training/reward_harmful/quarter 2": 0.5})
-
-
-def test_training_tokens_are_those_sampled_and_those_trained_on(tmp_path):
-    speed = {"sample_tokens_per_s": 300 / 0.7, "seconds_sample": 0.7}
-    speed |= {"train_tokens_per_s": 300 / 1.3, "seconds_train": 1.3}
-    write_jsonl(tmp_path / "metrics.jsonl", [speed] * 4)
-    assert study.training_tokens(tmp_path) == 4 * (300 + 300)
+    assert study.training_tokens(tmp_path) == 8 * (300 + 300)
     write_jsonl(tmp_path / "metrics.jsonl", [{**speed, "pairs": 16, "tied_pairs": 48}] * 4)
     assert study.training_tokens(tmp_path) == 4 * (300 + 75)  # RPO: three pairs of four say nothing
     traces = [{"reasoning": "maybe " * n, "answer": "green soup"} for n in (1, 3)]
@@ -246,64 +227,19 @@ def test_tables_and_claims_name_models_that_their_study_has():
     assert FINDINGS.keys() == {claim.finding for chosen in STUDIES.values() for claim in chosen.claims} - {""}
 
 
-def make_root(root: Path, results: str, readme: str) -> Path:
-    (root / "docs/results").mkdir(parents=True)
-    (root / "docs/results.md").write_text(results)
-    (root / "README.md").write_text(readme)
-    return root
-
-
-def keep(root: Path, name: str, figures: dict[tuple[str, str], list[float]]) -> None:
-    """As a study writes it, and a person copies it."""
-    seeds = [dict(zip(figures, values, strict=True)) for values in zip(*figures.values(), strict=True)]
-    numbers = [STUDIES[name].first_seed + i for i in range(len(seeds))]
-    about = ABOUT | {"command": f"python -m lib.compare.study {name}", "seeds": numbers}
-    study.write(name, replace(STUDIES[name], curves={}), root, seeds, about)
-    shutil.move(root / f"{name}.json", root / "docs/results")
-
-
-def test_write_docs_fills_in_tables_between_their_marks_and_touches_nothing_else(tmp_path, monkeypatch):
-    readme = "# TARS\n\nBefore.\n\n<!-- table main: -->\nold | 0.99 |\n<!-- end -->\n\nBehind, by hand: 12.\n"
-    pages = make_root(tmp_path, "<!-- table each-seed: -->\n<!-- end -->\n", readme)
-    monkeypatch.setattr(study, "pages", lambda: tables.pages(pages))
-    monkeypatch.setattr("sys.argv", ["study", "--write-docs"])
-    with pytest.raises(UserError, match=r"no docs/results/seeds.json.*copy runs/seeds/seeds.json there"):
-        study.main()
-    of_tars = [figure.partition(": ")[2] for figure in TABLES["each-seed"][2].values()]
-    figures = {("tars", figure): [0.9, 1.0, 1.0] for figure in of_tars}
-    figures |= {("sft", "dsr/plain_or_gcg"): [0.2, 0.3, 0.4]}
-    figures |= {(f"tars - {other}", "dsr/plain_or_gcg"): [0.25, 0.5, 0.75] for other in ("sft", "rl-direct")}
-    keep(pages, "seeds", figures)
-    study.main()
-    text, seeds = (pages / "README.md").read_text(), (pages / "docs/results.md").read_text()
-    assert text.startswith("# TARS\n\nBefore.\n\n<!-- table main: python -m lib.compare.study seeds -->\n")
-    assert text.endswith("|\n<!-- end -->\n\nBehind, by hand: 12.\n") and "old" not in text
-    assert "`python -m lib.compare.study seeds`, seeds 72 to 74, 2026-11-27, 2 CPU cores. Mean [" in text
-    # 4.303 * 0.0577 / sqrt(3) = 0.143 on either side of 0.967
-    assert "| DSR, direct requests | 0.97 [0.82, 1.11]; 0.90 |" in text.replace(" - |", "")
-    assert "0.30 [0.05, 0.55]; 0.20" in text
-    assert seeds.count("0.90") == len(figures) - 3 and "+0.50" in seeds and "seed 73" in seeds
-    study.main()
-    assert (pages / "README.md").read_text() == text
-
-
-def test_a_findings_verdict_follows_from_its_intervals(tmp_path):
+def test_a_findings_verdict_follows_from_its_intervals():
     """F6: compliance with ambiguous prompts is higher, DSR is equal. F1: what is missing is told."""
-    root = make_root(tmp_path, "<!-- table findings: -->\n<!-- end -->\n", "")
-    up, down = [0.1, 0.11, 0.1, 0.11, 0.1], [-0.1, -0.11, -0.1, -0.11, -0.1]
-    figures = {
-        ("tars-0.5 - plain-only", "DSR"): [0.01, 0.0, -0.01, 0.0, 0.0],  # as good as equal
-        ("tars-0.5 - plain-only", "compliance/ambiguous"): [0.2, 0.3, 0.2, 0.3, 0.2],
-        ("harmful-only - tars-0.5", "compliance/ambiguous"): [0.1, -0.3, 0.2, 0.3, 0.2],  # either way
+    up, down, either = ({"mean": 0.0, "low": low, "high": low + 0.1} for low in (0.1, -0.2, -0.06))
+    rows = {
+        ("tars-0.5 - plain-only", "DSR"): {"mean": 0.0, "low": -0.02, "high": 0.02},  # as good as equal
+        ("tars-0.5 - plain-only", "compliance/ambiguous"): up,
+        ("harmful-only - tars-0.5", "compliance/ambiguous"): either,
         ("heavy - tars", "area, plane/task_score"): up,
         ("heavy - tars", "area, plane/compliance"): down,
         ("tars - one-reward", "area, plane/task_score"): down,
     }
-    keep(root, "ablations", figures)
-    text = tables.pages(root)[root / "docs/results.md"]
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| F")]
-    verdicts = {row[0]: row[-1] for row in rows}
+    kept = ABOUT | {"rows": {key: ci | {"n": 2, "each": [0.0, 0.0]} for key, ci in rows.items()}}
+    lines = [line.strip("| ").split(" | ") for line in tables.findings({"ablations": kept})[1]]
+    verdicts = {line[0]: line[-1] for line in lines}
     found = [verdicts[f"F{number}"].strip("|* ") for number in (1, 4, 5, 6, 7)]
     assert found == ["not measured", "open", "in part", "reproduced", "not reproduced"]
-    assert "| tars-0.5 - plain-only: compliance/ambiguous > 0 | +0.24 [+0.17, +0.31] | yes |" in text
-    assert "study ablations -->" in text
