@@ -1,23 +1,13 @@
-"""Padding, micro-batches and data order."""
+"""Micro-batches and data order."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
-import torch
 
 from lib import UserError
-from lib.batches import epoch_order, items_of_step, masked_batch, micro_batches, pad_batch, scatter
-
-
-def test_padding_on_either_side():
-    ids, mask = pad_batch([[5, 6], [7]], 9, side="left")
-    assert ids.tolist() == [[5, 6], [9, 7]] and mask.tolist() == [[True, True], [False, True]]
-    assert pad_batch([], 0, side="left")[0].shape == (0, 0)
-    batch = masked_batch([[5, 6], [7]], [[False, True], [True]], 9, torch.device("cpu"))
-    expected = [[[5, 6], [7, 9]], [[True, True], [True, False]], [[False, True], [True, False]]]
-    assert [x.tolist() for x in batch] == expected and batch[2].dtype == torch.bool
+from lib.batches import epoch_order, items_of_step, micro_batches
 
 
 def test_micro_batches_hold_every_sequence_once_within_the_budget_longest_first():
@@ -45,11 +35,4 @@ def test_micro_batches_count_a_prompt_once_and_keep_its_rows_together():
 def test_steps_go_on_through_epochs_shuffled_by_seed_and_number():
     stream = [x for step in range(5) for x in items_of_step(range(10), step, 4, seed=3)]
     assert sorted(stream[:10]) == sorted(stream[10:]) == [*range(10)]
-    assert stream[:10] == epoch_order(10, 3, 0) and stream[10:] == epoch_order(10, 3, 1)
     assert len({tuple(epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(-1, 3)}) == 12
-
-
-def test_scattered_values_stand_where_the_mask_is_true():
-    mask = torch.tensor([[False, True, True], [True, False, False]])
-    rows = scatter([torch.tensor([1.5, 2.5]), torch.tensor([3.5])], mask)
-    assert rows.tolist() == [[0.0, 1.5, 2.5], [3.5, 0.0, 0.0]] and rows.dtype == torch.float32
