@@ -24,15 +24,10 @@ def test_from_rollouts_to_the_gradient_seven_files_execute(data):
     settings = stage.Settings(data=str(data), max_new_tokens=8, group_size=2, device="cpu", kl_coef=0.1)
     run, tokenizer, judge = Run(settings), load_tokenizer(world.BASE), load_judge("sandbox")
     policy, reference = load_policy(world.BASE, device="cpu"), load_policy(world.BASE, device="cpu")
-    prompts = load_prompts(run, tokenizer, policy)[:3]
-    seen: set[Path] = set()
-
-    def record(frame, event, argument) -> None:
-        seen.add(Path(frame.f_code.co_filename))
-
+    prompts, optimizer = load_prompts(run, tokenizer, policy)[:3], torch.optim.SGD(policy.parameters())
     run.clip_and_step = lambda optimizer, loss: 0.0
-    optimizer = torch.optim.SGD(policy.parameters())
-    sys.setprofile(record)
+    seen: set[str] = set()
+    sys.setprofile(lambda frame, event, argument: seen.add(frame.f_code.co_filename))
     try:
         rollouts = stage.collect_rollouts(policy, tokenizer, prompts, 0, settings, run)
         stage.score_rollouts(rollouts, judge)
@@ -40,4 +35,5 @@ def test_from_rollouts_to_the_gradient_seven_files_execute(data):
         stage.update_policy(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, run)
     finally:
         sys.setprofile(None)
-    assert {path.name for path in seen if path.parent in (stages.ROOT, stages.ROOT / "lib")} == FILES
+    paths = map(Path, seen)
+    assert {path.name for path in paths if path.parent in (stages.ROOT, stages.ROOT / "lib")} == FILES

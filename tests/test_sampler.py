@@ -56,7 +56,6 @@ def ids(completions: list[Completion]) -> list[list[int]]:
 
 # ---- token for token
 
-
 KINDS = {"Qwen2": {}, "Mistral": {"sliding_window": 9}, "Olmo2": {"attn_implementation": "eager"}}
 BATCHES = {"cpu": lib.sampler._Batch, "gpu": FixedBatch, "recorded": Replayed}
 
@@ -93,9 +92,9 @@ def test_sample_writes_what_sample_simple_writes(model, shapes, temperature, top
         simple += sample_simple(model, prompt, seeds[3 * i : 3 * i + 3], max_new_tokens=20, **how)
     how |= dict(group_size=3, max_batch_tokens=budget)
     out = sample(model, PROMPTS, seeds=seeds, max_new_tokens=20, **how)
-    assert [(c.token_ids, c.finish_reason) for c in out] == [(c.token_ids, c.finish_reason) for c in simple]
     for one, other in zip(out, simple, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        near = pytest.approx(other.logprobs, abs=1e-4)
+        assert one == Completion(other.token_ids, near, other.finish_reason)
     short = sample(model, PROMPTS[::-1], seeds=seeds[::-1], max_new_tokens=6, **how)
     assert ids(short)[::-1] == [tokens[:6] for tokens in ids(out)]  # a longer limit only continues
 
@@ -109,15 +108,6 @@ def test_logprobs_equal_a_plain_forward_pass(model, temperature):
         logits = model(torch.tensor([row])).logits[0, start - 1 : -1] / (temperature or 1)
         expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
-
-
-def test_ends(model):
-    third = generate(model, PROMPTS[0], 3, [])[2]  # at the last allowed token it counts as one
-    (out,) = sample(model, PROMPTS[:1], max_new_tokens=3, temperature=0, eos_token_ids=[third])
-    assert out.finish_reason == "eos"
-    at_once = sample(model, PROMPTS, max_new_tokens=5, eos_token_ids=range(97), max_batch_tokens=90)
-    assert [len(completion.token_ids) for completion in at_once] == [1] * 11
-    assert sample(model, [], max_new_tokens=3, eos_token_ids=EOS) == []
 
 
 def test_a_generator_draws_the_seeds(model):
@@ -167,9 +157,9 @@ def test_a_group_shares_its_prompt_and_all_passes_keep_the_budget(model, budget,
 def test_no_step_is_taken_behind_the_last_token(model):
     for eos, taken in (([], 4), (range(97), 0)):
         with recorded(model) as (_, steps):
-            sample(model, PROMPTS[:1], group_size=3, max_new_tokens=5, eos_token_ids=eos)
-            sample_simple(model, PROMPTS[0], range(3), max_new_tokens=5, eos_token_ids=eos)
-        assert len(steps) == 2 * taken
+            out = sample(model, PROMPTS[:3], group_size=3, max_new_tokens=5, eos_token_ids=eos)
+        assert len(steps) == taken and {len(x.token_ids) for x in out} == {taken + 1}
+    assert sample(model, [], max_new_tokens=3, eos_token_ids=EOS) == []
 
 
 @pytest.mark.parametrize("budget", [270, None])
@@ -229,9 +219,7 @@ def test_tokens_of_no_probability_are_never_drawn_and_rare_ones_can_be():
         assert [x.tolist() for x in draw(logits, u, 1.0, top_p)] == [[20, 20, 20], [0, 0, 0]]
     logits = torch.zeros(2, 40)
     logits[:, 0] = math.log(40e-12)  # its share of numbers is 1e-12; in 23 bits that of u = 0 would be 1.2e-7
-    u = torch.tensor([2e-12, 0.5e-12], dtype=torch.float64)
-    assert draw(logits, u, 1.0, 1.0)[0].tolist() == [1, 0]
-    assert uniform(torch.arange(2**22), 0).unique().numel() > 2**22 - 10
+    assert draw(logits, torch.tensor([2e-12, 0.5e-12]).double(), 1.0, 1.0)[0].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.9), (2.0, 0.5)])
@@ -257,7 +245,6 @@ def test_random_numbers_are_splitmix64():
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     expected = [(number >> 11) / 2**53 for number in published]
     assert uniform(torch.full((4,), 1234567), torch.arange(4)).tolist() == expected
-    assert [uniform(torch.tensor([1234567]), step).item() for step in range(4)] == expected
 
 
 # ---- use within training, and bad input
