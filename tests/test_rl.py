@@ -179,20 +179,16 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
     assert [r.reward for r in rollouts] == [0.8] * 4
 
 
-SECONDS = {"sample": 2.0, "train": 4.0}
-
-
 def described(kind: str, reward: float | None, **extra) -> dict:
-    usual = {"completion": "so . </think> no .", "reasoning_tokens": 4, "refusal": "none"}
-    usual |= {"well_formed": True, "finish_reason": "eos", "harm": 0.0, "task": None, "tokens": 6}
-    return {"kind": kind, "reward": reward, **usual, **extra}
+    usual = {"completion": "so . </think> no .", "reasoning_tokens": 4, "refusal": "none", "tokens": 6}
+    return {"kind": kind, "reward": reward, "well_formed": True, "finish_reason": "eos", **usual, **extra}
 
 
 def test_summary_of_a_step_and_the_groups_to_show():
     lines = [
         described("harmful", 1.0, refusal="full"),
         described("harmful", 1.0, refusal="partial"),
-        described("ambiguous", 0.0, reasoning_tokens=10, task=0.0),
+        described("ambiguous", 0.0, reasoning_tokens=10),
         described("ambiguous", 0.5, completion="so", well_formed=False, finish_reason="length", refusal=None),
     ]
     expected = {"reward": 0.625, "reward_harmful": 1.0, "reward_ambiguous": 0.25, "reward_harmless": None}
@@ -201,11 +197,11 @@ def test_summary_of_a_step_and_the_groups_to_show():
     expected["refusal_rate_ambiguous"] = 0.0  # of those with a label
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
     expected |= {"sample_tokens_per_s": 12.0, "train_tokens_per_s": 6.0, "seconds_train": 4.0}
-    summary = summarise(lines, 2, SECONDS)
+    seconds = {"sample": 2.0, "train": 4.0}
+    summary = summarise(lines, 2, seconds)
     assert {key: summary[key] for key in expected} == expected
-    lines += [described("harmful", None, harm=None), described("harmful", 0.0, harm=None, well_formed=False)]
-    lines += [described("harmful", 0.25), described("harmful", 0.75)]
-    summary = summarise(lines, 2, SECONDS)  # unknown rewards are in no mean, and make no signal
+    lines += [described("harmful", reward) for reward in (None, 0.0, 0.25, 0.75)]
+    summary = summarise(lines, 2, seconds)  # unknown rewards are in no mean, and make no signal
     assert summary["reward_harmful"] == 0.6 and summary["zero_advantage_groups"] == 2
     assert summary["unknown_verdicts"] == 1
     assert groups_to_show(lines, 2) == lines[6:8] + lines[2:4]  # with a signal first, one of each kind

@@ -124,13 +124,17 @@ def test_a_generator_draws_the_seeds(model):
 
 @contextlib.contextmanager
 def recorded(model):
-    """Lists that fill: ids of reading passes; (rows, columns before) of steps, of one token a row."""
+    """Lists that fill: ids of reading passes; (rows, columns, capacity, place) of steps: a token a row."""
     reads, steps = [], []
 
     def note(module, args, kwargs) -> None:
-        ids, before = kwargs["input_ids"], int(kwargs["cache"].get_seq_length())
-        steps.append((len(ids), before)) if before else reads.append(ids.tolist())
-        assert not before or ids.shape[1] == 1
+        ids, cache = kwargs["input_ids"], kwargs["cache"]
+        if before := int(cache.get_seq_length()):
+            keys, columns = cache.layers[0].keys, kwargs["attention_mask"].shape[-1]
+            assert ids.shape[1] == 1 and before < columns
+            steps.append((len(ids), columns, keys.shape[2], keys.data_ptr()))
+        else:
+            reads.append(ids.tolist())
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     yield reads, steps
@@ -150,7 +154,7 @@ def test_a_group_shares_its_prompt_and_all_passes_keep_the_budget(model, budget,
     assert read.keys() == {tuple(prompt) for prompt in PROMPTS}
     assert budget or read.total() == len(PROMPTS)  # under a budget a group may come in parts
     assert len(reads) > 3 and all(len(rows) * len(rows[0]) <= 50 for rows in reads)  # long lists in several
-    assert max(rows * (before + 1) for rows, before in steps) <= (budget or math.inf)
+    assert max(rows * columns for rows, columns, *_ in steps) <= (budget or math.inf)
     assert {*heads} == {1}  # the output layer sees last positions only
 
 
@@ -164,21 +168,13 @@ def test_no_step_is_taken_behind_the_last_token(model):
 
 @pytest.mark.parametrize("budget", [270, None])
 def test_on_a_gpu_shapes_stay_between_repacks_and_keep_the_budget(model, monkeypatch, budget):
-    seen = []
-
-    def note(module, args, kwargs) -> None:
-        if kwargs["input_ids"].shape[1] == 1 and kwargs["attention_mask"] is not None:
-            layer = kwargs["cache"].layers[0]
-            seen.append((*layer.keys.shape[::2], kwargs["attention_mask"].shape[-1], layer.keys.data_ptr()))
-
     monkeypatch.setattr(lib.sampler, "_Batch", FixedBatch)
     monkeypatch.setattr(lib.sampler, "LOOK", 4)
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    sample(model, PROMPTS, group_size=2, max_new_tokens=90, eos_token_ids=[], max_batch_tokens=budget)
-    hook.remove()
-    assert all(capacity == mask and rows * mask <= (budget or math.inf) for rows, capacity, mask, _ in seen)
-    moves = sum(one != other for one, other in itertools.pairwise(seen))
-    assert 0 < moves < len(seen) / 8 and len(seen) >= 89
+    with recorded(model) as (_, steps):
+        sample(model, PROMPTS, group_size=2, max_new_tokens=90, eos_token_ids=[], max_batch_tokens=budget)
+    assert all(n == capacity and rows * n <= (budget or math.inf) for rows, n, capacity, _ in steps)
+    moves = sum(one != other for one, other in itertools.pairwise(steps))
+    assert 0 < moves < len(steps) / 8 and len(steps) >= 89
 
 
 def test_finished_rows_leave_and_waiting_prompts_take_their_place(model):
@@ -186,7 +182,7 @@ def test_finished_rows_leave_and_waiting_prompts_take_their_place(model):
     how = dict(max_new_tokens=30, eos_token_ids=EOS, seeds=range(60), max_batch_tokens=12 * 42)
     with recorded(model) as (_, steps):
         out = sample(model, prompts, **how)
-    rows = [rows for rows, _ in steps]
+    rows = [rows for rows, *_ in steps]
     needed = sum(len(c.token_ids) - 1 for c in out)  # each first token comes from the prefill
     assert sum(rows) <= 1.4 * needed  # at most about a quarter of the rows is idle at any time
     assert len(rows) < 60 * 30 / 12  # fewer steps than five full batches, one after the other

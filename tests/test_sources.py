@@ -55,28 +55,40 @@ def fails(word: object, flag: str = "--files") -> str:
 # ---- known data sets ----
 
 
-def rows_of(columns: str, *rows: tuple) -> list[dict]:
-    return [dict(zip(columns.split(), row, strict=True)) for row in rows]
-
-
 def turn(text: object, role: str = "user") -> dict:
     return {"content": text, "role": role}
 
 
 TALK = [turn("Be brief.", "system"), turn("how to zog?"), turn("No.", "assistant"), turn("why?")]
-CHATS = [(TALK, "English", False), (TALK, "Spanish", False), (TALK, "English", True)]
-CHATS = rows_of("conversation language toxic", *CHATS, (TALK[2:], "English", False))
+
+
+def chat(text: str, language: str = "English", toxic: bool = False) -> dict:
+    return {"conversation": [TALK[0], turn(text), *TALK[2:]], "language": language, "toxic": toxic}
+
+
+def wild(prompt: str, kind: str = "adversarial_harmful") -> dict:
+    return {"vanilla": "plain", "adversarial": prompt, "data_type": kind}
+
+
+def aegis(prompt: str, label: str = "unsafe") -> dict:
+    return {"prompt": prompt, "prompt_label": label, "violated_categories": "Zog, Wip"}
+
+
+def rows_of(columns: str, *rows: tuple) -> list[dict]:
+    return [dict(zip(columns.split(), row, strict=True)) for row in rows]
+
+
+CHATS = [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True)]
+CHATS += [chat("I begin") | {"conversation": TALK[2:]}]
+WILD = [wild("NA"), wild('say, "me"\nof'), wild("b", "adversarial_benign")]
+WILD += [wild("", "vanilla_harmful") | {"vanilla": "007"}]
+REDACTED = [aegis(" zog 1 "), aegis("REDACTED"), aegis("soup", "safe")]
 ODD = rows_of("prompt type label", ("a", "homonyms", ""), ("b", "contrast_x", ""), ("c", "t", "unsafe"))
 DOMAINS = {"5": "hate speech", "6": "crimes or torts", "44": "unqualified advice", "Fraud": "Fraud"}
 SORRIES = [("6", ["no"], "slang"), *((number, [f"p{number}"], "base") for number in DOMAINS)]
 SORRIES = rows_of("category turns prompt_style", *SORRIES)
-STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
-WILD = [("plain", "NA", "adversarial_harmful"), ("plain", 'say, "me"\nof', "adversarial_harmful")]
-WILD += [("plain", "b", "adversarial_benign"), ("007", "", "vanilla_harmful")]
-WILD = rows_of("vanilla adversarial data_type", *WILD)
 TARS = [([turn("a")], "wildjailbreak"), ([turn("b")], "aegis"), ([turn("c")], "refusal")]
-REDACTED = [(" zog 1 ", "unsafe", "Zog, Wip"), ("REDACTED", "unsafe", "Zog"), ("soup", "safe", "")]
-REDACTED = rows_of("prompt prompt_label violated_categories", *REDACTED)
+STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
 EDIT = {"unsafety category": "Z", "adversarial prompt": "zog", "question": "?"}
 # a file of the data set: its rows, and "set: prompt: category" of what is taken
 CASES: dict[str, tuple[list[dict], list[str]]] = {
@@ -84,7 +96,7 @@ CASES: dict[str, tuple[list[dict], list[str]]] = {
     "aegis.json": (REDACTED, ["harmful: zog 1: Zog, Wip"]),
     "safeedit.json": ([EDIT], ["harmful: zog: Z"]),
     "ultrafeedback.parquet": ([{"prompt": "Soup.", "prompt_id": "p"}], ["harmless: Soup.: "]),
-    "wildchat.parquet": (CHATS, ["harmless: how to zog?: "]),
+    "wildchat.parquet": (CHATS, ["harmless: hello: "]),
     "xstest.csv": (ODD, ["ambiguous: a: homonyms", "harmful: b: contrast_x", "harmful: c: t"]),
     "or-bench-hard.csv": ([{"prompt": "Kill it", "category": "c"}], ["ambiguous: Kill it: c"]),
     "strongreject.parquet": ([{"prompt": "zog", "category": "Z"}], ["harmful: zog: Z"]),
