@@ -23,6 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib.batches import masked_batch
 from lib.chat import Parsed
+from lib.judges import load_judge
 from lib.policy import token_logprobs
 from lib.run.data import groups_to_show, load_prompts, summarise
 from lib.run.files import read_jsonl, write_jsonl
@@ -205,6 +206,29 @@ def test_summary_of_a_step_and_the_groups_to_show():
     assert summary["reward_harmful"] == 0.6 and summary["zero_advantage_groups"] == 2
     assert summary["unknown_verdicts"] == 1
     assert groups_to_show(lines, 2) == lines[6:8] + lines[2:4]  # with a signal first, one of each kind
+
+
+FILES = {"03_rl_train.py", "chat.py", "sampler.py", "cache.py", "rewards.py", "batches.py", "policy.py"}
+
+
+def test_from_rollouts_to_the_gradient_a_reader_opens_seven_files(data):
+    """Of chapters and flat lib: the plumbing (lib/run) and the judge are one call each."""
+    settings = stage.Settings(data=str(data), max_new_tokens=8, group_size=2, device="cpu", kl_coef=0.1)
+    run, tokenizer, judge = Run(settings), load_tokenizer(world.BASE), load_judge("sandbox")
+    policy, reference = load_policy(world.BASE, device="cpu"), load_policy(world.BASE, device="cpu")
+    prompts, optimizer = load_prompts(run, tokenizer, policy)[:3], torch.optim.SGD(policy.parameters())
+    run.clip_and_step = lambda optimizer, loss: 0.0
+    seen: set[str] = set()
+    sys.setprofile(lambda frame, event, argument: seen.add(frame.f_code.co_filename))
+    try:
+        rollouts = stage.collect_rollouts(policy, tokenizer, prompts, 0, settings, run)
+        stage.score_rollouts(rollouts, judge)
+        stage.assign_advantages(rollouts, settings)
+        stage.update_policy(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, run)
+    finally:
+        sys.setprofile(None)
+    paths = map(Path, seen)
+    assert {path.name for path in paths if path.parent in (stages.ROOT, stages.ROOT / "lib")} == FILES
 
 
 # ---- the stage ----

@@ -237,7 +237,7 @@ def test_what_is_the_same_prompt_to_a_reader():
 def test_a_word_is_taken_apart():
     words = [parse_word(word) for word in ("aegis", "harmful=aegis:3", "harmful=aegis:4+0")]
     assert [(w.kind, w.sft, w.rl) for w in words] == [("", 0, None), ("harmful", 0, 3), ("harmful", 4, 0)]
-    for place, rl in (("me/chat:en:train", ":20"), ("me/chat:train", ""), ("me/chat:train", ":20")):
+    for place, rl in (("me/chat:en:train", ":20"), ("me/chat:train", "")):
         source = parse_word(f"harmless=hub:{place}{rl}")
         assert source.hub == source.name == place and source.rl == (20 if rl else None)
     source = parse_word("harmful=aegis@a/b=c.json:5")
