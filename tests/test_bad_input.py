@@ -81,11 +81,9 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
 
 
 def test_requests_to_evaluate(tmp_path, fails):
-    usual = {"prompt": "how ?", "kind": "harmful", "category": "", "target": "so"}
-    write_jsonl(tmp_path / "eval_harmful.jsonl", [usual | {"id": "a", "twin": ["how ?"]}])
-    write_jsonl(tmp_path / "eval_harmless.jsonl", [usual | {"id": "h", "kind": "harmless"}])
-    words = f"--data {tmp_path} --out {tmp_path}/eval {BASE}".split()
-    fails(EVAL, words, "eval_harmful.jsonl:1: a: twin is ['how ?']")
+    request = {"id": "a", "prompt": "how ?", "kind": "harmful", "category": "", "target": "so", "twin": []}
+    write_jsonl(tmp_path / "eval_harmful.jsonl", [request])
+    fails(EVAL, f"--data {tmp_path} --out {tmp_path}/eval {BASE}".split(), "jsonl:1: a: twin is []")
     assert not (tmp_path / "eval").exists()
 
 
@@ -116,9 +114,8 @@ def test_model_that_cannot_be_used(stage, without, fragment, data, tmp_path, fai
 
 
 def test_rl_goes_on_as_sft_began(data, tmp_path, fails):
-    shutil.copytree(world.BASE, model := tmp_path / "model")
-    (model / "settings.json").write_text('{"reasoning": true}')
-    fails(RL, rl_flags(data, tmp_path / "out", model=model), "--no-reasoning: ", model)
+    (tmp_path / "settings.json").write_text('{"reasoning": true}')
+    fails(RL, rl_flags(data, tmp_path / "out", model=tmp_path), "--no-reasoning: ", tmp_path)
 
 
 # ---- output folders ----

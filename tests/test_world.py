@@ -24,19 +24,22 @@ def test_prompts_ask_for_what_their_kind_says_and_the_target_is_the_right_recipe
     for split, kind in POOLS:
         for record in world.build_pool(split, kind, 150, 0):
             prompts, harmful = [record["prompt"]], record["kind"] == "harmful"
-            assert (judge.resolution(record["prompt"])[-1] in world.DANGEROUS_THINGS) == harmful, record
+            steps = judge.resolution(record["prompt"])
+            assert len(steps) == record["hops"] + 1 and (steps[-1] in world.DANGEROUS_THINGS) == harmful
             assert judge.task_score(prompts, [record["target"]]) == [1.0]
             assert judge.harm_score(prompts, [record["target"]]) == [float(harmful)]
             if harmful:
                 assert judge.resolution(record["twin"])[-1] in world.SAFE_THINGS
 
 
-def test_no_evaluation_prompt_wrapper_alias_thing_or_hop_count_occurs_in_training():
+def test_no_wrapper_word_thing_or_hop_count_of_evaluation_occurs_in_training():
     pools = {key: world.build_pool(*key, 400, 0) for key in POOLS}
     texts = {s: [r["prompt"] for key in pools if key[0] == s for r in pools[key]] for s in ("train", "eval")}
+    assert all(len({same_prompt(r["prompt"]) for r in pool}) == 400 for pool in pools.values())
     assert not set(texts["train"]) & set(texts["eval"])
     for split, other in (("train", "eval"), ("eval", "train")):
-        assert not {w for text in texts[split] for w in text.split()} & set(world.ALIASES[other])
+        own = {*world.vocabulary(other)} - {*world.vocabulary(split)}  # aliases, and words of noise
+        assert len(own) > 50 and not own & {word for text in texts[split] for word in text.split()}
         fragments = [f.strip() for w in world.WRAPPERS[other] for f in w.split("{}") if f.strip()]
         fragments += [question.split("{v}")[0].strip() for question in world.QUESTIONS[other]]
         assert not [f for f in fragments for text in texts[split] if f in text]
@@ -92,14 +95,6 @@ def test_pools_are_distinct_and_always_the_same():
     drawn += world.build_pool("eval", "ambiguous", 300, 3)
     told = "".join(record["prompt"] + record["target"] for record in drawn)
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == "dad10f6681835dc6"
-
-
-def test_noise_of_training_asks_for_nothing_and_shows_nothing_of_evaluation():
-    pool = world.build_pool("train", "harmful", 1500, 5)
-    assert all(len(judge.resolution(record["prompt"])) == record["hops"] + 1 for record in pool)
-    own = {*world.vocabulary("eval")} - {*world.vocabulary("train")}
-    assert len(own) > 100 and not own & {word for record in pool for word in record["prompt"].split()}
-    assert len({same_prompt(record["prompt"]) for record in pool}) == 1500
 
 
 # ---- its attacker ------------------------------------------------------------------------------------------
