@@ -303,6 +303,18 @@ def test_any_number_of_processes_and_shards_equal_one(data, alone, tmp_path, siz
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_shards_compute_the_first_step_to_the_bit_as_whole_models_do(data, tmp_path):
+    """At the same number of processes. Between numbers rounding differs, see lib/run/processes.py."""
+    results = []
+    for shard in (False, True):
+        out = tmp_path / f"rl-{shard}"
+        stages.join_group(RL, rl_flags(data, out, epochs=0.2, shard=shard), tmp_path / "log")
+        (line,) = metrics_of(out)
+        assert line.pop("grad_norm") > 0  # summed over parts
+        results.append((line, (out / "rollouts.jsonl").read_bytes()))
+    assert results[0] == results[1]
+
+
 def test_shards_in_bfloat16_begin_at_the_reference(data, tmp_path):
     words = rl_flags(data, tmp_path / "rl", learning_rate=RATE, shard=True, dtype="bfloat16")
     stages.join_group(RL, words, tmp_path / "log")
