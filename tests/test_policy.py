@@ -52,6 +52,7 @@ def batch(prompt_tokens: int = 6) -> tuple[list, list[int], tuple]:
     tokens = torch.randint(97, (200,), generator=torch.Generator().manual_seed(3)).tolist()
     prompts = [tokens[:prompt_tokens]] * 4 + [tokens[:5] + tokens[60:64]]
     rows = [p + tokens[100 + 9 * i :][:n] for i, (p, n) in enumerate(zip(prompts, NEW, strict=True))]
+    rows[1][prompt_tokens + 2] = rows[0][prompt_tokens + 2]  # alike once more, behind a difference
     masks = [[i >= len(p) for i in range(len(row))] for p, row in zip(prompts, rows, strict=True)]
     return rows, [len(prompt) for prompt in prompts], masked_batch(rows, masks, 7, torch.device("cpu"))
 
