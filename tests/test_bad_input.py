@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import stages
@@ -44,9 +45,7 @@ def fails(monkeypatch, capsys):
 WORDS = [
     (RL, "--shard", "--shard: there is one process; start several with torchrun"),
     (RL, "--offload", "--offload: moves shards, so it needs --shard"),
-    (SFT, "runs/sft", "unrecognized arguments: runs/sft"),
     (MIXTURE, "--source files", "--files"),
-    (MIXTURE, "--source files --sft-prompts 0 --files evil=a.jsonl", "evil"),
     (EVAL, "--models runs/rl", "--models: given runs/rl; allowed NAME=FOLDER"),
     (EVAL, f"{BASE} --no-reasoning other", "--no-reasoning: given other; allowed the names in --models: it"),
     (EVAL, f"{BASE} --data none", "eval_harmful.jsonl: no such file"),
@@ -63,9 +62,9 @@ def test_flag(stage, words, fragment, fails, monkeypatch, tmp_path):
 # ---- data: a stage, lines behind a good one, what the error says ----
 
 TRACE = {"id": "x", "prompt": "how ?", "reasoning": "so .", "answer": "so ."}
-LONG = [{"id": f"x-{i}", "prompt": "cake " * 600, "kind": "harmless"} for i in range(2)]
+LONG = [TRACE | {"id": f"x-{i}", "answer": "cake " * 600} for i in range(2)]  # RL's: tests/test_rl.py
 LINES = [
-    (RL, LONG, "2 of 3 have more than the 500 tokens that fit, such as x-0 (60"),
+    (SFT, LONG, "2 of 3 have more than the 512 tokens that fit, such as x-0 (6"),
     (RL, [{"id": "x", "prompt": "how ?", "kind": "evil"}], "x: kind is 'evil'; allowed: harmful, harmless"),
     (SFT, [TRACE | {"id": 5, "reasoning": 6}], "sft.jsonl:2: 5: reasoning is 6"),
 ]
@@ -82,11 +81,9 @@ def test_line_of_data(stage, bad, fragment, data, tmp_path, fails):
 
 
 def test_requests_to_evaluate(tmp_path, fails):
-    usual = {"prompt": "how ?", "kind": "harmful", "category": "", "target": "so"}
-    write_jsonl(tmp_path / "eval_harmful.jsonl", [usual | {"id": "a", "twin": ["how ?"]}])
-    write_jsonl(tmp_path / "eval_harmless.jsonl", [usual | {"id": "h", "kind": "harmless"}])
-    words = f"--data {tmp_path} --out {tmp_path}/eval {BASE}".split()
-    fails(EVAL, words, "eval_harmful.jsonl:1: a: twin is ['how ?']")
+    request = {"id": "a", "prompt": "how ?", "kind": "harmful", "category": "", "target": "so", "twin": []}
+    write_jsonl(tmp_path / "eval_harmful.jsonl", [request])
+    fails(EVAL, f"--data {tmp_path} --out {tmp_path}/eval {BASE}".split(), "jsonl:1: a: twin is []")
     assert not (tmp_path / "eval").exists()
 
 
@@ -108,23 +105,17 @@ MODELS = [(SFT, "config.json", "cannot load a model"), (RL, "chat_template.jinja
 
 @pytest.mark.parametrize("stage, without, fragment", MODELS)
 def test_model_that_cannot_be_used(stage, without, fragment, data, tmp_path, fails, monkeypatch):
-    def no_network(*args, **keywords):
-        raise OSError("no network")
-
-    monkeypatch.setattr("lib.run.hub.HfApi.model_info", no_network)
+    monkeypatch.setattr("lib.run.hub.HfApi.model_info", Mock(side_effect=OSError("no network")))
     shutil.copytree(world.BASE, model := tmp_path / "model")
     (model / without).unlink()
     fails(stage, FLAGS[stage](data, tmp_path / "out", model=model), model, fragment)
-    fails(
-        stage, FLAGS[stage](data, tmp_path / "out", model="me/mine"), "me/mine", "not to be had from the hub"
-    )
+    fails(stage, FLAGS[stage](data, tmp_path / "out", model="me/mine"), "me/mine", "from the hub")
     assert not (tmp_path / "out").exists()
 
 
 def test_rl_goes_on_as_sft_began(data, tmp_path, fails):
-    shutil.copytree(world.BASE, model := tmp_path / "model")
-    (model / "settings.json").write_text('{"reasoning": true}')
-    fails(RL, rl_flags(data, tmp_path / "out", model=model), "--no-reasoning: ", model)
+    (tmp_path / "settings.json").write_text('{"reasoning": true}')
+    fails(RL, rl_flags(data, tmp_path / "out", model=tmp_path), "--no-reasoning: ", tmp_path)
 
 
 # ---- output folders ----
@@ -138,16 +129,14 @@ def test_a_finished_run_is_kept_whatever_is_wrong_next(stage, usual, data, tmp_p
     before, anew = contents(out), FLAGS[stage](copy, out, **usual, learning_rate=0.5)
     for mistake in ("--model absent/absent/absent", "--max-batch-tokens 16", "--data absent"):
         fails(stage, [*anew, "--overwrite", *mistake.split()])
-    with monkeypatch.context() as patch:
-        loaded = lambda *args, **keywords: pytest.fail("something was loaded")  # noqa: E731
-        patch.setattr(importlib.import_module(stage), "load_tokenizer", loaded)
-        fails(stage, anew, out, "--learning-rate 0.001, now 0.5", "--overwrite")
-        with pytest.raises(SystemExit) as end:  # the very same run is finished, and says so
-            run_here(stage, words, monkeypatch)
-        assert not end.value.code
-        lines = (copy / FILE[stage]).read_text().splitlines(keepends=True)
-        (copy / FILE[stage]).write_text("".join(lines[::-1]))
-        fails(stage, words, f"sha256 of {copy / FILE[stage]}", "--overwrite")  # other inputs
+    monkeypatch.delattr(importlib.import_module(stage), "load_tokenizer")  # nothing is loaded from here on
+    fails(stage, anew, out, "--learning-rate 0.001, now 0.5", "--overwrite")
+    with pytest.raises(SystemExit) as end:  # the very same run is finished, and says so
+        run_here(stage, words, monkeypatch)
+    assert not end.value.code
+    lines = (copy / FILE[stage]).read_text().splitlines(keepends=True)
+    (copy / FILE[stage]).write_text("".join(lines[::-1]))
+    fails(stage, words, f"sha256 of {copy / FILE[stage]}", "--overwrite")  # other inputs
     assert contents(out) == before
 
 
@@ -173,23 +162,14 @@ def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, t
     run_here(RL, rl_flags(data, one, epochs=0.9, save_every=1), monkeypatch)
     words = rl_flags(data, other, epochs=0.9, save_every=1)
 
-    def full_from_step_2(path, record):
+    def full(path, record):
         if record["step"] == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         append_jsonl(path, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lib.run.plumbing.append_jsonl", full_from_step_2)
+        patch.setattr("lib.run.plumbing.append_jsonl", full)
         interrupted(other, RL, words, fails, "No space left", "metrics.jsonl")
-
-    def full_at_the_end(source, target, replace=os.replace):  # through which all files but logs are written
-        if "model.safetensors" in str(target):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full_at_the_end)
-        interrupted(other, RL, words, fails, "No space left", "model.safetensors")
     run_here(RL, words, monkeypatch)
     assert stages.same_run(one, other)
 
@@ -208,22 +188,6 @@ def test_a_rate_that_blows_the_weights_up(stage, name, data, tmp_path, fails, mo
 # ---- one run at a time ----
 
 
-def test_a_killed_run_lets_go_of_its_folder_and_a_second_one_meanwhile_is_refused(data, tmp_path):
-    out, logs = tmp_path / "rl", [tmp_path / "one.log", tmp_path / "two.log"]
-    words = rl_flags(data, out, epochs=2.0)
-    first = launch(RL, words, logs[0])
-    stages.wait_for_lines(out / "metrics.jsonl", 2, first)
-    for more in ([], ["--learning-rate", "0.5", "--overwrite"]):
-        second = launch(RL, [*words, *more], logs[1])
-        second.join(stages.PATIENCE)
-        (line,) = messages(logs[1].read_text())
-        assert second.exitcode == 2 and "a run is writing there" in line
-    stages.kill_9(first)
-    assert (out / ".lock").exists()
-    stages.run_process(RL, words, logs[0])
-    assert [line["step"] for line in metrics_of(out)] == list(range(9)) and not (out / ".lock").exists()
-
-
 def test_torchruns_processes_all_end_when_the_folder_is_taken(data, tmp_path):
     lock_folder(tmp_path / "rl")
     group = stages.run_group(RL, rl_flags(data, tmp_path / "rl"), tmp_path / "log")
@@ -237,19 +201,17 @@ def test_torchruns_processes_all_end_when_the_folder_is_taken(data, tmp_path):
 # ---- as a user sees it ----
 
 
-@pytest.mark.parametrize("times, gap", [(1, 0.0), (3, 0.02)])
-def test_ctrl_c_says_that_the_run_can_go_on_and_a_second_one_changes_nothing(times, gap, data, tmp_path):
+def test_ctrl_c_says_that_the_run_can_go_on_and_a_second_one_changes_nothing(data, tmp_path):
     log = tmp_path / "log"
     process = launch(RL, rl_flags(data, tmp_path / "rl", epochs=9.0), log)
     stages.wait_for_lines(tmp_path / "rl" / "metrics.jsonl", 2, process)
-    for _ in range(times):
+    for _ in range(3):
         with contextlib.suppress(ProcessLookupError):  # it was quick to end
             os.kill(process.pid, signal.SIGINT)
-        time.sleep(gap)
+        time.sleep(0.02)
     process.join(stages.PATIENCE)
-    assert process.exitcode == 130
-    stopped = "stopped; what was saved is kept: run the same command again"
-    assert messages(log.read_text()) == [stopped]
+    (line,) = messages(log.read_text())
+    assert process.exitcode == 130 and "run the same command again" in line
 
 
 def test_printed_commands_lead_through_the_chapters_and_keep_what_was_given(tmp_path, monkeypatch, capsys):

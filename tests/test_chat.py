@@ -135,38 +135,29 @@ def test_an_example_begins_with_its_prompt_and_ends_with_the_end_of_turn(loaded)
         assert parsed == Parsed((reasoning or "").strip(), "Mix the flour.", True)
 
 
-def test_a_system_prompt_stands_where_the_template_puts_it_or_is_refused(loaded):
+def test_a_system_prompt_stands_where_the_template_puts_it_or_is_refused(loaded, word_tokenizer):
     family, tokenizer, _ = loaded
-    for reasoning in (True, False):
-        if family.system:
-            ids = encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")
-            assert tokenizer.decode(ids).startswith(family.system + "Hi")
-        else:
-            with pytest.raises(UserError, match="its chat template fails: Only user and assistant!"):
-                encode_prompt(tokenizer, "Hi", reasoning=reasoning, system="Be brief.")
-
-
-@pytest.mark.parametrize("loaded", ["r1"], indirect=True)
-def test_r1_reads_alike_whether_its_template_opens_the_reasoning_or_not(loaded):
-    _, tokenizer, _ = loaded
-    thinking, direct = (encode_prompt(tokenizer, "Hi", reasoning=reasoning) for reasoning in (True, False))
-    text = render(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
-    assert thinking == tokenizer.encode(text, add_special_tokens=False)
-    for other in ("", "<think>"):  # R1's own first template; DeepSeek-V3.1's
-        tokenizer.chat_template = R1.replace("<think>\n", other)
-        assert encode_prompt(tokenizer, "Hi", reasoning=True) == thinking
-        assert encode_prompt(tokenizer, "Hi", reasoning=False) == direct
-    tokenizer.chat_template = R1
-
-
-def test_a_system_prompt_that_the_template_drops_is_refused(word_tokenizer):
+    if family.system:
+        ids = encode_prompt(tokenizer, "Hi", reasoning=True, system="Be brief.")
+        assert tokenizer.decode(ids).startswith(family.system + "Hi")
+    else:
+        with pytest.raises(UserError, match="its chat template fails: Only user and assistant!"):
+            encode_prompt(tokenizer, "Hi", reasoning=True, system="Be brief.")
     word_tokenizer.chat_template = "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="drops system prompts"):
         encode_prompt(word_tokenizer, "how", reasoning=True, system="maybe")
 
 
+@pytest.mark.parametrize("loaded", ["r1"], indirect=True)
+def test_r1_reads_alike_whether_its_template_opens_the_reasoning_or_not(loaded, monkeypatch):
+    _, tokenizer, _ = loaded
+    both = [encode_prompt(tokenizer, "Hi", reasoning=reasoning) for reasoning in (True, False)]
+    for other in ("", "<think>"):  # R1's own first template; DeepSeek-V3.1's
+        monkeypatch.setattr(tokenizer, "chat_template", R1.replace("<think>\n", other))
+        assert both == [encode_prompt(tokenizer, "Hi", reasoning=reasoning) for reasoning in (True, False)]
+
+
 def test_every_end_is_known(word_tokenizer, tiny_model):
-    assert eos_token_ids(tiny_model, word_tokenizer) == [2]
     tiny_model.generation_config.eos_token_id = [2, 5]
     assert eos_token_ids(tiny_model, word_tokenizer) == [2, 5]
     assert eos_token_ids(tiny_model.config, word_tokenizer) == [2]
@@ -181,12 +172,9 @@ def test_markers_are_written_and_read_whether_they_are_special_tokens_or_not(wor
     assert decode(word_tokenizer, written) == "<think> maybe green </think> cake"
 
 
-ASKS = '{% if not d is defined %}{% set d = strftime_now( "%d %b %R %-m" ) %}{% endif %}\n{{ d }}'
-
-
 def test_templates_are_told_the_date_of_the_run(monkeypatch, word_tokenizer):
     monkeypatch.setattr("lib.chat._today", None)
-    word_tokenizer.chat_template = ASKS
+    word_tokenizer.chat_template = '{{ strftime_now( "%d %b %R %-m" ) }}'
     for day, text in (("2026-11-26", "26 Nov 00:00 11"), ("2027-01-07", "07 Jan 00:00 1")):
         chat.set_date(day)
-        assert render(word_tokenizer, [{"role": "user", "content": "how"}]).strip() == text
+        assert render(word_tokenizer, [{"role": "user", "content": "how"}]) == text

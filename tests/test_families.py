@@ -110,8 +110,7 @@ def test_rows_over_the_length_at_which_all_positions_change_are_refused(tmp_path
 # ---- tokenizers
 
 
-@pytest.mark.parametrize("claim", ["Qwen2Tokenizer", None])
-@pytest.mark.parametrize("unknown", ["<unk>", "-"])
+@pytest.mark.parametrize("claim, unknown", [("Qwen2Tokenizer", "<unk>"), (None, "<unk>"), (None, "-")])
 def test_a_tokenizer_of_its_own_is_read_as_it_stands(tmp_path, claim, unknown):
     """transformers builds that of every Qwen2 anew from the vocabulary: letters, where these are words."""
     word_tokenizer(unknown).save_pretrained(make(tmp_path, "qwen2", {}))
@@ -119,7 +118,6 @@ def test_a_tokenizer_of_its_own_is_read_as_it_stands(tmp_path, claim, unknown):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in claims.items() if v}))
     tokenizer, text = load_tokenizer(tmp_path), "tell me a story"
     assert len(tokenizer) == 97 and decode(tokenizer, tokenizer.encode(text)) == text
-    assert tokenizer.encode(text) == Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +133,8 @@ def test_ids_of_words_and_template_have_rows_or_it_is_refused(llama):
     tokenizer.chat_template = TEMPLATE.replace("<|im_start|>", "[PAD]")
     with pytest.raises(UserError, match="ids up to 97, its model 97 rows: they do not belong together"):
         check_tokenizer(llama, tokenizer, prompts, reasoning=True)
-
-
-def test_a_record_whose_text_has_an_id_without_a_row_is_named(llama):
     run = Run(types.SimpleNamespace(out="runs/any", reasoning=True))
-    item = types.SimpleNamespace(record={"id": "x", "prompt": "tell me poems"}, ids=[5, 97])
+    item = types.SimpleNamespace(record={"id": "x", "prompt": prompts[0]}, ids=[5, 97])
     with pytest.raises(UserError, match="rl.jsonl: x: has the token id 97, the model 97 rows"):
         run.usable([item], llama, word_tokenizer(), 9, "rl.jsonl")
 

@@ -118,16 +118,16 @@ class Understood(Exception):
     """The command line has been read."""
 
 
+def stopping(read_all):
+    def reading(*given):
+        read_all(*given)
+        raise Understood
+
+    return reading
+
+
 def read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the program read its command line, and stop there."""
-
-    def stopping(read_all):
-        def reading(*given):
-            read_all(*given)
-            raise Understood
-
-        return reading
-
     if words[0] == "torchrun":
         words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) - 1 :]
     name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jupytext
@@ -58,35 +59,19 @@ def read(monkeypatch, capsys):
     plt.close("all")
 
 
-def test_lesson_1_shows_one_word_that_differs_and_catches_the_leak(tiny, read):
-    out, figures = read(LESSONS[0], tiny)
-    assert "words that differ between the three prompts: 1" in out
-    assert "kept for RL: 16 of 17; left out: {'in evaluation': 1}" in out and "in both files: 0" in out
-    assert figures == 1
+SHOWN = [  # what each prints
+    ["differ between the three prompts: 1\n", "16 of 17; left out: {'in evaluation': 1}", "in both files: 0"],
+    ["<think>", "<|end|>", "heavy        4", "of 8 distinct"],  # twice the epochs, two updates each
+    ["\nr_f", "\ntoken", "\nA ", "\nstep", "\nvariant", *8 * ["\nfirst"]],
+    ["GCG, step 0", "GCG, step 2", "random suffix", "no suffix", *3 * 4 * [" of 2  ["]],  # models x attacks
+]
 
 
-def test_lesson_2_marks_what_is_learned_and_trains_heavily(tiny, read):
-    out, figures = read(LESSONS[1], tiny)
-    tokens = [line for line in out.splitlines() if line.endswith(" yes")]
-    assert "<think>" in tokens[0] and "<|end|>" in tokens[-1] and "<|user|>" not in "".join(tokens)
-    assert "heavy        4" in out and "of 8 distinct" in out  # twice the epochs, two updates each
-    assert figures == 1
-
-
-def test_lesson_3_leads_from_a_group_to_an_update(tiny, read):
-    out, figures = read(LESSONS[2], tiny)
-    titles = ["r_f", "token", "A ", "step", "variant"]
-    found = [line for line in out.splitlines() if line.startswith(tuple(titles))]
-    assert [next(t for t in titles if line.startswith(t)) for line in found] == titles
-    assert all(out.count(f"\n{name}") == 8 for name in ("first", "middle", "last"))
-    assert figures == 1
-
-
-def test_lesson_4_attacks_and_counts(tiny, read):
-    out, figures = read(LESSONS[3], tiny)
-    assert all(name in out for name in ("GCG, step 0", "GCG, step 2", "random suffix", "no suffix"))
-    assert out.count(" of 2  [") == 3 * 4  # models x attacks
-    assert figures == 3
+@pytest.mark.parametrize("number", range(4))
+def test_a_lesson_runs_and_shows_what_it_is_about(tiny, read, number):
+    out, figures = read(LESSONS[number], tiny)
+    assert not {text: count for text, count in Counter(SHOWN[number]).items() if out.count(text) < count}
+    assert figures == (3 if number == 3 else 1)
 
 
 def test_without_a_run_a_lesson_says_what_makes_one(tmp_path, read):

@@ -39,11 +39,10 @@ def tiny(tmp_path_factory) -> Path:
 
 def test_a_folder_opens_the_reasoning_though_its_tokenizer_knows_few_words(tiny):
     question = [{"role": "user", "content": "open vault"}]
-    for run_, opened in (("base", False), ("sft", True), ("rl", True)):
-        tokenizer = load_tokenizer(tiny / run_)
-        assert tokenizer.unk_token is None and tokenizer.added_tokens_decoder[4].special  # <think>
-        text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-        assert text.endswith("<think>\n") == opened
+    for folder in ("base", "sft", "rl"):
+        how = {"add_generation_prompt": True, "tokenize": False}
+        text = load_tokenizer(tiny / folder).apply_chat_template(question, **how)
+        assert text.endswith("<think>\n") == (folder != "base")
 
 
 def test_refusals_in_another_manner_reach_logs_and_results(tiny):
@@ -61,9 +60,8 @@ def test_all_attacks_were_made_in_its_own_words(tiny):
     assert {*SETS[:2], "gcg", "best_of_n", "plain_or_gcg"} <= results["tars"]["dsr"].keys()
     assert results["tars"]["task_score"]["ambiguous/decoy"]["n"] and not results["tars"]["unknown"]
     sent = [x["sent"] for x in read_jsonl(tiny / "eval" / "completions.jsonl") if x["set"] == "best_of_n"]
-    assert len(sent) == 2 * 2 * 16 and all(
-        re.fullmatch(r"open \w+( (please|now|so))*", text) for text in sent
-    )
+    manner = re.compile(r"open \w+( (please|now|so))*")
+    assert len(sent) == 2 * 2 * 16 and all(map(manner.fullmatch, sent))
 
 
 def test_the_preset_says_the_same_and_lacks_nothing(monkeypatch):

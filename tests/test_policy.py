@@ -1,6 +1,8 @@
-"""Log-probabilities against plain passes; loading and saving a model."""
+"""Data order, micro-batches, log-probabilities against plain passes; loading and saving a model."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 import reference
@@ -8,53 +10,51 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib import UserError
-from lib.batches import masked_batch
+from lib.batches import epoch_order, items_of_step, masked_batch, micro_batches
 from lib.policy import shares_prompts, token_logprobs
 from lib.run.checkpoint import save_policy
 from lib.run.hub import load_policy, load_tokenizer
 
-LENGTHS = [9, 23, 14]  # tokens of the rows; the first four of each are prompt
+# ---- batches
 
 
-def batch():
-    """ids, attention_mask, completion_mask, each (3, 23), padded with a token that is a word elsewhere."""
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(97, (length,), generator=generator).tolist() for length in LENGTHS]
-    masks = [[i >= 4 for i in range(length)] for length in LENGTHS]
-    return masked_batch(rows, masks, 7, torch.device("cpu"))
+def test_steps_go_on_through_epochs_shuffled_by_seed_and_number():
+    stream = [x for step in range(5) for x in items_of_step(range(10), step, 4, seed=3)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == [*range(10)]
+    assert len({tuple(epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(-1, 3)}) == 12
 
 
-def plain(function, model, ids, attention, temperature: float = 1.0) -> torch.Tensor:
-    """A function of tests/reference.py for each row alone, without padding: (tokens of all rows,)."""
-    rows = [row[real].tolist() for row, real in zip(ids, attention, strict=True)]
-    return torch.stack([value for row in rows for value in function(model, row, 4, temperature)])
+def test_micro_batches_hold_every_sequence_once_within_the_budget_longest_first():
+    rng = random.Random(0)
+    for _ in range(50):
+        lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 40))]
+        budget = rng.randint(max(lengths), 400)
+        batches = micro_batches(lengths, budget)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        longest = [max(lengths[i] for i in batch) for batch in batches]
+        assert all(len(batch) * most <= budget for batch, most in zip(batches, longest, strict=True))
+        assert longest == sorted(longest, reverse=True) and longest[0] == max(lengths)
+    assert micro_batches([], 10) == [] and micro_batches([5, 5], 10) == [[0, 1]]
+    with pytest.raises(UserError, match="11 tokens .*--max-batch-tokens 10"):
+        micro_batches([3, 11], 10)
 
 
-def same(model, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Two tensors (n,), and the gradients of a weighted sum of each."""
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(2))
-    gradients = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
-    (found * weights).sum().backward()
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * scale, rtol=1e-4)
+# ---- log-probabilities
+
+NEW = (9, 11, 3, 10, 1)  # tokens of the completions
 
 
-@pytest.mark.parametrize("chunk_size, temperature", [(2048, 1.0), (2048, 0.6), (5, 0.6)])
-def test_logprobs_entropies_and_their_gradients_are_those_of_plain_passes(
-    tiny_model, chunk_size, temperature
-):
-    ids, attention, completion = batch()
-    both = (reference.logprobs, reference.entropies)
-    expected = [plain(function, tiny_model, ids, attention, temperature) for function in both]
-    how = dict(temperature=temperature, chunk_size=chunk_size, with_entropy=True)
-    found = token_logprobs(tiny_model, ids, attention, completion, entropy_gradient=True, **how)
-    for values in found:
-        assert values.shape == ids.shape and values.dtype == torch.float32 and not values[~completion].any()
-    same(tiny_model, torch.cat([values[completion] for values in found]), torch.cat(expected))
-    logprobs, entropy = token_logprobs(tiny_model, ids, attention, completion, **how)
-    assert logprobs.requires_grad and not entropy.requires_grad
+def batch(prompt_tokens: int = 6) -> tuple[list, list[int], tuple]:
+    """Five rows, where the prompt of each begins its completion, and what `token_logprobs` takes of them.
+
+    Four complete one prompt, the last one another that begins alike. Padding is a token that is a word, too.
+    """
+    tokens = torch.randint(97, (200,), generator=torch.Generator().manual_seed(3)).tolist()
+    prompts = [tokens[:prompt_tokens]] * 4 + [tokens[:5] + tokens[60:64]]
+    rows = [p + tokens[100 + 9 * i :][:n] for i, (p, n) in enumerate(zip(prompts, NEW, strict=True))]
+    rows[1][prompt_tokens + 2] = rows[0][prompt_tokens + 2]  # alike once more, behind a difference
+    masks = [[i >= len(p) for i in range(len(row))] for p, row in zip(prompts, rows, strict=True)]
+    return rows, [len(prompt) for prompt in prompts], masked_batch(rows, masks, 7, torch.device("cpu"))
 
 
 def windowed(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
@@ -66,60 +66,63 @@ def windowed(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
     return other
 
 
-@pytest.mark.parametrize("kind", ["shared", "long prompt", "checkpointing", "window"])
-def test_completions_of_a_prompt_compute_it_once_and_are_as_in_plain_rows(tiny_model, kind):
+HOW = [("shared", 1.0, 2048), ("shared", 0.6, 5), ("long prompt", 0.6, 2048), ("window", 1.0, 2048)]
+
+
+@pytest.mark.parametrize("kind, temperature, chunk_size", [*HOW, ("checkpointing", 1.0, 2048)])
+def test_logprobs_entropies_and_their_gradients_are_those_of_plain_passes_and_prompts_are_computed_once(
+    tiny_model, kind, temperature, chunk_size
+):
     model, seen = windowed(tiny_model) if kind == "window" else tiny_model, []
     if kind == "checkpointing":
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-    generator, new = torch.Generator().manual_seed(3), (9, 11, 3, 10, 1)
-    tokens = torch.randint(97, (200,), generator=generator).tolist()
-    prompts = [tokens[: (40 if kind == "long prompt" else 6)]] * 4 + [tokens[:5] + tokens[60:64]]
-    rows = [p + tokens[100 + 9 * i :][:n] for i, (p, n) in enumerate(zip(prompts, new, strict=True))]
-    masks = [[i >= len(p) for i in range(len(row))] for p, row in zip(prompts, rows, strict=True)]
-    inputs = masked_batch(rows, masks, 7, torch.device("cpu"))
-    starts = zip(rows, map(len, prompts), strict=True)
-    expected = torch.stack([x for row, start in starts for x in reference.logprobs(model, row, start)])
+    rows, starts, inputs = batch(40 if kind == "long prompt" else 6)
+    expected = torch.stack(
+        [
+            value
+            for function in (reference.logprobs, reference.entropies)
+            for row, start in zip(rows, starts, strict=True)
+            for value in function(model, row, start, temperature)
+        ]
+    )
+    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
-    same(model, token_logprobs(model, *inputs)[inputs[2]], expected)
-    whole, once = inputs[0].numel(), len(prompts[0]) + sum(new) + 4  # the last prompt begins as the others
-    assert shares_prompts(model) == (kind != "window") and seen == [whole if kind == "window" else once]
+    how = dict(temperature=temperature, chunk_size=chunk_size, with_entropy=True)
+    pair = token_logprobs(model, *inputs, entropy_gradient=True, **how)
+    for values in pair:
+        assert values.shape == inputs[0].shape and not values[~inputs[2]].any()
+    found = torch.cat([values[inputs[2]] for values in pair])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    (found * weights).sum().backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * scale, rtol=1e-4)
+    once = starts[0] + sum(NEW) + 4  # of the last prompt, which begins as the others
+    assert seen == [inputs[0].numel() if kind == "window" else once]
+    assert shares_prompts(model) == (kind != "window")
 
 
-def test_logits_never_exceed_a_chunk(tiny_model):
-    rows, saved = [], []
+def test_logits_never_exceed_a_chunk_and_none_are_kept_for_the_backward_pass(tiny_model):
+    rows, saved, (_, _, inputs) = [], [], batch()
     tiny_model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.numel() // 97))
-    inputs, total = batch(), sum(LENGTHS) - 12
-    token_logprobs(tiny_model, *inputs, chunk_size=5).sum().backward()
-    assert max(rows) == 5 and sum(rows) == 2 * total  # in the backward pass each chunk is computed anew
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        token_logprobs(tiny_model, *inputs, chunk_size=5)
-    assert not [s for s in saved if len(s) == 2 and s[-1] == 97 and s[0] > 5]  # no logits are kept for it
-    rows.clear()
-    with torch.no_grad():
-        token_logprobs(tiny_model, *inputs)
-    assert rows == [total]
+        logprobs = token_logprobs(tiny_model, *inputs, chunk_size=5)
+    assert not [s for s in saved if len(s) == 2 and s[-1] == 97 and s[0] > 5]
+    logprobs.sum().backward()
+    assert max(rows) == 5 and sum(rows) == 2 * sum(NEW)  # in the backward pass each chunk is computed anew
 
 
-def test_an_empty_mask_is_harmless(tiny_model):
+def test_an_empty_mask_is_harmless_and_padding_on_the_left_an_error(tiny_model):
     """A process that has no rows left computes one, under shards."""
-    ids, attention, completion = batch()
-    nothing = token_logprobs(tiny_model, ids, attention, torch.zeros_like(completion))
-    nothing.sum().backward()
-    assert not nothing.any() and not any(p.grad.any() for p in tiny_model.parameters() if p.grad is not None)
-
-
-def test_padding_on_the_left_is_an_error(tiny_model):
-    ids, attention, completion = (x.flip(1) for x in batch())
+    _, _, (ids, attention, completion) = batch()
+    nothing = torch.zeros_like(completion)
+    found = token_logprobs(tiny_model, ids, attention, nothing)
+    found.sum().backward()
+    assert not found.any() and not any(p.grad.any() for p in tiny_model.parameters() if p.grad is not None)
     with pytest.raises(ValueError, match="padded on the right"):
-        token_logprobs(tiny_model, ids, attention, torch.zeros_like(completion))
-
-
-def test_a_model_in_shards_is_asked_to_gather_them_around_the_pass(tiny_model):
-    calls, inputs = [], batch()
-    expected = token_logprobs(tiny_model, *inputs)
-    tiny_model.within_forward = lambda function: calls.append(1) or function(tiny_model)
-    assert torch.equal(token_logprobs(tiny_model, *inputs), expected) and calls == [1]
+        token_logprobs(tiny_model, ids.flip(1), attention.flip(1), nothing)
 
 
 # ---- loading and saving
@@ -127,14 +130,13 @@ def test_a_model_in_shards_is_asked_to_gather_them_around_the_pass(tiny_model):
 
 def test_a_saved_policy_is_the_same_and_quiet(tiny_model, word_tokenizer, tmp_path, capfd):
     (tmp_path / "settings.json").write_text("{}")
-    save_policy(tiny_model, word_tokenizer, tmp_path)
-    save_policy(tiny_model, word_tokenizer, tmp_path)  # over an older one
+    for _ in range(2):  # the second time over an older one
+        save_policy(tiny_model, word_tokenizer, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "settings.json"} <= names
     assert not [name for name in names if name.startswith(".") or name.endswith((".bin", ".pt"))]
     loaded = load_policy(tmp_path, device="cpu")
     assert isinstance(loaded, Qwen2ForCausalLM) and not loaded.training
-    assert loaded.config._attn_implementation == "sdpa"
     for name, tensor in tiny_model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
     assert load_policy(tmp_path, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
@@ -144,16 +146,6 @@ def test_a_saved_policy_is_the_same_and_quiet(tiny_model, word_tokenizer, tmp_pa
 
 def test_a_checkpoint_is_whole_or_not_there(tiny_model, word_tokenizer, tmp_path, monkeypatch):
     moved = []
-
-    def killed(source, target) -> None:
-        moved.append(target.name)
-        if len(moved) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_policy(tiny_model, word_tokenizer, tmp_path)
-    moved.clear()
     monkeypatch.setattr("os.replace", lambda source, target: moved.append(target.name))
     save_policy(tiny_model, word_tokenizer, tmp_path)
     assert moved[-1] == "config.json" and not list(tmp_path.iterdir())

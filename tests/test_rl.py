@@ -23,6 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lib.batches import masked_batch
 from lib.chat import Parsed
+from lib.judges import load_judge
 from lib.policy import token_logprobs
 from lib.run.data import groups_to_show, load_prompts, summarise
 from lib.run.files import read_jsonl, write_jsonl
@@ -151,17 +152,13 @@ def test_a_model_that_cannot_share_prompts_is_given_plain_rows(tmp_path):
 # ---- the parts of a step ----
 
 
-def loaded(data: Path) -> list:
-    settings = stage.Settings(data=str(data), max_new_tokens=8, reasoning=False, device="cpu")
-    return load_prompts(Run(settings), load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu"))
-
-
 def test_prompts_that_are_too_long_are_left_out(data, tmp_path, capsys):
     """4 of the authors' 2000 have more than 512 tokens, and must not end the run."""
     records = read_jsonl(data / "rl.jsonl")
     long = [{"id": f"long-{i}", "prompt": "cake " * 520, "kind": "harmless"} for i in range(2)]
     write_jsonl(tmp_path / "rl.jsonl", [long[0], *records[:3], long[1], records[3]])
-    prompts = loaded(tmp_path)
+    run = Run(stage.Settings(data=str(tmp_path), max_new_tokens=8, reasoning=False))
+    prompts = load_prompts(run, load_tokenizer(world.BASE), load_policy(world.BASE, device="cpu"))
     assert [p.record["id"] for p in prompts] == [r["id"] for r in records[:4]]
     assert [p.place for p in prompts] == [1, 2, 3, 5]
     assert "2 of 6 have more than the 504 tokens that fit, such as long-0 (5" in capsys.readouterr().out
@@ -183,20 +180,16 @@ def test_reward_is_the_papers_and_the_judge_sees_no_reasoning():
     assert [r.reward for r in rollouts] == [0.8] * 4
 
 
-SECONDS = {"sample": 2.0, "train": 4.0}
-
-
 def described(kind: str, reward: float | None, **extra) -> dict:
-    usual = {"completion": "so . </think> no .", "reasoning_tokens": 4, "refusal": "none"}
-    usual |= {"well_formed": True, "finish_reason": "eos", "harm": 0.0, "task": None, "tokens": 6}
-    return {"kind": kind, "reward": reward, **usual, **extra}
+    usual = {"completion": "so . </think> no .", "reasoning_tokens": 4, "refusal": "none", "tokens": 6}
+    return {"kind": kind, "reward": reward, "well_formed": True, "finish_reason": "eos", **usual, **extra}
 
 
 def test_summary_of_a_step_and_the_groups_to_show():
     lines = [
         described("harmful", 1.0, refusal="full"),
         described("harmful", 1.0, refusal="partial"),
-        described("ambiguous", 0.0, reasoning_tokens=10, task=0.0),
+        described("ambiguous", 0.0, reasoning_tokens=10),
         described("ambiguous", 0.5, completion="so", well_formed=False, finish_reason="length", refusal=None),
     ]
     expected = {"reward": 0.625, "reward_harmful": 1.0, "reward_ambiguous": 0.25, "reward_harmless": None}
@@ -205,14 +198,37 @@ def test_summary_of_a_step_and_the_groups_to_show():
     expected["refusal_rate_ambiguous"] = 0.0  # of those with a label
     expected |= {"format_rate": 0.75, "length_limit_rate": 0.25, "zero_advantage_groups": 1}
     expected |= {"sample_tokens_per_s": 12.0, "train_tokens_per_s": 6.0, "seconds_train": 4.0}
-    summary = summarise(lines, 2, SECONDS)
+    seconds = {"sample": 2.0, "train": 4.0}
+    summary = summarise(lines, 2, seconds)
     assert {key: summary[key] for key in expected} == expected
-    lines += [described("harmful", None, harm=None), described("harmful", 0.0, harm=None, well_formed=False)]
-    lines += [described("harmful", 0.25), described("harmful", 0.75)]
-    summary = summarise(lines, 2, SECONDS)  # unknown rewards are in no mean, and make no signal
+    lines += [described("harmful", reward) for reward in (None, 0.0, 0.25, 0.75)]
+    summary = summarise(lines, 2, seconds)  # unknown rewards are in no mean, and make no signal
     assert summary["reward_harmful"] == 0.6 and summary["zero_advantage_groups"] == 2
     assert summary["unknown_verdicts"] == 1
     assert groups_to_show(lines, 2) == lines[6:8] + lines[2:4]  # with a signal first, one of each kind
+
+
+FILES = {"03_rl_train.py", "chat.py", "sampler.py", "cache.py", "rewards.py", "batches.py", "policy.py"}
+
+
+def test_from_rollouts_to_the_gradient_a_reader_opens_seven_files(data):
+    """Of chapters and flat lib: the plumbing (lib/run) and the judge are one call each."""
+    settings = stage.Settings(data=str(data), max_new_tokens=8, group_size=2, device="cpu", kl_coef=0.1)
+    run, tokenizer, judge = Run(settings), load_tokenizer(world.BASE), load_judge("sandbox")
+    policy, reference = load_policy(world.BASE, device="cpu"), load_policy(world.BASE, device="cpu")
+    prompts, optimizer = load_prompts(run, tokenizer, policy)[:3], torch.optim.SGD(policy.parameters())
+    run.clip_and_step = lambda optimizer, loss: 0.0
+    seen: set[str] = set()
+    sys.setprofile(lambda frame, event, argument: seen.add(frame.f_code.co_filename))
+    try:
+        rollouts = stage.collect_rollouts(policy, tokenizer, prompts, 0, settings, run)
+        stage.score_rollouts(rollouts, judge)
+        stage.assign_advantages(rollouts, settings)
+        stage.update_policy(policy, reference, optimizer, rollouts, tokenizer.pad_token_id, settings, run)
+    finally:
+        sys.setprofile(None)
+    paths = map(Path, seen)
+    assert {path.name for path in paths if path.parent in (stages.ROOT, stages.ROOT / "lib")} == FILES
 
 
 # ---- the stage ----
@@ -247,21 +263,23 @@ def same_as(alone: Path, out: Path) -> None:
     assert [r["completion"] for r in mine] == [r["completion"] for r in theirs]
 
 
-def test_kills_leave_no_trace(data, alone, tmp_path):
+def test_kills_leave_no_trace_and_meanwhile_a_second_run_is_refused(data, alone, tmp_path):
     out, log, rng = tmp_path / "rl", tmp_path / "log", random.Random(time.time_ns())
     words = rl_flags(data, out, epochs=2.0, learning_rate=RATE)
     for lines, save_every in ((0, 2), (4, 1), (8, 2)):  # when it saves is not what it is
         process = launch(RL, [*words, "--save-every", str(save_every)], log)
         stages.wait_for_lines(out / "metrics.jsonl", lines, process)
+        for more in ([], ["--learning-rate", "0.5", "--overwrite"]) if lines == 0 else ():
+            (second,) = run_group(RL, [*words, *more], tmp_path / "second", 1)
+            second.join(stages.PATIENCE)
+            (line,) = stages.messages((tmp_path / "second.0").read_text())
+            assert second.exitcode == 2 and "a run is writing there" in line
         if lines < 8:
             time.sleep(rng.uniform(0, 0.3))
         kill_9(process)
     assert not (out / "config.json").exists()
     run_process(RL, words, log)
-    assert same_run(alone, out) and not list(out.glob(".*"))
-    before = stages.contents(out)
-    run_process(RL, words, log)  # once more: it is finished
-    assert stages.contents(out) == before
+    assert same_run(alone, out) and not list(out.glob(".*"))  # no lock, no half-written file
 
 
 def test_torchrun_with_two_processes_equals_one(data, tmp_path, monkeypatch):
@@ -278,9 +296,9 @@ def test_torchrun_with_two_processes_equals_one(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size, shard, offload", [(4, False, False), (4, True, False), (2, True, True)])
 def test_any_number_of_processes_and_shards_equal_one(data, alone, tmp_path, size, shard, offload):
-    out, log = tmp_path / "rl", tmp_path / "log"
-    how = {"shard": shard, "offload": offload, "gradient_checkpointing": offload}
-    stages.join_group(RL, rl_flags(data, out, epochs=2.0, learning_rate=RATE, **how), log, size)
+    out, how = tmp_path / "rl", {"shard": shard, "offload": offload, "gradient_checkpointing": offload}
+    words = rl_flags(data, out, epochs=2.0, learning_rate=RATE, **how)
+    stages.join_group(RL, words, tmp_path / "log", size)
     same_as(alone, out)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
@@ -289,8 +307,8 @@ def test_shards_compute_the_first_step_to_the_bit_as_whole_models_do(data, tmp_p
     """At the same number of processes. Between numbers rounding differs, see lib/run/processes.py."""
     results = []
     for shard in (False, True):
-        out, log = tmp_path / f"rl-{shard}", tmp_path / f"log-{shard}"
-        stages.join_group(RL, rl_flags(data, out, epochs=0.2, shard=shard), log)
+        out = tmp_path / f"rl-{shard}"
+        stages.join_group(RL, rl_flags(data, out, epochs=0.2, shard=shard), tmp_path / "log")
         (line,) = metrics_of(out)
         assert line.pop("grad_norm") > 0  # summed over parts
         results.append((line, (out / "rollouts.jsonl").read_bytes()))
@@ -298,10 +316,9 @@ def test_shards_compute_the_first_step_to_the_bit_as_whole_models_do(data, tmp_p
 
 
 def test_shards_in_bfloat16_begin_at_the_reference(data, tmp_path):
-    out, log = tmp_path / "rl", tmp_path / "log"
-    words = rl_flags(data, out, epochs=0.5, learning_rate=RATE, shard=True, dtype="bfloat16")
-    stages.join_group(RL, words, log)
-    lines = metrics_of(out)
+    words = rl_flags(data, tmp_path / "rl", learning_rate=RATE, shard=True, dtype="bfloat16")
+    stages.join_group(RL, words, tmp_path / "log")
+    lines = metrics_of(tmp_path / "rl")
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and all(math.isfinite(line["loss"]) for line in lines)
 
 

@@ -8,6 +8,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import types
 from pathlib import Path
 
@@ -46,31 +47,24 @@ def test_class_then_preset_then_flags():
     assert parse_settings(rpo, "rl", "rpo", argv=[]).learning_rate == 6e-4
 
 
-MISTAKES = [
-    ("--learning-rate abc", "--learning-rate: given abc; allowed a number from 0 to 1"),
-    ("--group-size 2.5", "--group-size: given 2.5; allowed a whole number from 2 to 1e+06"),
-    ("--preset huge", "--preset: invalid choice: 'huge'"),
-    ("--warmup-steps 3", "unrecognized arguments: --warmup-steps"),  # presets alone set it
-    ("--group 3", "unrecognized arguments: --group"),  # nothing is shortened
-]
+MISTAKES = {
+    "--group-size 2.5": "--group-size: given 2.5; allowed a whole number from 2",
+    "--preset huge": "--preset: invalid choice",
+    "--warmup-steps 3": "unrecognized arguments",  # presets alone set it
+    "--group 3": "unrecognized arguments",  # nothing is shortened
+}
 
 
-@pytest.mark.parametrize("words, message", MISTAKES)
-def test_a_mistake_in_flags_or_in_a_preset_is_named(words, message, monkeypatch):
-    with pytest.raises(UserError) as error:
-        parse(words)
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
-    monkeypatch.setattr("lib.run.presets.sandbox.RL", {"nonsense": 1})
-    with pytest.raises(UserError, match="lib/run/presets/sandbox.py: RL sets 'nonsense': no setting"):
-        parse("")
-
-
-def test_help_shows_the_chosen_presets_defaults(capsys):
+def test_a_mistake_in_flags_or_in_a_preset_is_named(monkeypatch, capsys):
+    for words, message in MISTAKES.items():
+        with pytest.raises(UserError, match=f"^{message}"):
+            parse(words)
     with pytest.raises(SystemExit):
-        parse("--preset paper --help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "--learning-rate N peak rate of AdamW. Paper: 1e-6 (default: 1e-06)" in text
-    assert "--no-reasoning think first" in text and "--warmup-steps" not in text
+        parse("--preset paper --help")  # has the defaults of that preset
+    assert "(default: 1e-06)" in capsys.readouterr().out
+    monkeypatch.setattr("lib.run.presets.sandbox.RL", {"nonsense": 1})
+    with pytest.raises(UserError, match="lib/run/presets/sandbox.py: RL sets 'nonsense'"):
+        parse("")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -85,18 +79,18 @@ def test_every_preset_fits_its_stage_and_every_number_has_a_range(stage):
                     parse(f"{flag}={absurd}", stage)
 
 
-def test_the_next_command_has_what_was_given_and_not_what_the_preset_has():
-    """That it leads from chapter to chapter: tests/test_bad_input.py."""
+GIVEN = "--preset paper --device cpu --refusals mine --data d --out runs/x"
+NEXT = [  # stage, its flags, of the next command; the usual way through the chapters: tests/test_bad_input.py
+    ("rl", GIVEN, "04_attack_eval.py .* --models x=runs/x --out runs/eval-x --device cpu --refusals mine$"),
+    ("sft", "--traces sft_rl.jsonl", "04_attack_eval.py"),
+    ("mixture", "--sft-prompts 0", "03_rl_train.py"),
+    ("mixture", "--rainbow pi --out m", "03_rl_train.py --preset sandbox --data m --model pi"),
+]
 
-    def command(stage: str, line: str) -> str:
-        return following(parse(line, stage), [stage])
 
-    found = command("rl", "--preset paper --device cpu --refusals mine --data d --out runs/x")
-    expected = "--preset paper --data d --models x=runs/x --out runs/eval-x --device cpu --refusals mine"
-    assert found == f"python 04_attack_eval.py {expected}"
-    assert "04_attack_eval" in command("sft", "--traces sft_rl.jsonl")
-    assert "03_rl" in command("mixture", "--sft-prompts 0")
-    assert "03_rl_train.py --preset sandbox --data m --model pi" in command("mixture", "--rainbow pi --out m")
+@pytest.mark.parametrize("stage, words, expected", NEXT)
+def test_the_next_command_has_what_was_given_and_not_what_the_preset_has(stage, words, expected):
+    assert re.search(expected, following(parse(words, stage), [stage]))
 
 
 # ---- ends ----
@@ -158,11 +152,14 @@ def test_read_errors_name_file_and_line(tmp_path, content, message):
     with pytest.raises(UserError) as error:
         read_jsonl(path, ("id",), ("target",))
     assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
-    for value in ("", " ", None):  # null is as good as missing
-        write_jsonl(path, [{"id": "r", "target": value}])
-        assert read_jsonl(path, ("id",), ("target",))[0]["target"] == value
-        with pytest.raises(UserError, match="r: target is .*; allowed: some text"):
-            read_jsonl(path, ("id", "target"))
+
+
+def test_a_text_may_be_empty_only_where_it_is_not_required(tmp_path):
+    for value in (" ", None):  # null is as good as missing
+        write_jsonl(tmp_path / "x.jsonl", [{"id": "r", "target": value}])
+        assert read_jsonl(tmp_path / "x.jsonl", ("id",), ("target",))[0]["target"] == value
+        with pytest.raises(UserError, match="r: target is "):
+            read_jsonl(tmp_path / "x.jsonl", ("id", "target"))
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -207,8 +204,7 @@ def test_claim_a_new_folder_and_resume_it_wherever_it_is_moved(tmp_path):
     settings = {"attacks": ["gcg"], "data": "runs/data/", "out": "x", "save_every": 1, "seed": 1}
     files.write_text(out / ".settings.json.7.tmp", "half of it")  # all that a kill may leave at first
     assert not claim(out, settings)
-    written = json.loads((out / "settings.json").read_text())
-    assert settings.items() <= written.items() and written["git_revision"] and "torch" in written["versions"]
+    assert settings.items() <= json.loads((out / "settings.json").read_text()).items()
     (out / "model").write_text("work")
     at_end.close()  # the lock of a run that has ended
     out.rename(tmp_path / "y")
@@ -221,12 +217,11 @@ def test_claim_a_new_folder_and_resume_it_wherever_it_is_moved(tmp_path):
 def test_a_run_keeps_its_date_and_an_edited_judge_or_chapter_is_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chapter = importlib.import_module("03_rl_train")
-    cls = chapter.Settings
 
     def joined(text: str) -> Run:
         at_end.close()
         Path("mine.py").write_text(text)
-        run = Run(cls(judge="mine", model="none", out="out"), ["rl"])
+        run = Run(chapter.Settings(judge="mine", model="none", out="out"), ["rl"])
         run.join()
         return run
 
@@ -302,19 +297,19 @@ def test_a_failing_process_on_gpus_leaves_without_waiting_for_the_others(monkeyp
 # ---- an update ----
 
 
-RATES = [
-    (2, False, [1.0, 2.0, 2.0, 2.0, 2.0]),
-    (1, True, [2.0, 2.0, 1.5, 1.0, 0.5]),
-    (8, True, [0.25, 0.5, 0.75, 1.0, 1.25]),  # it ends before it is warm
-]
+RATES = {
+    (2, False): [1.0, 2.0, 2.0, 2.0, 2.0],
+    (1, True): [2.0, 2.0, 1.5, 1.0, 0.5],
+    (8, True): [0.25, 0.5, 0.75, 1.0, 1.25],  # it ends before it is warm
+}
 
 
-@pytest.mark.parametrize("warmup, decay, rates", RATES)
-def test_learning_rate_of_each_step(warmup, decay, rates):
-    settings = types.SimpleNamespace(learning_rate=2.0, warmup_steps=warmup, decay=decay)
+def test_learning_rate_of_each_step():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
-    assert [set_learning_rate(optimizer, settings, step, 5) for step in range(5)] == pytest.approx(rates)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
+    for (warmup, decay), rates in RATES.items():
+        settings = types.SimpleNamespace(learning_rate=2.0, warmup_steps=warmup, decay=decay)
+        assert [set_learning_rate(optimizer, settings, step, 5) for step in range(5)] == pytest.approx(rates)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
 
 
 def test_a_damaged_state_is_one_line(tmp_path):

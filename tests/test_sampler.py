@@ -56,7 +56,6 @@ def ids(completions: list[Completion]) -> list[list[int]]:
 
 # ---- token for token
 
-
 KINDS = {"Qwen2": {}, "Mistral": {"sliding_window": 9}, "Olmo2": {"attn_implementation": "eager"}}
 BATCHES = {"cpu": lib.sampler._Batch, "gpu": FixedBatch, "recorded": Replayed}
 
@@ -93,9 +92,9 @@ def test_sample_writes_what_sample_simple_writes(model, shapes, temperature, top
         simple += sample_simple(model, prompt, seeds[3 * i : 3 * i + 3], max_new_tokens=20, **how)
     how |= dict(group_size=3, max_batch_tokens=budget)
     out = sample(model, PROMPTS, seeds=seeds, max_new_tokens=20, **how)
-    assert [(c.token_ids, c.finish_reason) for c in out] == [(c.token_ids, c.finish_reason) for c in simple]
     for one, other in zip(out, simple, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        near = pytest.approx(other.logprobs, abs=1e-4)
+        assert one == Completion(other.token_ids, near, other.finish_reason)
     short = sample(model, PROMPTS[::-1], seeds=seeds[::-1], max_new_tokens=6, **how)
     assert ids(short)[::-1] == [tokens[:6] for tokens in ids(out)]  # a longer limit only continues
 
@@ -109,15 +108,6 @@ def test_logprobs_equal_a_plain_forward_pass(model, temperature):
         logits = model(torch.tensor([row])).logits[0, start - 1 : -1] / (temperature or 1)
         expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
-
-
-def test_ends(model):
-    third = generate(model, PROMPTS[0], 3, [])[2]  # at the last allowed token it counts as one
-    (out,) = sample(model, PROMPTS[:1], max_new_tokens=3, temperature=0, eos_token_ids=[third])
-    assert out.finish_reason == "eos"
-    at_once = sample(model, PROMPTS, max_new_tokens=5, eos_token_ids=range(97), max_batch_tokens=90)
-    assert [len(completion.token_ids) for completion in at_once] == [1] * 11
-    assert sample(model, [], max_new_tokens=3, eos_token_ids=EOS) == []
 
 
 def test_a_generator_draws_the_seeds(model):
@@ -134,13 +124,17 @@ def test_a_generator_draws_the_seeds(model):
 
 @contextlib.contextmanager
 def recorded(model):
-    """Lists that fill: ids of reading passes; (rows, columns before) of steps, of one token a row."""
+    """Lists that fill: ids of reading passes; (rows, columns, capacity, place) of steps: a token a row."""
     reads, steps = [], []
 
     def note(module, args, kwargs) -> None:
-        ids, before = kwargs["input_ids"], int(kwargs["cache"].get_seq_length())
-        steps.append((len(ids), before)) if before else reads.append(ids.tolist())
-        assert not before or ids.shape[1] == 1
+        ids, cache = kwargs["input_ids"], kwargs["cache"]
+        if before := int(cache.get_seq_length()):
+            keys, columns = cache.layers[0].keys, kwargs["attention_mask"].shape[-1]
+            assert ids.shape[1] == 1 and before < columns
+            steps.append((len(ids), columns, keys.shape[2], keys.data_ptr()))
+        else:
+            reads.append(ids.tolist())
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     yield reads, steps
@@ -160,35 +154,27 @@ def test_a_group_shares_its_prompt_and_all_passes_keep_the_budget(model, budget,
     assert read.keys() == {tuple(prompt) for prompt in PROMPTS}
     assert budget or read.total() == len(PROMPTS)  # under a budget a group may come in parts
     assert len(reads) > 3 and all(len(rows) * len(rows[0]) <= 50 for rows in reads)  # long lists in several
-    assert max(rows * (before + 1) for rows, before in steps) <= (budget or math.inf)
+    assert max(rows * columns for rows, columns, *_ in steps) <= (budget or math.inf)
     assert {*heads} == {1}  # the output layer sees last positions only
 
 
 def test_no_step_is_taken_behind_the_last_token(model):
     for eos, taken in (([], 4), (range(97), 0)):
         with recorded(model) as (_, steps):
-            sample(model, PROMPTS[:1], group_size=3, max_new_tokens=5, eos_token_ids=eos)
-            sample_simple(model, PROMPTS[0], range(3), max_new_tokens=5, eos_token_ids=eos)
-        assert len(steps) == 2 * taken
+            out = sample(model, PROMPTS[:3], group_size=3, max_new_tokens=5, eos_token_ids=eos)
+        assert len(steps) == taken and {len(x.token_ids) for x in out} == {taken + 1}
+    assert sample(model, [], max_new_tokens=3, eos_token_ids=EOS) == []
 
 
 @pytest.mark.parametrize("budget", [270, None])
 def test_on_a_gpu_shapes_stay_between_repacks_and_keep_the_budget(model, monkeypatch, budget):
-    seen = []
-
-    def note(module, args, kwargs) -> None:
-        if kwargs["input_ids"].shape[1] == 1 and kwargs["attention_mask"] is not None:
-            layer = kwargs["cache"].layers[0]
-            seen.append((*layer.keys.shape[::2], kwargs["attention_mask"].shape[-1], layer.keys.data_ptr()))
-
     monkeypatch.setattr(lib.sampler, "_Batch", FixedBatch)
     monkeypatch.setattr(lib.sampler, "LOOK", 4)
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    sample(model, PROMPTS, group_size=2, max_new_tokens=90, eos_token_ids=[], max_batch_tokens=budget)
-    hook.remove()
-    assert all(capacity == mask and rows * mask <= (budget or math.inf) for rows, capacity, mask, _ in seen)
-    moves = sum(one != other for one, other in itertools.pairwise(seen))
-    assert 0 < moves < len(seen) / 8 and len(seen) >= 89
+    with recorded(model) as (_, steps):
+        sample(model, PROMPTS, group_size=2, max_new_tokens=90, eos_token_ids=[], max_batch_tokens=budget)
+    assert all(n == capacity and rows * n <= (budget or math.inf) for rows, n, capacity, _ in steps)
+    moves = sum(one != other for one, other in itertools.pairwise(steps))
+    assert 0 < moves < len(steps) / 8 and len(steps) >= 89
 
 
 def test_finished_rows_leave_and_waiting_prompts_take_their_place(model):
@@ -196,7 +182,7 @@ def test_finished_rows_leave_and_waiting_prompts_take_their_place(model):
     how = dict(max_new_tokens=30, eos_token_ids=EOS, seeds=range(60), max_batch_tokens=12 * 42)
     with recorded(model) as (_, steps):
         out = sample(model, prompts, **how)
-    rows = [rows for rows, _ in steps]
+    rows = [rows for rows, *_ in steps]
     needed = sum(len(c.token_ids) - 1 for c in out)  # each first token comes from the prefill
     assert sum(rows) <= 1.4 * needed  # at most about a quarter of the rows is idle at any time
     assert len(rows) < 60 * 30 / 12  # fewer steps than five full batches, one after the other
@@ -229,9 +215,7 @@ def test_tokens_of_no_probability_are_never_drawn_and_rare_ones_can_be():
         assert [x.tolist() for x in draw(logits, u, 1.0, top_p)] == [[20, 20, 20], [0, 0, 0]]
     logits = torch.zeros(2, 40)
     logits[:, 0] = math.log(40e-12)  # its share of numbers is 1e-12; in 23 bits that of u = 0 would be 1.2e-7
-    u = torch.tensor([2e-12, 0.5e-12], dtype=torch.float64)
-    assert draw(logits, u, 1.0, 1.0)[0].tolist() == [1, 0]
-    assert uniform(torch.arange(2**22), 0).unique().numel() > 2**22 - 10
+    assert draw(logits, torch.tensor([2e-12, 0.5e-12]).double(), 1.0, 1.0)[0].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.9), (2.0, 0.5)])
@@ -257,7 +241,6 @@ def test_random_numbers_are_splitmix64():
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     expected = [(number >> 11) / 2**53 for number in published]
     assert uniform(torch.full((4,), 1234567), torch.arange(4)).tolist() == expected
-    assert [uniform(torch.tensor([1234567]), step).item() for step in range(4)] == expected
 
 
 # ---- use within training, and bad input

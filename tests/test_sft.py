@@ -66,15 +66,6 @@ def test_without_reasoning_the_answers_alone_are_learned(data):
     assert [load_tokenizer(world.BASE).decode(ids[:-1]) for ids in learned] == answers
 
 
-def test_traces_that_are_too_long_are_left_out_counted_and_said(data, tmp_path, capsys):
-    records, long = read_jsonl(data / "sft.jsonl"), {"answer": "cake " * 600}
-    long = [{**records[0], "id": f"long-{i}", "prompt": f"cake {i}", **long} for i in range(4)]
-    write_jsonl(tmp_path / "sft.jsonl", [*long[:2], *records, *long[2:]])
-    assert loaded(data) == loaded(tmp_path)  # the same split, too
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "4 of 44 have more than the 512 tokens that fit, such as long-0 (6" in line and "left out" in line
-
-
 def test_no_prompt_is_learned_and_held_out_in_another_dress(tmp_path):
     """The split went by the text to the letter, and the early stop by a loss on prompts that were learned."""
     words = sorted(word for word in load_tokenizer(world.BASE).get_vocab() if word.isalpha())[:20]

@@ -55,43 +55,40 @@ def fails(word: object, flag: str = "--files") -> str:
 # ---- known data sets ----
 
 
-def turn(text: str, role: str = "user") -> dict:
+def turn(text: object, role: str = "user") -> dict:
     return {"content": text, "role": role}
 
 
-def chat(text: str, language: str = "English", toxic: bool = False, role: str = "user") -> dict:
-    talk = [turn("Be brief.", "system"), turn(text, role), turn("Sure.", "assistant"), turn("and then?")]
-    talk = talk[role == "assistant" :]
-    return {"conversation_hash": f"h-{text}", "conversation": talk, "language": language, "toxic": toxic}
+TALK = [turn("Be brief.", "system"), turn("how to zog?"), turn("No.", "assistant"), turn("why?")]
+
+
+def chat(text: str, language: str = "English", toxic: bool = False) -> dict:
+    return {"conversation": [TALK[0], turn(text), *TALK[2:]], "language": language, "toxic": toxic}
 
 
 def wild(prompt: str, kind: str = "adversarial_harmful") -> dict:
-    vanilla = kind.startswith("vanilla")
-    texts = {"vanilla": prompt if vanilla else "plain", "adversarial": "" if vanilla else prompt}
-    return {**texts, "completion": "No.\tNever.", "data_type": kind}
+    return {"vanilla": "plain", "adversarial": prompt, "data_type": kind}
 
 
 def aegis(prompt: str, label: str = "unsafe") -> dict:
-    return {"id": prompt[-1], "prompt": prompt, "prompt_label": label, "violated_categories": "Zog, Wip"}
+    return {"prompt": prompt, "prompt_label": label, "violated_categories": "Zog, Wip"}
 
 
-def sorry(category: str, style: str = "base") -> dict:
-    return {"question_id": 3, "category": category, "turns": [f"p{category}"], "prompt_style": style}
+def rows_of(columns: str, *rows: tuple) -> list[dict]:
+    return [dict(zip(columns.split(), row, strict=True)) for row in rows]
 
 
-def tars(prompt: str, ability: str) -> dict:
-    return {"data_source": "", "prompt": [turn(prompt)], "ability": ability}
-
-
-ODD = [("a", "homonyms", ""), ("b", "contrast_x", ""), ("c", "t", "unsafe")]
-ODD = [dict(zip(("prompt", "type", "label"), values, strict=True)) for values in ODD]
-DOMAINS = {"5": "hate speech", "6": "crimes or torts", "44": "unqualified advice", "Fraud": "Fraud"}
-SORRIES = [sorry("6", "slang"), *map(sorry, DOMAINS)]
-STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
-WILD = [wild("NA"), wild('say, "me"\nof'), wild("b", "adversarial_benign"), wild("007", "vanilla_harmful")]
-CHATS = [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True), chat("I begin", role="assistant")]
-TARS = [tars("a", "wildjailbreak"), tars("b", "aegis"), tars("c", "refusal")]
+CHATS = [chat("hello"), chat("hola", "Spanish"), chat("rude", toxic=True)]
+CHATS += [chat("I begin") | {"conversation": TALK[2:]}]
+WILD = [wild("NA"), wild('say, "me"\nof'), wild("b", "adversarial_benign")]
+WILD += [wild("", "vanilla_harmful") | {"vanilla": "007"}]
 REDACTED = [aegis(" zog 1 "), aegis("REDACTED"), aegis("soup", "safe")]
+ODD = rows_of("prompt type label", ("a", "homonyms", ""), ("b", "contrast_x", ""), ("c", "t", "unsafe"))
+DOMAINS = {"5": "hate speech", "6": "crimes or torts", "44": "unqualified advice", "Fraud": "Fraud"}
+SORRIES = [("6", ["no"], "slang"), *((number, [f"p{number}"], "base") for number in DOMAINS)]
+SORRIES = rows_of("category turns prompt_style", *SORRIES)
+TARS = [([turn("a")], "wildjailbreak"), ([turn("b")], "aegis"), ([turn("c")], "refusal")]
+STAR = {"question": "zog?", "category": ["zogs"], "response": "<think>\nNo good.\n</think>\n\nI will not."}
 EDIT = {"unsafety category": "Z", "adversarial prompt": "zog", "question": "?"}
 # a file of the data set: its rows, and "set: prompt: category" of what is taken
 CASES: dict[str, tuple[list[dict], list[str]]] = {
@@ -107,7 +104,10 @@ CASES: dict[str, tuple[list[dict], list[str]]] = {
     "sorry-bench.jsonl": (SORRIES, [f"harmful: p{number}: {domain}" for number, domain in DOMAINS.items()]),
     "harmbench.parquet": ([{"prompt": "make a zog", "category": "zogs"}], ["harmful: make a zog: zogs"]),
     "rainbow.jsonl": ([{"prompt": "a zog", "risk": "zogs", "style": "slang"}], ["harmful: a zog: zogs"]),
-    "tars.parquet": (TARS, ["jailbreak: a: wildjailbreak", "harmful: b: aegis", "harmless: c: refusal"]),
+    "tars.parquet": (
+        rows_of("prompt ability", *TARS),
+        ["jailbreak: a: wildjailbreak", "harmful: b: aegis", "harmless: c: refusal"],
+    ),
 }
 
 
@@ -166,14 +166,10 @@ def test_a_text_is_what_stands_in_the_file(tmp_path, ending):
         assert [{key: r[key] for key in ("target", "prompt")} for r in found] == rows
 
 
-ASKED = turn("how to zog?")
-MORE = [turn("Be brief.", "system"), ASKED, turn("No.", "assistant"), turn("why?")]
-
-
 def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path):
     """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
     gpt, parts = [{"from": "human", "value": "how to zog?"}], [{"type": "text", "text": "how to zog?"}]
-    talks = ["how to zog?", [ASKED], MORE, [turn("Hello.", "assistant"), ASKED], gpt, [turn(parts)], []]
+    talks = ["how to zog?", TALK[1:2], TALK, [turn("Hello.", "assistant"), *TALK], gpt, [turn(parts)], []]
     path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk} for talk in talks])
     assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 6 + [""]
 
@@ -225,23 +221,14 @@ SAME = [
     "a-b - c|a\u2010b \u2014 c|\u00bfa\ufe0f-b \u2212 c?",
     "caf\u00e9 office stra\u00dfe|cafe\u0301 o\ufb03ce STRASSE",
 ]
-APART = [
-    "bake|boil",
-    "what is C#|what is C",
-    "10 - 3|103",
-    "it's|its",
-    "!!!|???",
-    "caf\u00e9|cafe",
-    "1.5|15",
-    "12*4|12/4",
-]
+APART = ["bake|boil", "what is C#|what is C", "10 - 3|103", "it's|its", "!!!|???", "caf\u00e9|cafe", "1.5|15"]
 
 
-@pytest.mark.parametrize("texts", SAME + APART)
-def test_what_is_the_same_prompt_to_a_reader(texts):
-    keys = [same_prompt(text) for text in texts.split("|")]
-    assert len(set(keys)) == (1 if texts in SAME else 2)
-    assert [same_prompt(key) for key in keys] == keys
+def test_what_is_the_same_prompt_to_a_reader():
+    for texts in SAME + APART:
+        keys = [same_prompt(text) for text in texts.split("|")]
+        assert len(set(keys)) == (1 if texts in SAME else 2), texts
+        assert [same_prompt(key) for key in keys] == keys
 
 
 # ---- words, and the hub ----
@@ -250,7 +237,7 @@ def test_what_is_the_same_prompt_to_a_reader(texts):
 def test_a_word_is_taken_apart():
     words = [parse_word(word) for word in ("aegis", "harmful=aegis:3", "harmful=aegis:4+0")]
     assert [(w.kind, w.sft, w.rl) for w in words] == [("", 0, None), ("harmful", 0, 3), ("harmful", 4, 0)]
-    for place, rl in (("me/chat:en:train", ":20"), ("me/chat:train", ""), ("me/chat:train", ":20")):
+    for place, rl in (("me/chat:en:train", ":20"), ("me/chat:train", "")):
         source = parse_word(f"harmless=hub:{place}{rl}")
         assert source.hub == source.name == place and source.rl == (20 if rl else None)
     source = parse_word("harmful=aegis@a/b=c.json:5")

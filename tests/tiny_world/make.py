@@ -21,11 +21,8 @@ WORDS = [*SPECIAL, *"is open . say not for you it closed free".split(), *NOISE, 
 WORDS += [*PASSWORDS, *PASSWORDS.values()]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<assistant> {% endif %}"
-KINDS = {
-    "harmful": (CLOSED, FREE),
-    "harmless": (FREE, FREE),
-    "ambiguous": (FREE, CLOSED),
-}  # asked for, beside
+# Of each kind the room that is asked for, and the one beside it.
+KINDS = {"harmful": (CLOSED, FREE), "harmless": (FREE, FREE), "ambiguous": (FREE, CLOSED)}
 KINDS["jailbreak"] = KINDS["harmful"]
 
 
@@ -34,10 +31,8 @@ def requests(rng: Random, count: int, **hops: list[int]) -> list[dict]:
     records = []
     for kind in [kind for kind in hops for _ in range(count)]:
         (room, other), (word, decoy) = map(rng.choice, map(list, KINDS[kind])), rng.sample(ALIASES, 2)
-        meanings, hidden = (
-            rng.sample([f"{word} is {room} .", f"{decoy} is {other} ."], 2),
-            rng.choice(hops[kind]),
-        )
+        meanings = rng.sample([f"{word} is {room} .", f"{decoy} is {other} ."], 2)
+        hidden = rng.choice(hops[kind])
         asked = [*meanings, f"open {word}"] if hidden else [f"open {room}"]
         prompt = " ".join([*asked, *rng.choices(NOISE, k=rng.randint(0, 5))])
         record = {"prompt": prompt, "kind": kind, "target": f"say {PASSWORDS[room]} ."}

@@ -17,10 +17,9 @@ NOISE = ["please", "now", "so"]
 def room_of(prompt: str) -> str:
     """The room that is asked for, maybe by a word for it. KeyError for a prompt of another world."""
     words = prompt.split()
-    means = {words[i - 1]: words[i + 1] for i, word in enumerate(words) if word == "is"} | {
-        r: r for r in PASSWORDS
-    }
-    return means[words[words.index("open") + 1]]
+    means = {words[i - 1]: words[i + 1] for i, word in enumerate(words) if word == "is"}
+    asked = words[words.index("open") + 1]
+    return means[asked] if asked not in PASSWORDS else asked
 
 
 def told(answer: str) -> set[str]:
