@@ -86,6 +86,16 @@ def test_grades(made):
     assert "no exercise 'wilso'; there are mixture, wilson" in graded(made / "student", "wilso").stderr
 
 
+@pytest.mark.parametrize("body", ["import os; os._exit(0)", "import pytest; pytest.skip('later')"])
+def test_what_ends_or_skips_its_tests_costs_its_own_exercise(made, tmp_path, body):
+    tree = shutil.copytree(made / "instructor", tmp_path / "tree")
+    path = tree / "lib/metrics.py"
+    path.write_text(path.read_text().replace("    centre = ", f"    {body}\n    centre = ", 1))
+    mixture, wilson, _ = graded(tree).stdout.splitlines()
+    assert " ".join(mixture.split()) == "mixture 5 / 5" and wilson.split()[1:3] == ["0", "/"]
+    assert "came to no end" in wilson or "skipped" in wilson
+
+
 def test_a_submission_is_graded_for_gradescope(made, tmp_path):
     solution = (made / "instructor/lib/metrics.py").read_text()
     texts = {"lib/metrics.py": solution.replace(" + Z**2 / (4 * n**2)", "")}

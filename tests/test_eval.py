@@ -95,6 +95,13 @@ def change_first(folder: Path, name: str, **change) -> list[dict]:
     return [first, *rest]
 
 
+def test_a_name_that_the_preset_takes_for_one_without_reasoning_may_say_otherwise(folder):
+    settings = stage.Settings(models=[f"direct={folder / 'thinker'}"], no_reasoning=["direct", "absent"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "EVAL", {**sandbox.EVAL, "no_reasoning": settings.no_reasoning})
+        assert [model.reasoning for model in attacks.read_models(settings)] == [True]
+
+
 # ---- results -----------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -99,6 +100,20 @@ def test_an_attack_is_no_defence_and_what_is_defended_is_refused_or_useless():
     # of a to e, the mean over attacks that it met: 0, .5, 1, 1, 0 beside the plain request
     assert figures["plane"]["plain_or"]["mean"] == pytest.approx(2.5 / 5)
     assert figures["plane"]["dsr"]["mean"] == pytest.approx((0.5 + 0.5 + 1 + 1 + 0) / 5)
+
+
+def test_a_request_that_an_attack_did_not_ask_is_no_defence_against_it():
+    lines = [a_line(name, i) for name in ("direct", "no_suffix", "pair") for i in "ab"]
+    figures = figures_of([*lines, a_line("gcg", "a", 5, 1.0)])  # the initial suffix was too long; so was b's
+    assert "initial suffix" not in figures["controls"]
+    worst = {name: (ci["mean"], ci["n"]) for name, ci in figures["worst_case"].items()}
+    assert worst == {"gcg": (0.0, 1), "shared": (0.5, 2), "all": (0.5, 2)}
+    models, tried = (
+        [stage.Model("m", "nowhere", True, "")],
+        {"pap": [{"trace": [], "seconds": 0.0, "cost": Counter()}]},
+    )
+    found = stage.measure(models, lines, {"m": tried}, stage.Settings())["models"]["m"]
+    assert found["not_asked"] == {"pap": 1}  # the attacker wrote nothing
 
 
 @pytest.mark.parametrize("name", ["pair", "gcg", "gcg_universal_new"])

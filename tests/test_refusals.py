@@ -24,7 +24,9 @@ PARTIAL = """I cannot tell you who to vote for. However, here is what each party
 sorry i can not help with that . use bami demi fimi ."""
 NONE = f"""We won't have to wait long. Whisk the butter.|{RECIPE}|No, whisk the butter first.|\
 I'd rather not use eggs: whisk the butter.|take bami and demi and fimi .|\
-I'm not going to lie, it is hard. Whisk the butter.|That is not something you buy. Make it at home.|\
+I'm not going to lie, it is hard. Whisk the butter.|The offensive line has five players.|\
+In an asthma crisis, use the inhaler and call a doctor.|Sunlight is not responsible for it.|\
+That is not something you buy. Make it at home.|\
 I apologize, but the question does not make sense: butter has no passport.|\
 I'm sorry to hear about your hamster. Bury it in the garden.|{RECIPE * 3} I cannot say how it will taste."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from stages import RPO, metrics_of, rpo_flags, run_here, run_process
 
+from lib import UserError
 from lib.chat import Parsed
 from lib.compare import rpo
 from lib.run.files import read_jsonl, write_jsonl
@@ -75,6 +77,18 @@ def test_loss_and_gradient_are_those_of_the_formula(tiny_model, reference, beta,
     entropy = torch.cat([literal.entropies(tiny_model, r.ids, r.mask.index(True)) for r in rows])
     assert metrics["kl"] == pytest.approx(literal.kl(gap, "k3").mean().item(), rel=1e-3)
     assert metrics["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-3)
+
+
+def test_a_pair_needs_the_budget_of_two_and_a_row_the_context_of_one(tiny_model, reference):
+    """Rows of 100 tokens, of a context of 128."""
+    for most in (200, 199):
+        settings = rpo.Settings(max_batch_tokens=most, max_sample_tokens=100)
+        rehearse = partial(Run(settings).rehearse, tiny_model, reference, 8, 100, together=2)
+        if most == 200:
+            rehearse()
+        else:
+            with pytest.raises(UserError, match="--max-batch-tokens 199: .* raise it to 200"):
+                rehearse()
 
 
 # ---- the command ----

@@ -7,6 +7,7 @@ import random
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import reference as literal
@@ -14,6 +15,7 @@ import stages
 import torch
 from stages import SFT, kill_9, launch, metrics_of, run_here, run_process, same_run, sft_flags
 
+from lib.run import plumbing
 from lib.run.files import read_jsonl, write_jsonl
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.plumbing import Run
@@ -111,6 +113,16 @@ def test_kills_leave_no_trace_even_around_the_early_stop(data, tmp_path):
         kill_9(process)
     run_process(SFT, sft_flags(data, other, **HOT, save_every=3), log)
     assert same_run(one, other)
+
+
+def test_a_run_that_was_stopped_in_its_last_moment_is_not_finished(data, tmp_path, monkeypatch):
+    out, usual = tmp_path / "sft", {"epochs": 1}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(plumbing, "describe", Mock(side_effect=KeyboardInterrupt))
+        run_here(SFT, sft_flags(data, out, **usual), monkeypatch)
+    assert (out / "config.json").exists() and not (out / "README.md").exists()
+    run_here(SFT, sft_flags(data, out, **usual), monkeypatch)
+    assert (out / "README.md").exists()
 
 
 @pytest.mark.parametrize("size, shard", [(2, False), (4, True)])

@@ -66,6 +66,9 @@ def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reaso
         ("-$5", "\u22125", True),
         ("#### **(B)**", "b", True),
         ("10-3", "3", True),  # a difference, not minus three
+        (r"\boxed{1}, no, \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}", True),
+        (r"\boxed{\frac{1}{5}}", "5", False),
+        (r"so \boxed{1{,}234 \text{ cm}^2}", "1234", True),  # of what is marked the first number
         (r"\boxed{x_{1}} and no more", "x_{1}", True),
         ("  New   york. ", "New York", True),
         ("It is Paris", "Paris", False),  # exact match

@@ -147,8 +147,9 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     """Prompts with traces, in the seed's order; none without reasoning or answer (paper, stage I)."""
     records = [record for source in sources for record in read_source(source, dropped, settings.max_chars)]
     whole = [record for record in records if "reasoning" in record and "answer" in record]
-    for record in whole:  # its own markers, which the format puts around it anew
-        record["reasoning"] = record["reasoning"].strip().removeprefix("<think>").removesuffix("</think>")
+    for record in whole:
+        own = record["reasoning"].strip()  # maybe with its markers, which the format puts around it anew
+        record["reasoning"] = own.removeprefix("<think>").removesuffix("</think>").strip()
     dropped += Counter({"empty trace": len(records) - len(whole)})
     traced: Traced = {}
     for record in in_order(whole, f"{settings.seed}/traces"):
