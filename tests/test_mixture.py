@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import stages
-from test_sources import aegis, chat, needs_data, wild, write_rows
+from test_sources import aegis, chat, wild, write_rows
 
 from lib.judges import load_judge
 from lib.rewards import KINDS
@@ -20,6 +20,8 @@ from lib.run.text import same_prompt
 from lib.sources import EVAL_SETS, parse_word
 
 stage = importlib.import_module("01_build_mixture")
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.exists(), reason="real data in ../shared/data is not there")
 
 
 @pytest.fixture
@@ -176,7 +178,10 @@ def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
 
 @needs_data
 def test_the_authors_prompts_and_public_evaluation_sets(build):
-    sets = build("out", "--preset smollm --sft-prompts 0")
+    line = f"--preset smollm --sft-prompts 0 --files tars@{SHARED}/tars/train_lambda_0.5.parquet --eval-files"
+    line += f" harmbench@{SHARED}/harmbench/harmbench_behaviors_text_val.csv tars@{SHARED}/tars/test.parquet"
+    line += f" ambiguous=xstest@{SHARED}/xstest/xstest_v2_completions_gpt4.csv"
+    sets = build("out", line)
     assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 15, "harmless": 15}
     targets = Counter((r["source"], bool(r["target"])) for r in sets["eval_harmful"])
     assert targets == {("harmbench", True): 60, ("tars", False): 60}, "StrongREJECT comes without"

@@ -45,6 +45,9 @@ def test_class_then_preset_then_flags():
     assert parse("--attacks pair gcg", "eval").attacks == ["pair", "gcg"] != parse("", "eval").attacks
     rpo = importlib.import_module("lib.compare.rpo").Settings  # a later dict of a preset goes before
     assert parse_settings(rpo, "rl", "rpo", argv=[]).learning_rate == 6e-4
+    for preset in ("paper", "open", "sandbox"):  # the paper's 16 pairs an update
+        settings = parse_settings(rpo, "rl", "rpo", argv=["--preset", preset])
+        assert settings.prompts_per_step * settings.group_size // 2 == 16
 
 
 MISTAKES = {

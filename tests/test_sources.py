@@ -19,8 +19,6 @@ from lib.run.text import same_prompt, without_context
 from lib.sources.known import KNOWN
 from lib.sources.reading import parse_word, read_source
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.exists(), reason="real data in ../shared/data is not there")
 KEYS = {"id", "prompt", "kind", "source", "category", "target"}
 ENDINGS = ("jsonl", "json", "csv", "tsv", "parquet")
 

@@ -5,16 +5,16 @@ and `--trace-model` for stage 1, `--model` for the others.
 """
 
 RUNS = "runs/smollm"
-DATA = "../shared/data"
+FILES = "runs/smollm/files"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 MIXTURE = dict(
     source="files",
-    files=[f"tars@{DATA}/tars/train_lambda_0.5.parquet"],
+    files=[f"tars@{FILES}/train_lambda_0.5.parquet"],
     eval_files=[
-        f"harmbench@{DATA}/harmbench/harmbench_behaviors_text_val.csv",  # its targets beside it
-        f"tars@{DATA}/tars/test.parquet",  # StrongREJECT's small set; without targets
-        f"ambiguous=xstest@{DATA}/xstest/xstest_v2_completions_gpt4.csv",
+        f"harmbench@{FILES}/harmbench_behaviors_text_val.csv",  # its targets beside it
+        f"tars@{FILES}/test.parquet",  # StrongREJECT's small set; without targets
+        f"ambiguous=xstest@{FILES}/xstest_v2_completions_gpt4.csv",
     ],
     ambiguous_share=0.0,
     rl_prompts=30,
