@@ -103,7 +103,9 @@ def inputs(tmp_path_factory) -> Path:
 def decide(inputs: Path, out: Path, *others: str) -> tuple[dict, dict[str, list[dict]]]:
     """Means of the figures of m, and lines of completions.jsonl by name."""
     words = ["--data", f"{inputs}/data", "--eval", f"{inputs}/eval", "--models", f"m={inputs}/m"]
-    decides.main([*words, "--out", str(out), "--device", "cpu", *others])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decides, "FEW", 1)  # there are three prompts of a set
+        decides.main([*words, "--out", str(out), "--device", "cpu", *others])
     at_end.close()
     lines: dict[str, list[dict]] = {}
     for x in read_jsonl(out / "completions.jsonl"):

@@ -25,7 +25,7 @@ FINDINGS = {  # of the paper; `claims` below say in which figures they would sho
     "F7": "two rewards reach further than one preference reward",
     "F8": "best under GCG and PAIR; SFT above RL without reasoning under GCG, below it under PAIR",
     "F9": "harmful and ambiguous prompts come apart inside",
-    "F10": "SFT and DPO hardly react to lambda; the base's capabilities stay, those two cost more of them",
+    "F10": "SFT and DPO hardly react to lambda; the base's capabilities stay, more than with those two",
 }
 Key = tuple[str, str]  # a model, a method or a difference; and a figure of it
 Curves = dict[str, dict[str, str]]  # method: {lambda: model}
