@@ -8,7 +8,8 @@ A model that is rewarded for safety alone learns to refuse everything. What keep
     3. RL: a share lambda of harmful prompts, the rest harmless and ambiguous, 1:1    -> prompts_needed, mix
        Prompts only: what to answer, the policy has to find out.
     4. If asked for, a share of RL's harmful ones comes from a search against pi_SFT    -> with_rainbow
-       (pi_SFT is chapter 2's: run this chapter once more behind it, with --rainbow)
+       (pi_SFT is chapter 2's: run this chapter once more behind it, with --rainbow; all other sets stay as
+       they were, so chapter 4 may read either folder)
 
 In this order, so that nothing leaks: first every set takes its prompts, and no two take the same (`Taken`).
 Then a set that has none of its own is filled from the training pool, and the pool loses them. The seed
