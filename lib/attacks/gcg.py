@@ -9,7 +9,7 @@ Where the target stands is what the attack knows about a reasoner:
     gcg_universal  as gcg, but one suffix for several requests, tried on all
     random_suffix  as gcg, without a search: as many tokens, drawn from those that GCG may use
 
-For a model without reasoning the first four are the same, so it is attacked by `gcg` only.
+For a model without reasoning the first four are the same, so of these it meets `gcg` alone.
 """
 
 from __future__ import annotations
