@@ -44,7 +44,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lib import UserError, sources
-from lib.chat import parse_completion
 from lib.run import run_main, start
 from lib.run.files import write_jsonl
 from lib.run.settings import TOKENS, Common, following, setting
@@ -204,9 +203,6 @@ def write_traces(
         for i, (reasoning, answer) in enumerate(traces):
             if not reasoning.strip() or not answer.strip():
                 dropped["empty trace"] += 1  # paper, stage I
-                continue
-            if not parse_completion(f"{reasoning}</think>{answer}").well_formed:
-                dropped["trace with a marker inside"] += 1  # it would teach to break the format
                 continue
             trace = {"id": f"{record['id']}-{i}", "prompt": record["prompt"], "reasoning": reasoning}
             made.append({**trace, "answer": answer, "source": record["source"], "kind": record["kind"]})

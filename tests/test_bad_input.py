@@ -170,6 +170,15 @@ def test_disk_fills_up_on_the_way_and_the_run_resumes_when_there_is_room(data, t
     with monkeypatch.context() as patch:
         patch.setattr("lib.run.plumbing.append_jsonl", full)
         interrupted(other, RL, words, fails, "No space left", "metrics.jsonl")
+
+    def full_at_the_end(source, target, replace=os.replace):  # through which all files but logs are written
+        if "model.safetensors" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_at_the_end)
+        interrupted(other, RL, words, fails, "No space left", "model.safetensors")
     run_here(RL, words, monkeypatch)
     assert stages.same_run(one, other)
 

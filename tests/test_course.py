@@ -17,6 +17,7 @@ from lib.tools import course
 
 LINES = ["def f():", "    ### BEGIN SOLUTION kl", "    return 1", "    ### END SOLUTION", "f()", ""]
 TEXT = "\n".join(LINES)
+ENDS = "raise SystemExit\n"  # at the end of a module
 MARKED = "### BEGIN SOLUTION" in (ROOT / "03_rl_train.py").read_text(encoding="utf-8")  # not in instructor/
 
 
@@ -86,11 +87,12 @@ def test_grades(made):
     assert "no exercise 'wilso'; there are mixture, wilson" in graded(made / "student", "wilso").stderr
 
 
-@pytest.mark.parametrize("body", ["import os; os._exit(0)", "import pytest; pytest.skip('later')"])
+@pytest.mark.parametrize("body", ["import os; os._exit(0)", "import pytest; pytest.skip('later')", ENDS])
 def test_what_ends_or_skips_its_tests_costs_its_own_exercise(made, tmp_path, body):
     tree = shutil.copytree(made / "instructor", tmp_path / "tree")
     path = tree / "lib/metrics.py"
-    path.write_text(path.read_text().replace("    centre = ", f"    {body}\n    centre = ", 1))
+    text = path.read_text().replace("    centre = ", f"    {body}\n    centre = ", 1)
+    path.write_text(text if body != ENDS else text + ENDS)
     mixture, wilson, _ = graded(tree).stdout.splitlines()
     assert " ".join(mixture.split()) == "mixture 5 / 5" and wilson.split()[1:3] == ["0", "/"]
     assert "came to no end" in wilson or "skipped" in wilson

@@ -220,6 +220,7 @@ def test_two_processes_find_and_answer_what_one_does(made, tmp_path, monkeypatch
 
 
 MISTAKES = [  # flags, what changes in the first harmful record, and in the preset
+    ("--systems other=Kind.", {}, {}, "--systems: given other; allowed the names in --models"),
     ("--max-new-tokens 500", {}, {}, "--max-new-tokens: given 500; with it all prompts of"),
     ("--judge broken_judge", {}, {}, "--judge: broken_judge gave 2.0"),
     ("", {"prompt": "w1 Hello"}, {}, "its tokenizer cannot read"),

@@ -71,6 +71,7 @@ def test_models_and_devices_are_read_from_the_name(monkeypatch):
 
 ERRORS = {
     "": "given none for harm_score; allowed qwen3guard, .* sandbox, standin, .* or a module of yours",
+    "harmbench": "given harmbench for task_score; allowed grm, grm-8b, skywork, rubric, sandbox",
     "standin+moderation": r"for task_score; .*HARM\+TASK names two",
     "qwen3guard@tpu+standin": "given qwen3guard@tpu .* a device: cpu, mps, cuda, cuda:NUMBER",
     "sandbox+json": "json has no function task_score",
@@ -215,11 +216,17 @@ def test_moderation_is_the_largest_score_of_the_answer_alone(api, monkeypatch):
 def test_an_api_that_refuses_or_is_silent_is_one_line_without_the_key(api, monkeypatch):
     score, refused = load_judge("moderation+standin").harm_score, RuntimeError("about sk-secret")
     refused.response = SimpleNamespace(status_code=401)
-    for why, reply in {"HTTP 401": refused, "ValueError": {"results": []}}.items():
+    replies = {"HTTP 401": refused, "OSError": OSError("sk-secret\n"), "ValueError": {"results": []}}
+    for why, reply in replies.items():
         api[0][:] = [reply]
         with pytest.raises(UserError, match=rf"no scores \({why}") as error:
             score(["p"], ["x"])
         assert "sk-secret" not in str(error.value) and "\n" not in str(error.value)
+    for key in ("", "sk-a\nb"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="needs a key of OpenAI") as error:
+            load_judge("moderation+standin")
+        assert "sk" not in str(error.value)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a\nb")
     with pytest.raises(UserError, match="needs a key of OpenAI, without"):
         load_judge("moderation+standin")

@@ -108,7 +108,7 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     assert all(record["mark"] == "own" for record in records), "fields of their own"
     dropped = manifest(tmp_path / "out")["dropped"]
     assert 5 <= dropped.pop("in evaluation") <= 7
-    assert dropped.pop("trace with a marker inside") == 1
+    assert dropped.pop("trace with a marker inside") == 5
     assert dropped == {"empty trace": 6, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
     other = build("other", f"{line} --seed 1")["eval_harmless"]
     assert {r["prompt"] for r in other} != {r["prompt"] for r in sets["eval_harmless"]}, "the seed's choice"

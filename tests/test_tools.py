@@ -67,7 +67,12 @@ def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reaso
         ("#### **(B)**", "b", True),
         ("10-3", "3", True),  # a difference, not minus three
         (r"\boxed{1}, no, \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}", True),
-        (r"\boxed{\frac{1}{5}}", "5", False),
+        ("so it is B.\n#### B", "Because.\n#### B", True),
+        ("#### 2 + 3 = 5", "5", True),
+        (r"\boxed{x_1 = 7}", "7", True),
+        (r"\boxed{\dfrac{1}{5}}", "5", False),
+        (r"\boxed{5/2}", "5", False),
+        (r"\boxed{3\sqrt{2}}", "3", False),
         (r"so \boxed{1{,}234 \text{ cm}^2}", "1234", True),  # of what is marked the first number
         (r"\boxed{x_{1}} and no more", "x_{1}", True),
         ("  New   york. ", "New York", True),

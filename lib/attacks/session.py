@@ -21,7 +21,7 @@ from lib.attacks.table import ATTACKS, CONTROL
 from lib.chat import encode_text
 from lib.metrics import SETS
 from lib.run.files import append_jsonl, read_jsonl, resume_log
-from lib.run.folder import read_settings, reasons
+from lib.run.folder import reasons
 from lib.run.hub import check_tokenizer, load_policy, load_tokenizer
 from lib.run.settings import named, preset_values
 from lib.sampler import draw_seeds
@@ -50,14 +50,12 @@ def read_models(settings: Any) -> list[Model]:
     if not paths:
         raise UserError("--models: none given; allowed NAME=FOLDER or NAME=HUB-NAME, e.g. tars=runs/demo/rl")
     usual = preset_values(type(settings), settings.preset, "eval")  # of the preset's own models
-    without = settings.no_reasoning
-    if without == usual["no_reasoning"]:  # these may be absent, or say themselves that they reason
-        without = [n for n in without if n in paths and not read_settings(paths[n]).get("reasoning")]
-    for flag, names in (("--systems", systems), ("--no-reasoning", without)):
+    without, given = settings.no_reasoning, settings.no_reasoning != usual["no_reasoning"]
+    for flag, names in (("--systems", systems), ("--no-reasoning", without if given else [])):
         for name in names:
             if name not in paths:
                 raise UserError(f"{flag}: given {name}; allowed the names in --models: {', '.join(paths)}")
-    return [Model(n, p, reasons(n, p, without), systems.get(n, "")) for n, p in paths.items()]
+    return [Model(n, p, reasons(n, p, without, given), systems.get(n, "")) for n, p in paths.items()]
 
 
 def files_of(data: str) -> dict[str, Path]:

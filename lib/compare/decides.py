@@ -45,7 +45,7 @@ from lib.run.settings import TOKENS, Common, named, setting
 
 OTHER = {"bad": "fine", "fine": "bad"}
 HARM = 0.5  # of a success
-FEW = 10  # cases, of which no figure is made
+FEW = 10  # the fewest cases of which question 3 makes a figure
 Figures = dict[str, Interval]
 # Records of prompts, with "set"; "name", of its line in completions.jsonl; "sent", the text; "opening", put
 # into the model's mouth; "own", what it writes by itself; "line", what it wrote.
@@ -210,7 +210,7 @@ def read_models(settings: Settings, evaluated: Lines) -> list[Model]:
     without = read_settings(settings.eval).get("no_reasoning", [])
     known = list(dict.fromkeys(line["model"] for line in evaluated))
     for name, path in models.items():
-        if name not in known or not reasons(name, path, without):
+        if name not in known or not reasons(name, path, without, given=False):
             allowed = f"models that reason, of those in {settings.eval}: {', '.join(known)}"
             raise UserError(f"--models: given {name}; allowed {allowed}")
     return [Model(name, path, True, "") for name, path in models.items()]

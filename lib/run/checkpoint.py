@@ -81,7 +81,7 @@ def save_policy(
 ) -> None:
     """Write it into `folder`, beside what else is there. `weights`: those gathered from a model in shards.
 
-    First to a temporary folder, then moved file by file, config.json last: where that is, all is.
+    First to a temporary folder, then moved file by file, config.json last: where that is, the others are.
     """
     temporary = Path(folder) / ".checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -44,10 +44,13 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def reasons(name: str, model: str, without: Iterable[str]) -> bool:
-    """Whether `model`, called `name`, reasons: as its settings.json says, else if not in --no-reasoning."""
+def reasons(name: str, model: str, without: Iterable[str], given: bool = True) -> bool:
+    """Whether `model`, called `name`, reasons: as its settings.json says, else if not in `without`.
+
+    `given`: these are of --no-reasoning, not of a preset. UserError then for one that says otherwise.
+    """
     stated = read_settings(model).get("reasoning")
-    if stated and name in without:
+    if stated and given and name in without:
         where = f"{model}/settings.json"
         raise UserError(f"--no-reasoning: given {name}, which reasons ({where}); take it off the list")
     return name not in without if stated is None else stated

@@ -216,7 +216,12 @@ class Run:
         return model
 
     def rehearse(
-        self, policy: PreTrainedModel, reference: PreTrainedModel | None, rows: int, longest: int, together=1
+        self,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        rows: int,
+        longest: int,
+        together: int = 1,
     ) -> None:
         """Compute the largest micro-batch there may be, with room taken for the optimizer and the key-value
         cache, and forget it: what does not fit memory, or a budget of tokens, ends here, before step 1.
@@ -235,7 +240,7 @@ class Run:
         for name, least in (("max_batch_tokens", together * longest), ("max_sample_tokens", longest)):
             if least > (most := getattr(settings, name, least)):
                 flag = f"--{name.replace('_', '-')} {most}"
-                found = f"a sequence may have {longest} tokens, {together} must fit"
+                found = f"a sequence may have {longest} tokens, and {least} must fit"
                 raise UserError(f"{flag}: {found}: raise it to {least} or more")
         height = -(-tokens // longest)  # the longest rows might leave some of the budget unused
         width = tokens // height

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from tqdm import tqdm
 
 from lib import UserError
+from lib.chat import parse_completion
 from lib.run.files import git_revision, sha256_file, write_json
 from lib.run.text import readable, same_prompt, with_context
 from lib.sources.known import EVAL_SETS, KIND_OF, KNOWN, OWN, DataSet
@@ -150,9 +151,13 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     for record in whole:
         own = record["reasoning"].strip()  # maybe with its markers, which the format puts around it anew
         record["reasoning"] = own.removeprefix("<think>").removesuffix("</think>").strip()
+    good = [r for r in whole if parse_completion(f"{r['reasoning']}</think>{r['answer']}").well_formed]
     dropped += Counter({"empty trace": len(records) - len(whole)})
+    dropped += Counter(
+        {"trace with a marker inside": len(whole) - len(good)}
+    )  # it would teach to break the format
     traced: Traced = {}
-    for record in in_order(whole, f"{settings.seed}/traces"):
+    for record in in_order(good, f"{settings.seed}/traces"):
         traced.setdefault(same_prompt(record["prompt"]), []).append(record)
     return traced
 

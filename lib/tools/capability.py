@@ -5,8 +5,8 @@ r"""Is the capability kept? Questions with one right answer (appendix L), or the
 
 **Exact match**, for questions such as GSM8K's: each model answers each once, greedily. What counts of an
 answer, behind </think>: what stands behind its last "####" or in its last \boxed{}, whichever comes later, or
-else all of it. If the reference is a number, so is the first number of what is marked, or the last one of
-all; else texts are compared.
+else all of it. If the reference is a number, `verdict` says which number of that counts; else texts are
+compared.
 
 **Loss**: mean negative log-likelihood, in nats a token, of documents, each counted alike: a `text`, or the
 answer to a question, maybe behind an `opening` that is given. All models read the same text, no <think>.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,8 @@ from lib.sources import read_table, text_of
 SHOWN = "{}: {} {mean:.3f} [{low:.3f}, {high:.3f}]"
 MARK = re.compile(r"####([^\n]*)|\\boxed\{")
 # 1,234 or 1234 or 1,234.5 or .5; the sign is no minus behind a digit or a word (10-3, twenty-3)
+UNITS = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*\}(?:\^\S+)?")
+EXPRESSION = re.compile(r"frac|sqrt|\^|[\d}]\s*/\s*[\d{]")
 NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 
 
@@ -60,36 +61,40 @@ class Settings(Common):
         return [self.file, *(text.partition("=")[2] for text in self.models)]
 
 
-def marked(text: str) -> str:
-    r"""What is marked as the answer: a line with a number behind "####", or \boxed{...}; the last one, or "".
+def final_part(text: str) -> str:
+    r"""What is marked as the answer: a line with a number behind "####", or \boxed{...}, the last one; else
+    all that stands behind the last "####", which may be a heading, or the whole text.
 
-    >>> marked("2 + 3 = 5\n#### 5"), marked("#### Result\nIt is \\boxed{\\frac{\\sqrt{3}}{2}}.")
+    >>> final_part("2 + 3 = 5\n#### 5"), final_part("#### Result\nIt is \\boxed{\\frac{\\sqrt{3}}{2}}.")
     ('5', '\\frac{\\sqrt{3}}{2}')
     """
-    found = ""
+    found = text.rpartition("####")[2]
     for mark in MARK.finditer(text):
-        depth, inside = 1, mark[1]
-        if inside is None:  # up to the brace that closes it
-            rest = text[mark.end() :]
-            depths = accumulate(((sign == "{") - (sign == "}") for sign in rest), initial=depth)
-            found = rest[: next((end - 1 for end, depth in enumerate(depths) if depth == 0), len(rest))]
-        elif NUMBER.search(inside):  # else it is a heading
-            found = inside
+        if mark[1] is not None:
+            found = mark[1] if NUMBER.search(mark[1]) else found  # without one it is a heading
+            continue
+        depth, end = 1, mark.end()  # of \boxed{: up to the brace that closes it
+        while depth and end < len(text):
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        found = text[mark.end() : end - (depth == 0)]
     return found.strip()
 
 
 def verdict(answer: str, reference: str) -> tuple[str, bool]:
     """(what was taken from the answer, whether it is right). Nothing found, "", is wrong.
 
-    Where a number is asked for, it is the first one of what is marked, else the last one of all.
+    Where the reference is a number, it is the first one of what is marked, behind its last "=", and no part
+    of a fraction, a root or a power; of an answer without a mark it is the last one.
     """
-    mark, right = marked(answer), marked(reference) or reference
-    said = mark or answer.rpartition("####")[2]
+    said, right = (UNITS.sub("", final_part(text)) for text in (answer, reference))
     for written, meant in {"\u2212": "-", "$": "", "{,}": ",", "\\,": ""}.items():
         said, right = said.replace(written, meant), right.replace(written, meant)
-    said, right = (text.strip(" .,;:!?%*()[]'\"") for text in (said, right))
-    if NUMBER.fullmatch(right) and "\\frac" not in mark:
-        said = (NUMBER.findall(said) or [""])[0 if mark else -1]
+    said, right = (text.strip(" .,;:!?%*()[]{}'\"") for text in (said, right))
+    marked = MARK.search(answer) is not None
+    if NUMBER.fullmatch(right) and not (marked and EXPRESSION.search(said)):
+        numbers = NUMBER.findall(said.rpartition("=")[2] if marked else said)
+        said = (numbers or [""])[0 if marked else -1]
         return said, said != "" and float(said.replace(",", "")) == float(right.replace(",", ""))
     said, right = (" ".join(text.casefold().split()) for text in (said, right))
     return said, said == right != ""

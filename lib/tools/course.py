@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from lib import UserError
 from lib.run.command import Flags, run_main
 from lib.run.files import write_json, write_text
-from lib.tools.grade import ENVIRONMENT, LIST, chosen, message_of, outcomes_of, read_course
+from lib.tools.grade import ENVIRONMENT, LIST, NO_END, chosen, message_of, outcomes_of, read_course
 
 BLOCK = re.compile(r"^( *)### BEGIN (SOLUTION|HIDDEN) *(\w*)\n(.*?)^ *### END \2\n", re.M | re.S)
 MARK = re.compile(r"^ *### (?:BEGIN|END) (?:SOLUTION|HIDDEN).*", re.M)
@@ -115,6 +115,8 @@ def check_exercises(tree: Path, mine: list[dict], solved: bool) -> None:
     results = outcomes_of(mine, tree)
     for exercise in mine:
         name, found = exercise["name"], results[exercise["name"]]
+        if NO_END in found.values():
+            raise UserError(f"{tree.name}/: {name}: {NO_END}")
         if {*found} != {*exercise["public"], *(exercise["hidden"] if solved else ())}:
             raise UserError(f"{LIST}: {name}: lists other tests than {tree.name}/ has: {', '.join(found)}")
         for test, message in found.items():
@@ -150,13 +152,14 @@ def check_suite(tree: Path, tests: Sequence[str], log: str) -> None:
         raise UserError(f"{tree.name}/: its tests fail ({last}), see {log}")
 
 
-def at_once(what: str, jobs: Sequence[Callable[[], None]]) -> None:
+def in_parallel(what: str, jobs: Sequence[Callable[[], None]]) -> None:
+    """Run all; after the first error no other begins."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for _ in tqdm(pool.map(lambda job: job(), jobs), what, len(jobs)):
-            pass
+        for ended in tqdm(as_completed([pool.submit(job) for job in jobs]), what, len(jobs)):
+            ended.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error no other begins
+        pool.shutdown(cancel_futures=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
             fast.append(partial(check_slips, instructor, slipping, number))
         log = f"{given.out}.{{}}.log"
         slow = [partial(check_suite, t, given.tests, log.format(t.name)) for t in (instructor, student)]
-        at_once("exercises and slips", fast)
-        at_once("all other tests, in both trees", slow)
+        in_parallel("exercises and slips", fast)
+        in_parallel("all other tests, in both trees", slow)
         for tree in (student, instructor):
             shutil.move(tree, Path(given.out) / tree.name)
     print(f"verified: {len(mine)} exercises. Hand out {given.out}/student, keep {given.out}/instructor")
