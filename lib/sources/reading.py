@@ -151,11 +151,10 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     for record in whole:
         own = record["reasoning"].strip()  # maybe with its markers, which the format puts around it anew
         record["reasoning"] = own.removeprefix("<think>").removesuffix("</think>").strip()
+    # One with a marker inside would teach to break the format.
     good = [r for r in whole if parse_completion(f"{r['reasoning']}</think>{r['answer']}").well_formed]
     dropped += Counter({"empty trace": len(records) - len(whole)})
-    dropped += Counter(
-        {"trace with a marker inside": len(whole) - len(good)}
-    )  # it would teach to break the format
+    dropped += Counter({"trace with a marker inside": len(whole) - len(good)})
     traced: Traced = {}
     for record in in_order(good, f"{settings.seed}/traces"):
         traced.setdefault(same_prompt(record["prompt"]), []).append(record)

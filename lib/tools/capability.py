@@ -41,9 +41,9 @@ from lib.sources import read_table, text_of
 
 SHOWN = "{}: {} {mean:.3f} [{low:.3f}, {high:.3f}]"
 MARK = re.compile(r"####([^\n]*)|\\boxed\{")
-# 1,234 or 1234 or 1,234.5 or .5; the sign is no minus behind a digit or a word (10-3, twenty-3)
 UNITS = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*\}(?:\^\S+)?")
 EXPRESSION = re.compile(r"frac|sqrt|\^|[\d}]\s*/\s*[\d{]")
+# 1,234 or 1234 or 1,234.5 or .5; the sign is no minus behind a digit or a word (10-3, twenty-3)
 NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 
 

@@ -29,7 +29,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "
 
 SECONDS = 240  # of the processor, for a process of tests; all of the course's take a tenth of it
 NO_END = f"its tests came to no end: they took more than {SECONDS} s, or the code ended Python itself"
-LIMITED = f"import resource; resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}));"
+LIMIT = f"resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))"
+PYTEST = f"import resource, sys, pytest; {LIMIT}; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def read_course() -> dict:
@@ -58,11 +59,10 @@ def outcomes_of(exercises: list[dict], tree: Path) -> dict[str, dict[str, str]]:
     cases = cases_of([exercise["tests"] for exercise in exercises], tree)
     if cases is None and len(exercises) > 1:
         return {name: found for e in exercises for name, found in outcomes_of([e], tree).items()}
+    if cases is None:
+        return {exercise["name"]: dict.fromkeys(exercise["public"], NO_END) for exercise in exercises}
     results: dict[str, dict[str, str]] = {}
     for exercise in exercises:
-        if cases is None:
-            results[exercise["name"]] = dict.fromkeys(exercise["public"], NO_END)
-            continue
         module = exercise["tests"].removesuffix(".py").replace("/", ".")
         own = [case for case in cases if module in (case.get("classname"), case.get("name"))]
         results[exercise["name"]] = {case.get("name", ""): hint_of(case) for case in own}
@@ -74,8 +74,7 @@ def cases_of(files: list[str], tree: Path) -> list[ElementTree.Element] | None:
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "--confcutdir=tests/course"]
     options.append("--continue-on-collection-errors")  # one broken file must not hide the others
     with tempfile.TemporaryDirectory() as folder:
-        code = f"{LIMITED} import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, *options, f"--junitxml={folder}/found.xml", *files]
+        command = [sys.executable, "-c", PYTEST, *options, f"--junitxml={folder}/found.xml", *files]
         ended = subprocess.run(command, cwd=tree, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
         found = Path(folder) / "found.xml"
         if ended.returncode not in (0, 1) or not found.exists():  # neither all passed nor some failed
