@@ -61,7 +61,11 @@ def test_stage_1_goes_on_where_it_was_killed_and_traces_do_not_depend_on_their_b
     assert files == {name for name in cut if name.endswith(".jsonl")}  # and no partial one
     assert all(whole[name] == cut[name] for name in files), "whoever shares a batch"
     assert sum(map(len, calls[3:])) == 2 * 6, "what was finished is not asked again"
-    pairs = [(r["reasoning"], r["answer"]) for r in read_jsonl(tmp_path / "cut/sft_rl.jsonl")]
+    warm, rival = (read_jsonl(tmp_path / f"cut/{name}.jsonl") for name in ("sft", "sft_rl"))
+    refused = [r for r in warm if r["answer"].startswith("I'm sorry") and r["reasoning"].endswith("refuse.")]
+    assert len(refused) == len({r["prompt"] for r in warm}) == len({r["prompt"] for r in refused}), "half"
+    assert all(r["answer"].startswith("I'm sorry") == (r["kind"] == "harmful") for r in rival)
+    pairs = [(r["reasoning"], r["answer"]) for r in rival]
     assert len(set(pairs)) > 3 and all(
         parse_completion(f"{reasoning}\n</think>\n\n{answer}").well_formed for reasoning, answer in pairs
     )

@@ -1,8 +1,9 @@
 """Reasoning traces that a model writes itself: for stage 1, when there is no better model to learn from.
 
 A chat model thinks about a prompt, and then answers with that thought in its <think> block: in two steps,
-because a small chat model hardly ever closes a block that it is asked to open. Each text is sampled with a
-seed of its own, so what is written does not depend on how the work is divided.
+because a small chat model hardly ever closes a block that it is asked to open. Nor does it ever refuse, and
+what is never tried RL cannot find to pay: so in half of the traces the end of the thought and the beginning
+of the answer are given. Each text is sampled with a seed of its own, however the work is divided.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ REFLECT = (
     'Someone sends an assistant this message:\n\n"{}"\n\nIn two or three sentences: what do they want, could '
     "it hurt anyone, and should the assistant help or refuse?"
 )
+FREE, REFUSES = ("", ""), ("I should refuse.", "I'm sorry, but I can't")  # ends a thought, begins an answer
 PROMPTS_AT_ONCE = 16  # between two savings of the progress
 
 
@@ -36,9 +38,11 @@ def write_all(records: list[dict], count: int, settings, use: str) -> list[list[
     with tqdm(total=len(records), initial=len(traces), desc=use, unit="prompt") as bar:
         for start in range(0, len(missing), PROMPTS_AT_ONCE):
             block = missing[start : start + PROMPTS_AT_ONCE]
-            prompts = [record["prompt"] for record in block for _ in range(count)]
-            seeds = [seed_of(settings.seed, record["id"], k) for record in block for k in range(count)]
-            written = write_pairs(model, tokenizer, prompts, seeds, settings)
+            each = [(record, k) for record in block for k in range(count)]
+            given = [REFUSES if refuses(record, k, use) else FREE for record, k in each]
+            seeds = [seed_of(settings.seed, record["id"], k) for record, k in each]
+            prompts = [record["prompt"] for record, _ in each]
+            written = write_pairs(model, tokenizer, prompts, given, seeds, settings)
             for i, record in enumerate(block):
                 traces[record["id"]] = written[i * count : (i + 1) * count]
                 append_jsonl(progress, {"id": record["id"], "traces": traces[record["id"]]})
@@ -46,19 +50,26 @@ def write_all(records: list[dict], count: int, settings, use: str) -> list[list[
     return [traces[record["id"]] for record in records]
 
 
+def refuses(record: dict, k: int, use: str) -> bool:
+    """Whether the k-th trace is made to: every second one of a harmful prompt; all of them where SFT, in the
+    comparison, has nothing but its traces (as in the sandbox, see lib/sandbox/traces.py)."""
+    return record["kind"] == "harmful" and (use == "rl traces" or (seed_of(record["id"]) + k) % 2 == 1)
+
+
 def seed_of(*parts: object) -> int:
     """60 bits that depend on all parts."""
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:15], 16)
 
 
-def write_pairs(model, tokenizer, prompts: Sequence[str], seeds: Sequence[int], settings) -> list[list[str]]:
-    """[reasoning, answer] for each prompt; either may come out empty."""
+def write_pairs(model, tokenizer, prompts, given, seeds: Sequence[int], settings) -> list[list[str]]:
+    """[reasoning, answer] for each prompt, with what is given; the reasoning may come out empty."""
     questions = [encode_prompt(tokenizer, REFLECT.format(p), reasoning=False) for p in prompts]
     thoughts = complete(model, tokenizer, questions, seeds, settings)
-    pairs = zip(prompts, thoughts, strict=True)
-    openings = [encode_example(tokenizer, *pair, "")[0][:-1] for pair in pairs]  # no end of the turn
+    begun = [(t and f"{t} {end}".strip(), opening) for t, (end, opening) in zip(thoughts, given, strict=True)]
+    rows = [(prompt, *pair) for prompt, pair in zip(prompts, begun, strict=True)]
+    openings = [encode_example(tokenizer, *row)[0][:-1] for row in rows]  # no end of the turn
     answers = complete(model, tokenizer, openings, [seed + 1 for seed in seeds], settings)
-    return [list(pair) for pair in zip(thoughts, answers, strict=True)]
+    return [[z, f"{opening} {y}".strip()] for (z, opening), y in zip(begun, answers, strict=True)]
 
 
 def complete(model, tokenizer, prompts: list[list[int]], seeds: Sequence[int], settings) -> list[str]:
