@@ -337,7 +337,8 @@ def main() -> None:
         figures |= apart[name]
     results |= {"config": run.config, "seed": settings.seed, "seconds": lab.seconds}
     write_json(run.out / "results.json", results)
-    write_report(run.out, results, lines)  # 4. draw
+    asked = [line for line in lines if line["finish_reason"] != attacks.NOT_ASKED]
+    write_report(run.out, results, asked)  # 4. draw
     run.say(f"done in {sum(lab.seconds.values()):.0f} s; next, open {run.out / 'report.html'}")
 
 
