@@ -193,8 +193,11 @@ def test_a_killed_run_ends_with_the_same_bytes(made, finished, tmp_path, seed):
     if seed % 2:
         second.unlink()
     cut = first if seed % 2 else second
-    cut.write_bytes(cut.read_bytes()[: rng.randrange(cut.stat().st_size)])
+    third = out / "separation.jsonl"
+    for path in (cut, third):
+        path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
     run(made, out)
+    assert third.read_bytes() == (finished / third.name).read_bytes()
     assert results_of(out) == results_of(finished)
     assert second.read_bytes() == (finished / second.name).read_bytes()
     for a, b in zip(read_jsonl(first), read_jsonl(finished / first.name), strict=True):
