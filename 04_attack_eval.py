@@ -51,7 +51,7 @@ from lib.judges import load_judge
 from lib.metrics import BENIGN, CONTROLS, SETS, wilson
 from lib.report import differences, separations, served_by_prompt, write_report
 from lib.run import run_main, start
-from lib.run.files import append_jsonl, read_log, write_json
+from lib.run.files import append_jsonl, resume_log, write_json
 from lib.run.settings import Common, setting
 
 
@@ -272,7 +272,7 @@ def separate(lab: Lab, model: Model, sets: dict, attempts: dict[str, list[dict]]
     </think>. In disguises that both share, little but the meaning differs; under GCG, as in the paper, more.
     """
     path = lab.run.out / "separation.jsonl"
-    for line in read_log(path):
+    for line in resume_log(path):
         if line["model"] == model.name:
             return line["found"]
     groups = {"": [record["prompt"] for record in sets.get("jailbreak", [])]}
@@ -337,7 +337,8 @@ def main() -> None:
         figures |= apart[name]
     results |= {"config": run.config, "seed": settings.seed, "seconds": lab.seconds}
     write_json(run.out / "results.json", results)
-    write_report(run.out, results, lines)  # 4. draw
+    asked = [line for line in lines if line["finish_reason"] != attacks.NOT_ASKED]
+    write_report(run.out, results, asked)  # 4. draw
     run.say(f"done in {sum(lab.seconds.values()):.0f} s; next, open {run.out / 'report.html'}")
 
 

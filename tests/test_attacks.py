@@ -345,11 +345,12 @@ def test_pair_shows_the_last_four_exchanges_and_no_reasoning_and_stops_at_a_rati
 def test_losses_of_texts_of_any_length_are_the_plain_losses():
     texts, attempt = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w10"], Attempt({"target": "w15 w16"})
     plain = [plain_loss(text, "w15 w16") for text in texts]
-    texts[1:1] = [LONG, "unreadable"]  # as bad as the worst
+    texts[1:1] = [LONG, "unreadable"]  # a hair worse than the worst, so never the best
     victim, few = victim_of(make_tokenizer(unknown=None)), replace(BUDGET, max_batch_tokens=40)  # two batches
     losses = autodan.target_losses(victim, attempt, texts, few)
     expected = [plain[0], max(plain), max(plain), *plain[1:]]
     assert losses == pytest.approx(expected, abs=1e-4) and attempt.cost["queries"] == 3
+    assert losses[1] == losses[2] > max(losses[0], *losses[3:])
 
 
 def test_autodan_lowers_the_loss_and_keeps_the_best_and_the_request(monkeypatch):
@@ -475,6 +476,11 @@ def test_an_attacker_without_system_prompts_is_refused_before_the_hours_if_pair_
     chatting.check(["pap", "autodan"], ["Hello"])
     with pytest.raises(UserError, match="--attacker: .*no system"):
         chatting.check(["pap", "pair"], ["Hello"])
+
+
+def test_an_attacker_without_a_name_is_one_line():
+    with pytest.raises(UserError, match="cannot load a tokenizer"):
+        attacker.load_attacker("", 5, 10)
 
 
 def test_each_text_of_a_chat_model_depends_on_its_seed_alone(chatting):

@@ -176,6 +176,13 @@ def test_after_a_kill_it_goes_on_and_asks_nothing_twice(greedy, inputs, tmp_path
     assert figures == greedy[0] and sorted(after) == sorted(before)
 
 
+def test_a_model_is_asked_behind_the_system_prompt_of_its_evaluation(tmp_path):
+    write_json(tmp_path / "settings.json", {"systems": ["m=Be kind.", "n=Be brief."]})
+    settings = decides.Settings(eval=str(tmp_path), models=["m=nowhere", "o=nowhere"])
+    models = decides.read_models(settings, [{"model": "m"}, {"model": "n"}, {"model": "o"}])
+    assert [model.system for model in models] == ["Be kind.", ""]
+
+
 @pytest.mark.parametrize("model", ["x={}/m", "other={}/other"])  # not evaluated; does not reason
 def test_mistakes_are_one_line_and_leave_no_folder(inputs, tmp_path, model):
     with pytest.raises(UserError, match="--models: given .*; allowed models that reason, of those in"):

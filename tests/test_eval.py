@@ -68,7 +68,8 @@ def run(folder: Path, out: Path, more: str = "", models=("thinker", "direct"), *
         patch.syspath_prepend(str(folder))
         patch.setattr(sys, "argv", ["04_attack_eval.py", *words.split(), *more.split()])
         patch.setattr(sandbox, "EVAL", {**sandbox.EVAL, **SMALL, **preset})
-        patch.setattr(stage, "write_report", lambda *given: None)  # slow
+        # The report itself is slow.
+        patch.setattr(stage, "write_report", lambda out, _, lines: write_jsonl(out / "shown.jsonl", lines))
         try:
             stage.main()
         finally:
@@ -164,6 +165,8 @@ def test_what_is_too_long_is_not_asked_and_in_no_figure(folder, tmp_path, monkey
     known = {"forged": "w1 w2 ."}  # words that the models know
     out = run(folder, tmp_path / "eval", names, **known)
     found = results_of(out)
+    shown = [x for x in read_jsonl(out / "completions.jsonl") if x["finish_reason"] != attacks.NOT_ASKED]
+    assert read_jsonl(out / "shown.jsonl") == shown  # in no table of the report either
     tried = [x["trace"] for x in read_jsonl(out / "attacks.jsonl") if x["attack"] == "gcg"]
     assert [len(trace) for trace in tried] == [1, 4, 1, 4]  # nothing is searched that could not be sent
     once = dict.fromkeys(("direct", "harmless", "no_suffix", "random_suffix", "prefill_answer"), 1)
@@ -190,8 +193,11 @@ def test_a_killed_run_ends_with_the_same_bytes(made, finished, tmp_path, seed):
     if seed % 2:
         second.unlink()
     cut = first if seed % 2 else second
-    cut.write_bytes(cut.read_bytes()[: rng.randrange(cut.stat().st_size)])
+    third = out / "separation.jsonl"
+    for path in (cut, third):
+        path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
     run(made, out)
+    assert third.read_bytes() == (finished / third.name).read_bytes()
     assert results_of(out) == results_of(finished)
     assert second.read_bytes() == (finished / second.name).read_bytes()
     for a, b in zip(read_jsonl(first), read_jsonl(finished / first.name), strict=True):

@@ -135,6 +135,10 @@ def test_completions_side_by_side_each_with_its_verdict(full):
     lines += [a_line("harmless", f"{i}", refusal=r) for i, r in enumerate(("full", "partial", "none", None))]
     expected = "defended defended broken unknown refused refused served unknown".split()
     assert [x["verdict"] for prompt in report.by_prompt(lines, 0.5) for x in prompt] == expected
+    thought = a_line("direct", "x", reasoning="", closed=False, well_formed=False, verdict="defended")
+    for well_formed in (False, True):  # True: of a model that does not reason
+        page = report.as_page(sections=[], pictures={}, prompts=[[thought | {"well_formed": well_formed}]])
+        assert ("reasoning not closed" in page) != well_formed
     shown = articles(full[3])
     assert [text.split()[0] for text in shown] == [name for name in TRIES for _ in range(12)]
     assert all(text.count("base") == text.count("tars") == text.count("about") == 1 for text in shown)

@@ -74,6 +74,13 @@ def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reaso
         (r"\boxed{5/2}", "5", False),
         (r"\boxed{3\sqrt{2}}", "3", False),
         (r"so \boxed{1{,}234 \text{ cm}^2}", "1234", True),  # of what is marked the first number
+        (r"\boxed{\text{Ann}}", r"\text{Ann}", True),  # as MATH has it: no unit
+        ("So it is \\boxed{C}.", r"\text{(C)}", True),
+        (r"\boxed{\text{(C)}}", r"\text{(D)}", False),
+        (r"\boxed{18.90}", r"\$18.90", True),
+        (r"\boxed{32348}", r"\$32,\!348", True),
+        (r"\boxed{10}", r"10\%", True),
+        (r"\boxed{90}", r"90^\circ", True),
         (r"\boxed{x_{1}} and no more", "x_{1}", True),
         ("  New   york. ", "New York", True),
         ("It is Paris", "Paris", False),  # exact match

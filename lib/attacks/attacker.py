@@ -169,7 +169,7 @@ def load_attacker(name: str, *limits: int, **placed) -> Attacker:
     """The attacker "sandbox"; a module of yours, which has the functions of `Attacker`; or a chat model: a
     folder or hub name, with limits as LanguageModelAttacker has them."""
     module = "lib.sandbox.attacker" if name == "sandbox" else name
-    with contextlib.suppress(ImportError, TypeError):  # ORGANISATION/MODEL, or a path
+    with contextlib.suppress(ImportError, TypeError, ValueError):  # ORGANISATION/MODEL, a path, none
         if hasattr(attacker := importlib.import_module(module), "augment"):
             return attacker
     return LanguageModelAttacker(name, *limits, **placed)

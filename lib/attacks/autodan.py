@@ -85,7 +85,7 @@ def autodan(victim: Victim, attempts: list[Attempt], budget: Budget, attacker) -
 @torch.no_grad()
 def target_losses(victim: Victim, attempt: Attempt, texts: list[str], budget: Budget) -> list[float]:
     """Mean negative log-likelihood of the target behind each text. A text that is too long, or cannot be
-    read, is as bad as the worst; inf if all are."""
+    read, is a hair worse than the worst; inf if all are."""
     target = encode_text(victim.tokenizer, attempt.behaviour["target"])
     read = [victim.sendable(text, behind=len(target)) for text in texts]  # token ids, or none
     rows, losses = [ids + target for ids in read if ids], list[float]()
@@ -97,7 +97,7 @@ def target_losses(victim: Victim, attempt: Attempt, texts: list[str], budget: Bu
         losses += (-token_logprobs(victim.model, *batch).sum(1) / len(target)).tolist()
     attempt.cost["queries"] += len(rows)
     attempt.cost["forward_tokens"] += sum(map(len, rows))
-    worst, found = max(losses, default=math.inf), iter(losses)
+    worst, found = math.nextafter(max(losses, default=math.inf), math.inf), iter(losses)
     return [next(found) if ids else worst for ids in read]
 
 

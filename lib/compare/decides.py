@@ -205,15 +205,16 @@ def draw(figure: Any, models: dict[str, Figures]) -> None:
 
 
 def read_models(settings: Settings, evaluated: Lines) -> list[Model]:
-    """--models: UserError unless stage 4 has evaluated them, and they reason."""
-    models = named("--models", settings.models)
-    without = read_settings(settings.eval).get("no_reasoning", [])
+    """--models, behind the system prompts of stage 4: UserError unless that has evaluated them, and they
+    reason."""
+    models, found = named("--models", settings.models), read_settings(settings.eval)
+    without, systems = found.get("no_reasoning", []), named("--systems", found.get("systems", []), "TEXT")
     known = list(dict.fromkeys(line["model"] for line in evaluated))
     for name, path in models.items():
         if name not in known or not reasons(name, path, without, given=False):
             allowed = f"models that reason, of those in {settings.eval}: {', '.join(known)}"
             raise UserError(f"--models: given {name}; allowed {allowed}")
-    return [Model(name, path, True, "") for name, path in models.items()]
+    return [Model(name, path, True, systems.get(name, "")) for name, path in models.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,7 +41,10 @@ from lib.sources import read_table, text_of
 
 SHOWN = "{}: {} {mean:.3f} [{low:.3f}, {high:.3f}]"
 MARK = re.compile(r"####([^\n]*)|\\boxed\{")
-UNITS = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*\}(?:\^\S+)?")
+UNITS = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}(?:\^\S+)?")
+PLAIN = {"\u2212": "-", "\\$": "", "$": "", "\\%": "", "{,}": ",", "\\,": "", "\\!": ""}  # written, meant
+PLAIN |= {"^\\circ": "", "^{\\circ}": ""}
+EDGES = " .,;:!?%*()[]{}'\""
 EXPRESSION = re.compile(r"frac|sqrt|\^|[\d}]\s*/\s*[\d{]")
 # 1,234 or 1234 or 1,234.5 or .5; the sign is no minus behind a digit or a word (10-3, twenty-3)
 NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
@@ -81,16 +84,26 @@ def final_part(text: str) -> str:
     return found.strip()
 
 
+def without_units(part: str) -> str:
+    r"""Its text in braces is left out, such as a unit; if there is nothing else, that is the answer.
+
+    >>> without_units(r"5 \text{ cm}^2"), without_units(r"\text{(C)}")
+    ('5 ', '(C)')
+    """
+    bare = UNITS.sub("", part)
+    return bare if bare.strip(EDGES + "$") else UNITS.sub(r"\1", part)
+
+
 def verdict(answer: str, reference: str) -> tuple[str, bool]:
     """(what was taken from the answer, whether it is right). Nothing found, "", is wrong.
 
     Where the reference is a number, it is the first one of what is marked, behind its last "=", and no part
     of a fraction, a root or a power; of an answer without a mark it is the last one.
     """
-    said, right = (UNITS.sub("", final_part(text)) for text in (answer, reference))
-    for written, meant in {"\u2212": "-", "$": "", "{,}": ",", "\\,": ""}.items():
+    said, right = map(without_units, map(final_part, (answer, reference)))
+    for written, meant in PLAIN.items():
         said, right = said.replace(written, meant), right.replace(written, meant)
-    said, right = (text.strip(" .,;:!?%*()[]{}'\"") for text in (said, right))
+    said, right = (text.strip(EDGES) for text in (said, right))
     marked = MARK.search(answer) is not None
     if NUMBER.fullmatch(right) and not (marked and EXPRESSION.search(said)):
         numbers = NUMBER.findall(said.rpartition("=")[2] if marked else said)
