@@ -224,7 +224,8 @@ def main() -> None:
     # Why nothing leaks: who comes first has a prompt, who comes later goes without it.
     evaluation = {name: taken.take(records, "evaluation") for name, records in evaluation.items()}
     # traced: {prompt: its records, each with a trace} of files
-    sft = taken.take([records[0] for records in traced.values()], "SFT", most=settings.sft_prompts)
+    own = [records[0] for records in traced.values() if records[0]["kind"] == "harmful"]
+    sft = taken.take(own, "SFT", most=settings.sft_prompts)
     pool = {kind: taken.take(records, "RL") for kind, records in pool.items()}
     # "RL" owns the training pool. Where a set has no files, or SFT no traces, prompts move out of it.
     sources.hold_out(pool, evaluation, settings)

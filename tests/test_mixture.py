@@ -114,6 +114,18 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     assert {r["prompt"] for r in other} != {r["prompt"] for r in sets["eval_harmless"]}, "the seed's choice"
 
 
+def test_sft_learns_from_harmful_prompts_alone_whatever_else_has_traces(tmp_path, build, files):
+    texts = {kind: [f"tell {kind} \u201c{i}\u201d \u2014 now" for i in range(12)] for kind in KINDS}
+    rows = {kind: [{"prompt": p, "reasoning": "t", "answer": "a"} for p in texts[kind]] for kind in KINDS}
+    write_jsonl(tmp_path / "harmless-traces.jsonl", rows["harmless"])
+    labelled = [row | {"kind": "ambiguous"} for row in rows["ambiguous"]] + rows["harmful"]
+    write_jsonl(tmp_path / "traces.jsonl", labelled)
+    line = f"{files} --trace-files harmless={tmp_path}/harmless-traces.jsonl {tmp_path}/traces.jsonl"
+    sets = build("out", f"{line} --sft-prompts 3 --rl-traces 1 --rl-prompts 6")
+    assert len(sets["sft"]) == 3 and all(r["prompt"] in texts["harmful"] for r in sets["sft"])
+    assert {r["id"] + "-0": r["kind"] for r in sets["rl"]} == {r["id"]: r["kind"] for r in sets["sft_rl"]}
+
+
 def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes(build):
     line = "--rl-prompts 80 --sft-prompts 10"
     plain, sets = build("plain", line), build("traced", f"{line} --rl-traces 8")

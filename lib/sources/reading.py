@@ -45,6 +45,7 @@ class Source:
     kind: str  # of EVAL_SETS; "": what the rows say
     sft: int  # prompts for SFT
     rl: int | None  # prompts in RL's pool; none: all
+    usual: str = ""  # kind of rows that do not say theirs
 
 
 def parse_word(word: str, flag: str = "--files") -> Source:
@@ -67,9 +68,8 @@ def parse_word(word: str, flag: str = "--files") -> Source:
         raise UserError(f"{flag}: given {word}; allowed {' '.join(HELP.split())}")
     if files and data.beside:
         files.append(files[0].with_name(data.beside(files[0].name)))
-    if flag == "--trace-files":
-        kind = KIND_OF[kind or "harmful"]
-    return Source(text, name, data, files, hub or "", kind or "", int(sft or 0), int(rl) if rl else None)
+    counts, usual = (int(sft or 0), int(rl) if rl else None), "harmful" if flag == "--trace-files" else ""
+    return Source(text, name, data, files, hub or "", kind or "", *counts, usual)
 
 
 def read_source(source: Source, dropped: Counter, max_chars: int = 10**9) -> list[dict]:
@@ -106,7 +106,7 @@ def make_record(fields: dict, source: Source) -> dict | None:
     ValueError for an unknown kind, or hops that are no number.
     """
     texts = {key: text_of(fields.get(key)) for key in TEXTS}
-    says = source.kind if source.kind and source.data is OWN else texts["kind"]
+    says = source.kind if source.kind and source.data is OWN else texts["kind"] or source.usual
     if says not in EVAL_SETS:
         raise ValueError(f"kind is {says!r}, allowed {' | '.join(EVAL_SETS)}, or give KIND=SOURCE")
     name = source.kind or says
@@ -149,6 +149,7 @@ def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     records = [record for source in sources for record in read_source(source, dropped, settings.max_chars)]
     whole = [record for record in records if "reasoning" in record and "answer" in record]
     for record in whole:
+        record["kind"] = KIND_OF[record["kind"]]
         own = record["reasoning"].strip()  # maybe with its markers, which the format puts around it anew
         record["reasoning"] = own.removeprefix("<think>").removesuffix("</think>").strip()
     # One with a marker inside would teach to break the format.
