@@ -206,6 +206,7 @@ MISTAKES = {
     "--rl-prompts 600": "needs 300 harmful prompts, and SFT leaves 6",
     "--files harmful=none.csv": "none.csv: cannot be read",
     "--files harmful=TMP/harmful.jsonl:13": "has 6 harmful prompts; its quota needs 13",
+    "--files harmful=TMP/harmful.jsonl:2 harmful=TMP/harmful.jsonl": "stands 2 times, with a quota",
     "--rl-traces 3": "no traces; give --trace-files",
     "--trace-files TMP/harmful.jsonl --sft-prompts 1": "--sft-prompts: given 1; traces or quotas have 0",
 }

@@ -181,6 +181,9 @@ def take_sft(pool: Pool, sources: list[Source], settings) -> list[dict]:
     quotas = [source for source in sources if source.rl is not None]
     for source in quotas:
         kind, last = KIND_OF[source.kind], source.sft + (source.rl or 0)
+        words = [s for s in sources if s.name == source.name and KIND_OF.get(s.kind, kind) == kind]
+        if len(words) > 1:
+            raise UserError(f"--files: {source.name} stands {len(words)} times, with a quota: give one file")
         mine = [record for record in pool[kind] if record["source"] == source.name]
         if len(mine) < last:
             raise UserError(f"--files: {source.text} has {len(mine)} {kind} prompts; its quota needs {last}")
