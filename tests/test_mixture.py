@@ -89,6 +89,7 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     rows = {"held": [{"prompt": text, **own} for text in held], "more": [{"prompt": t, **own} for t in more]}
     rows["traces"] = [{"prompt": "x" * 1000, "reasoning": "t", "answer": "a"}]
     rows["traces"] += [{"prompt": "p", "reasoning": "t", "answer": " "}]
+    rows["traces"] += [{"prompt": f"q{i}", "reasoning": "<think></think>", "answer": "a"} for i in range(9)]
     answers = ("a0", "a1", "a2", "</think>")  # of a prompt two whole ones, one empty, one that closes twice
     for i, k in itertools.product(range(3, 8), range(4)):
         trace = {"reasoning": f"<think>\nt{k}\n</think>" * (k != 1), "answer": answers[k]}
@@ -109,7 +110,7 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     dropped = manifest(tmp_path / "out")["dropped"]
     assert 5 <= dropped.pop("in evaluation") <= 7
     assert dropped.pop("trace with a marker inside") == 5
-    assert dropped == {"empty trace": 6, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
+    assert dropped == {"empty trace": 15, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
     other = build("other", f"{line} --seed 1")["eval_harmless"]
     assert {r["prompt"] for r in other} != {r["prompt"] for r in sets["eval_harmless"]}, "the seed's choice"
 

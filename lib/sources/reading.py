@@ -147,11 +147,11 @@ def read_pool(sources: list[Source], settings, dropped: Counter, max_chars: int 
 def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     """Prompts with traces, in the seed's order; none without reasoning or answer (paper, stage I)."""
     records = [record for source in sources for record in read_source(source, dropped, settings.max_chars)]
-    whole = [record for record in records if "reasoning" in record and "answer" in record]
-    for record in whole:
+    for record in records:
         record["kind"] = KIND_OF[record["kind"]]
-        own = record["reasoning"].strip()  # maybe with its markers, which the format puts around it anew
+        own = record.get("reasoning", "").strip()  # maybe with markers, which the format adds
         record["reasoning"] = own.removeprefix("<think>").removesuffix("</think>").strip()
+    whole = [record for record in records if record["reasoning"] and "answer" in record]
     # One with a marker inside would teach to break the format.
     good = [r for r in whole if parse_completion(f"{r['reasoning']}</think>{r['answer']}").well_formed]
     dropped += Counter({"empty trace": len(records) - len(whole)})
