@@ -17,6 +17,7 @@ from lib.rewards import KINDS
 from lib.run.files import read_jsonl, sha256_file, write_jsonl
 from lib.run.presets import paper, sandbox
 from lib.run.text import same_prompt
+from lib.sandbox.world import BASE
 from lib.sources import EVAL_SETS, parse_word
 
 stage = importlib.import_module("01_build_mixture")
@@ -167,7 +168,7 @@ def build_paper(build, tmp_path, monkeypatch):
     pairs = [["thought", answer] for answer in ("one", "two", "three", " ")]
     monkeypatch.setattr("lib.sources.traces.write_all", lambda records, *rest: [pairs for _ in records])
     monkeypatch.setattr(paper, "MIXTURE", {**paper.MIXTURE, **local})
-    return lambda name, line: build(name, f"--preset paper --trace-model reasoner {line}")
+    return lambda name, line: build(name, f"--preset paper --trace-model {BASE} {line}")
 
 
 def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
@@ -208,6 +209,7 @@ MISTAKES = {
     "--files harmful=none.csv": "none.csv: cannot be read",
     "--files harmful=TMP/harmful.jsonl:13": "has 6 harmful prompts; its quota needs 13",
     "--files harmful=TMP/harmful.jsonl:2 harmful=TMP/harmful.jsonl": "stands 2 times, with a quota",
+    "--trace-model TMP/none --rl-traces 1": "none: cannot load a tokenizer",
     "--rl-traces 3": "no traces; give --trace-files",
     "--trace-files TMP/harmful.jsonl --sft-prompts 1": "--sft-prompts: given 1; traces or quotas have 0",
 }
