@@ -90,7 +90,7 @@ class Settings(Common):
 
 
 def check(settings: Settings) -> None:
-    """What no single flag can say. UserError for what does not go together."""
+    """What no single flag can say. UserError for what does not go together, and models that are not there."""
     traces = settings.source == "sandbox" or settings.trace_files or settings.trace_model
     if settings.source == "sandbox" and (settings.files or settings.eval_files):
         raise UserError("--files: given, but --source is sandbox; add --source files")
@@ -102,6 +102,12 @@ def check(settings: Settings) -> None:
         raise UserError("--sft-prompts, --rl-traces: no traces; give --trace-files, --trace-model, or 0")
     if settings.rainbow and settings.rl_traces and settings.trace_files:
         raise UserError("--rl-traces: --trace-files have none for what --rainbow finds; give --trace-model")
+    writes = settings.trace_model if settings.sft_prompts or settings.rl_traces else ""
+    if models := list(filter(None, (writes, settings.rainbow))):
+        from lib.run.hub import load_tokenizer  # here, because torch is slow to import
+
+        for name in models:
+            load_tokenizer(name)
 
 
 class Taken:
@@ -224,7 +230,8 @@ def main() -> None:
     # Why nothing leaks: who comes first has a prompt, who comes later goes without it.
     evaluation = {name: taken.take(records, "evaluation") for name, records in evaluation.items()}
     # traced: {prompt: its records, each with a trace} of files
-    sft = taken.take([records[0] for records in traced.values()], "SFT", most=settings.sft_prompts)
+    own = [records[0] for records in traced.values() if records[0]["kind"] == "harmful"]
+    sft = taken.take(own, "SFT", most=settings.sft_prompts)
     pool = {kind: taken.take(records, "RL") for kind, records in pool.items()}
     # "RL" owns the training pool. Where a set has no files, or SFT no traces, prompts move out of it.
     sources.hold_out(pool, evaluation, settings)

@@ -17,6 +17,7 @@ from lib.rewards import KINDS
 from lib.run.files import read_jsonl, sha256_file, write_jsonl
 from lib.run.presets import paper, sandbox
 from lib.run.text import same_prompt
+from lib.sandbox.world import BASE
 from lib.sources import EVAL_SETS, parse_word
 
 stage = importlib.import_module("01_build_mixture")
@@ -89,6 +90,7 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     rows = {"held": [{"prompt": text, **own} for text in held], "more": [{"prompt": t, **own} for t in more]}
     rows["traces"] = [{"prompt": "x" * 1000, "reasoning": "t", "answer": "a"}]
     rows["traces"] += [{"prompt": "p", "reasoning": "t", "answer": " "}]
+    rows["traces"] += [{"prompt": f"q{i}", "reasoning": "<think></think>", "answer": "a"} for i in range(9)]
     answers = ("a0", "a1", "a2", "</think>")  # of a prompt two whole ones, one empty, one that closes twice
     for i, k in itertools.product(range(3, 8), range(4)):
         trace = {"reasoning": f"<think>\nt{k}\n</think>" * (k != 1), "answer": answers[k]}
@@ -109,9 +111,21 @@ def test_no_prompt_of_files_is_in_two_sets_whatever_its_dress(tmp_path, build, f
     dropped = manifest(tmp_path / "out")["dropped"]
     assert 5 <= dropped.pop("in evaluation") <= 7
     assert dropped.pop("trace with a marker inside") == 5
-    assert dropped == {"empty trace": 6, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
+    assert dropped == {"empty trace": 15, "too long": 2, "in SFT": 2, "duplicate": 1, "empty": 1}
     other = build("other", f"{line} --seed 1")["eval_harmless"]
     assert {r["prompt"] for r in other} != {r["prompt"] for r in sets["eval_harmless"]}, "the seed's choice"
+
+
+def test_sft_learns_from_harmful_prompts_alone_whatever_else_has_traces(tmp_path, build, files):
+    texts = {kind: [f"tell {kind} \u201c{i}\u201d \u2014 now" for i in range(12)] for kind in KINDS}
+    rows = {kind: [{"prompt": p, "reasoning": "t", "answer": "a"} for p in texts[kind]] for kind in KINDS}
+    write_jsonl(tmp_path / "harmless-traces.jsonl", rows["harmless"])
+    labelled = [row | {"kind": "ambiguous"} for row in rows["ambiguous"]] + rows["harmful"]
+    write_jsonl(tmp_path / "traces.jsonl", labelled)
+    line = f"{files} --trace-files harmless={tmp_path}/harmless-traces.jsonl {tmp_path}/traces.jsonl"
+    sets = build("out", f"{line} --sft-prompts 3 --rl-traces 1 --rl-prompts 6")
+    assert len(sets["sft"]) == 3 and all(r["prompt"] in texts["harmful"] for r in sets["sft"])
+    assert {r["id"] + "-0": r["kind"] for r in sets["rl"]} == {r["id"]: r["kind"] for r in sets["sft_rl"]}
 
 
 def test_every_rl_prompt_of_the_sandbox_gets_its_traces_and_nothing_else_changes(build):
@@ -154,7 +168,7 @@ def build_paper(build, tmp_path, monkeypatch):
     pairs = [["thought", answer] for answer in ("one", "two", "three", " ")]
     monkeypatch.setattr("lib.sources.traces.write_all", lambda records, *rest: [pairs for _ in records])
     monkeypatch.setattr(paper, "MIXTURE", {**paper.MIXTURE, **local})
-    return lambda name, line: build(name, f"--preset paper --trace-model reasoner {line}")
+    return lambda name, line: build(name, f"--preset paper --trace-model {BASE} {line}")
 
 
 def test_the_papers_mixture_has_the_papers_counts(tmp_path, build_paper):
@@ -194,6 +208,8 @@ MISTAKES = {
     "--rl-prompts 600": "needs 300 harmful prompts, and SFT leaves 6",
     "--files harmful=none.csv": "none.csv: cannot be read",
     "--files harmful=TMP/harmful.jsonl:13": "has 6 harmful prompts; its quota needs 13",
+    "--files harmful=TMP/harmful.jsonl:2 harmful=TMP/harmful.jsonl": "stands 2 times, with a quota",
+    "--trace-model TMP/none --rl-traces 1": "none: cannot load a tokenizer",
     "--rl-traces 3": "no traces; give --trace-files",
     "--trace-files TMP/harmful.jsonl --sft-prompts 1": "--sft-prompts: given 1; traces or quotas have 0",
 }

@@ -140,7 +140,7 @@ def test_no_prompt_is_asked_twice_as_a_child_and_what_is_not_worth_asking_is_not
     cases = {"faulty": (Noisy(0), toy_grid(faulty)), "silent": (Silent(), toy_grid(lambda *_: "z z z"))}
     found = []
     for name, (victim, grid) in cases.items():
-        with pytest.raises(UserError, match="--rainbow-archives: 2 hold 0 of 20"):
+        with pytest.raises(UserError, match="rainbow_archives: 2 hold 0 of 20"):
             run(tmp_path / name, victim, grid, ["r0 s0 a b c d"])
         lines = [line for file in FILES[:2] for line in read_jsonl(tmp_path / name / file)]
         found.append(Counter(line["outcome"] for line in lines))

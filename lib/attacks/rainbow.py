@@ -143,7 +143,8 @@ class Rainbow:
             if len(records) >= count:
                 break
         else:
-            raise UserError(f"--rainbow-archives: {archives} hold {len(records)} of {count}; allow more")
+            few = f"{archives} hold {len(records)} of {count} prompts; allow more in the preset"
+            raise UserError(f"rainbow_archives: {few}")
         found = self._choice([record["prompt"] for record in records], MEASURED, "found")
         harm = {"archive": self.measure(found)}
         harm["plain"] = self.measure(self._choice(self.starts, len(found), "plain"))

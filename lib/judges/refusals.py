@@ -2,7 +2,7 @@
 
 The phrases are of English assistants and of the sandbox's models. Compliance (paper, "Evaluation") is the
 share of answers with label "none". On the safe prompts of XSTest it is off from people's "full compliance" by
-0.024 at most on five models' answers; the share of "not a full refusal" by up to 0.148. Objections without a
+0.024 at most on five models' answers; the share of "not a full refusal" by up to 0.144. Objections without a
 phrase are missed, and a few plain answers taken for one. A judge may say it instead: --refusals.
 """
 

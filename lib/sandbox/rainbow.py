@@ -75,7 +75,8 @@ def read(prompt: str) -> Traits:
             noise = [re.findall(rf"(?<!\S)(?:{PIECES})(?!\S)", side)[:LONGEST] for side in (before, after)]
             alone = not shown or 0 < hops == prompt.count("let ")
             return Traits(hops, alone, wrapper, question, verb, *map(tuple, noise))
-    raise UserError(f"rainbow: not a training prompt of the sandbox: {prompt[:60]!r}")
+    what = f"not a training prompt of the sandbox: {prompt[:60]!r}"
+    raise UserError(f"rainbow_attacker sandbox: {what}; set a chat model, and rainbow_judge, in a preset")
 
 
 def write(traits: Traits, thing: str, rng: random.Random) -> str:

@@ -45,6 +45,7 @@ class Source:
     kind: str  # of EVAL_SETS; "": what the rows say
     sft: int  # prompts for SFT
     rl: int | None  # prompts in RL's pool; none: all
+    usual: str = ""  # kind of rows that do not say theirs
 
 
 def parse_word(word: str, flag: str = "--files") -> Source:
@@ -67,9 +68,8 @@ def parse_word(word: str, flag: str = "--files") -> Source:
         raise UserError(f"{flag}: given {word}; allowed {' '.join(HELP.split())}")
     if files and data.beside:
         files.append(files[0].with_name(data.beside(files[0].name)))
-    if flag == "--trace-files":
-        kind = KIND_OF[kind or "harmful"]
-    return Source(text, name, data, files, hub or "", kind or "", int(sft or 0), int(rl) if rl else None)
+    counts, usual = (int(sft or 0), int(rl) if rl else None), "harmful" if flag == "--trace-files" else ""
+    return Source(text, name, data, files, hub or "", kind or "", *counts, usual)
 
 
 def read_source(source: Source, dropped: Counter, max_chars: int = 10**9) -> list[dict]:
@@ -106,7 +106,7 @@ def make_record(fields: dict, source: Source) -> dict | None:
     ValueError for an unknown kind, or hops that are no number.
     """
     texts = {key: text_of(fields.get(key)) for key in TEXTS}
-    says = source.kind if source.kind and source.data is OWN else texts["kind"]
+    says = source.kind if source.kind and source.data is OWN else texts["kind"] or source.usual
     if says not in EVAL_SETS:
         raise ValueError(f"kind is {says!r}, allowed {' | '.join(EVAL_SETS)}, or give KIND=SOURCE")
     name = source.kind or says
@@ -147,10 +147,11 @@ def read_pool(sources: list[Source], settings, dropped: Counter, max_chars: int 
 def read_traces(sources: list[Source], settings, dropped: Counter) -> Traced:
     """Prompts with traces, in the seed's order; none without reasoning or answer (paper, stage I)."""
     records = [record for source in sources for record in read_source(source, dropped, settings.max_chars)]
-    whole = [record for record in records if "reasoning" in record and "answer" in record]
-    for record in whole:
-        own = record["reasoning"].strip()  # maybe with its markers, which the format puts around it anew
+    for record in records:
+        record["kind"] = KIND_OF[record["kind"]]
+        own = record.get("reasoning", "").strip()  # maybe with markers, which the format adds
         record["reasoning"] = own.removeprefix("<think>").removesuffix("</think>").strip()
+    whole = [record for record in records if record["reasoning"] and "answer" in record]
     # One with a marker inside would teach to break the format.
     good = [r for r in whole if parse_completion(f"{r['reasoning']}</think>{r['answer']}").well_formed]
     dropped += Counter({"empty trace": len(records) - len(whole)})
@@ -180,6 +181,9 @@ def take_sft(pool: Pool, sources: list[Source], settings) -> list[dict]:
     quotas = [source for source in sources if source.rl is not None]
     for source in quotas:
         kind, last = KIND_OF[source.kind], source.sft + (source.rl or 0)
+        words = [s for s in sources if s.name == source.name and KIND_OF.get(s.kind, kind) == kind]
+        if len(words) > 1:
+            raise UserError(f"--files: {source.name} stands {len(words)} times, with a quota: give one file")
         mine = [record for record in pool[kind] if record["source"] == source.name]
         if len(mine) < last:
             raise UserError(f"--files: {source.text} has {len(mine)} {kind} prompts; its quota needs {last}")

@@ -68,7 +68,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bool | int | float):
-        return json.dumps(value)
+        return json.dumps(value) if value == value else ""  # pandas writes NaN where there is nothing
     for turn in value if isinstance(value, list) else ():
         if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human"):
             content = turn.get("content", turn.get("value"))

@@ -1,7 +1,7 @@
 """A real 135 M chat model and real prompts, in minutes: does the machinery run? Too small to show the effect.
 
 Needs the files named below (public: GitHub danielkty/tars and paul-rottger/exaggerated-safety, HarmBench),
-and `--trace-model` for stage 1, `--model` for the others.
+and `--models` for stage 4. For a model in a folder give `--trace-model` to stage 1, `--model` to stage 2.
 """
 
 RUNS = "runs/smollm"
