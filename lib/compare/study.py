@@ -297,7 +297,9 @@ def main() -> None:
     study = STUDIES[name]
     out = Path(args.out or f"runs/{study.folder}")
     lock_folder(out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
+    for end in (signal.SIGTERM, signal.SIGHUP):  # these end the children, too, as Ctrl-C does
+        if signal.getsignal(end) != signal.SIG_IGN:  # nohup
+            signal.signal(end, signal.default_int_handler)
     seeds = range(study.first_seed, study.first_seed + (args.seeds or study.seeds))
     commands: Commands = {}
     for seed in seeds:
