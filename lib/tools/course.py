@@ -182,8 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         for number in range(max(len(exercise["slips"]) for exercise in mine)):
             slipping = [exercise for exercise in mine if len(exercise["slips"]) > number]
             fast.append(partial(check_slips, instructor, slipping, number))
-        log = f"{given.out}.{{}}.log"
-        slow = [partial(check_suite, t, given.tests, log.format(t.name)) for t in (instructor, student)]
+        out = Path(given.out)  # without a slash behind it: the logs stand beside it
+        slow = [partial(check_suite, t, given.tests, f"{out}.{t.name}.log") for t in (instructor, student)]
         in_parallel("exercises and slips", fast)
         in_parallel("all other tests, in both trees", slow)
         for tree in (student, instructor):
