@@ -284,15 +284,13 @@ def main() -> None:
     flags.add_argument("--seeds", type=whole, help="how many; of one there is no interval")
     flags.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="runs at a time, a core each")
     flags.add_argument("--out", help="folder (default runs/replicate, runs/frontier and so on)")
-    flags.add_argument("--equal-tokens", action="store_true", help="the study equal-tokens")
     flags.add_argument("--write-docs", action="store_true", help="the tables of README and docs, no study")
     args = flags.parse_args()
     if args.write_docs:
         for page, text in pages().items():
             write_text(page, text)
         return
-    name = "equal-tokens" if args.equal_tokens else args.study
-    if not name:
+    if not (name := args.study):
         raise UserError(f"study: none given; allowed {', '.join(STUDIES)}; or --write-docs")
     study = STUDIES[name]
     out = Path(args.out or f"runs/{study.folder}")
