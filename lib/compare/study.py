@@ -4,7 +4,7 @@
     python -m lib.compare.study replicate     # the methods side by side, under GCG, PAIR, adaptive attacks
     python -m lib.compare.study ablations     # other lambdas, harmful prompts alone, heavy SFT, and others
     python -m lib.compare.study frontier      # the paper's Figure 2, methods x lambda
-    python -m lib.compare.study equal-tokens  # RL without reasoning, for as many tokens as RL with it
+    python -m lib.compare.study equal-tokens  # the same, each rival with as many tokens as RL
     python -m lib.compare.study attacks       # all attacks
     python -m lib.compare.study rainbow       # RL with and without the prompts of rainbow teaming
     python -m lib.compare.study --write-docs  # the tables of README and docs, from docs/results
