@@ -3,7 +3,7 @@
 # make lint        style, formatting, types
 # make lessons     docs/lessons as notebooks, of the demo's run; makes that if there is none
 # make replicate   the methods side by side and the ablations over five seeds, about an hour; FLAGS='--seeds 2'
-# make frontier    the paper's Figure 2 over lambda, methods, seeds, about an hour; FLAGS=--equal-tokens likewise
+# make frontier    the paper's Figure 2 over lambda, methods, seeds, two hours; STUDY=equal-tokens likewise
 # make assignment  OUT=folder: a course, a tree for students and one for instructors; FLAGS='--only week3'
 # make grade       which of the course's exercises are solved; E=name: one of them
 # make clean       delete runs/ and the virtual environment
@@ -71,7 +71,7 @@ replicate: $(VENV)/.demo
 	$(RUN) -m lib.compare.study ablations $(FLAGS)
 
 frontier: $(VENV)/.demo
-	$(RUN) -m lib.compare.study frontier $(FLAGS)
+	$(RUN) -m lib.compare.study $(or $(STUDY),frontier) $(FLAGS)
 
 .PHONY: assignment grade
 assignment: $(VENV)/.test

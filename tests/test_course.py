@@ -68,6 +68,7 @@ def graded(tree: Path, *words: str) -> subprocess.CompletedProcess:
 def test_no_answer_is_handed_out(made):
     assert sorted(path.name for path in made.iterdir()) == ["instructor", "student"]
     assert not [path for path in made.rglob("*") if path.name in (".git", ".venv", "runs")]
+    assert course.LEFT_BEHIND("", ["student", "lib", ".venv", ".gitignore"]) == {"student", ".venv"}
     student, instructor = made / "student", made / "instructor"
     assert "raise NotImplementedError" in (student / "lib/metrics.py").read_text()
     assert (instructor / "03_rl_train.py").read_text() == (student / "03_rl_train.py").read_text()
@@ -106,6 +107,7 @@ def test_a_submission_is_graded_for_gradescope(made, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     source, results = shutil.copytree(made / "instructor", tmp_path / "source"), tmp_path / "results.json"
+    (source / "lib/rewards.py").write_text("def (\n")  # another exercise: it stops neither grader nor others
     words = ["--submission", str(tmp_path), "--results", str(results)]
     assert graded(source, *words).returncode == 0
     mixture, wilson = json.loads(results.read_text())["tests"]

@@ -87,7 +87,7 @@ run_main(study.main)
     return subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, **pipes)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_study_that_was_stopped_ends_its_runs_and_goes_on_where_they_were(tmp_path, how):
     first, until = launch(tmp_path), time.monotonic() + 60
     steps = [tmp_path / "out" / f"seed-{seed}" / "a" / "steps" for seed in (1, 2)]

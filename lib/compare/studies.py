@@ -118,7 +118,7 @@ MEANS = {
 SHOWN = (
     "(dsr|controls|task_score|compliance|format_rate|outcomes/gcg|rainbow|twins|capability)/.*"
     "|plane/(task_score|compliance)|dsr_by_budget/plain_or_gcg/(5|10)|separation/.*/(accuracy|margin)"
-    "|decides/(?!refused/|.*step ).*|training tokens"
+    "|decides/(?!.*step ).*|training tokens"
 )
 GCG, PAIR = "dsr/plain_or_gcg", "dsr/plain_or_pair"
 COMPARED = claims("F1", "tars", "sft rl-direct", ">", *MAIN, GCG)

@@ -4,7 +4,7 @@
     python -m lib.compare.study replicate     # the methods side by side, under GCG, PAIR, adaptive attacks
     python -m lib.compare.study ablations     # other lambdas, harmful prompts alone, heavy SFT, and others
     python -m lib.compare.study frontier      # the paper's Figure 2, methods x lambda
-    python -m lib.compare.study equal-tokens  # RL without reasoning, for as many tokens as RL with it
+    python -m lib.compare.study equal-tokens  # the same, each rival with as many tokens as RL
     python -m lib.compare.study attacks       # all attacks
     python -m lib.compare.study rainbow       # RL with and without the prompts of rainbow teaming
     python -m lib.compare.study --write-docs  # the tables of README and docs, from docs/results
@@ -284,20 +284,20 @@ def main() -> None:
     flags.add_argument("--seeds", type=whole, help="how many; of one there is no interval")
     flags.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="runs at a time, a core each")
     flags.add_argument("--out", help="folder (default runs/replicate, runs/frontier and so on)")
-    flags.add_argument("--equal-tokens", action="store_true", help="the study equal-tokens")
     flags.add_argument("--write-docs", action="store_true", help="the tables of README and docs, no study")
     args = flags.parse_args()
     if args.write_docs:
         for page, text in pages().items():
             write_text(page, text)
         return
-    name = "equal-tokens" if args.equal_tokens else args.study
-    if not name:
+    if not (name := args.study):
         raise UserError(f"study: none given; allowed {', '.join(STUDIES)}; or --write-docs")
     study = STUDIES[name]
     out = Path(args.out or f"runs/{study.folder}")
     lock_folder(out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the children, too, as Ctrl-C does
+    for end in (signal.SIGTERM, signal.SIGHUP):  # these end the children, too, as Ctrl-C does
+        if signal.getsignal(end) != signal.SIG_IGN:  # nohup
+            signal.signal(end, signal.default_int_handler)
     seeds = range(study.first_seed, study.first_seed + (args.seeds or study.seeds))
     commands: Commands = {}
     for seed in seeds:

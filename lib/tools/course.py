@@ -34,7 +34,8 @@ MARK = re.compile(r"^ *### (?:BEGIN|END) (?:SOLUTION|HIDDEN).*", re.M)
 TELLING = 30  # characters of a line of a solution: a shorter one may well stand elsewhere
 TREES = ("student", "instructor")
 HANDOUT = Path("tests/course/handout")  # what a tree gets besides
-LEFT_BEHIND = shutil.ignore_patterns("runs", "__pycache__", ".git", ".[!g]*")  # but not .gitignore
+# An earlier course, too; of hidden files only .gitignore and the like stay.
+LEFT_BEHIND = shutil.ignore_patterns("runs", "__pycache__", ".git", ".[!g]*", *TREES)
 SECRETS = ("hidden", "left_out", "slips", "reference")  # keys of an exercise that students do not get
 
 
@@ -181,8 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         for number in range(max(len(exercise["slips"]) for exercise in mine)):
             slipping = [exercise for exercise in mine if len(exercise["slips"]) > number]
             fast.append(partial(check_slips, instructor, slipping, number))
-        log = f"{given.out}.{{}}.log"
-        slow = [partial(check_suite, t, given.tests, log.format(t.name)) for t in (instructor, student)]
+        out = Path(given.out)  # without a slash behind it: the logs stand beside it
+        slow = [partial(check_suite, t, given.tests, f"{out}.{t.name}.log") for t in (instructor, student)]
         in_parallel("exercises and slips", fast)
         in_parallel("all other tests, in both trees", slow)
         for tree in (student, instructor):
