@@ -62,6 +62,7 @@ def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reaso
         ("48/2 = 24.\n#### 10\nNo: #### 72.0", "48/2=<<48/2=24>>24\n#### 72", True),  # the last mark counts
         ("\\boxed{70}, no.\n#### **72** apples\nas 5 are away", "72", True),  # the later mark counts
         ("#### 72\n#### Conclusion\nfine", "72", True),  # a heading is no mark
+        ("#### Step 2: add 3\nThe answer is 12.", "12", True),
         ("It costs $1,234.50 in all.", "1234.5", True),
         ("-$5", "\u22125", True),
         ("#### **(B)**", "b", True),

@@ -64,24 +64,25 @@ class Settings(Common):
         return [self.file, *(text.partition("=")[2] for text in self.models)]
 
 
-def final_part(text: str) -> str:
-    r"""What is marked as the answer: a line with a number behind "####", or \boxed{...}, the last one; else
-    all that stands behind the last "####", which may be a heading, or the whole text.
+def final_part(text: str) -> tuple[str, bool]:
+    r"""(what is marked as the answer, True): a number behind "####", or \boxed{...}, the last one. Else (all
+    that stands behind the last "####", a heading, or the whole text, False).
 
-    >>> final_part("2 + 3 = 5\n#### 5"), final_part("#### Result\nIt is \\boxed{\\frac{\\sqrt{3}}{2}}.")
-    ('5', '\\frac{\\sqrt{3}}{2}')
+    >>> final_part("2 + 3 = 5\n#### 5"), final_part("#### Step 2\nIt is \\boxed{\\frac{\\sqrt{3}}{2}}.")
+    (('5', True), ('\\frac{\\sqrt{3}}{2}', True))
     """
-    found = text.rpartition("####")[2]
+    found, marked = text.rpartition("####")[2], False
     for mark in MARK.finditer(text):
         if mark[1] is not None:
-            found = mark[1] if NUMBER.search(mark[1]) else found  # without one it is a heading
+            if NUMBER.match(mark[1].strip(EDGES + "$\\")):
+                found, marked = mark[1], True
             continue
         depth, end = 1, mark.end()  # of \boxed{: up to the brace that closes it
         while depth and end < len(text):
             depth += (text[end] == "{") - (text[end] == "}")
             end += 1
-        found = text[mark.end() : end - (depth == 0)]
-    return found.strip()
+        found, marked = text[mark.end() : end - (depth == 0)], True
+    return found.strip(), marked
 
 
 def without_units(part: str) -> str:
@@ -100,11 +101,11 @@ def verdict(answer: str, reference: str) -> tuple[str, bool]:
     Where the reference is a number, it is the first one of what is marked, behind its last "=", and no part
     of a fraction, a root or a power; of an answer without a mark it is the last one.
     """
-    said, right = map(without_units, map(final_part, (answer, reference)))
+    (said, marked), (right, _) = map(final_part, (answer, reference))
+    said, right = map(without_units, (said, right))
     for written, meant in PLAIN.items():
         said, right = said.replace(written, meant), right.replace(written, meant)
     said, right = (text.strip(EDGES) for text in (said, right))
-    marked = MARK.search(answer) is not None
     if NUMBER.fullmatch(right) and not (marked and EXPRESSION.search(said)):
         numbers = NUMBER.findall(said.rpartition("=")[2] if marked else said)
         said = (numbers or [""])[0 if marked else -1]

@@ -2,8 +2,8 @@
 
     python -m tests.bench.families qwen2 phi3 gemma3_text       (no name: all of them, half an hour on a core)
 
-One line of JSON an architecture: of each check "ok", "REFUSED: ..." (the one line that a user would see) or
-what is wrong. `check_model` must refuse, when a model is loaded, whatever would go wrong behind it.
+A line an architecture, its name and JSON: of each check "ok", "REFUSED: ..." (the line that a user would see)
+or what is wrong. `check_model` must refuse, when a model is loaded, whatever would go wrong behind it.
 """
 
 from __future__ import annotations
