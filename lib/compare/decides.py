@@ -161,7 +161,7 @@ def intervene(lab: Lab, model: Model, cases: Cases, reader: Any) -> Figures:
 def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
     """The figures of 3, FIGURE/K and dsr/SET/K, of FEW cases or more; dsr/K leaves out attacks."""
     settings, tokenizer, cut = lab.settings, lab.victim(model).tokenizer, list[dict]()
-    for k in [*settings.thoughts, "all"]:
+    for k in dict.fromkeys([*settings.thoughts, "all"]):
         for case in cases:
             closed = case["own"]["closed"]  # a text that closes nothing is a thought as a whole
             thought = case["own"]["reasoning" if closed else "answer"]
