@@ -111,7 +111,8 @@ def describe(folder: Path, tokenizer: Tokenizer, settings: dict) -> None:
     # What the base's authors advise (a repetition penalty, say) is not how the policy was trained.
     GenerationConfig(do_sample=True, temperature=0.6, top_p=1.0, top_k=0, **ends).save_pretrained(folder)
     model, judge = settings["model"], re.sub(r"=[^+]*", "", settings.get("judge", ""))
-    method = "reinforcement learning" if judge else "a light supervised warm start"
+    method = "reinforcement learning" if judge else "supervised fine-tuning"
+    method = "preference learning (RPO)" if "rpo_beta" in settings else method
     base, name = Path(model).name if Path(model).exists() else model, Path(settings["out"]).resolve().name
     write_text(folder / "README.md", CARD.format(name=name, base=base, method=method, judge=judge or "none"))
 
