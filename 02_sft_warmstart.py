@@ -139,8 +139,8 @@ def held_out_loss(model, examples: list[Example], pad_id: int, most: int, run) -
 def main() -> None:
     settings, run = start(Settings, "sft")
     tokenizer, model = load_tokenizer(settings.model), run.model(settings.model)
-    pad_id, most = tokenizer.pad_token_id, settings.max_batch_tokens
     train, held_out = split_by_prompt(load_examples(settings, tokenizer, model, run), settings)
+    pad_id, most = tokenizer.pad_token_id, settings.max_batch_tokens
     read = f"read {len(train)} traces (+ {len(held_out)} held out) from {settings.data}"
     run.say(f"{read}; start {settings.model}")
     longest = max(len(example.ids) for example in train + held_out)

@@ -57,6 +57,9 @@ def test_a_runs_folder_is_a_checkpoint_like_any_other(tmp_path, reasoning):
     card = (run / "README.md").read_text()
     assert "# rl\n\nbase, trained by reinforcement" in card and "Judge: qwen3guard+grm." in card
     assert "joe" not in card and str(world.BASE.parent) not in card
+    for said, method in (({"rpo_beta": 0.01}, "preference learning (RPO)"), ({"judge": ""}, "supervised")):
+        describe(run, tokenizer, settings | said)
+        assert f"base, trained by {method}" in (run / "README.md").read_text()
     assert both(load_tokenizer(run)) == both(tokenizer)
     how = GenerationConfig.from_pretrained(run)
     assert (how.temperature, how.top_p, how.top_k, how.eos_token_id) == (0.6, 1.0, 0, eos)

@@ -126,6 +126,13 @@ def test_without_a_pair_nothing_moves(data, tmp_path, monkeypatch):
     assert all(torch.equal(before[name].float(), after[name]) for name in before)
 
 
+def test_a_judge_that_fails_costs_no_earlier_run(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "task_score", lambda prompts, answers: [2.0] * len(answers))
+    words = rpo_flags(data, out := tmp_path / "rpo")
+    assert "--judge: stages gave 2.0" in stages.error_of(RPO, words, monkeypatch, capsys)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_and_shards_equal_one(data, alone, tmp_path, shard):
     out = tmp_path / "rpo"

@@ -18,7 +18,7 @@ from stages import RL, SFT
 
 from lib import UserError
 from lib.run import files, run_main
-from lib.run.checkpoint import load_progress
+from lib.run.checkpoint import load_progress, save_progress
 from lib.run.command import at_end
 from lib.run.files import append_jsonl, read_jsonl, resume_log, write_json, write_jsonl
 from lib.run.folder import claim_folder, take_folder
@@ -319,6 +319,14 @@ def test_a_damaged_state_is_one_line(tmp_path):
     (tmp_path / "progress.pt").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(UserError, match="progress.pt: not a saved state; delete it"):
         load_progress(Run(types.SimpleNamespace(out=str(tmp_path))), None, None)
+
+
+def test_to_save_before_the_first_update_is_no_step_of_the_optimizer(tmp_path):
+    """RPO takes none while no two rewards differ."""
+    model, run = torch.nn.Linear(2, 2), Run(types.SimpleNamespace(out=str(tmp_path)))
+    for optimizer in (torch.optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())):
+        save_progress(run, 3, model, optimizer)
+        assert load_progress(run, model, optimizer) == 3 and not optimizer.state
 
 
 def test_no_step_is_taken_with_a_gradient_that_is_not_finite(tmp_path):

@@ -14,6 +14,7 @@ import reference as literal
 import stages
 import torch
 from stages import SFT, kill_9, launch, metrics_of, run_here, run_process, same_run, sft_flags
+from transformers import MistralConfig, MistralForCausalLM
 
 from lib.run import plumbing
 from lib.run.files import read_jsonl, write_jsonl
@@ -80,6 +81,19 @@ def test_no_prompt_is_learned_and_held_out_in_another_dress(tmp_path):
 
 
 # ---- the stage ----
+
+
+def test_a_padding_token_without_a_row_gives_way_before_it_pads(data, tmp_path, monkeypatch):
+    """A model with windows reads padding, too."""
+    tokenizer, base, out = load_tokenizer(world.BASE), tmp_path / "base", tmp_path / "sft"
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= dict(vocab_size=len(tokenizer), num_key_value_heads=1, sliding_window=64)
+    MistralForCausalLM(MistralConfig(**sizes)).save_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(base)
+    run_here(SFT, sft_flags(data, out, model=base, epochs=1), monkeypatch)
+    assert len(metrics_of(out)) == 4
+
 
 HOT = {"learning_rate": 3e-3, "epochs": 16}  # with patience 2: it overfits, and stops
 

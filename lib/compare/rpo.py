@@ -203,6 +203,8 @@ def main() -> None:
     policy, reference = run.model(settings.model), run.model(settings.model, frozen=True)
     prompts = load_prompts(run, tokenizer, policy)
     run.say(f"read {len(prompts)} prompts from {settings.data}; policy and reference {settings.model}")
+    for score in (judge.harm_score, judge.task_score):  # it loads now, before memory is shared out
+        score([prompts[0].record["prompt"]], ["No."])
     longest, pad_id = max(len(prompt.ids) for prompt in prompts), tokenizer.pad_token_id
     rows = len(run.share(range(settings.prompts_per_step))) * settings.group_size
     run.rehearse(policy, reference, rows, longest + settings.max_new_tokens, together=2)  # a pair

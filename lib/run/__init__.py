@@ -2,13 +2,18 @@
 
     settings, run = start(Settings, "rl")    flags and preset; OUT claimed or resumed; processes, device
     run.model(path)                          loaded, maybe in shards, maybe recomputing activations
+    run.usable(items, model, ...)            those that fit the context; says what is left out
+    run.rehearse(policy, reference, ...)     the largest batch once: what does not fit memory ends now
     run.share(items), gather(x), total(x)    this process's part; lists and sums over all processes
     run.micro_batches(items, ...)            padded tensors under a budget of tokens
+    run.sampling(policy)                     while it lasts, shards are gathered
     run.backward(loss)                       the gradient of a loss whose sum over all processes is meant
     run.clip_and_step(optimizer, loss)       summed over processes, clipped; stops at what is not finite
     run.steps(total, policy, optimizer)      the loop: resumes, sets the rate, shows a bar, saves
+    run.lap(name), say(text)                 the time of a part of the step; a line, once for all processes
+    run.weights(model)                       a copy of all weights, for `run.state`, which resume points keep
     run.log(step, metrics, rollouts)         metrics.jsonl, rollouts.jsonl
-    run.finish(policy, tokenizer)            the checkpoint, and the next command
+    run.finish(policy, tokenizer, draw)      the checkpoint, and the next command
 
 On one device each is a line or nothing. You may skip this room: a chapter reads the same without it. Inside:
 plumbing (`Run`, rate, rehearsal), settings and presets (one module a preset), command (flags, ends in one

@@ -44,7 +44,8 @@ before you rely on them. The licences of base and data hold.
 def save_progress(run: Any, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """One atomic file, by rank 0; all ranks have to call it. `step` is the number of finished steps."""
     weights = full_weights(model)
-    moments = states.get_optimizer_state_dict(model, optimizer, options=FULL)
+    # Before the first update there are none, and to ask for them would take a step of AdamW.
+    moments = states.get_optimizer_state_dict(model, optimizer, options=FULL) if optimizer.state else {}
     if run.leader:
         try:
             with atomic(run.out / PROGRESS) as path:
@@ -61,12 +62,13 @@ def load_progress(run: Any, model: torch.nn.Module, optimizer: torch.optim.Optim
             state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
         except Exception as error:  # of pickle's, of zip's, of torch's
             raise UserError(f"{path}: not a saved state; delete it to start anew") from error
-    step = run.gather(state["step"])[0]
+    step, updated = run.gather((state["step"], bool(state.get("optimizer"))))[0]
     if step:
         whole = {"full_state_dict": True, "broadcast_from_rank0": run.size > 1, "strict": False}
         options = states.StateDictOptions(**whole)  # from rank 0; the others bring nothing
         states.set_model_state_dict(model, state.get("model", {}), options=options)
-        states.set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
+        if updated:
+            states.set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=options)
         run.state |= state.get("extra", {})
         plain = {key: value for key, value in run.state.items() if isinstance(value, int | float)}
         run.state |= run.gather(plain)[0]  # tensors stay with the leader
@@ -111,7 +113,8 @@ def describe(folder: Path, tokenizer: Tokenizer, settings: dict) -> None:
     # What the base's authors advise (a repetition penalty, say) is not how the policy was trained.
     GenerationConfig(do_sample=True, temperature=0.6, top_p=1.0, top_k=0, **ends).save_pretrained(folder)
     model, judge = settings["model"], re.sub(r"=[^+]*", "", settings.get("judge", ""))
-    method = "reinforcement learning" if judge else "a light supervised warm start"
+    method = "reinforcement learning" if judge else "supervised fine-tuning"
+    method = "preference learning (RPO)" if "rpo_beta" in settings else method
     base, name = Path(model).name if Path(model).exists() else model, Path(settings["out"]).resolve().name
     write_text(folder / "README.md", CARD.format(name=name, base=base, method=method, judge=judge or "none"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from lib.run.processes import (
     stop_processes,
 )
 from lib.run.settings import following
+from lib.run.text import visible
 
 T = TypeVar("T")
 CPU_SAMPLE_TOKENS = 65536  # the sampler's budget where memory cannot be asked
@@ -347,11 +349,11 @@ class Run:
             for path in self.out.glob(f"*{PROGRESS}*"):  # from now on it is a checkpoint like any other
                 path.unlink()
             for line in read_log(self.out / "rollouts.jsonl")[-1:]:
-                prompt, text = (" ".join(line[key].split()) for key in ("prompt", "completion"))
+                prompt, text = (" ".join(visible(line[key]).split()) for key in ("prompt", "completion"))
                 self.say(f"a sample: {prompt} => {text} (reward {line['reward']})")
             if (curves := self.out / "curves.png").exists():  # where matplotlib is
                 self.say(f"its curves: {curves}")
-        self.say(f"to talk to it: python -m lib.tools.chat {self.out}")
+        self.say(f"to talk to it: python -m lib.tools.chat {shlex.quote(str(self.out))}")
         self.say(f"wrote {self.out}. Next: {following(self.settings, self.stages)}")
         self.stop()
 
