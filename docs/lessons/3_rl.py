@@ -27,7 +27,7 @@ def rollouts_of(model, step):  # steps 1 to 4 of the algorithm
 
 # %% [markdown]
 # ## One group
-# The one of step 0 nearest to half right; a bar, then a sample. (On harmful ones useless answers pay.)
+# Step 0's nearest to half right; a bar, a sample. (If harmful, useless answers pay, another danger's do not.)
 # %%
 groups = groups_of(rollouts_of(policy, 0), G)
 which = min(range(len(groups)), key=lambda i: abs(sum(r.reward for r in groups[i]) - G / 2))

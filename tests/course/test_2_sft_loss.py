@@ -20,9 +20,9 @@ class Table(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.tensor([0.0, -1.0, -2.0, -4.0]))
 
 
-def looked_up(model, ids, attention_mask, completion_mask, **_):
-    """In the place of `token_logprobs`."""
-    return model.table[ids] * completion_mask
+def looked_up(model, input_ids, attention_mask, completion_mask, **_):
+    """In the place of `token_logprobs`, with its names: it may be called by them."""
+    return model.table[input_ids] * completion_mask
 
 
 class Counting(torch.optim.SGD):

@@ -46,9 +46,9 @@ def test_gradient():
         found = stage.kl_estimate(policy, torch.tensor(REFERENCE), kind)
         found.sum().backward()
         near(policy.grad, slope, f"the gradient of {kind} is wrong")
-    policy = torch.tensor([-16.0], requires_grad=True)
-    stage.kl_estimate(policy, torch.tensor([-0.5]), "k3").sum().backward()
-    near(policy.grad, [0.0], "where k3 is clamped it has a gradient")
+    policy = torch.tensor([-16.0, -900.0], requires_grad=True)
+    stage.kl_estimate(policy, torch.tensor([-0.5, -1.0]), "k3").sum().backward()
+    near(policy.grad, [0.0, 0.0], "where k3 is clamped it has a gradient")
 
 
 ### END HIDDEN

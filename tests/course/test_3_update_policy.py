@@ -39,19 +39,27 @@ class Step:
         self.asked, self.handed = [], []
         monkeypatch.setattr(stage, "token_logprobs", self.looked_up)
         monkeypatch.setattr(stage, "grpo_loss", self.loss)
-        monkeypatch.setattr(stage, "kl_estimate", lambda policy, reference, _: 0 * policy + 0.25)
+        monkeypatch.setattr(stage, "kl_estimate", self.kl)
         self.policy, self.reference = Table(), Table(shift=-0.5)
         self.rollouts = [rollout([3, 3], [1], 0.5), rollout([3], [2, 2, 1], -1.0)]
 
-    def looked_up(self, model, ids, attention_mask, mask, temperature=1.0, with_entropy=False, **_):
+    # These have the names of what they stand for: it may be called by them.
+    def kl(self, logprobs, reference_logprobs, estimator):
+        return 0 * logprobs + 0.25
+
+    def looked_up(
+        self, model, input_ids, attention_mask, completion_mask, temperature=1.0, with_entropy=False, **_
+    ):
         self.asked.append((model, temperature, torch.is_grad_enabled()))
-        values = model.table[ids] * mask
+        values = model.table[input_ids] * completion_mask
         return (values, -0.5 * values) if with_entropy else values
 
-    def loss(self, new, old, reference, advantages, mask, weights, settings):
-        given = (new, old, reference, advantages, mask, weights)
+    def loss(
+        self, logprobs, old_logprobs, reference_logprobs, advantages, completion_mask, weights, settings
+    ):
+        given = (logprobs, old_logprobs, reference_logprobs, advantages, completion_mask, weights)
         self.handed.append([x.detach().clone() for x in given])
-        return (new * mask * weights[:, None]).sum()
+        return (logprobs * completion_mask * weights[:, None]).sum()
 
     def __call__(self, **changes):
         usual = {"max_grad_norm": 0.0, "max_new_tokens": 8, "temperature": 0.7}
