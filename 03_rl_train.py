@@ -26,7 +26,7 @@ Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.j
 step is a function of the saved state and (seed, step): a killed run goes on, on a CPU with the same bits.
 
 **What you should see** (sandbox, seed 0, a minute): the reward climbs from 0.3 to about 0.9 in 50 of 75
-steps. Of a step's 16 groups at first 12 have a signal, at the end 7: the others' rewards are all alike.
+steps. Of a step's 16 groups at first 12 or more have a signal, at the end 7: in others rewards are alike.
 Refusals rise from 0.5 to 0.9 on harmful prompts, and fall from 0.5 to 0 on all others. Read rollouts.jsonl:
 the early groups disagree with themselves about what a prompt is, the late ones do not.
 
