@@ -195,8 +195,6 @@ def write_traces(
         return []
     if settings.trace_files:
         rows = [traced.get(same_prompt(record["prompt"]), [])[:count] for record in records]
-        if not any(rows):
-            raise UserError(f"--trace-files: have none of the prompts that want {use}")
         pairs = [[[row["reasoning"], row["answer"]] for row in part] for part in rows]
     elif settings.trace_model:
         pairs = sources.write_traces(records, count, settings, use)
@@ -240,6 +238,9 @@ def main() -> None:
     if settings.sft_prompts not in (0, len(sft)):
         raise UserError(f"--sft-prompts: given {settings.sft_prompts}; traces or quotas have {len(sft)}")
     sft, rl = sft[: settings.sft_prompts], mix(pool, settings)
+    wanted = {same_prompt(record["prompt"]) for record in rl if settings.rl_traces and settings.trace_files}
+    if wanted and wanted.isdisjoint(traced):
+        raise UserError("--trace-files: have none of the prompts that want rl traces")
 
     run.begin()  # after all has been read: a mistake in it costs no earlier run
     if settings.rainbow:

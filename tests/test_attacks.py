@@ -483,6 +483,12 @@ def test_an_attacker_without_a_name_is_one_line():
         attacker.load_attacker("", 5, 10)
 
 
+def test_a_module_may_have_the_functions_of_one_attack_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "pairer.py").write_text("def check(attacks, goals): ...\ndef refine(talks, seeds): ...\n")
+    assert attacker.load_attacker("pairer", 5, 10).__name__ == "pairer"
+
+
 def test_each_text_of_a_chat_model_depends_on_its_seed_alone(chatting):
     first, long, *others = chatting.write(["w1", LONG, "w2 w3", "w1"], [1, 2, 3, 4])
     assert chatting.write(["w2 w3"], [3]) == others[:1] and first != others[1] and long == ""

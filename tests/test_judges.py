@@ -88,7 +88,7 @@ def test_errors_are_one_line_that_says_what_to_do(name, message, chat_model, cla
 
 
 OWN = """
-def harm_score(prompts, answers, contexts=()):
+def harm_score(prompts, answers, contexts):
     return [len(answer + context) / 10 if answer else None for answer, context in zip(answers, contexts)]
 def task_score(prompts, answers): return [1]
 def refusal_labels(prompts, answers): return [answer or None for answer in answers]
@@ -101,6 +101,7 @@ def test_a_judge_of_ones_own_is_found_where_one_runs(tmp_path, monkeypatch):
     (tmp_path / "own_judge.py").write_text(OWN)
     judge = load_judge("own_judge", "own_judge")
     assert judge.harm_score(["?"] * 3, ["abc", "abc", ""], ["", "text", ""]) == [0.3, 0.7, None]
+    assert judge.harm_score(["?"], ["abc"]) == [0.3]  # as in chapter 3, which tells no contexts
     assert judge.refusal_labels(["?"] * 3, ["full", "", "partial"]) == ["full", None, "partial"]
     with pytest.raises(UserError, match="own_judge gave 1 scores for 2 answers"):
         judge.task_score(["?", "?"], ["abc", ""])

@@ -87,6 +87,8 @@ NEXT = [  # stage, its flags, of the next command; the usual way through the cha
     ("rl", GIVEN, "04_attack_eval.py .* --models x=runs/x --out runs/eval-x --device cpu --refusals mine$"),
     ("sft", "--traces sft_rl.jsonl", "04_attack_eval.py"),
     ("mixture", "--sft-prompts 0", "03_rl_train.py"),
+    ("mixture", "--preset paper --trace-model teacher", "02_.* paper --data [^ ]* --out"),
+    ("mixture", "--preset smollm --trace-model m", "02_sft_warmstart.py .* --model m --out"),
     ("mixture", "--rainbow pi --out m", "03_rl_train.py --preset sandbox --data m --model pi"),
 ]
 

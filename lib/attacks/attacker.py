@@ -170,7 +170,7 @@ def load_attacker(name: str, *limits: int, **placed) -> Attacker:
     folder or hub name, with limits as LanguageModelAttacker has them."""
     module = "lib.sandbox.attacker" if name == "sandbox" else name
     with contextlib.suppress(ImportError, TypeError, ValueError):  # ORGANISATION/MODEL, a path, none
-        if hasattr(attacker := importlib.import_module(module), "augment"):
+        if hasattr(attacker := importlib.import_module(module), "check"):
             return attacker
     return LanguageModelAttacker(name, *limits, **placed)
 

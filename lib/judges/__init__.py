@@ -107,7 +107,7 @@ def checked(flag: str, part: str, function: str, judged: Callable) -> Callable:
     labels = LABELS if function == "refusal_labels" else ()
 
     def verdicts(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list:
-        told = {"contexts": contexts} if contexts and takes_contexts else {}
+        told = {"contexts": contexts or [""] * len(answers)} if takes_contexts else {}
         found = list(judged(prompts, answers, **told))
         if len(found) != len(answers):
             raise UserError(f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers")

@@ -174,8 +174,12 @@ def following(settings: Any, stages: Sequence[str]) -> str:
     name = re.sub(r"[^\w.-]+", "-", Path(out).resolve().name) or "model"  # as far as --models allows
     flags = {"data": out if stage == "mixture" else settings.data}
     kept = ["seed", "device", "dtype", "reasoning", *PARTS_OF_A_MODEL]
+    usual = preset_values(type(settings), settings.preset, *stages)
     if stage == "mixture" and settings.sft_prompts and not settings.rainbow:
-        script, folder, flags["model"] = "02_sft_warmstart.py", "sft", settings.trace_model
+        script, folder = "02_sft_warmstart.py", "sft"
+        base = getattr(importlib.import_module(f"lib.run.presets.{settings.preset}"), "SFT", {}).get("model")
+        if base in (None, usual["trace_model"]):  # else the preset has one to train, and this was its teacher
+            flags["model"] = settings.trace_model
     elif stage == "mixture":
         script, folder, flags["model"] = "03_rl_train.py", "rl", settings.rainbow
     elif stage == "sft" and settings.traces == "sft.jsonl":
@@ -185,7 +189,6 @@ def following(settings: Any, stages: Sequence[str]) -> str:
         script, folder, flags["models"] = "04_attack_eval.py", f"eval-{name}", f"{name}={out}"
         kept = ["seed", "device", "dtype", "judge", "refusals"]
     flags["out"] = os.path.normpath(Path(out) / ".." / folder)
-    usual = preset_values(type(settings), settings.preset, *stages)
     flags |= {key: getattr(settings, key) for key in kept if getattr(settings, key, None) != usual.get(key)}
     several = os.environ.get("LOCAL_WORLD_SIZE", "1")
     words = ["python"] if several == "1" else ["torchrun", "--nproc-per-node", several]

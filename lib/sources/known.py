@@ -6,7 +6,7 @@ A record has `kind` (one of EVAL_SETS) and `prompt`, a text or a conversation; i
     @data_set("me/questions:train", "MIT")
     def questions(row):
         \"\"\"Those that were flagged.\"\"\"
-        if row["flagged"]:
+        if row["flagged"] in (True, "True"):  # in a csv file all is text, and "False" is true
             return dict(kind="harmful", prompt=row["question"])
 
 `harmful=questions` then reads the hub, `harmful=questions@FILE` a file of these columns. The docstring, one
