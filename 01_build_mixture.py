@@ -103,11 +103,8 @@ def check(settings: Settings) -> None:
     if settings.rainbow and settings.rl_traces and settings.trace_files:
         raise UserError("--rl-traces: --trace-files have none for what --rainbow finds; give --trace-model")
     writes = settings.trace_model if settings.sft_prompts or settings.rl_traces else ""
-    if models := list(filter(None, (writes, settings.rainbow))):
-        from lib.run.hub import load_tokenizer  # here, because torch is slow to import
-
-        for name in models:
-            load_tokenizer(name)
+    for name in filter(None, (writes, settings.rainbow)):
+        importlib.import_module("lib.run.hub").load_tokenizer(name)  # here, because torch is slow to import
 
 
 class Taken:
@@ -184,6 +181,15 @@ def sandbox_prompts(settings: Settings) -> tuple[sources.Pool, sources.Pool]:
     return pool, {name: draw("eval", name, settings.eval_prompts) for name in sources.EVAL_SETS}
 
 
+def check_found(sft: list[dict], rl: list[dict], traced: sources.Traced, settings: Settings) -> None:
+    """UserError for what only shows when all has been read."""
+    if settings.sft_prompts not in (0, len(sft)):
+        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; traces or quotas have {len(sft)}")
+    if settings.rl_traces and settings.trace_files:
+        if not any(same_prompt(record["prompt"]) in traced for record in rl):
+            raise UserError("--trace-files: have none of the prompts that want rl traces")
+
+
 def write_traces(
     records: list[dict], count: int, use: str, traced: sources.Traced, settings: Settings, dropped: Counter
 ) -> list[dict]:
@@ -235,12 +241,9 @@ def main() -> None:
     sources.hold_out(pool, evaluation, settings)
     from_pool = sources.take_sft(pool, train, settings)
     sft = sft if settings.trace_files else from_pool
-    if settings.sft_prompts not in (0, len(sft)):
-        raise UserError(f"--sft-prompts: given {settings.sft_prompts}; traces or quotas have {len(sft)}")
-    sft, rl = sft[: settings.sft_prompts], mix(pool, settings)
-    wanted = {same_prompt(record["prompt"]) for record in rl if settings.rl_traces and settings.trace_files}
-    if wanted and wanted.isdisjoint(traced):
-        raise UserError("--trace-files: have none of the prompts that want rl traces")
+    rl = mix(pool, settings)
+    check_found(sft, rl, traced, settings)
+    sft = sft[: settings.sft_prompts]
 
     run.begin()  # after all has been read: a mistake in it costs no earlier run
     if settings.rainbow:
