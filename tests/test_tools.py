@@ -63,6 +63,10 @@ def test_it_says_what_the_sampler_says_and_remembers_answers_without_their_reaso
         ("\\boxed{70}, no.\n#### **72** apples\nas 5 are away", "72", True),  # the later mark counts
         ("#### 72\n#### Conclusion\nfine", "72", True),  # a heading is no mark
         ("#### Step 2: add 3\nThe answer is 12.", "12", True),
+        ("#### 10\nNo.\n#### Answer: \u20ac\u221212\nas 5 are away", "-12", True),
+        (r"#### \frac{5}{2}", "2", False),
+        (r"\boxed{.5}.", "0.5", True),
+        ("#### 5", ".5", False),
         ("It costs $1,234.50 in all.", "1234.5", True),
         ("-$5", "\u22125", True),
         ("#### **(B)**", "b", True),

@@ -41,10 +41,11 @@ from lib.sources import read_table, text_of
 
 SHOWN = "{}: {} {mean:.3f} [{low:.3f}, {high:.3f}]"
 MARK = re.compile(r"####([^\n]*)|\\boxed\{")
+MARKED = re.compile(r"(?:\D*[^\w\s])?\s*\d")  # behind "####": in a heading a word stands before the number
 UNITS = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}(?:\^\S+)?")
 PLAIN = {"\u2212": "-", "\\$": "", "$": "", "\\%": "", "{,}": ",", "\\,": "", "\\!": ""}  # written, meant
 PLAIN |= {"^\\circ": "", "^{\\circ}": ""}
-EDGES = " .,;:!?%*()[]{}'\""
+EDGES = ". ,;:!?%*()[]{}'\""
 EXPRESSION = re.compile(r"frac|sqrt|\^|[\d}]\s*/\s*[\d{]")
 # 1,234 or 1234 or 1,234.5 or .5; the sign is no minus behind a digit or a word (10-3, twenty-3)
 NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
@@ -74,7 +75,7 @@ def final_part(text: str) -> tuple[str, bool]:
     found, marked = text.rpartition("####")[2], False
     for mark in MARK.finditer(text):
         if mark[1] is not None:
-            if NUMBER.match(mark[1].strip(EDGES + "$\\")):
+            if MARKED.match(mark[1]):
                 found, marked = mark[1], True
             continue
         depth, end = 1, mark.end()  # of \boxed{: up to the brace that closes it
@@ -105,7 +106,7 @@ def verdict(answer: str, reference: str) -> tuple[str, bool]:
     said, right = map(without_units, (said, right))
     for written, meant in PLAIN.items():
         said, right = said.replace(written, meant), right.replace(written, meant)
-    said, right = (text.strip(EDGES) for text in (said, right))
+    said, right = (text.rstrip(EDGES).lstrip(EDGES[1:]) for text in (said, right))  # .5 is not 5
     if NUMBER.fullmatch(right) and not (marked and EXPRESSION.search(said)):
         numbers = NUMBER.findall(said.rpartition("=")[2] if marked else said)
         said = (numbers or [""])[0 if marked else -1]
