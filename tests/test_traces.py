@@ -36,6 +36,13 @@ def test_an_answer_goes_on_with_the_turn_by_another_seed(tmp_path, monkeypatch):
     assert len(seeds) == 2 and not seeds[0] & seeds[1] and len(seeds[0]) == 3 * len(RECORDS)
 
 
+def test_a_refusal_that_is_not_gone_on_with_is_no_answer(tmp_path, monkeypatch):
+    """Cut in its first sentence, or without room."""
+    monkeypatch.setattr(traces, "complete", lambda _, tokenizer, prompts, *rest: [""] * len(prompts))
+    tokenizer = load_tokenizer(world.BASE)
+    assert traces.write_pairs(None, tokenizer, ["w"], [traces.REFUSES], [1], None) == [["", ""]]
+
+
 def test_stage_1_goes_on_where_it_was_killed_and_traces_do_not_depend_on_their_batch(tmp_path, monkeypatch):
     small = {"trace_max_new_tokens": 12, "traces_per_prompt": 2}
     monkeypatch.setattr("lib.run.presets.sandbox.MIXTURE", small)

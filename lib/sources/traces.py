@@ -62,14 +62,14 @@ def seed_of(*parts: object) -> int:
 
 
 def write_pairs(model, tokenizer, prompts, given, seeds: Sequence[int], settings) -> list[list[str]]:
-    """[reasoning, answer] for each prompt, with what is given; the reasoning may come out empty."""
+    """[reasoning, answer] for each prompt, with what is given; either may come out empty."""
     questions = [encode_prompt(tokenizer, REFLECT.format(p), reasoning=False) for p in prompts]
     thoughts = complete(model, tokenizer, questions, seeds, settings)
     begun = [(t and f"{t} {end}".strip(), opening) for t, (end, opening) in zip(thoughts, given, strict=True)]
     rows = [(prompt, *pair) for prompt, pair in zip(prompts, begun, strict=True)]
     openings = [encode_example(tokenizer, *row)[0][:-1] for row in rows]  # no end of the turn
     answers = complete(model, tokenizer, openings, [seed + 1 for seed in seeds], settings)
-    return [[z, f"{opening} {y}".strip()] for (z, opening), y in zip(begun, answers, strict=True)]
+    return [[z, y and f"{opening} {y}".strip()] for (z, opening), y in zip(begun, answers, strict=True)]
 
 
 def complete(model, tokenizer, prompts: list[list[int]], seeds: Sequence[int], settings) -> list[str]:
