@@ -168,8 +168,8 @@ class LanguageModelAttacker:
 def load_attacker(name: str, *limits: int, **placed) -> Attacker:
     """The attacker "sandbox"; a module of yours, which has the functions of `Attacker`; or a chat model: a
     folder or hub name, with limits as LanguageModelAttacker has them."""
-    module = "lib.sandbox.attacker" if name == "sandbox" else name
-    with contextlib.suppress(ImportError, TypeError, ValueError):  # ORGANISATION/MODEL, a path, none
+    module = "lib.sandbox.attacker" if name == "sandbox" else name or "."
+    with contextlib.suppress(ImportError, TypeError):  # ORGANISATION/MODEL, a path, none
         if hasattr(attacker := importlib.import_module(module), "check"):
             return attacker
     return LanguageModelAttacker(name, *limits, **placed)
