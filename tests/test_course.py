@@ -68,7 +68,8 @@ def graded(tree: Path, *words: str) -> subprocess.CompletedProcess:
 def test_no_answer_is_handed_out(made):
     assert sorted(path.name for path in made.iterdir()) == ["instructor", "student"]
     assert not [path for path in made.rglob("*") if path.name in (".git", ".venv", "runs")]
-    assert course.LEFT_BEHIND("", ["student", "lib", ".venv", ".gitignore"]) == {"student", ".venv"}
+    left = {"student", ".venv", "course.instructor.log"}  # which may show a solution
+    assert course.LEFT_BEHIND("", ["lib", ".gitignore", *left]) == left
     student, instructor = made / "student", made / "instructor"
     assert "raise NotImplementedError" in (student / "lib/metrics.py").read_text()
     assert (instructor / "03_rl_train.py").read_text() == (student / "03_rl_train.py").read_text()

@@ -34,8 +34,8 @@ MARK = re.compile(r"^ *### (?:BEGIN|END) (?:SOLUTION|HIDDEN).*", re.M)
 TELLING = 30  # characters of a line of a solution: a shorter one may well stand elsewhere
 TREES = ("student", "instructor")
 HANDOUT = Path("tests/course/handout")  # what a tree gets besides
-# An earlier course, too; of hidden files only .gitignore and the like stay.
-LEFT_BEHIND = shutil.ignore_patterns("runs", "__pycache__", ".git", ".[!g]*", *TREES)
+# An earlier course, too, and its logs; of hidden files only .gitignore and the like stay.
+LEFT_BEHIND = shutil.ignore_patterns("runs", "__pycache__", ".git", ".[!g]*", *TREES, "*.log")
 SECRETS = ("hidden", "left_out", "slips", "reference")  # keys of an exercise that students do not get
 
 
