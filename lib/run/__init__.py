@@ -4,6 +4,7 @@
     run.model(path)                          loaded, maybe in shards, maybe recomputing activations
     run.usable(items, model, ...)            those that fit the context; says what is left out
     run.rehearse(policy, reference, ...)     the largest batch once: what does not fit memory ends now
+    run.begin(), stop()                      takes OUT, where there are no `steps`; leaves the other processes
     run.share(items), gather(x), total(x)    this process's part; lists and sums over all processes
     run.micro_batches(items, ...)            padded tensors under a budget of tokens
     run.sampling(policy)                     while it lasts, shards are gathered
