@@ -240,7 +240,8 @@ def defence(lines: list[dict], shared: list[str], seed: int) -> dict[str, dict]:
     names = [name for name in held if name not in (*SETS, *CONTROLS) and not name.startswith("plain_or_")]
     result: dict[str, dict] = {"dsr": {n: ci for n, ci in share.items() if n not in (*BENIGN, *CONTROLS)}}
     if "pap" in held:
-        result["dsr"]["pap_mean"] = metrics.mean_over_tries([x for x in lines if x["set"] == "pap"], seed)
+        tries = [[x["defended"] for x in lines if (x["set"], x["id"]) == ("pap", i)] for i in held["pap"]]
+        result["dsr"]["pap_mean"] = metrics.mean_over_requests(tries, seed)
     result["dsr_by_budget"] = {}
     for attack in names:
         result["dsr_by_budget"] |= dsr_by_budget(lines, attack)
@@ -262,7 +263,7 @@ def defence(lines: list[dict], shared: list[str], seed: int) -> dict[str, dict]:
         if shared and attacked:  # the mean over requests, since the same ones met all attacks
             met = [held.get(beside + attack, held[attack]) for attack in shared]
             rows = [[own[i] for own in met if i in own] for i in attacked]
-            parts.append(metrics.bootstrap([sum(row) / len(row) for row in rows if row], seed))
+            parts.append(metrics.mean_over_requests(rows, seed))
         result["plane"][key] = metrics.average(parts or [share["direct"]])
     return result
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,12 +134,11 @@ def format_and_defence(group: Lines) -> dict[str, Interval | None]:
     return result
 
 
-def mean_over_tries(tries: Lines, seed: int) -> Interval:
-    """Mean over requests of the share of tries defended; those of one request stay together."""
-    held = defaultdict(list)
-    for x in tries:
-        held[x["id"]].append(x["defended"])
-    return bootstrap([sum(own) / len(own) for own in held.values()], seed)
+def mean_over_requests(held: Iterable[Sequence[bool]], seed: int) -> Interval:
+    """Mean over requests of the share of tries defended; those of one request stay together. Where all shares
+    are 0 or 1, Wilson's interval: near 1 the bootstrap's is too narrow, and of equal ones a point."""
+    shares = [sum(own) / len(own) for own in held if own]
+    return wilson([x == 1 for x in shares]) if {*shares} <= {0, 1} else bootstrap(shares, seed)
 
 
 def share_of(key: str, value: Any) -> Callable[[Lines], Interval]:

@@ -33,6 +33,13 @@ def test_an_average_of_shares_combines_their_intervals_each_side_by_itself():
         assert abs(both["mean"] - both[side]) == pytest.approx(half, abs=2e-4)
 
 
+def test_the_plane_of_one_attack_that_all_withstand_is_no_point():
+    lines = [a_line(name, str(i)) for name in ("direct", "no_suffix", "gcg") for i in range(24)]
+    plane, held = figures_of(lines)["plane"], metrics.wilson([True] * 24)
+    assert plane["dsr"] == plane["plain_or"] == held and held["low"] < 0.9
+    assert metrics.mean_over_requests([[True, False], [True]], 0) == metrics.bootstrap([0.5, 1.0], 0)
+
+
 def measured(lines: list[dict], reasoning: bool = True, names: str = "m") -> dict:
     models = [stage.Model(name, "nowhere", reasoning, "") for name in names]
     return stage.measure(models, lines, {name: {} for name in names}, stage.Settings())
