@@ -96,6 +96,8 @@ def test_every_number_stands_in_its_row_and_column(full):
         assert [budgets[f"{attack}, {step}"] for step, _ in curve] == [show(value) for _, value in curve]
     head, *rows = found[CAPTIONS["differences"]]
     assert head == ["", "base - tars"] and len(rows) == len(results["differences"])
+    few = [metrics.bootstrap([1.0] * n, 0) for n in (5, 6)]  # the bootstrap's intervals are points
+    assert [show(ci, "+").endswith("*") for ci in few] == [False, True]
     for d in results["differences"]:  # marked: the interval leaves out 0
         cell, clear = dict(rows)[d["figure"]], d["ci"]["low"] > 0 or d["ci"]["high"] < 0
         assert cell == show(d["ci"], "+") and cell.endswith("*") == clear

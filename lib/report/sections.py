@@ -71,12 +71,16 @@ Over all behaviours. Loss: of the attacker's target, before the search and after
 | attacks: Access and costs
 ## Differences between models
 The first model minus the second, over the prompts that both met. Marked *: the interval leaves out 0.
+Fewer than six prompts are never marked: even all to one side may be chance.
 | differences: Paired differences
 ## Learning curves
 ! curves_
 ## Settings
 | settings: All that is behind these numbers
 """
+
+
+FEW = 6  # all to one side: by chance once in 32 times, and five once in 16
 
 
 def show(cell: Any, sign: str = "") -> str:
@@ -95,7 +99,8 @@ def show(cell: Any, sign: str = "") -> str:
         digits = 1 if cell["high"] > 2 else 2
         numbers = [round(cell[key], digits) + 0.0 for key in ("mean", "low", "high")]  # + 0.0: no -0.00
         mean, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
-        mark = " *" if sign and not cell["low"] <= 0 <= cell["high"] else ""
+        clear = cell["n"] >= FEW and not cell["low"] <= 0 <= cell["high"]
+        mark = " *" if sign and clear else ""
         return f"{mean} [{low}, {high}] ({cell['n']}){mark}"
     if isinstance(cell, float):
         return f"{cell:.2g}" if 0 < abs(cell) < 0.1 else f"{cell:,.2f}"
