@@ -6,7 +6,8 @@ Where the target stands is what the attack knows about a reasoner:
     gcg_close      behind an empty reasoning: the model is to stop thinking at once, and answer
     gcg_forged     behind a benign reasoning that the attacker makes up
     gcg_twin       behind the model's own compliant reasoning, which it wrote for a harmless request
-    gcg_universal  as gcg, but one suffix for several requests, tried on all
+    gcg_universal  as gcg, but one suffix for several requests, tried on all (GCG's own paper begins with one
+                   request, and adds the next when the suffix works on those so far; here all are in at once)
     random_suffix  as gcg, without a search: as many tokens, drawn from those that GCG may use
 
 For a model without reasoning the first four are the same, so of these it meets `gcg` alone.
