@@ -5,7 +5,8 @@ r"""Does the reasoning decide? Three questions to each reasoner, about its reaso
 
 1. **Agreement.** `agreement`: of the z that have a verdict, "bad" or "fine", the share whose y does as it
    says: refuses, or not. `no verdict`: the share without one. By set and attack, of EVAL/completions.jsonl
-   the last try of each request; and over training, "step K", of the model's rollouts.jsonl.
+   the last try of each request; and over training, "step K", of the model's rollouts.jsonl. That has one
+   group of each kind, of those with two rewards if any: three prompts, whose interval is too narrow.
 2. **Intervention.** The model writes z greedily. The other verdict is put in the place of its own, what
    stood behind is dropped, and the model writes on, greedily. A z without a verdict has its y's, unsaid; the
    other one is put at its end. `follows`: y does as the new verdict says; `keeps`: as the old one said.
