@@ -41,7 +41,7 @@ def wilson(hits: Sequence[bool]) -> Interval:
 def bootstrap(values: Sequence[float], seed: int) -> Interval:
     """Mean, with the percentile bootstrap interval: the middle 95 % of the means of 2000 resamples.
 
-    Equal values give width 0: the bootstrap cannot see past the sample."""
+    Of equal values the interval is a point, which is too narrow: of shares take `wilson`."""
     n = len(values)
     data = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
