@@ -188,10 +188,10 @@ def test_a_record_keeps_what_stage_4_reads_and_of_json_all(tmp_path, ending):
 
 
 def test_ids_are_unique_and_no_text_holds_what_tokenizers_do_not_take(tmp_path):
-    text = '{"id": 7, "prompt": "x\\ud800y"}\n{"id": 7, "prompt": "z\\u0000", "context": NaN}'
+    text = '{"id": 7, "prompt": "x\\ud800y"}\n{"id": 7, "prompt": "z\\u0000", "context": NaN, "hops": 3.0}'
     (tmp_path / "x.json").write_text(text)
     one, other = read(f"harmful={tmp_path}/x.json")
-    assert (one["prompt"], other["prompt"]) == ("x\ufffdy", "z\ufffd")
+    assert (one["prompt"], other["prompt"], other["hops"]) == ("x\ufffdy", "z\ufffd", 3)
     assert one["id"].startswith("x-7-") and one["id"] != other["id"]
 
 

@@ -120,7 +120,7 @@ def make_record(fields: dict, source: Source) -> dict | None:
     record |= {"source": source.name, "category": texts["category"], "target": texts["target"]}
     record |= {key: text for key, text in texts.items() if text.strip() and key not in record}
     if hops := text_of(fields.get("hops")):
-        record["hops"] = int(hops)
+        record["hops"] = int(hops.removesuffix(".0"))  # pandas writes 3.0 where another row has none
     if source.files and source.files[0].suffix in JSON:
         record |= {key: fields[key] for key in fields if key not in (*TEXTS, "hops", "source")}
     return record
