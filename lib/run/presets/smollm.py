@@ -1,4 +1,4 @@
-"""A real 135 M chat model and real prompts, in minutes: does the machinery run? Too small to show the effect.
+"""A real 135 M chat model and real prompts, in two hours on two CPU cores: does RL find the distinction?
 
 Needs the files named below (public: GitHub danielkty/tars and paul-rottger/exaggerated-safety, HarmBench),
 and `--models` for stage 4. For a model in a folder give `--trace-model` to stage 1, `--model` to stage 2.
@@ -17,8 +17,8 @@ MIXTURE = dict(
         f"ambiguous=xstest@{FILES}/xstest_v2_completions_gpt4.csv",
     ],
     ambiguous_share=0.0,
-    rl_prompts=30,
-    sft_prompts=16,
+    rl_prompts=240,
+    sft_prompts=48,
     traces_per_prompt=2,
     max_chars=150,  # short prompts: on a CPU a step's time goes into reading them
     eval_prompts=250,
@@ -27,7 +27,7 @@ MIXTURE = dict(
 )
 SFT = dict(
     model=MODEL,
-    learning_rate=1e-4,  # the paper's 3e-5 is for 3600 traces: 24 updates would not teach the format
+    learning_rate=1e-4,  # the paper's 3e-5 is for 3600 traces: 66 updates would not teach the format
     batch_size=4,
     patience=3,
     max_batch_tokens=1024,
@@ -35,12 +35,13 @@ SFT = dict(
 )
 RL = dict(
     judge="standin",
-    prompts_per_step=3,
+    prompts_per_step=6,
     group_size=6,
     temperature=1.0,
     max_new_tokens=64,
-    learning_rate=5e-5,  # the paper's 1e-6 has hundreds of steps to add up in; here there are 20
-    epochs=2.0,
+    learning_rate=3e-5,  # the paper's 1e-6 has hundreds of steps to add up in; here there are 120
+    kl_coef=0.02,
+    epochs=3.0,
     max_batch_tokens=1024,
     save_every=2,
     rollouts_every=1,
