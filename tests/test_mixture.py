@@ -196,7 +196,7 @@ def test_the_authors_prompts_and_public_evaluation_sets(build):
     line += f" harmbench@{SHARED}/harmbench/harmbench_behaviors_text_val.csv tars@{SHARED}/tars/test.parquet"
     line += f" ambiguous=xstest@{SHARED}/xstest/xstest_v2_completions_gpt4.csv"
     sets = build("out", line)
-    assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 15, "harmless": 15}
+    assert Counter(r["kind"] for r in sets["rl"]) == {"harmful": 120, "harmless": 120}
     targets = Counter((r["source"], bool(r["target"])) for r in sets["eval_harmful"])
     assert targets == {("harmbench", True): 60, ("tars", False): 60}, "StrongREJECT comes without"
     assert sum("context" in r for r in sets["eval_harmful"]) == 19
