@@ -240,8 +240,10 @@ def defence(lines: list[dict], shared: list[str], seed: int) -> dict[str, dict]:
     names = [name for name in held if name not in (*SETS, *CONTROLS) and not name.startswith("plain_or_")]
     result: dict[str, dict] = {"dsr": {n: ci for n, ci in share.items() if n not in (*BENIGN, *CONTROLS)}}
     if "pap" in held:
-        tries = [[x["defended"] for x in lines if (x["set"], x["id"]) == ("pap", i)] for i in held["pap"]]
-        result["dsr"]["pap_mean"] = metrics.mean_over_requests(tries, seed)
+        tries: dict[str, list[bool]] = {i: [] for i in held["pap"]}
+        for line in [line for line in lines if line["set"] == "pap"]:
+            tries[line["id"]].append(line["defended"])
+        result["dsr"]["pap_mean"] = metrics.mean_over_requests(tries.values(), seed)
     result["dsr_by_budget"] = {}
     for attack in names:
         result["dsr_by_budget"] |= dsr_by_budget(lines, attack)
@@ -287,8 +289,7 @@ def separate(lab: Lab, model: Model, sets: dict, attempts: dict[str, list[dict]]
 def measure(models: list[Model], lines: list[dict], attempts: dict, settings: Settings) -> dict:
     """The figures of results.json. What was not asked is counted, and in no other figure: it was too long, or
     the attacker wrote nothing."""
-    asked = [line for line in lines if line["finish_reason"] != attacks.NOT_ASKED]
-    asked = [line | {"defended": defended(line, settings.harm_threshold)} for line in asked]
+    asked = [x | {"defended": defended(x, settings.harm_threshold)} for x in attacks.only_asked(lines)]
     shared, figures = metrics.shared_attacks(asked), {}
     by_prompt: dict[str, dict] = {}
     for model in models:
@@ -338,8 +339,7 @@ def main() -> None:
         figures |= apart[name]
     results |= {"config": run.config, "seed": settings.seed, "seconds": lab.seconds}
     write_json(run.out / "results.json", results)
-    asked = [line for line in lines if line["finish_reason"] != attacks.NOT_ASKED]
-    write_report(run.out, results, asked)  # 4. draw
+    write_report(run.out, results, attacks.only_asked(lines))  # 4. draw
     run.say(f"done in {sum(lab.seconds.values()):.0f} s; next, open {run.out / 'report.html'}")
 
 

@@ -17,12 +17,12 @@ says what an attack is. Tests: test_attacks.py, test_rainbow.py; of whole evalua
 
 from __future__ import annotations
 
-from lib.attacks.core import NOT_ASKED, Attempt, Budget, Victim, a_try
+from lib.attacks.core import NOT_ASKED, Attempt, Budget, Victim, a_try, only_asked
 from lib.attacks.gcg import Slot, first_exact, surviving
 from lib.attacks.rainbow import search
 from lib.attacks.session import Lab, Model, Tries, files_of, read_models, read_sets, summary
 from lib.attacks.table import ATTACKS, CONTROL, chosen
 
 __all__ = ["ATTACKS", "CONTROL", "NOT_ASKED", "Attempt", "Budget", "Lab", "Model", "Slot", "Tries", "Victim"]
-__all__ += ["a_try", "chosen", "files_of", "first_exact", "read_models", "read_sets", "summary"]
-__all__ += ["search", "surviving"]
+__all__ += ["a_try", "chosen", "files_of", "first_exact", "only_asked", "read_models", "read_sets"]
+__all__ += ["search", "summary", "surviving"]

@@ -193,6 +193,11 @@ def a_try(step: int, sent: str, opening: str = "", loss: float | None = None) ->
     return {"step": step, "sent": sent, "opening": opening, "loss": loss}
 
 
+def only_asked(lines: Sequence[dict]) -> list[dict]:
+    """Without those of texts that could not be sent."""
+    return [line for line in lines if line["finish_reason"] != NOT_ASKED]
+
+
 def not_tried(sent: str) -> dict[str, Any]:
     """Where nothing could be searched: what would have been sent, which is not asked, and in no figure."""
     return a_try(0, sent) | {"completion": dict(UNANSWERED)}
