@@ -5,7 +5,7 @@
 
 Skip this room at first: the sandbox has an exact judge of its own, and chapters call nothing else. Inside are
 
-    guards      qwen3guard, llama-guard; harmbench, the paper's judge of attacks; grm, its reward model
+    guards      qwen3guard, llama-guard; harmbench, the paper's judge of attacks; reward models: grm, skywork
     graders     strongreject and rubric: a chat model is asked       moderation  OpenAI's API
     refusals    phrases; standin: crude, needs no download
     language_model   what judges that are models share

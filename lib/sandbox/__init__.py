@@ -9,6 +9,7 @@ sandbox`.
     judge.py     harm and task scores, exact, from the prompt's text alone
     attacker.py  who writes the words of PAP, PAIR and AutoDAN
     rainbow.py   the cells of rainbow teaming
+    preference.py  one reward for all prompts, `--judge sandbox-preference` (finding F7)
     base/        pi_base, 0.8 M parameters, which pretrain.py makes, with a card
 
 Tests: tests/test_world.py, and of rainbow.py tests/test_rainbow.py.
