@@ -1,4 +1,4 @@
-# make demo        the whole recipe on the sandbox, in minutes: three models, their evaluation, figures
+# make demo        the whole recipe on the sandbox, in minutes: three models beside the base, evaluated, figures
 # make test        the tests
 # make lint        style, formatting, types
 # make lessons     docs/lessons as notebooks, of the demo's run; makes that if there is none
