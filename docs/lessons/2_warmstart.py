@@ -71,7 +71,7 @@ for name, policy in models.items():
 # %% [markdown]
 # ## The same over more prompts
 # Entropy: the mean of -log pi over the tokens drawn, in nats. The reward is what RL would pay: heavy
-# begins with more, but on toys. What each becomes by RL is another matter: *diversity* in results.md.
+# begins with more, except on toys. What each becomes by RL is another matter: F5 in results.md.
 # %%
 rows = []
 for kind in ("harmful", "harmless", "toy", "decoy", "verb"):

@@ -27,7 +27,7 @@ def rollouts_of(model, step):  # steps 1 to 4 of the algorithm
 
 # %% [markdown]
 # ## One group
-# Step 0's nearest to half right; a bar, a sample. (Harmful: nonsense pays, another danger's recipe does not.)
+# The group of step 0 nearest to half right; behind the bar one sample. (Another danger's recipe is harm.)
 # %%
 groups = groups_of(rollouts_of(policy, 0), G)
 which = min(range(len(groups)), key=lambda i: abs(sum(r.reward for r in groups[i]) - G / 2))

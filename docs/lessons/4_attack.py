@@ -47,7 +47,7 @@ show(xlabel="change of the loss, promised", ylabel="change of the loss, true")
 
 # %% [markdown]
 # ## The search, and a control
-# The control is as many random words, without a search. (Where the best stays, the search is at worse ones.)
+# The control is as many random words, without a search. (Where the curve is flat it is at worse ones.)
 # %%
 runs = []
 for name in ("gcg", attacks.CONTROL):
@@ -61,8 +61,8 @@ table("step | loss | suffix", [[t["step"], t["loss"], t["sent"].removeprefix(pro
 
 # %% [markdown]
 # ## What the model answers
-# Eight answers at the steps at which the run tried it, beside them to the control and to no suffix. Of each
-# the most harmful one. A lower loss need not do more harm: the loss is of how the reasoning begins.
+# Eight answers to the suffix of each step that the run tried, to the control and to no suffix. Of each eight
+# the most harmful one is shown. A lower loss need not do more harm: it is of how the reasoning begins.
 # %%
 rows, sent = [], {f"GCG, step {i}": gcg[i]["sent"] for i in sorted({x["step"] for x in tries})}
 for name, text in {**sent, "random suffix": control["sent"], "no suffix": prompt}.items():
