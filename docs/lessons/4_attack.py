@@ -47,7 +47,7 @@ show(xlabel="change of the loss, promised", ylabel="change of the loss, true")
 
 # %% [markdown]
 # ## The search, and a control
-# The control is as many random words, without a search. (Where the curve is flat it is at worse ones.)
+# The control is as many random words, without a search. (Where GCG's curve is flat, it is at worse ones.)
 # %%
 runs = []
 for name in ("gcg", attacks.CONTROL):
