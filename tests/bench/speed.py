@@ -7,6 +7,9 @@ Rivals: `generate` of transformers, and TRL's GRPOTrainer (`pip install trl==1.1
 own or this one; left out where there is none). Each pair has the same prompts (this file's own text) and
 alternates, so a machine that slows down slows both. A GRPO step runs in a process of its own, with no setting
 that a user's run has not, so its peak memory is that of a whole run. Medians, with the least and the largest.
+
+The bound beside them is the time of the model's matrix products alone: its linear layers, for as many tokens,
+at shapes as large as they come, with no attention, softmax, cache or optimizer. Nothing can be faster here.
 """
 
 from __future__ import annotations
@@ -20,19 +23,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lib.batches import pad_batch
 from lib.chat import encode_prompt, encode_text, eos_token_ids
 from lib.run.data import Prompt
 from lib.run.hub import load_policy, load_tokenizer
 from lib.run.plumbing import Run
-from lib.sampler import sample
+from lib.sampler import Completion, sample
 
 GROUP, PROMPTS, NEW, BUDGET = 8, 2, 64, 1024  # of a GRPO step; the budget is that of --preset smollm
 STEPS = 3  # of a process; the first warms up
@@ -56,10 +60,22 @@ def seconds(function: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - begin
 
 
-def in_words(values: list[float], unit: str = "s", per: list[float] | None = None) -> str:
+def in_words(values: Sequence[float], unit: str = "s", per: Sequence[float] = ()) -> str:
     """Median, least and largest; of ratios, if there are values of runs side by side to divide by."""
     values = [a / b for a, b in zip(values, per or [1.0] * len(values), strict=True)]
     return f"{statistics.median(values):.2f} {unit} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def products(model: torch.nn.Module, rows: int) -> float:
+    """Seconds that the products of all linear layers take for `rows` tokens; median of five."""
+    weights = [layer.weight.detach() for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = [torch.randn(rows, weight.shape[1]).to(weight) for weight in weights]
+
+    def once() -> None:
+        results = [torch.nn.functional.linear(*pair) for pair in zip(inputs, weights, strict=True)]
+        results[-1][0, 0].item()  # waits for a GPU
+
+    return statistics.median(seconds(once) for _ in range(6))
 
 
 # ---- a GRPO step, in a process of its own ----
@@ -123,6 +139,8 @@ def worker(name: str, model: str, length: int) -> None:
 def grpo(options: argparse.Namespace) -> dict[str, Any]:
     """Ours beside TRL's: short prompts, and prompts of 400 tokens."""
     found: dict[str, Any] = {}
+    model = load_policy(options.model, device=options.device)
+    decoding = (NEW - 1) * products(model, PROMPTS * GROUP)
     trl_python = options.trl_python or sys.executable
     there = subprocess.run([trl_python, "-c", "import trl"], capture_output=True).returncode == 0
     names = ["ours", *(TRL if there else [])]
@@ -141,6 +159,9 @@ def grpo(options: argparse.Namespace) -> dict[str, Any]:
             if name != "ours":
                 row["TRL / ours"] = in_words(spent, "times", [line["seconds"] for line in lines["ours"]])
             found[f"{name}, {length}-token prompts"] = row
+        # In the update the policy reads forward, and twice as much backward; the reference forward.
+        bound = decoding + 4 * products(model, PROMPTS * (length + GROUP * NEW))
+        found[f"bound, {length}-token prompts"] = {"a step": f"{bound:.2f} s"}
     return found
 
 
@@ -148,34 +169,43 @@ def grpo(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampler(options: argparse.Namespace) -> dict[str, Any]:
-    """Groups of eight completions for prompts of mixed length, beside `generate`; greedy, the same tokens?"""
+    """Groups of eight completions for prompts of mixed length, beside `generate`; greedy, the same tokens?
+
+    First most run to the limit, which suits `generate`; then each ends behind its first full stop.
+    """
     model, tokenizer = load_policy(options.model, device=options.device), load_tokenizer(options.model)
     pieces = texts(tokenizer, [8, 20, 40, 80, 120, 200])
     prompts = [encode_prompt(tokenizer, f"Explain: {text}", reasoning=False) for text in pieces]
-    eos = eos_token_ids(model, tokenizer)
+    eos, limit, rows = eos_token_ids(model, tokenizer), 2 * NEW, len(prompts) * GROUP
     ids, mask = pad_batch(prompts, tokenizer.pad_token_id, side="left")
     batch = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
-    usual = {"max_new_tokens": 2 * NEW, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
-    usual |= {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-
-    def generate() -> None:
-        model.generate(**batch, **usual, do_sample=True, temperature=1.0, num_return_sequences=GROUP)
-
-    def groups() -> None:
-        sample(model, prompts, group_size=GROUP, max_new_tokens=2 * NEW, eos_token_ids=eos)
-
-    groups(), generate()  # warm
-    spent = [(seconds(groups), seconds(generate)) for _ in range(options.runs)]
-    ours, theirs = map(list, zip(*spent, strict=True))
+    usual = {"pad_token_id": tokenizer.pad_token_id, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     greedy = sample(model, prompts, max_new_tokens=NEW, temperature=0.0, eos_token_ids=eos)
     same = 0
     for prompt, completion in zip(prompts, greedy, strict=True):
         alone = torch.tensor([prompt], device=model.device)
-        row = model.generate(alone, **usual | {"max_new_tokens": NEW}, do_sample=False)
+        row = model.generate(alone, **usual, max_new_tokens=NEW, eos_token_id=eos, do_sample=False)
         same += row[0, len(prompt) :].tolist() == completion.token_ids
-    both = {"sample": in_words(ours), "generate": in_words(theirs)}
-    both["generate / sample"] = in_words(theirs, "times", ours)
-    return {"48 completions": both | {"greedy, the same tokens": f"{same} of {len(prompts)}"}}
+    found = {"greedy": {"the same tokens": f"{same} of {len(prompts)}"}}
+    ends = {"to the limit": eos, "to a full stop": [*eos, *encode_text(tokenizer, ".")]}
+    for name, stops in ends.items():
+
+        def generate(stops=stops) -> Tensor:
+            drawn = {"do_sample": True, "temperature": 1.0, "num_return_sequences": GROUP}
+            return model.generate(**batch, **usual, **drawn, max_new_tokens=limit, eos_token_id=stops)
+
+        def groups(stops=stops) -> list[Completion]:
+            return sample(model, prompts, group_size=GROUP, max_new_tokens=limit, eos_token_ids=stops)
+
+        lengths = [len(completion.token_ids) for completion in groups()]  # this and the next warm up, too
+        generate()
+        ours, theirs = zip(*[(seconds(groups), seconds(generate)) for _ in range(options.runs)], strict=True)
+        row = {"tokens, mean": f"{statistics.mean(lengths):.0f}", "sample": in_words(ours)}
+        row |= {"generate": in_words(theirs), "generate / sample": in_words(theirs, "times", ours)}
+        found[f"{rows} completions {name}"] = row
+    bound = products(model, rows) * (limit - 1)
+    found[f"bound, {rows} completions to the limit"] = {"sample": f"{bound:.2f} s"}
+    return found
 
 
 def growth(options: argparse.Namespace) -> dict[str, Any]:
