@@ -96,15 +96,21 @@ def test_every_number_stands_in_its_row_and_column(full):
         assert [budgets[f"{attack}, {step}"] for step, _ in curve] == [show(value) for _, value in curve]
     head, *rows = found[CAPTIONS["differences"]]
     assert head == ["", "base - tars"] and len(rows) == len(results["differences"])
-    few = [metrics.bootstrap([1.0] * n, 0) for n in (5, 6)]  # the bootstrap's intervals are points
-    assert [show(ci, "+").endswith("*") for ci in few] == [False, True]
-    for d in results["differences"]:  # marked: the interval leaves out 0
-        cell, clear = dict(rows)[d["figure"]], d["ci"]["low"] > 0 or d["ci"]["high"] < 0
-        assert cell == show(d["ci"], "+") and cell.endswith("*") == clear
+    for d in results["differences"]:
+        assert dict(rows)[d["figure"]] == show(d["ci"], "+")
     tokens = show(metrics.bootstrap(range(12), 0))
     assert ["direct: any", tokens, tokens] in found[CAPTIONS["reasoning_by_category"]]
     assert [["harm_threshold", "0.5"], ["budgets", "1 2"]] == found[CAPTIONS["settings"]][-2:]
     assert ["gcg", "24", "24"] in found[CAPTIONS["completions"]]
+
+
+@pytest.mark.parametrize(("differing", "marked"), [(5, False), (6, True), (-6, True)])
+def test_a_difference_of_few_prompts_is_not_marked_however_many_were_asked(differing, marked):
+    """Five to one side, as of coins, once in 16 times; the bootstrap's interval leaves out 0."""
+    own = {f"{i}": float(i < abs(differing)) for i in range(24)}
+    models = [own, dict.fromkeys(own, 0.0)][:: 1 if differing > 0 else -1]
+    (found,) = report.differences({name: {"x": m} for name, m in zip("ab", models, strict=True)}, 0)
+    assert found["ci"]["low"] * found["ci"]["high"] > 0 and show(found["ci"], "+").endswith("*") == marked
 
 
 def test_figures_are_in_the_page_which_loads_nothing(full):

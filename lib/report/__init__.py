@@ -118,12 +118,13 @@ def served_by_prompt(lines: Sequence[dict]) -> dict[str, dict[str, float]]:
 def differences(values: dict[str, dict[str, dict[str, float]]], seed: int) -> list[dict]:
     """Paired differences a - b of every two models, over the prompts that both met: figure, a, b, ci.
 
-    values: {model: {figure: {prompt's id: value}}}.
+    values: {model: {figure: {prompt's id: value}}}. ci: also on how many prompts they differ.
     """
     found = []
     for a, b in itertools.combinations(values, 2):
         for figure in [f for f in values[a] if f in values[b]]:
             mine, theirs = values[a][figure], values[b][figure]
             if gaps := [mine[i] - theirs[i] for i in mine if i in theirs]:
-                found.append({"figure": figure, "a": a, "b": b, "ci": bootstrap(gaps, seed)})
+                ci = bootstrap(gaps, seed) | {"differ": sum(gap != 0 for gap in gaps)}
+                found.append({"figure": figure, "a": a, "b": b, "ci": ci})
     return found

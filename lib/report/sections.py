@@ -71,7 +71,7 @@ Over all behaviours. Loss: of the attacker's target, before the search and after
 | attacks: Access and costs
 ## Differences between models
 The first model minus the second, over the prompts that both met. Marked *: the interval leaves out 0.
-Fewer than six prompts are never marked: even all to one side may be chance.
+Where fewer than six prompts differ, it is never marked: even all to one side may be chance.
 | differences: Paired differences
 ## Learning curves
 ! curves_
@@ -88,7 +88,7 @@ def show(cell: Any, sign: str = "") -> str:
 
     Two digits, or one for numbers of tokens, which are above 2.
 
-    >>> show({"mean": 0.07, "low": 0.02, "high": 0.12, "n": 64}, sign="+")
+    >>> show({"mean": 0.07, "low": 0.02, "high": 0.12, "n": 64, "differ": 9}, sign="+")
     '+0.07 [+0.02, +0.12] (64) *'
     >>> [show(cell) for cell in (1234, 2.345, 0.0042, 0.0, None, "white-box")]
     ['1,234', '2.35', '0.0042', '0.00', '-', 'white-box']
@@ -99,8 +99,8 @@ def show(cell: Any, sign: str = "") -> str:
         digits = 1 if cell["high"] > 2 else 2
         numbers = [round(cell[key], digits) + 0.0 for key in ("mean", "low", "high")]  # + 0.0: no -0.00
         mean, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
-        clear = cell["n"] >= FEW and not cell["low"] <= 0 <= cell["high"]
-        mark = " *" if sign and clear else ""
+        clear = sign and cell["differ"] >= FEW and not cell["low"] <= 0 <= cell["high"]
+        mark = " *" if clear else ""
         return f"{mean} [{low}, {high}] ({cell['n']}){mark}"
     if isinstance(cell, float):
         return f"{cell:.2g}" if 0 < abs(cell) < 0.1 else f"{cell:,.2f}"
