@@ -168,6 +168,7 @@ def test_no_text_breaks_the_report_or_its_figures(tmp_path):
     for row in text.split("\n"):  # in a block that nothing ends
         assert row.startswith("    ") or "heading" not in row and "script" not in row
     assert figures.label("_hidden$") == r" _hidden\$"  # neither kept from the legend nor a formula
+    assert figures.label("x" * 40 + "1") != figures.label("x" * 40 + "2")  # one line of the legend would lack
 
 
 def draw(name: str, data) -> list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,8 @@ def styles(models: dict) -> dict[str, dict[str, Any]]:
 
 
 def label(text: str) -> str:
-    """Text as it is: no formula, no line break, no first character that hides it from the legend."""
-    text = "".join(c if c.isprintable() else " " for c in text)[:40].replace("$", r"\$")
+    """Text as it is, 40 characters a line: no formula, no first character that hides it from the legend."""
+    text = textwrap.fill("".join(c if c.isprintable() else " " for c in text), 40).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
