@@ -18,7 +18,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -94,7 +94,11 @@ def parse_settings(cls: type[T], *stages: str, argv: Sequence[str] | None = None
     usage, doc = "%(prog)s [--flag value ...]", sys.modules[cls.__module__].__doc__
     flags = Flags(description=doc, usage=usage, epilog=about)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        meta, kind, default = field.metadata, types[field.name], values[field.name]
+        meta, kind = field.metadata, types[field.name]
+        try:
+            default = values[field.name] = allowed(values[field.name], kind, meta)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"preset {preset}: {field.name}: {error}") from error
         if not meta["flag"]:
             continue
         text = meta["help"] + (f" ({' | '.join(meta['choices'])})" if meta["choices"] else "")
@@ -109,6 +113,18 @@ def parse_settings(cls: type[T], *stages: str, argv: Sequence[str] | None = None
             options["nargs"] = "+"
         flags.add_argument(f"--{field.name.replace('_', '-')}", **options)
     return cls(**values | vars(flags.parse_args(argv)))
+
+
+def allowed(value: Any, kind: Any, meta: Mapping[str, Any]) -> Any:
+    """A preset's value of a setting, if it is one that its flag might have; else raises ArgumentTypeError."""
+    if kind in (int, float):
+        return number(kind, *meta["limits"])(value)
+    items, choices = value if kind == list[str] else [value], meta["choices"]
+    fits = bool if kind is bool else str
+    if isinstance(items, list) and all(type(x) is fits and (not choices or x in choices) for x in items):
+        return value
+    what = {bool: "True or False", str: "a text"}.get(kind, "a list of texts")
+    raise argparse.ArgumentTypeError(f"given {value!r}; allowed {what} {' | '.join(choices)}".strip())
 
 
 def presets_found() -> list[str]:
