@@ -11,6 +11,7 @@ import os
 import re
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -225,6 +226,17 @@ def test_claim_a_new_folder_and_resume_it_wherever_it_is_moved(tmp_path):
     assert claim(tmp_path / "y", {**settings, **other})
     assert claim(tmp_path / "y", {**settings, "overwrite": True}, overwrite=True)
     assert (tmp_path / "y" / "model").read_text() == "work"
+
+
+def test_a_folder_that_was_being_emptied_is_no_run_that_goes_on_and_may_be_emptied_again(out, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            claim(out, {"n": 2}, overwrite=True)
+    for n in (1, 2):
+        with pytest.raises(UserError, match="or --overwrite to delete it"):
+            claim(out, {"n": n})
+    assert not claim(out, {"n": 2}, overwrite=True) and not (out / "deep").exists() and claim(out, {"n": 2})
 
 
 def test_a_run_keeps_its_date_and_an_edited_judge_or_chapter_is_another_run(tmp_path, monkeypatch):

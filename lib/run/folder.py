@@ -114,9 +114,11 @@ def claim_folder(out: str | Path, settings: dict, *, overwrite: bool, inputs: It
 
 def take_folder(out: str | Path, settings: dict) -> None:
     """Empty a claimed folder, and write settings.json: these, git_revision and the packages' versions."""
-    for child in Path(out).iterdir():
-        if child.name != LOCK:  # which stays held, so that no second run slips in
-            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
     versions = {name: version(name) for name in ("torch", "transformers")}
-    about = {"git_revision": git_revision(), "versions": versions}
-    write_json(Path(out) / "settings.json", {**settings, **about})
+    about, path = {"git_revision": git_revision(), "versions": versions}, Path(out) / "settings.json"
+    if path.exists():
+        write_json(path, about)  # of no run that could go on, should this be stopped in the midst
+    for child in Path(out).iterdir():
+        if child.name not in (LOCK, path.name):  # the lock stays held, so that no second run slips in
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+    write_json(path, {**settings, **about})
