@@ -44,7 +44,7 @@ MARK = re.compile(r"####([^\n]*)|\\boxed\{")
 MARKED = re.compile(r"(?:\D*[^\w\s])?\s*\d")  # behind "####": in a heading a word stands before the number
 UNITS = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}(?:\^\S+)?")
 PLAIN = {"\u2212": "-", "\\$": "", "$": "", "\\%": "", "{,}": ",", "\\,": "", "\\!": ""}  # written, meant
-PLAIN |= {"^\\circ": "", "^{\\circ}": ""}
+PLAIN |= {"\u2013": "-", "^\\circ": "", "^{\\circ}": ""}
 EDGES = ". ,;:!?%*()[]{}'\""
 EXPRESSION = re.compile(r"frac|sqrt|\^|[\d}]\s*/\s*[\d{]")
 # 1,234 or 1234 or 1,234.5 or .5; the sign is no minus behind a digit or a word (10-3, twenty-3)
@@ -108,7 +108,8 @@ def verdict(answer: str, reference: str) -> tuple[str, bool]:
         said, right = said.replace(written, meant), right.replace(written, meant)
     said, right = (text.rstrip(EDGES).lstrip(EDGES[1:]) for text in (said, right))  # .5 is not 5
     if NUMBER.fullmatch(right) and not (marked and EXPRESSION.search(said)):
-        numbers = NUMBER.findall(said.rpartition("=")[2] if marked else said)
+        part = re.sub(r"^\s*-\s+", "-", said.rpartition("=")[2]) if marked else said  # no dash of a list
+        numbers = NUMBER.findall(part)
         said = (numbers or [""])[0 if marked else -1]
         return said, said != "" and float(said.replace(",", "")) == float(right.replace(",", ""))
     said, right = (" ".join(text.casefold().split()) for text in (said, right))
