@@ -270,8 +270,9 @@ def write(name: str, study: Study, out: Path, seeds: Sequence[dict[Key, float]],
     write_text(out / f"{name}.json", f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
     points = {model: {"": model} for model, figure in rows if figure == TASK and " - " not in model}
-    with contextlib.suppress(ImportError):  # without matplotlib, the table says the same
-        draw(study.curves or points, rows, out / f"{name}.png")
+    if curves := study.curves or points:
+        with contextlib.suppress(ImportError):  # without matplotlib, the table says the same
+            draw(curves, rows, out / f"{name}.png")
     table = markdown({key: shown(ci, key[0]) for key, ci in rows.items()})
     how = f"{caption(about)} Differences are paired by seed, and averaged over lambdas."
     write_text(out / f"{name}.md", text := "\n".join([f"# {name}", "", how, "", *table, ""]))
