@@ -76,7 +76,7 @@ frontier: $(VENV)/.demo
 .PHONY: assignment grade
 assignment: $(VENV)/.test
 	@test -n "$(OUT)" || { echo "error: where to? make assignment OUT=folder" >&2; exit 2; }
-	$(RUN) -m lib.tools.course $(OUT) $(FLAGS)
+	$(RUN) -m lib.tools.course "$(OUT)" $(FLAGS)
 
 grade: $(VENV)/.test
 	@$(RUN) -m lib.tools.grade $(E)
