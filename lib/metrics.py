@@ -134,9 +134,9 @@ def format_and_defence(group: Lines) -> dict[str, Interval | None]:
     return result
 
 
-def mean_over_requests(held: Iterable[Sequence[bool]], seed: int) -> Interval:
-    """Mean over requests of the share of tries defended; those of one request stay together. Where all shares
-    are 0 or 1, Wilson's interval: near 1 the bootstrap's is too narrow, and of equal ones a point."""
+def mean_over_requests(held: Iterable[Sequence[float]], seed: int) -> Interval:
+    """Mean over requests of the mean over tries (defended, or a score); those of one request stay together.
+    Where all are 0 or 1, Wilson's interval: the bootstrap's is too narrow near 1, of equal ones a point."""
     shares = [sum(own) / len(own) for own in held if own]
     return wilson([x == 1 for x in shares]) if {*shares} <= {0, 1} else bootstrap(shares, seed)
 
@@ -146,7 +146,7 @@ def share_of(key: str, value: Any) -> Callable[[Lines], Interval]:
 
 
 def mean_of(key: str, seed: int) -> Callable[[Lines], Interval]:
-    return lambda group: bootstrap([x[key] for x in group], seed)
+    return lambda group: mean_over_requests([[x[key]] for x in group], seed)
 
 
 def by(keys: Callable[[dict], list[str]], lines: Lines, estimate: Callable[[Lines], Any]) -> dict[str, Any]:
