@@ -170,6 +170,8 @@ def test_the_frontier_is_paired_by_seed_and_lambda_and_written_as_table_json_and
     assert not study.write("frontier", table, tmp_path, seeds[:1], ABOUT).count("[0")  # of one: no interval
     pytest.importorskip("matplotlib")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    study.write("attacks", STUDIES["attacks"], tmp_path, [{("tars", "dsr/gcg"): 0.5}], ABOUT)
+    assert not (tmp_path / "attacks.png").exists()  # it shows nothing of help
 
 
 def test_of_two_evaluations_the_first_counts_and_the_archive_is_read(tmp_path):
