@@ -65,11 +65,13 @@ def graded(tree: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=tree, capture_output=True, text=True)
 
 
-def test_no_answer_is_handed_out(made):
+def test_no_answer_is_handed_out(made, tmp_path):
     assert sorted(path.name for path in made.iterdir()) == ["instructor", "student"]
     assert not [path for path in made.rglob("*") if path.name in (".git", ".venv", "runs")]
-    left = {"student", ".venv", "course.instructor.log"}  # which may show a solution
-    assert course.LEFT_BEHIND("", ["lib", ".gitignore", *left]) == left
+    left = {"student", ".venv", "env", "course.instructor.log"}  # which may show a solution
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env/pyvenv.cfg").touch()
+    assert course.left_behind(str(tmp_path), ["lib", ".gitignore", *left]) == left
     student, instructor = made / "student", made / "instructor"
     assert "raise NotImplementedError" in (student / "lib/metrics.py").read_text()
     assert (instructor / "03_rl_train.py").read_text() == (student / "03_rl_train.py").read_text()

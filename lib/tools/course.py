@@ -35,7 +35,7 @@ TELLING = 30  # characters of a line of a solution: a shorter one may well stand
 TREES = ("student", "instructor")
 HANDOUT = Path("tests/course/handout")  # what a tree gets besides
 # An earlier course, too, and its logs; of hidden files only .gitignore and the like stay.
-LEFT_BEHIND = shutil.ignore_patterns("runs", "__pycache__", ".git", ".[!g]*", *TREES, "*.log")
+UNWANTED = shutil.ignore_patterns("runs", "__pycache__", ".git", ".[!g]*", *TREES, "*.log")
 SECRETS = ("hidden", "left_out", "slips", "reference")  # keys of an exercise that students do not get
 
 
@@ -78,9 +78,14 @@ def is_left_out(path: Path, text: str, left_out: list[str]) -> bool:
     return listed or (path.parts[0] == "tests" and imports is not None)
 
 
+def left_behind(folder: str, names: list[str]) -> set[str]:
+    """What no tree gets: UNWANTED, and a virtual environment by any name."""
+    return UNWANTED(folder, names) | {name for name in names if Path(folder, name, "pyvenv.cfg").exists()}
+
+
 def write_trees(root: Path, out: Path, mine: list[dict], course: dict) -> None:
     """OUT/student and OUT/instructor. UserError for wrong marks, and where an answer would be handed out."""
-    student, instructor = (shutil.copytree(root, out / t, ignore=LEFT_BEHIND) for t in TREES)
+    student, instructor = (shutil.copytree(root, out / t, ignore=left_behind) for t in TREES)
     paths = [path for path in sorted(instructor.rglob("*")) if path.suffix in (".py", ".md", ".ipynb")]
     texts = {path.relative_to(instructor): path.read_text(encoding="utf-8") for path in paths}
     check_marks(texts, course["exercises"])
