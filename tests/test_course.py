@@ -116,6 +116,7 @@ def test_a_submission_is_graded_for_gradescope(made, tmp_path):
     mixture, wilson = json.loads(results.read_text())["tests"]
     assert mixture["score"] == 0 and "No module named 'nowhere'" in mixture["output"]
     assert 0 < wilson["score"] < 4 and wilson["output"] != ""
+    assert graded(source, "--submission", ".", "wilson").returncode == 0  # its own files
     (tmp_path / "lib/metrics.py").unlink()
     ended = graded(source, *words)
     assert ended.returncode == 2 and "lib/metrics.py is missing" in ended.stderr

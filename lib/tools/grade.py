@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             if given.results:
                 write_json(given.results, {"score": 0, "output": missing})
             raise UserError(f"{given.submission}: {missing}")
-        shutil.copy(Path(given.submission) / file, file)
+        Path(file).write_bytes((Path(given.submission) / file).read_bytes())  # maybe the very file
     lines = report(exercises, outcomes_of(exercises, Path()))
     if given.results:
         write_json(given.results, {"tests": lines})
