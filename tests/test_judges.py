@@ -90,7 +90,7 @@ def test_errors_are_one_line_that_says_what_to_do(name, message, chat_model, cla
 OWN = """
 def harm_score(prompts, answers, contexts):
     return [len(answer + context) / 10 if answer else None for answer, context in zip(answers, contexts)]
-def task_score(prompts, answers): return [1]
+def task_score(prompts, answers): return [1] if answers[0] else None
 def refusal_labels(prompts, answers): return [answer or None for answer in answers]
 """
 
@@ -105,6 +105,8 @@ def test_a_judge_of_ones_own_is_found_where_one_runs(tmp_path, monkeypatch):
     assert judge.refusal_labels(["?"] * 3, ["full", "", "partial"]) == ["full", None, "partial"]
     with pytest.raises(UserError, match="own_judge gave 1 scores for 2 answers"):
         judge.task_score(["?", "?"], ["abc", ""])
+    with pytest.raises(UserError, match="--judge: own_judge: task_score gave None: 'NoneType'"):
+        judge.task_score(["?"], [""])
     with pytest.raises(UserError, match="--refusals: own_judge gave 'maybe' for the prompt 'b'"):
         judge.refusal_labels(["a", "b"], ["full", "maybe"])
     with pytest.raises(UserError, match=r"--judge: own_judge gave 1.1 for the prompt 'b'"):

@@ -108,11 +108,13 @@ def checked(flag: str, part: str, function: str, judged: Callable) -> Callable:
 
     def verdicts(prompts: list[str], answers: list[str], contexts: Sequence[str] = ()) -> list:
         told = {"contexts": contexts or [""] * len(answers)} if takes_contexts else {}
-        found = list(judged(prompts, answers, **told))
+        given = judged(prompts, answers, **told)
+        try:
+            found = [x if labels or x is None else float(x) for x in given]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{flag}: {part}: {function} gave {given!r:.60}: {error}") from error
         if len(found) != len(answers):
             raise UserError(f"{flag}: {part} gave {len(found)} scores for {len(answers)} answers")
-        if not labels:
-            found = [None if score is None else float(score) for score in found]
         for prompt, x in zip(prompts, found, strict=True):
             if not (x is None or x in labels or (not labels and 0 <= x <= 1)):  # "not a number" is not
                 given = f"gave {x!r} for the prompt {prompt[:60]!r}"
