@@ -487,6 +487,9 @@ def test_a_module_may_have_the_functions_of_one_attack_alone(tmp_path, monkeypat
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "pairer.py").write_text("def check(attacks, goals): ...\ndef refine(talks, seeds): ...\n")
     assert attacker.load_attacker("pairer", 5, 10).__name__ == "pairer"
+    (tmp_path / "broken.py").write_text("import nowhere")
+    with pytest.raises(ImportError, match="nowhere"):  # and no message that it is no model
+        attacker.load_attacker("broken", 5, 10)
 
 
 def test_each_text_of_a_chat_model_depends_on_its_seed_alone(chatting):

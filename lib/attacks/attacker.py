@@ -7,7 +7,7 @@ the victim's tokenizer cannot read, is a failure that the attack counts.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import random
 import re
@@ -168,10 +168,11 @@ class LanguageModelAttacker:
 def load_attacker(name: str, *limits: int, **placed) -> Attacker:
     """The attacker "sandbox"; a module of yours, which has the functions of `Attacker`; or a chat model: a
     folder or hub name, with limits as LanguageModelAttacker has them."""
-    module = "lib.sandbox.attacker" if name == "sandbox" else name or "."
-    with contextlib.suppress(ImportError, TypeError):  # ORGANISATION/MODEL, a path, none
-        if hasattr(attacker := importlib.import_module(module), "check"):
-            return attacker
+    module, found = "lib.sandbox.attacker" if name == "sandbox" else name or ".", None
+    with contextlib.suppress(ImportError):  # ORGANISATION/MODEL, a path, none
+        found = importlib.util.find_spec(module)
+    if found and hasattr(attacker := importlib.import_module(module), "check"):
+        return attacker
     return LanguageModelAttacker(name, *limits, **placed)
 
 
