@@ -248,11 +248,13 @@ def test_a_mistake_is_one_line_before_any_search(
     assert not (tmp_path / "eval").exists()
 
 
-def test_other_weights_cost_no_earlier_results(folder, tmp_path):
-    more = {"more": "--behaviours 0", "models": ("direct",)}
+@pytest.mark.parametrize("name", ["direct", "thinker"])
+def test_other_weights_cost_no_earlier_results(folder, tmp_path, name):
+    """Of the model, or of the attacker."""
+    more = {"more": f"--behaviours 0 --attacker {folder}/thinker", "models": ("direct",)}
     out = run(folder, tmp_path / "eval", **more)
-    weights = folder / "direct/model.safetensors"
+    weights = folder / name / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(UserError, match="sha256 of .*direct/model.safetensors"):
+    with pytest.raises(UserError, match=f"sha256 of .*{name}/model.safetensors"):
         run(folder, out, **more)
     assert (out / "results.json").exists() and (out / "completions.jsonl").exists()
