@@ -167,9 +167,11 @@ def test_a_text_is_what_stands_in_the_file(tmp_path, ending):
 def test_the_prompt_of_a_conversation_is_the_users_first_turn(tmp_path):
     """verl's layout: the system prompt once became every row's, and all rows but one were duplicates."""
     gpt, parts = [{"from": "human", "value": "how to zog?"}], [{"type": "text", "text": "how to zog?"}]
-    talks = ["how to zog?", TALK[1:2], TALK, [turn("Hello.", "assistant"), *TALK], gpt, [turn(parts)], []]
+    both = [turn(None, None) | gpt[0]]  # a column of both makers' turns
+    talks = ["how to zog?", TALK[1:2], TALK, [turn("Hello.", "assistant"), *TALK], gpt, both]
+    talks += [[turn(parts)], []]
     path = write_rows(tmp_path / "talks.jsonl", [{"prompt": talk} for talk in talks])
-    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 6 + [""]
+    assert [record["prompt"] for record in read(f"harmless={path}")] == ["how to zog?"] * 7 + [""]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

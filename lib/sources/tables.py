@@ -70,8 +70,8 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool | int | float):
         return json.dumps(value) if value == value else ""  # pandas writes NaN where there is nothing
     for turn in value if isinstance(value, list) else ():
-        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human"):
-            content = turn.get("content", turn.get("value"))
+        if isinstance(turn, dict) and (turn.get("role") or turn.get("from")) in ("user", "human"):
+            content = turn.get("content") or turn.get("value")
             parts = content if isinstance(content, list) else [{"text": content}]
             return "".join(part.get("text") or "" for part in parts)
     return ""
