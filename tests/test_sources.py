@@ -257,6 +257,7 @@ def test_data_sets_come_from_the_hub_or_one_line_says_why_not(monkeypatch):
     hard = [{"prompt": "b", "category": "c"}]
     hub = {("or-bench-80k", "train"): [{"prompt": "a", "category": "c"}, *hard]}
     hub |= {("or-bench-hard-1k", "train"): hard, ("en", "dev"): [{"prompt": "soup?", "kind": "harmless"}]}
+    hub |= {(None, "none"): []}
 
     def load_dataset(name, config=None, *, split):
         if name == "zjunlp/SafeEdit":
@@ -267,6 +268,7 @@ def test_data_sets_come_from_the_hub_or_one_line_says_why_not(monkeypatch):
     [one], [other] = read("or-bench"), read("hub:me/chat:en:dev")
     assert (one["prompt"], one["source"]) == ("a", "or-bench")
     assert (other["prompt"], other["source"]) == ("soup?", "me/chat:en:dev")
+    assert "no harmful prompt in 0 rows" in fails("harmful=hub:me/chat:none")
     line = fails("safeedit")
     assert "zjunlp/SafeEdit:train: cannot be read from the hub (Dataset 'x' is a gated dataset on" in line
     assert "hf auth login" in line

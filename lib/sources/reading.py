@@ -78,7 +78,7 @@ def read_source(source: Source, dropped: Counter, max_chars: int = 10**9) -> lis
     UserError for a source that cannot be read, or has no prompt of the kind asked for.
     """
     rows = read_table(source.files[0]) if source.files else load_rows(source.hub, **source.data.options)
-    records, columns = [], ", ".join(rows[0])
+    records, columns = [], ", ".join(next(iter(rows), {}))
     for place, row in enumerate(tqdm(rows, source.name, unit="row", delay=2, leave=False), start=1):
         try:
             fields = readable(source.data.record(row, *source.files[1:]))
