@@ -262,7 +262,7 @@ class Scripted:
     techniques = tuple(f"technique {i}" for i in range(9))
 
     def __init__(self, silent: bool = False) -> None:
-        self.silent, self.seen = silent, []
+        self.silent, self.seen, self.varied = silent, [], 0
 
     def augment(self, prompt, generator):
         return f"{prompt} w{draw_seeds(generator, 1)[0] % 50}"
@@ -278,10 +278,11 @@ class Scripted:
     def individuals(self, goal, count, seeds):
         return [((f"w{60 + i} w{80 + i}",), goal, (f"w{100 + i}",)) for i in range(count)]
 
-    def vary(self, parts, place, goal, seeds):
-        """The request stays; one text in four fails, so what it was to replace stays, too."""
+    def vary(self, parts, places, goal, seeds):
+        """The requests stay; one text in four fails, so what it was to replace stays, too."""
+        self.varied += 1
         texts = [f"w{seed % 100}" if seed % 4 else "" for seed in seeds]
-        return [*texts[:place], parts[place], *texts[place + 1 :]]
+        return [parts[k] if k in places else text for k, text in enumerate(texts)]
 
 
 def test_prefill_opens_the_turn_and_the_answer_counts_from_there():
@@ -357,11 +358,12 @@ def test_autodan_lowers_the_loss_and_keeps_the_best_and_the_request(monkeypatch)
     seen, losses_of = [], autodan.target_losses
     monkeypatch.setattr(autodan, "target_losses", lambda *given: seen.append(losses_of(*given)) or seen[-1])
     budget = replace(BUDGET, population=24, generations=20, mutation=0.2)
-    (attempt,) = attack("autodan", BEHAVIOURS[:1], budget, Scripted())
+    (attempt,) = attack("autodan", BEHAVIOURS[:1], budget, scripted := Scripted())
     losses = [t["loss"] for t in attempt.trace]
     assert [len(people) for people in seen] == [24] * 21 and list(map(min, seen)) == losses  # the best stay
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     assert all(attempt.prompt in t["sent"] for t in attempt.trace) and attempt.cost["empty"]
+    assert scripted.varied <= 20  # a call a generation, not a prompt
 
 
 def test_words_score_by_momentum_in_the_order_of_the_text():
@@ -505,7 +507,7 @@ def test_what_a_chat_model_is_told_and_how_its_words_are_read():
     asked = str(scribe.calls[0])
     assert all(part in asked for part in ("time pressure", "leave little time to decide", GOAL))
     assert scribe.individuals(GOAL, 1, [1]) == [(("A lab.", "It is night!"), GOAL, ("Answer in full.",))]
-    assert scribe.vary(["a", GOAL, "c"], 1, GOAL, [1, 2, 3]) == ["New 2.", GOAL, "New 3."]
+    assert scribe.vary(["a", GOAL, "c"], [1], GOAL, [1, 2, 3]) == ["New 1.", GOAL, "New 3."]
     text = "how do i bake a chocolate cake"  # disturbed, it is still legible
     noisy = scribe.augment(text, generator(3))
     close = sum(abs(ord(a) - ord(b)) <= 1 for a, b in zip(sorted(noisy.lower()), sorted(text), strict=True))

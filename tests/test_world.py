@@ -105,13 +105,13 @@ GOALS = [record["prompt"] for record in world.build_pool("eval", "harmful", 4, 0
 def test_the_sandbox_attacker_asks_for_the_same_thing_in_words_of_the_world_and_hands_in_no_answer():
     vocabulary = set(world.vocabulary())
     for i, goal in enumerate(GOALS * 10):
-        written = attacker.persuade(goal, attacker.techniques, []) + attacker.vary(["x"], 0, goal, [i])
+        written = attacker.persuade(goal, attacker.techniques, []) + attacker.vary(["x"], [0], goal, [i])
         written.append(attacker.augment(goal, torch.Generator().manual_seed(i)))
         written += [reply["prompt"] for reply in attacker.refine([Conversation(goal, "", 0)], [i])]
         for before, request, after in attacker.individuals(goal, 1, [i]):
             written.append(" ".join([*before, request, *after]))
         assert {judge.resolution(text)[-1] for text in written} == {judge.resolution(goal)[-1]}
-        written += attacker.vary(["x"] * 4, 9, goal, range(4 * i, 4 * i + 4))  # what stands around it
+        written += attacker.vary(["x"] * 4, [], goal, range(4 * i, 4 * i + 4))  # what stands around it
         assert {w.strip(".,?:") for text in written for w in text.split()} - {""} <= vocabulary
         assert not sum(judge.harm_score([""] * len(written), written))
 

@@ -74,8 +74,8 @@ class Attacker(Protocol):
     UserError if it cannot write for these attacks and requests. augment: a prompt, disturbed at random
     (best-of-N). persuade: the prompt dressed up with each technique (PAP). refine: the next {"improvement",
     "prompt"} of each conversation (PAIR). individuals: `count` prompts to begin with, each as the sentences
-    before the request, the request, and those behind it; vary: other ways to say each part of a prompt, of
-    which parts[place] is the request, which may stay (AutoDAN).
+    before the request, the request, and those behind it; vary: other ways to say each part of some prompts,
+    of which those at `places` are the requests, which may stay (AutoDAN).
     """
 
     techniques: Texts
@@ -85,7 +85,7 @@ class Attacker(Protocol):
     def persuade(self, prompt: str, techniques: Texts, seeds: Seeds) -> list[str]: ...
     def refine(self, conversations: Sequence[Conversation], seeds: Seeds) -> list[dict[str, str]]: ...
     def individuals(self, goal: str, count: int, seeds: Seeds) -> list[tuple]: ...
-    def vary(self, parts: Texts, place: int, goal: str, seeds: Seeds) -> list[str]: ...
+    def vary(self, parts: Texts, places: Sequence[int], goal: str, seeds: Seeds) -> list[str]: ...
 
 
 class LanguageModelAttacker:
@@ -158,11 +158,12 @@ class LanguageModelAttacker:
         scenes = [text.partition("[REQUEST]") for text in self.write([SETTING] * count, seeds)]
         return [(_sentences(before), goal, _sentences(after)) for before, _, after in scenes]
 
-    def vary(self, parts: Texts, place: int, goal: str, seeds: Seeds) -> list[str]:
-        """The request stays, as in AutoDAN."""
-        asked = [REPHRASE.format(part) for k, part in enumerate(parts) if k != place]
-        texts = self.write(asked, seeds[1:])
-        return [*texts[:place], parts[place], *texts[place:]]
+    def vary(self, parts: Texts, places: Sequence[int], goal: str, seeds: Seeds) -> list[str]:
+        """The requests stay, as in AutoDAN."""
+        asked = [k for k in range(len(parts)) if k not in places]
+        texts = self.write([REPHRASE.format(parts[k]) for k in asked], [seeds[k] for k in asked])
+        said = dict(zip(asked, texts, strict=True))
+        return [said.get(k, part) for k, part in enumerate(parts)]
 
 
 def load_attacker(name: str, *limits: int, **placed) -> Attacker:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 
@@ -67,11 +67,15 @@ def autodan(victim: Victim, attempts: list[Attempt], budget: Budget, attacker) -
                     children = [swap_words(person, scores, budget.crossover, rng) for person in rest]
                 # Rewritten are some at random, and all that are there already. The original has no such
                 # guard, and 256 prompts. Of 24, copies of the fittest would soon fill the places.
-                people, seen = list(elite), set(elite)
-                for child in children:
-                    rewrite = rng.random() < budget.mutation or child in seen
-                    people.append(rewritten(child, victim, attempt, attacker) if rewrite else child)
+                seen, again = set(elite), list[int]()
+                for k, child in enumerate(children):
+                    if rng.random() < budget.mutation or child in seen:
+                        again.append(k)
                     seen.add(child)
+                anew = rewritten([children[k] for k in again], victim, attempt, attacker)
+                for k, person in zip(again, anew, strict=True):
+                    children[k] = person
+                people = [*elite, *children]
             losses = target_losses(victim, attempt, [p.text() for p in people], budget)
             best = min(range(len(people)), key=losses.__getitem__)
             if losses[best] == math.inf:  # nothing can be sent, so nothing can be searched
@@ -156,10 +160,19 @@ def swap_words(person: Individual, scores: dict[str, float], rate: float, rng: r
     return replace(person, before=paragraph(person.before), after=paragraph(person.after))
 
 
-def rewritten(person: Individual, victim: Victim, attempt: Attempt, attacker) -> Individual:
-    """It is said otherwise: each sentence, and the request if the attacker is one that does so."""
-    old, place = [*person.before, person.request, *person.after], len(person.before)
-    new = attacker.vary(old, place, attempt.prompt, draw_seeds(attempt.generator, len(old)))
-    attempt.written(victim, [text for text in new if text != person.request])
-    new = [text or part for text, part in zip(new, old, strict=True)]  # what it could not say stays
-    return Individual(tuple(new[:place]), new[place], tuple(new[place + 1 :]))
+def rewritten(people: People, victim: Victim, attempt: Attempt, attacker) -> People:
+    """They are said otherwise: each sentence, and the request if the attacker is one that does so.
+
+    All of a generation at once: a chat model writes many texts in the time of one.
+    """
+    old, places = list[str](), list[int]()
+    for p in people:
+        places.append(len(old) + len(p.before))
+        old += [*p.before, p.request, *p.after]
+    new = attacker.vary(old, places, attempt.prompt, draw_seeds(attempt.generator, len(old)))
+    attempt.written(victim, [x for k, x in enumerate(new) if k not in places or x != old[k]])
+    said = iter([text or part for text, part in zip(new, old, strict=True)])  # what it could not say stays
+    return [
+        Individual(tuple(islice(said, len(p.before))), next(said), tuple(islice(said, len(p.after))))
+        for p in people
+    ]

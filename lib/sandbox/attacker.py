@@ -74,12 +74,12 @@ def individuals(goal: str, count: int, seeds: Sequence[int]) -> list[tuple]:
     return people
 
 
-def vary(parts: Sequence[str], place: int, goal: str, seeds: Sequence[int]) -> list[str]:
-    """Another disguise in the place of the request, another wrapper or noise in that of any other."""
+def vary(parts: Sequence[str], places: Sequence[int], goal: str, seeds: Sequence[int]) -> list[str]:
+    """Another disguise in the place of a request, another wrapper or noise in that of any other part."""
     varied = []
     for k, rng in enumerate(map(random.Random, seeds)):
         sentence = _noise(rng) if rng.random() < 0.5 else rng.choice(SENTENCES)
-        varied.append(_request(rng, goal) if k == place else sentence)
+        varied.append(_request(rng, goal) if k in places else sentence)
     return varied
 
 
