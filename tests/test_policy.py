@@ -169,3 +169,15 @@ def test_a_tokenizer_without_a_padding_token_pads_with_eos(tmp_path, word_tokeni
     word_tokenizer.pad_token = None
     word_tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token_id == load_tokenizer(tmp_path).eos_token_id == 2
+
+
+def test_of_several_chat_templates_the_default_is_read_and_saved(tiny_model, word_tokenizer, tmp_path):
+    """Command R and Hermes have others, for tools: transformers writes them to a folder."""
+    template, base, out = word_tokenizer.chat_template, tmp_path / "base", tmp_path / "out"
+    word_tokenizer.chat_template = {"default": template, "tool_use": "{{ tools }}"}
+    word_tokenizer.save_pretrained(base)
+    save_policy(tiny_model, load_tokenizer(base), out)
+    assert load_tokenizer(out).chat_template == template
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        load_tokenizer(base)

@@ -75,6 +75,8 @@ def read_tokenizer(name: str, **options: Any) -> Any:
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer of a chat model; without a padding token it pads with eos. UserError if it is none."""
     tokenizer = load_pretrained(read_tokenizer, name, "tokenizer")
+    if isinstance(tokenizer.chat_template, dict):  # others by name, for tools: no checkpoint of ours has them
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         raise UserError(f"{name}: its tokenizer has no chat template; take a chat (instruct) model")
     if tokenizer.eos_token_id is None:
