@@ -194,7 +194,7 @@ def context_of(config: PreTrainedConfig) -> int:
     of the batch exceeds an inner length: with them it is that length, so that batch-mates change nothing.
     """
     config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    context = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None)) or sys.maxsize
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = [part for part in rope.values() if isinstance(part, dict)]  # one for each kind of layer
     for kind in [rope, *by_layer]:

@@ -93,7 +93,10 @@ def test_noise_that_cannot_be_switched_off_is_refused_with_checkpointing_alone(t
         load_policy(folder, device="cpu", gradient_checkpointing=True)
 
 
-@pytest.mark.parametrize("case", [("phi3", PHI3, 64), ("llama", DYNAMIC, 64), ("llama", {}, 256)])
+CONTEXTS = [("phi3", PHI3, 64), ("llama", DYNAMIC, 64), ("llama", {}, 256), ("mpt", {}, 256)]
+
+
+@pytest.mark.parametrize("case", CONTEXTS)
 def test_rows_over_the_length_at_which_all_positions_change_are_refused(tmp_path, case):
     kind, changes, context = case
     model = load_policy(make(tmp_path, kind, changes), device="cpu")
