@@ -115,12 +115,9 @@ def encode_example(
 
 def _encode_turn(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], reasoning: bool) -> list[int]:
     """Token ids up to where the model's turn begins, without a "<think>\\n" that the template writes."""
-    name = tokenizer.name_or_path or "the model"
-    try:  # a template that knows no `enable_thinking` ignores it
-        text = render(tokenizer, messages, add_generation_prompt=True, enable_thinking=reasoning)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{name}: its chat template fails: {' '.join(str(error).split())}") from error
+    text = render(tokenizer, messages, add_generation_prompt=True, enable_thinking=reasoning)  # few know it
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
+        name = tokenizer.name_or_path or "the model"
         raise UserError(f"{name}: its chat template drops system prompts: leave it out")
     return encode_text(tokenizer, OPENED.sub("", text))
 
@@ -138,11 +135,15 @@ def set_date(day: str) -> None:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-    """The text that the chat template makes of the messages. `options` are variables of the template."""
+    """The text that the chat template makes of the messages, `options` its variables; or UserError."""
     template, today = tokenizer.get_chat_template(), _today
     if today is not None:
         template = TODAY.sub(lambda call: repr(today.strftime(call[2])), template)
-    text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
+    try:
+        text = tokenizer.apply_chat_template([*messages], chat_template=template, tokenize=False, **options)
+    except jinja2.TemplateError as error:
+        name, reason = tokenizer.name_or_path or "the model", " ".join(str(error).split())
+        raise UserError(f"{name}: its chat template fails: {reason}") from error
     assert isinstance(text, str)
     return text
 

@@ -146,6 +146,9 @@ def test_a_system_prompt_stands_where_the_template_puts_it_or_is_refused(loaded,
     word_tokenizer.chat_template = "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="drops system prompts"):
         encode_prompt(word_tokenizer, "how", reasoning=True, system="maybe")
+    word_tokenizer.chat_template = "{{ raise_exception('users alone!') if messages[1:] }}"
+    with pytest.raises(UserError, match="its chat template fails: users alone!"):
+        eos_token_ids(None, word_tokenizer)
 
 
 @pytest.mark.parametrize("loaded", ["r1"], indirect=True)

@@ -42,7 +42,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -70,7 +69,7 @@ def exchange_encoder(judge: LanguageModel, says: str = "", **options: Any) -> Ca
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         return render(judge.tokenizer, messages, **options)
 
-    with contextlib.suppress(TemplateError, TypeError):
+    with contextlib.suppress(UserError, TypeError):
         text = fill("QUESTION", "REPLY")
         if all(part in text for part in ("QUESTION", "REPLY", says)):
             return lambda prompt, answer: encode_text(judge.tokenizer, fill(prompt, answer))
