@@ -2,38 +2,38 @@ r"""Chapter 1: what the model will read (paper, section 4: stage I's traces, sta
 
 A model that is rewarded for safety alone learns to refuse everything. What keeps it from that is the mixture:
 
-    1. evaluation sets: harmful, jailbreak (harmful, disguised), harmless, ambiguous (it looks harmful only)
+    1. evaluation sets: harmful, jailbreak (harmful, disguised), harmless, ambiguous (only looks harmful)
     2. SFT: harmful prompts, each with a few traces (reasoning, answer) that show the format; by the sandbox,
-       by a better model elsewhere (--trace-files), or by the model itself (--trace-model)    -> write_traces
+       by a better model elsewhere (--trace-files), or by one that is run here (--trace-model) -> write_traces
     3. RL: a share lambda of harmful prompts, the rest harmless and ambiguous, 1:1    -> prompts_needed, mix
        Prompts only: what to answer, the policy has to find out.
     4. If asked for, a share of RL's harmful ones comes from a search against pi_SFT    -> with_rainbow
-       (pi_SFT is chapter 2's: run this chapter once more behind it, with --rainbow; all other sets stay as
+       (pi_SFT is chapter 2's: run this chapter once more after it, with --rainbow; all other sets stay as
        they were, so chapter 4 may read either folder)
 
 In this order, so that nothing leaks: first every set takes its prompts, and no two take the same (`Taken`).
-Then a set that has none of its own is filled from the training pool, and the pool loses them. The seed
-decides every choice, lambda only how many: SFT takes the pool's first harmful prompts, RL as many of the next
-ones as lambda wants. So SFT learns the same whatever lambda is, and one pi_SFT serves all mixtures.
+Then a set without prompts of its own is filled from the training pool, which loses them. The seed decides
+every choice, lambda only how many: SFT takes the pool's first harmful prompts, RL as many of the next ones as
+lambda wants. So SFT learns the same whatever lambda is, and one pi_SFT serves all mixtures.
 
     python 01_build_mixture.py --preset sandbox --out runs/demo/data
-    python 01_build_mixture.py --preset sandbox --rainbow runs/demo/sft --out runs/demo/mixture    # behind 02
+    python 01_build_mixture.py --preset sandbox --rainbow runs/demo/sft --out runs/demo/mixture    # after 02
     python 01_build_mixture.py --source files --out runs/mine/data --trace-files star1 --files \
         harmful=mine.csv harmful=wildjailbreak:800 harmless=hub:me/chat:train ambiguous=or-bench
 
 A file of yours (jsonl, json, csv, tsv, parquet) has `prompt`, a text or a conversation (its first user turn
 is taken), and `kind`, unless KIND= stands before it. It may have `id`, `category`, `context` (what the prompt
-is about), for stage 4 `target` (how a compliant answer begins; GCG needs it), `prefill` (the same, for
+is about), for chapter 4 `target` (how a compliant answer begins; GCG needs it), `prefill` (the same, for
 prefill), `twin` (a request like it that deserves an answer), `hops` (how deep it is disguised), for traces
 `reasoning` and `answer`. Other columns: five lines in lib/sources/known.py.
 
 **What you should see** (sandbox, 3 seconds): sft.jsonl, 4000 traces of 1000 prompts; rl.jsonl, 600 harmful,
 300 harmless and 300 ambiguous prompts; four eval_SET.jsonl of 150; manifest.json, what was made of what. With
 `--rl-traces 8` also sft_rl.jsonl, traces for RL's prompts: the paper's comparison "SFT" learns from them
-instead of a reward. Half of the sandbox's traces judge wrongly. The same command goes on with a stopped run.
+instead of a reward. Half of the sandbox's traces judge wrongly. The same command continues a stopped run.
 
-To think about: why would lambda = 1 teach to refuse everybody? And what would the numbers of stage 4 mean if
-the evaluation took its prompts last?
+To think about: why would lambda = 1 teach to refuse everybody? And what would the numbers of chapter 4 mean
+if the evaluation took its prompts last?
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Settings(Common):
     trace_max_new_tokens: int = setting(256, "of its reasoning, and of its answer", low=1, flag=False)
     rainbow_share: float = setting(0.4, "of RL's harmful ones. Paper: 800 of 2000", low=0, high=1, flag=False)
     rainbow_attacker: str = setting("sandbox", "who writes them: or a chat model", flag=False)
-    rainbow_judge: str = setting("sandbox", "of the answers' harm, as --judge of stage 3", flag=False)
+    rainbow_judge: str = setting("sandbox", "of the answers' harm, as --judge of chapter 3", flag=False)
     rainbow_archives: int = setting(7, "searches, until there are enough", low=1, high=1000, flag=False)
     rainbow_iterations: int = setting(1000, "of each. Paper: 1000", low=1, high=10**5, flag=False)
     rainbow_tokens: int = setting(64, "of the longest answer. Paper: 4096", low=1, flag=False)
