@@ -13,7 +13,7 @@ Two things matter more than the loss:
 - **Light**: a low rate, few epochs, an early stop. RL chooses among samples, so samples must stay diverse.
   *Heavy* is 10/3 of the `--learning-rate`, twice the `--epochs`, no early stop (`--held-out-share 0`). The
   paper finds that it ends in a worse frontier, DSR against compliance (F5 in docs/results.md). The sandbox's
-  preset has one short epoch, so there the early stop never acts.
+  preset has one epoch, so there the early stop never acts.
 - **Imperfect traces are fine**: some comply where they should not (of the sandbox's, half). RL sorts that
   out; variety is what it needs.
 
@@ -93,7 +93,7 @@ def load_examples(settings: Settings, tokenizer, model, run) -> list[Example]:
 
 def split_by_prompt(examples: list[Example], settings: Settings) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples: no held-out prompt has a trace among the training ones."""
-    names: dict[str, str] = {}  # of those that are one prompt to a reader, the first stands for all
+    names: dict[str, str] = {}  # prompts that read alike (`same_prompt`) count as one, named by the first
     for example in examples:
         names.setdefault(same_prompt(example.record["prompt"]), example.record["prompt"])
     prompts = sorted(names.values())
@@ -113,7 +113,7 @@ def split_by_prompt(examples: list[Example], settings: Settings) -> tuple[list[E
 def train_step(model, optimizer, batch: list[Example], pad_id: int, most: int, run) -> dict:
     """One update on `batch`, the same on every process: the mean loss per token, and the gradient's norm.
 
-    With share=True each process computes its part of it, in micro-batches of at most `most` tokens.
+    Each process computes its share of the batch, in micro-batches of at most `most` tokens.
     """
     ### BEGIN SOLUTION sft_loss
     tokens = sum(sum(example.mask) for example in batch)  # of all processes: their shares add up to the mean
