@@ -130,10 +130,10 @@ def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, r
     for i, completion in enumerate(completions):
         prompt, text = prompts[i // settings.group_size], decode(tokenizer, completion.token_ids)
         parsed = parse_completion(text) if settings.reasoning else parse_direct(text)
-        tokens = len(encode_text(tokenizer, parsed.reasoning))
+        reasoning_tokens = len(encode_text(tokenizer, parsed.reasoning))
         ids = prompt.ids + completion.token_ids
         mask = [False] * len(prompt.ids) + [True] * len(completion.token_ids)
-        rollouts.append(Rollout(prompt.record, ids, mask, completion, text, parsed, tokens))
+        rollouts.append(Rollout(prompt.record, ids, mask, completion, text, parsed, reasoning_tokens))
     return rollouts
 
 
@@ -141,7 +141,7 @@ def collect_rollouts(policy, tokenizer, prompts: list[Prompt], step, settings, r
 def score_rollouts(rollouts: list[Rollout], judge, one_reward: bool = False) -> None:
     """Equations 1 and 2: judges see the prompt and the answer, not the reasoning before </think>.
 
-    Without a verdict the reward of a well-formed one is unknown, None. A score out of range ends the run.
+    A well-formed completion without a verdict has reward None: unknown. A score out of range ends the run.
     """
     prompts = [r.record["prompt"] for r in rollouts]
     answers = [r.parsed.answer for r in rollouts]
@@ -196,7 +196,7 @@ def grpo_loss(
     weights: Tensor,  # (B,) from `sequence_weights`
     settings: Settings,
 ) -> Tensor:
-    """The negative of DeepSeekMath's eq. 3, weighed by `sequence_weights`. Another objective begins here.
+    """The negative of DeepSeekMath's eq. 3, weighed by `sequence_weights`. For another objective, begin here.
 
     All log-probabilities are of the distribution that was sampled, at --temperature. The KL is not weighed by
     the ratio: from the second update on a batch it is an estimate from slightly older samples.
@@ -214,8 +214,8 @@ def grpo_loss(
 def update_policy(policy, reference, optimizer, rollouts: list[Rollout], pad_id, settings, run) -> dict:
     """One step on all rollouts. Gradients of micro-batches, and of processes, add up to that of the batch.
 
-    Returns the loss, per-token means over all processes (kl, entropy, and sampler_gap: how far the sampler's
-    log-probabilities are from these), and the gradient norm before clipping.
+    Returns the loss, means per token over all processes (kl, entropy, and sampler_gap: how far old_logprobs
+    are from what the sampler computed for the same tokens), and the gradient norm before clipping.
     """
     ### BEGIN SOLUTION update_policy
     total_tokens = run.total(sum(len(r.completion.token_ids) for r in rollouts))
@@ -287,9 +287,9 @@ def main() -> None:
 def sequence_weights(lengths: Tensor, total_tokens: int, total_rollouts: int, settings: Settings) -> Tensor:
     """What each completion's sum over tokens is multiplied by: lengths (B,) -> (B,) fp32.
 
-    token: 1 over all tokens of the batch (verl, DAPO; paper). sequence: 1 over the completion's length and
-    the number of completions (GRPO, DeepSeekMath eq. 3), so a token of a long one weighs less. constant: 1
-    over max_new_tokens and that number (Dr. GRPO).
+    token: 1 / (tokens of the batch) (verl, DAPO; paper). sequence: 1 / (completions * this one's length), so
+    a token of a long one weighs less (GRPO, DeepSeekMath eq. 3). constant: 1 / (completions *
+    max_new_tokens) (Dr. GRPO).
     """
     if settings.normalisation == "token":
         return torch.full_like(lengths, 1.0 / total_tokens, dtype=torch.float32)
