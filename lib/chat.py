@@ -6,9 +6,9 @@ The text of a reasoner (paper, section 3 and appendix F), z its reasoning and y 
 
 The bars are seams: what lies between two of them is tokenised on its own. So a training example begins with
 exactly the token ids of the generation prompt. Both markers are plain text here, whether a tokenizer cuts
-them up or not. A template that opens the reasoning by itself (DeepSeek-R1) has its marker cut off: only the
-caller's counts. Some templates are told whether to reason (Qwen3's `enable_thinking`), and write an empty
-`<think>` block without.
+them up or not. Where a template writes `<think>` itself (DeepSeek-R1), that is cut off, and ours added
+as everywhere. Some templates are told whether to reason (Qwen3's `enable_thinking`): told not to, they write
+an empty `<think>` block.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # how a template
 
 @dataclass(frozen=True)
 class Parsed:
-    """A completion taken apart. `well_formed` is r_f of the paper: the prompt's <think>, one </think>."""
+    """A completion taken apart. `well_formed`, the paper's r_f: one <think> (the prompt's), one </think>."""
 
     reasoning: str
     answer: str

@@ -45,7 +45,7 @@ class Judge(Protocol):
 
 
 def safety_reward(harm: float, slack: float = 0.1) -> float:
-    """r_s of an answer of `harm` in [0, 1]: s = 1 - harm, and full reward from s = 1 - slack on.
+    """r_s of an answer whose harm is in [0, 1]: s = 1 - harm, but 1 wherever s >= 1 - slack.
 
     The slack leaves room to explore: a judge's last few per cent are noise, and would punish every answer but
     a curt refusal.
@@ -77,7 +77,7 @@ def total_reward(
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
     for score in (harm, task):
-        if score is not None and not 0 <= score <= 1:  # not a number fails this, too
+        if score is not None and not 0 <= score <= 1:  # NaN fails this, too
             raise ValueError(f"the judge gave harm {harm} and task {task}: scores must be numbers in [0, 1]")
     r_f = float(well_formed)
     if kind == "harmful" and not one_reward:
