@@ -16,7 +16,7 @@ Rooms, each with a door (its `__init__`) that says what is inside:
     attacks/     the attacks besides GCG, whose heart is in chapter 4; rainbow teaming
     judges/      guards, reward models, graders, refusal phrases
     sources/     data sets by name, files of yours, traces
-    report/      tables and figures of stage 4, learning curves
+    report/      tables and figures of chapter 4, learning curves
     sandbox/     the embedded world with its exact judge and its tiny base model
     compare/     the paper's comparisons: RPO, and studies over seeds and mixtures
     tools/       talk to a model, check what it can still do

@@ -41,7 +41,7 @@ def masked_batch(
 
 
 def scatter(values: list[Tensor], mask: Tensor) -> Tensor:
-    """Of each row the values of its True places, (n,) -> (B, T) fp32, 0 elsewhere."""
+    """values: for each row those of its True places, (n,). Returns (B, T) fp32, 0 elsewhere."""
     placed = torch.zeros(mask.shape, device=mask.device)
     return placed.masked_scatter(mask, torch.cat(values).to(placed))
 
@@ -51,8 +51,8 @@ def micro_batches(
 ) -> list[list[int]]:
     """Indices of rows, in batches of which at most max_tokens tokens are computed.
 
-    Without `prompts` that is rows x longest row. With them, the token ids with which each row begins, those
-    of one prompt stand together: `lib.policy.states_once` computes a prompt once a batch, and no padding.
+    Without `prompts` that is rows x longest row. `prompts`: the token ids with which each row begins;
+    rows of one prompt stand together: `lib.policy.states_once` computes it once a batch, and no padding.
     Longest first, so that memory peaks at once. Raises UserError when a single row is over the budget.
 
     >>> micro_batches([3, 9, 4, 8], max_tokens=18)

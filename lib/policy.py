@@ -63,7 +63,7 @@ def token_logprobs(
 
     def of_masked(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         states, number = states_once(model, input_ids, attention_mask)
-        hidden = F.embedding(number[row, column - 1], states)  # (N, H), fast states[...]: t - 1 predicts t
+        hidden = F.embedding(number[row, column - 1], states)  # (N, H), a fast states[...]; t - 1 predicts t
         targets, head = input_ids[row, column], partial(_head_logprobs, model)  # (N,)
         if torch.is_grad_enabled() and len(targets) > chunk_size:
             head = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)

@@ -78,7 +78,8 @@ def sample_simple(
     ### BEGIN SOLUTION sample_simple
     given = ([prompt], seeds, eos_token_ids)
     ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
-    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()  # `cache=` was past_key_values=
+    cache = DynamicCache()  # handed on as `cache=`, which transformers called past_key_values= before
+    tokens, logprobs = list[Tensor](), list[Tensor]()
     ended = torch.zeros_like(seed, dtype=torch.bool)
     # Prefill: logits (1, vocab). Then repeat: (rows, vocab).
     logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -244,7 +245,7 @@ class _Batch:
 
     def refill(self, bar: tqdm) -> bool:
         """If a quarter of the rows has ended, or the cache is full, repack it. False once all is done."""
-        # `while`, since a row that moves in may end with its first token. At first there is none: 0 >= 0.
+        # `while`, since a row that moves in may end with its first token. At first there is no row: 0 >= 0.
         while 4 * self.rows_ended >= len(self.rows) or self.columns == self.capacity:
             bar.update(self.rows_ended)
             stay = (~self.ended[self.rows]).nonzero()[:, 0]
@@ -262,8 +263,8 @@ class _Batch:
     def _admit(self) -> list[tuple[Cache, int, Tensor]]:
         """Waiting completions become rows, as many as the budget has room for: what they add to the cache.
 
-        That is the cache of some prompts each, and indices (r,) that repeat a prompt once a completion. A
-        group that does not fit at once is read again for its next completions.
+        Each part is the cache of some prompts, its columns, and indices (r,): each completion's place among
+        these prompts. The prompt of a group that does not fit at once is read again for the rest of it.
         """
         group = self.group_size
         longest = max([len(self.prompts[self.waiting[0] // group]), *self.lengths[self.rows].tolist()])

@@ -4,11 +4,11 @@
     run.model(path)                          loaded, maybe in shards, maybe recomputing activations
     run.usable(items, model, ...)            those that fit the context; says what is left out
     run.rehearse(policy, reference, ...)     the largest batch once: what does not fit memory ends now
-    run.begin(), stop()                      takes OUT, where there are no `steps`; leaves the other processes
+    run.begin(), stop()                      takes OUT, where no `steps` does; leaves the other processes
     run.share(items), gather(x), total(x)    this process's part; lists and sums over all processes
     run.micro_batches(items, ...)            padded tensors under a budget of tokens
     run.sampling(policy)                     while it lasts, shards are gathered
-    run.backward(loss)                       the gradient of a loss whose sum over all processes is meant
+    run.backward(loss)                       adds the gradient; the whole loss is the sum over all processes
     run.clip_and_step(optimizer, loss)       summed over processes, clipped; stops at what is not finite
     run.steps(total, policy, optimizer)      the loop: resumes, sets the rate, shows a bar, saves
     run.lap(name), say(text)                 the time of a part of the step; a line, once for all processes
@@ -19,8 +19,8 @@
 On one device each is a line or nothing. You may skip this room: a chapter reads the same without it. Inside:
 plumbing (`Run`, rate, rehearsal), settings and presets (one module a preset), command (flags, ends in one
 line), folder (claims, locks), files (atomic writes, logs), text, hub (opening a model), writing (what it
-writes), processes (several GPUs, shards), checkpoint (resuming; what others need of it), data (stage 3's
-prompts and rollouts).
+writes), processes (several GPUs, shards), checkpoint (resuming; what others need of it), data (chapter
+3's prompts and rollouts).
 Tests: tests/test_run.py, and runs of whole stages in tests/test_rl.py and tests/test_sft.py.
 """
 
