@@ -13,7 +13,7 @@ help, so it pays to find out first which of the two a prompt is. This is GRPO by
     6. log, with whole groups to read, and save                            -> run.log, run.steps
 
 The ratio, pi / pi_old of a token, is clipped. It is 1 at first; its gradient is that of log pi, since pi_old
-is a constant. (`run` is the plumbing: lib/run/__init__.py has a line for each of its methods.)
+is a constant. (`run` is the plumbing: lib/run/__init__.py has a line for each method called here.)
 
 What is *not* here: no value network (the group's mean is the baseline); no old-policy pass (rollouts are used
 once: the ratio is 1; `--updates-per-batch 2` takes the whole batch twice, and the clip acts); no KL in the
@@ -26,7 +26,7 @@ Reads DATA/rl.jsonl. Writes a Hugging Face checkpoint, metrics.jsonl, rollouts.j
 step is a function of the saved state and (seed, step): a killed run goes on, on a CPU with the same bits.
 
 **What you should see** (sandbox, seed 0, a minute): the reward climbs from 0.3 to about 0.9 in 50 of 75
-steps. Of a step's 16 groups at first 12 or more have a signal, at the end 7: in others rewards are alike.
+steps. A group has a signal if two of its rewards differ: of a step's 16, about 12 at first, 7 at the end.
 Refusals rise from 0.5 to 0.9 on harmful prompts, and fall from 0.5 to 0 on all others. Read rollouts.jsonl:
 the early groups disagree with themselves about what a prompt is, the late ones do not.
 

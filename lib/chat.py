@@ -157,7 +157,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
         raise UserError(f"{name}: its tokenizer cannot read {text[:60]!r}: {reason}") from error
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # by tokenizer and template, since a tokenizer may be given another template
 def _end_of_turn_id(tokenizer: Tokenizer, chat_template: str) -> int:
     """The special token that the chat template puts behind an assistant's message; eos if there is none."""
     messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
@@ -172,7 +172,7 @@ def eos_token_ids(model_or_config: Any, tokenizer: Tokenizer) -> list[int]:
     settings = getattr(model_or_config, "generation_config", None) or model_or_config
     eos = getattr(settings, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, _end_of_turn_id(tokenizer, str(tokenizer.chat_template))}
-    return sorted(ends | set(eos if isinstance(eos, list) else [eos]) - {None})
+    return sorted((ends | set(eos if isinstance(eos, list) else [eos])) - {None})
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
