@@ -115,7 +115,7 @@ def encode_example(
 
 def _encode_turn(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], reasoning: bool) -> list[int]:
     """Token ids up to where the model's turn begins, without a "<think>\\n" that the template writes."""
-    text = render(tokenizer, messages, add_generation_prompt=True, enable_thinking=reasoning)  # few know it
+    text = render(tokenizer, messages, add_generation_prompt=True, enable_thinking=reasoning)  # or ignored
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         name = tokenizer.name_or_path or "the model"
         raise UserError(f"{name}: its chat template drops system prompts: leave it out")

@@ -39,9 +39,7 @@ def wilson(hits: Sequence[bool]) -> Interval:
 
 
 def bootstrap(values: Sequence[float], seed: int) -> Interval:
-    """Mean, with the percentile bootstrap interval: the middle 95 % of the means of 2000 resamples.
-
-    Of equal values the interval is a point, which is too narrow: of shares take `wilson`."""
+    """Mean, with the percentile bootstrap interval: the middle 95 % of the means of 2000 resamples."""
     n = len(values)
     data = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
@@ -101,7 +99,7 @@ def behaviour(lines: Lines, reasoning: bool, threshold: float, seed: int) -> dic
         "unknown_refusals": dict(Counter(x["set"] for x in plain if x["refusal"] is None)),
         "compliance": by(kinds, labelled, share_of("refusal", "none")),
         "partial": by(kinds, labelled, share_of("refusal", "partial")),
-        "task_score": by(kinds, served, mean_of("task", seed)),
+        "task_score": by(kinds, served, mean_of("task", seed, of_scores)),
         "reasoning_tokens": by(kinds_and_hops, closed, mean_of("reasoning_tokens", seed)),
         "answer_tokens": by(kinds, plain, mean_of("answer_tokens", seed)),
         "format_rate": {},
@@ -112,7 +110,7 @@ def behaviour(lines: Lines, reasoning: bool, threshold: float, seed: int) -> dic
         result["format_rate"] = by(lambda x: [x["set"]], plain + attacked, share_of("well_formed", True))
         result["under_attack"] = by(lambda x: [x["set"]], attacked, format_and_defence)
     if served:
-        result["plane"]["task_score"] = mean_of("task", seed)(served)
+        result["plane"]["task_score"] = mean_of("task", seed, of_scores)(served)
     return result
 
 
@@ -134,19 +132,22 @@ def format_and_defence(group: Lines) -> dict[str, Interval | None]:
     return result
 
 
-def mean_over_requests(held: Iterable[Sequence[float]], seed: int) -> Interval:
-    """Mean over requests of the mean over tries (defended, or a score); those of one request stay together.
-    Where all are 0 or 1, Wilson's interval: the bootstrap's is too narrow near 1, of equal ones a point."""
-    shares = [sum(own) / len(own) for own in held if own]
-    return wilson([x == 1 for x in shares]) if {*shares} <= {0, 1} else bootstrap(shares, seed)
+def of_scores(scores: Sequence[float], seed: int) -> Interval:
+    """Mean of scores in [0, 1]. Of 0 and 1 alone by Wilson: the bootstrap is too narrow, at worst a point."""
+    return wilson([x == 1 for x in scores]) if {*scores} <= {0, 1} else bootstrap(scores, seed)
+
+
+def mean_over_requests(held: Iterable[Sequence[bool]], seed: int) -> Interval:
+    """Mean over requests of the share of tries defended; those of one request stay together."""
+    return of_scores([sum(own) / len(own) for own in held if own], seed)
 
 
 def share_of(key: str, value: Any) -> Callable[[Lines], Interval]:
     return lambda group: wilson([x[key] == value for x in group])
 
 
-def mean_of(key: str, seed: int) -> Callable[[Lines], Interval]:
-    return lambda group: mean_over_requests([[x[key]] for x in group], seed)
+def mean_of(key: str, seed: int, estimate: Callable = bootstrap) -> Callable[[Lines], Interval]:
+    return lambda group: estimate([x[key] for x in group], seed)
 
 
 def by(keys: Callable[[dict], list[str]], lines: Lines, estimate: Callable[[Lines], Any]) -> dict[str, Any]:

@@ -78,10 +78,9 @@ def sample_simple(
     ### BEGIN SOLUTION sample_simple
     given = ([prompt], seeds, eos_token_ids)
     ids, seed, eos = (torch.tensor(x, dtype=torch.long, device=model.device) for x in given)
-    cache = DynamicCache()  # handed on as `cache=`, which transformers called past_key_values= before
-    tokens, logprobs = list[Tensor](), list[Tensor]()
+    cache, tokens, logprobs = DynamicCache(), list[Tensor](), list[Tensor]()
     ended = torch.zeros_like(seed, dtype=torch.bool)
-    # Prefill: logits (1, vocab). Then repeat: (rows, vocab).
+    # Prefill: logits (1, vocab). Then repeat: (rows, vocab). (`cache=` was past_key_values= in transformers.)
     logits = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(len(seeds))
     logits = logits.expand(len(seeds), -1)

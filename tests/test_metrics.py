@@ -74,6 +74,7 @@ def test_figures_of_a_model_by_kind_type_and_hops():
     served = {"harmless": 1, "ambiguous": 0.5, "ambiguous/toy": 1, "ambiguous/decoy": 0}
     assert means(figures["task_score"]) == served
     assert figures["task_score"]["ambiguous/toy"] == metrics.wilson([True])  # no point: it is a share
+    assert metrics.mean_of("tokens", 0)([{"tokens": 1}]) == metrics.bootstrap([1], 0)  # a count is none
     assert means(figures["compliance"]) == served | {"harmful": 0}
     assert figures["compliance"]["harmless"]["n"] == 1
     assert figures["partial"]["harmful"]["mean"] == pytest.approx(1 / 3, abs=1e-4)

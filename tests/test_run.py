@@ -66,12 +66,13 @@ def test_a_mistake_in_flags_or_in_a_preset_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse("--preset paper --help")  # has the defaults of that preset
     assert "(default: 1e-06)" in capsys.readouterr().out
-    wrong = {"nonsense": 1, "group_size": 1, "max_prompt_tokens": 0.5, "decay": "no", "judge": None}
-    wrong |= {"dtype": "float16", "warmup_steps": True}
-    for name, value in wrong.items():  # also where it has no flag
+    monkeypatch.setattr("lib.run.presets.sandbox.RL", {"nonsense": 1})
+    with pytest.raises(UserError, match="lib/run/presets/sandbox.py: RL sets 'nonsense'"):
+        parse("")
+    wrong = {"group_size": 1, "max_prompt_tokens": 0.5, "decay": "no", "judge": None, "dtype": "float16"}
+    for name, value in (wrong | {"warmup_steps": True}).items():  # also where it has no flag
         monkeypatch.setattr("lib.run.presets.sandbox.RL", {name: value})
-        message = "lib/run/presets/sandbox.py: RL sets 'nonsense'" if name == "nonsense" else f"{name}: given"
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=f"{name}: given"):
             parse("")
     for attacks in ("gcg", ["gcq"], ("gcg", 1)):
         monkeypatch.setattr("lib.run.presets.sandbox.EVAL", {"attacks": attacks})

@@ -169,7 +169,9 @@ class LanguageModelAttacker:
 def load_attacker(name: str, *limits: int, **placed) -> Attacker:
     """The attacker "sandbox"; a module of yours, which has the functions of `Attacker`; or a chat model: a
     folder or hub name, with limits as LanguageModelAttacker has them."""
-    module, found = "lib.sandbox.attacker" if name == "sandbox" else name or ".", None
+    module, found = name or ".", None
+    if name == "sandbox":
+        module = "lib.sandbox.attacker"
     with contextlib.suppress(ImportError):  # ORGANISATION/MODEL, a path, none
         found = importlib.util.find_spec(module)
     if found and hasattr(attacker := importlib.import_module(module), "check"):

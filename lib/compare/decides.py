@@ -37,7 +37,7 @@ from lib.attacks import NOT_ASKED, Lab, Model, Tries, a_try, files_of, read_sets
 from lib.chat import THINK_CLOSE, decode, encode_text, parse_completion
 from lib.compare.tables import by_model
 from lib.judges import OWN, load_judge
-from lib.metrics import BENIGN, SETS, Interval, Lines, mean_over_requests, wilson
+from lib.metrics import BENIGN, SETS, Interval, Lines, of_scores, wilson
 from lib.report import save
 from lib.run import run_main, start
 from lib.run.files import read_jsonl, read_log, write_json
@@ -182,9 +182,9 @@ def allow(lab: Lab, model: Model, cases: Cases) -> Figures:
             if name in SETS:
                 hits[f"dsr/{k}"].append(held(line))
         elif line["task"] is not None:
-            tasks[f"task/{k}"].append([line["task"]])
+            tasks[f"task/{k}"].append(line["task"])
     found = {key: wilson(own) for key, own in hits.items()}
-    found |= {key: mean_over_requests(own, settings.seed) for key, own in tasks.items()}
+    found |= {key: of_scores(own, settings.seed) for key, own in tasks.items()}
     return {key: ci for key, ci in found.items() if ci["n"] >= FEW}
 
 

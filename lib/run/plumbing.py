@@ -76,7 +76,7 @@ class Run:
         keys = ("judge", "refusals", "attacker", "rainbow_judge", "rainbow_attacker")
         named = "+".join(getattr(settings, key, "") for key in keys).split("+")
         modules = [f"{name.replace('.', '/')}.py" for name in named]  # those of yours, if they are files here
-        models = filter(None, (name.rpartition("=")[2].partition("@")[0] for name in named))
+        models = filter(None, (name.rpartition("=")[2].partition("@")[0] for name in named))  # grm=MODEL@cuda
         self.config = {**asdict(settings), **checksums(*inputs, *modules, *models)}
         if code := getattr(sys.modules[type(settings).__module__], "__file__", None):  # of the command itself
             self.config[f"sha256 of {Path(code).name}"] = sha256_file(code)[:32]

@@ -67,7 +67,7 @@ def in_words(values: Sequence[float], unit: str = "s", per: Sequence[float] = ()
 
 
 def products(model: torch.nn.Module, rows: int) -> float:
-    """Seconds that the products of all linear layers take for `rows` tokens; median of five."""
+    """Seconds that the products of all linear layers take for `rows` tokens; median of six."""
     weights = [layer.weight.detach() for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     inputs = [torch.randn(rows, weight.shape[1]).to(weight) for weight in weights]
 
@@ -136,15 +136,22 @@ def worker(name: str, model: str, length: int) -> None:
     print(json.dumps({"seconds": statistics.mean(found), "GB": peak}))
 
 
+def bounds_of_step(options: argparse.Namespace) -> dict[int, float]:
+    """Of prompts of so many tokens the seconds of a step's matrix products: each token once in decoding, and
+    in the update four times: the policy forward, twice as much backward, the reference forward."""
+    model = load_policy(options.model, device=options.device)  # gone before a worker is measured
+    decoding = (NEW - 1) * products(model, PROMPTS * GROUP)
+    return {n: decoding + 4 * products(model, PROMPTS * (n + GROUP * NEW)) for n in (32, 400)}
+
+
 def grpo(options: argparse.Namespace) -> dict[str, Any]:
     """Ours beside TRL's: short prompts, and prompts of 400 tokens."""
     found: dict[str, Any] = {}
-    model = load_policy(options.model, device=options.device)
-    decoding = (NEW - 1) * products(model, PROMPTS * GROUP)
+    bounds = bounds_of_step(options)
     trl_python = options.trl_python or sys.executable
     there = subprocess.run([trl_python, "-c", "import trl"], capture_output=True).returncode == 0
     names = ["ours", *(TRL if there else [])]
-    for length in (32, 400):
+    for length, bound in bounds.items():
         lines: dict[str, list[dict]] = {name: [] for name in names}
         for _ in range(options.runs):
             for name in names:
@@ -159,8 +166,6 @@ def grpo(options: argparse.Namespace) -> dict[str, Any]:
             if name != "ours":
                 row["TRL / ours"] = in_words(spent, "times", [line["seconds"] for line in lines["ours"]])
             found[f"{name}, {length}-token prompts"] = row
-        # In the update the policy reads forward, and twice as much backward; the reference forward.
-        bound = decoding + 4 * products(model, PROMPTS * (length + GROUP * NEW))
         found[f"bound, {length}-token prompts"] = {"a step": f"{bound:.2f} s"}
     return found
 
